@@ -1,0 +1,42 @@
+"""Checkpoints that exist only when they are complete."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_when_complete(path: Path, barrier: Callable[[], None], rank: int) -> Iterator[Path]:
+    """Yield a path beside ``path`` for all ranks to write to; rank 0 renames it once every rank is done.
+
+    A process killed while writing leaves the previous ``path`` whole and a hidden ``.NAME.partial`` that the next save
+    removes. (An existing *folder* cannot be replaced in one step: it is moved aside first, so that at any moment one
+    complete copy is on disk.)
+
+    Args:
+        path: The checkpoint's final file or folder.
+        barrier: Waits for all ranks.
+        rank: This process's rank.
+    """
+    beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(beside)
+    barrier()
+    yield beside
+    barrier()
+    if rank == 0:
+        _remove(old)
+        if path.exists() or path.is_symlink():
+            path.rename(old)
+        beside.rename(path)
+        _remove(old)
+    barrier()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""The collectives of the gradient path: each one counts the bytes that leave this rank and times the wire.
+
+`n` is the number of ranks, `s` the elements of one rank's shard.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from strategies.units import Unit
+
+_ALIGNMENT = 16  # bytes; parts and rows start on it, so that receivers read whole vectors
+
+# torch 2.13 renamed these; the old names warn there, the new ones do not exist before.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def ring_bytes(nbytes: int, world_size: int) -> float:
+    """Bytes each rank must send to reduce-scatter (or all-gather) ``nbytes`` of full tensor: (n−1)/n of it."""
+    return nbytes * (world_size - 1) / world_size
+
+
+def reduce_scatter_factor(group: dist.ProcessGroup | None) -> int:
+    """How many times the ring's bytes a native reduce-scatter sends.
+
+    gloo has no reduce-scatter of its own: it runs an all-reduce and drops the rest, which is 2.00 times the ring's
+    bytes on the wire (measured; pytorch issue 118911).
+    """
+    return 2 if dist.get_backend(group) == "gloo" else 1
+
+
+def reduce_scatter_mean(grad: Tensor, output: Tensor, unit: Unit) -> None:
+    """torch's own reduce-scatter, averaged: ``grad [n·s]`` of every rank → ``output [s]``."""
+    factor = reduce_scatter_factor(unit.group)
+    with unit.traffic.timed(unit.name, "wire", grad.device, "reduce_scatter"):
+        _reduce_scatter(output, grad, group=unit.group)
+    output.div_(unit.world_size)
+    unit.traffic.called(unit.name, "reduce_scatter")
+    nbytes = round(factor * ring_bytes(grad.nbytes, unit.world_size))
+    unit.traffic.sent(unit.name, "reduce_scatter", "values", nbytes)
+
+
+def all_reduce_mean(grad: Tensor, unit: Unit) -> None:
+    """torch's own all-reduce, averaged in place; a ring sends 2(n−1)/n of the tensor."""
+    with unit.traffic.timed(unit.name, "wire", grad.device, "all_reduce"):
+        dist.all_reduce(grad, group=unit.group)
+    grad.div_(unit.world_size)
+    unit.traffic.called(unit.name, "all_reduce")
+    unit.traffic.sent(unit.name, "all_reduce", "values", round(2 * ring_bytes(grad.nbytes, unit.world_size)))
+
+
+def all_gather(shard: Tensor, output: Tensor, unit: Unit) -> None:
+    """Collect every rank's ``shard [s]`` into ``output [n·s]``."""
+    with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather"):
+        _all_gather(output, shard, group=unit.group)
+    unit.traffic.called(unit.name, "all_gather")
+    unit.traffic.sent(unit.name, "all_gather", "values", shard.nbytes * (unit.world_size - 1))
+
+
+def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
+    """Send row r of every tensor to rank r, all of them in one buffer and one collective.
+
+    Args:
+        payload: Tensors ``[n, …]`` by role ("values", "indices", "scales", …); every rank passes the same shapes and
+            dtypes, since a receiver knows them only from its own.
+        unit: The FSDP unit the payload belongs to.
+
+    Returns:
+        The received tensors, shaped like ``payload``: row r came from rank r.
+    """
+    n = unit.world_size
+    rows = {role: part.contiguous().view(n, -1).view(torch.uint8) for role, part in payload.items()}
+    starts, width = {}, 0
+    for role, row in rows.items():
+        starts[role] = width
+        width += -(-row.shape[1] // _ALIGNMENT) * _ALIGNMENT
+    device = next(iter(rows.values())).device
+    with unit.traffic.timed(unit.name, "encode", device):
+        buffer = torch.empty(n, width, dtype=torch.uint8, device=device)
+        for role, row in rows.items():
+            end = starts[role] + row.shape[1]
+            buffer[:, starts[role] : end].copy_(row)
+            buffer[:, end : end + -row.shape[1] % _ALIGNMENT].zero_()  # never send uninitialised memory
+    received = torch.empty_like(buffer)
+    with unit.traffic.timed(unit.name, "wire", device, "all_to_all"):
+        dist.all_to_all_single(received, buffer, group=unit.group)
+    unit.traffic.called(unit.name, "all_to_all")
+    for role, row in rows.items():
+        padded = -(-row.shape[1] // _ALIGNMENT) * _ALIGNMENT
+        unit.traffic.sent(unit.name, "all_to_all", role, padded * (n - 1))
+    return {
+        role: _like(payload[role], received[:, starts[role] : starts[role] + row.shape[1]])
+        for role, row in rows.items()
+    }
+
+
+def _like(sent: Tensor, received: Tensor) -> Tensor:
+    """View received bytes ``[n, b]`` with the dtype and shape of what was sent; only dim 0 has a foreign stride."""
+    return received.view(sent.dtype).unflatten(1, sent.shape[1:]) if sent.dim() > 1 else received.view(sent.dtype)[:, 0]

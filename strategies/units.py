@@ -1,0 +1,135 @@
+"""What a unit of communication is, and the one place that touches FSDP1's private attributes.
+
+FSDP1 gives a communication hook two tensors and no name: identical transformer blocks cannot be told apart. Assigning
+each wrapped module its own hook and state is what makes per-unit state and per-unit counters possible.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import ShardingStrategy
+
+from strategies.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """Where one parameter lies in a unit's flat gradient.
+
+    Attributes:
+        fqn: Fully qualified name in the wrapped module, without wrapper prefixes.
+        shape: Shape of the whole parameter.
+        offset: First element in the flat gradient.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass
+class Unit:
+    """One FSDP unit as a compressor sees it.
+
+    Attributes:
+        name: Name of the wrapped module, "root" for the outermost one.
+        parameters: The parameters in the flat gradient, in order; everything between and after them is padding.
+        numel: Elements of the flat gradient, padding included; a multiple of ``world_size`` unless unsharded.
+        group: The process group that shares the gradient.
+        traffic: The counters of this rank.
+    """
+
+    name: str
+    parameters: list[ParameterSlice]
+    numel: int
+    group: dist.ProcessGroup
+    traffic: Traffic = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self.world_size = dist.get_world_size(self.group)
+        self.rank = dist.get_rank(self.group)
+
+    @property
+    def valid_numel(self) -> int:
+        """Elements that are parameters, not padding."""
+        return sum(p.numel for p in self.parameters)
+
+
+def transformer_blocks(module: nn.Module) -> set[type[nn.Module]]:
+    """The block classes that a Hugging Face model declares indivisible (``_no_split_modules``): the natural units.
+
+    Returns:
+        The classes found in ``module``; empty when no submodule declares any.
+    """
+    names = {name for m in module.modules() for name in (getattr(m, "_no_split_modules", None) or ())}
+    return {type(m) for m in module.modules() if type(m).__name__ in names}
+
+
+def fsdp_units(root: FSDP, traffic: Traffic) -> Iterator[tuple[FSDP, Unit]]:
+    """Yield every FSDP module that holds parameters, with its unit."""
+    for name, module in root.named_modules():
+        if not isinstance(module, FSDP) or module._handle is None:
+            continue
+        flat = module._handle.flat_param
+        clean = clean_name(name) or "root"
+        yield module, Unit(clean, list(_slices(flat)), _padded_numel(module), module.process_group, traffic)
+
+
+def _padded_numel(module: FSDP) -> int:
+    handle = module._handle
+    sharded = module.sharding_strategy != ShardingStrategy.NO_SHARD
+    return handle.flat_param._sharded_size.numel() * (handle.world_size if sharded else 1)
+
+
+def _slices(flat_param: Tensor) -> Iterator[ParameterSlice]:
+    """With ``use_orig_params`` the flat parameter interleaves parameters and alignment padding."""
+    entries = iter(zip(flat_param._fqns, flat_param._shapes, strict=True))
+    offset = 0
+    for numel, padding in zip(flat_param._numels_with_padding, flat_param._is_padding_mask, strict=True):
+        if not padding:
+            fqn, shape = next(entries)
+            yield ParameterSlice(fqn, tuple(shape), offset)
+        offset += numel
+
+
+def install_hook(module: FSDP, unit: Unit, hook: Callable[..., None]) -> None:
+    """Give one FSDP module its own communication hook, called as ``hook(unit, grad[, output])``.
+
+    The public ``register_comm_hook`` sets one state for all modules, and refuses HYBRID_SHARD; so does this.
+    """
+    if module.sharding_strategy in (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2):
+        raise ValueError(
+            f"unit {unit.name!r}: a communication hook would skip the inter-node reduction of HYBRID_SHARD"
+        )
+    module._comm_hook, module._comm_hook_state = hook, unit
+
+
+def count_parameter_gathers(module: FSDP, unit: Unit) -> None:
+    """Count and time the parameter all-gathers that FSDP itself issues for this module."""
+    handle = module._handle
+    gather = handle._all_gather_flat_param
+
+    def counted(unsharded: Tensor) -> Tensor:
+        with unit.traffic.timed(unit.name, "wire", unsharded.device, "all_gather"):
+            result = gather(unsharded)
+        unit.traffic.called(unit.name, "all_gather")
+        sent = unsharded.nbytes // unit.world_size * (unit.world_size - 1)
+        unit.traffic.sent(unit.name, "all_gather", "parameters", sent)
+        return result
+
+    handle._all_gather_flat_param = counted
+
+
+def clean_name(name: str) -> str:
+    """Drop the path components that wrappers (FSDP, checkpointing, compile) add to a module or parameter name."""
+    wrappers = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)
