@@ -12,8 +12,8 @@ from strategies.units import Unit
 _ALIGNMENT = 16  # bytes; parts and rows start on it, so that receivers read whole vectors
 
 # torch 2.13 renamed these; the old names warn there, the new ones do not exist before.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def ring_bytes(nbytes: int, world_size: int) -> float:

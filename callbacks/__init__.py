@@ -1,0 +1,25 @@
+"""Callbacks: where a feature meets a measurement. They attach to the Trainer and stay thin."""
+
+from callbacks.graceful_stop import GracefulStop
+from callbacks.gradient_guard import GradientGuard
+from callbacks.log_config import LogConfig
+from callbacks.model_card import HFExport
+from callbacks.progress import Progress
+from callbacks.run_record import RunRecord
+from callbacks.throughput import Throughput
+from callbacks.time_to_quality import TimeToQuality
+from callbacks.trace import Trace
+from callbacks.traffic_monitor import TrafficMonitor
+
+__all__ = [
+    "GracefulStop",
+    "GradientGuard",
+    "HFExport",
+    "LogConfig",
+    "Progress",
+    "RunRecord",
+    "Throughput",
+    "TimeToQuality",
+    "Trace",
+    "TrafficMonitor",
+]

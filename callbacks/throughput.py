@@ -1,0 +1,96 @@
+"""Step time, tokens per second and model FLOPs utilisation."""
+
+import resource
+from typing import Any
+
+import torch
+from bench.timing import percentiles
+from lightning.fabric.utilities.throughput import get_available_flops, measure_flops
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.measurement import Measurement, StepClock, completes_step
+
+
+class Throughput(Measurement):
+    """Logs ``perf/step_ms``, ``perf/tokens_per_s`` and, where the device's peak is known, ``perf/mfu``.
+
+    MFU counts the model's own forward and backward FLOPs (PaLM, arXiv 2204.02311), not recomputation.
+
+    Args:
+        warmup_steps: First optimizer steps left out of the record: compilation, cold caches, memory growth.
+    """
+
+    def __init__(self, warmup_steps: int = 5) -> None:
+        self.warmup_steps = warmup_steps
+        self.clock = StepClock()
+        self.tokens_per_step = 0
+        self._tokens = 0
+        self._flops_per_token: float | None = None
+        self._peak_flops: float | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the model's FLOPs once, on the meta device."""
+        if trainer.is_global_zero and (peak := self._peak(trainer)) and hasattr(pl_module, "meta_model"):
+            self._peak_flops = peak * trainer.world_size
+            self._flops_per_token = _training_flops_per_token(pl_module.meta_model(), trainer.datamodule.block_size)
+
+    def _peak(self, trainer: Trainer) -> float | None:
+        dtype = torch.bfloat16 if "16" in str(trainer.precision) else torch.float32
+        device = trainer.strategy.root_device
+        return get_available_flops(device, dtype) if device.type == "cuda" else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        self.clock.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop the clock; log when a step is complete."""
+        done = completes_step(trainer)
+        self.clock.stop(done)
+        if not done:
+            return
+        self.tokens_per_step, self._tokens = self._tokens, 0
+        if (step_ms := self.clock.last_ms()) is None:
+            return
+        rate = self.tokens_per_step / step_ms * 1e3
+        metrics = {"perf/step_ms": step_ms, "perf/tokens_per_s": rate}
+        if self._flops_per_token and self._peak_flops:
+            metrics["perf/mfu"] = rate * self._flops_per_token / self._peak_flops
+        pl_module.log_dict(metrics, rank_zero_only=True)
+
+    def measured_ms(self) -> list[float]:
+        """Step times after warm-up, in ms."""
+        return self.clock.all_ms()[self.warmup_steps :]
+
+    def summary(self) -> dict[str, Any]:
+        """See ``Measurement.summary``."""
+        measured = self.measured_ms()
+        if not measured:
+            return {}
+        stats = percentiles(measured)
+        fields: dict[str, Any] = {
+            "steps_measured": len(measured),
+            "step_time_ms_mean": stats["mean"],
+            "step_time_ms_p50": stats["p50"],
+            "step_time_ms_p90": stats["p90"],
+            "step_time_ms_p95": stats["p95"],
+            "tokens_per_s": self.tokens_per_step / stats["mean"] * 1e3,
+            "host_peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        }
+        if self._flops_per_token and self._peak_flops:
+            fields["mfu"] = fields["tokens_per_s"] * self._flops_per_token / self._peak_flops
+        if torch.cuda.is_available():
+            fields["mem_peak_alloc_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            fields["mem_peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        return fields
+
+
+def _training_flops_per_token(meta_model: torch.nn.Module, length: int) -> float:
+    """Forward and backward FLOPs of one sequence of ``length`` tokens, divided by its tokens."""
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+
+    def forward() -> torch.Tensor:
+        return meta_model(input_ids=ids, use_cache=False).logits
+
+    return measure_flops(meta_model, forward, torch.Tensor.sum) / length

@@ -1,0 +1,189 @@
+"""What compressed gradients cost on the wire, per unit and step."""
+
+import csv
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.measurement import Measurement, StepClock, completes_step
+from strategies.traffic import StepTraffic, Traffic
+
+_COLUMNS = ("step", "unit", "sent_bytes", "ideal_bytes", "parameter_bytes", "encode_ms", "wire_ms", "decode_ms")
+
+
+class TrafficMonitor(Measurement):
+    """Logs the bytes and times that the strategy's transport counted, on rank 0.
+
+    Tags: ``comm/sent_mb`` and ``comm/parameters_mb`` (bytes that left the rank in a step), ``comm/ratio`` (ideal fp32
+    ring bytes over bytes sent for gradients), ``comm/encode_ms``, ``comm/wire_ms``, ``comm/decode_ms`` and ``comm/share``
+    (wire time, waiting for other ranks included, over step time). ``traffic.csv`` in the log folder has a row per unit
+    and step.
+
+    Args:
+        warmup_steps: First optimizer steps left out of the record.
+        sample_every: Every so many steps compare each unit's gradient with its decoded self: relative error, cosine and
+            density (``comm/grad_*``). 0 never does.
+        nic: Also read this network interface's own counter of sent bytes ("eth0"; "lo" when ranks share a machine,
+            where it counts all ranks), to hold against the counted bytes.
+
+    Raises:
+        ValueError: There is no interface ``nic``.
+    """
+
+    def __init__(self, warmup_steps: int = 5, sample_every: int = 50, nic: str | None = None) -> None:
+        self.warmup_steps = warmup_steps
+        self.sample_every = sample_every
+        self.nic_counter = Path(f"/sys/class/net/{nic}/statistics/tx_bytes") if nic else None
+        if self.nic_counter is not None and not self.nic_counter.is_file():
+            raise ValueError(f"TrafficMonitor.nic: no network interface {nic!r} on this machine")
+        self.clock = StepClock()
+        self.steps = 0
+        self._traffic: Traffic | None = None
+        self._totals: dict[str, float] = defaultdict(float)
+        self._collective_ms: dict[str, float] = defaultdict(float)
+        self._role_bytes: dict[str, int] = defaultdict(int)
+        self._samples: dict[str, list[float]] = defaultdict(list)
+        self._nic_start = self._nic_end = 0
+        self._rows: Any = None
+        self._file: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the strategy's counters."""
+        counting = getattr(trainer.strategy, "compressor", None) is not None
+        self._traffic = trainer.strategy.traffic if counting else None
+        if self._traffic is not None and trainer.is_global_zero and trainer.log_dir:
+            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+            self._file = open(Path(trainer.log_dir) / "traffic.csv", "a", newline="")  # noqa: SIM115
+            self._rows = csv.writer(self._file)
+            if self._file.tell() == 0:
+                self._rows.writerow(_COLUMNS)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what setting up sent."""
+        if self._traffic is not None:
+            self._traffic.take()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Start the clock, and sampling when it is due."""
+        if self._traffic is None:
+            return
+        self.clock.start()
+        due = self.sample_every and trainer.global_step % self.sample_every == 0
+        if due and not self._traffic.sampling:
+            self._traffic.start_sampling(trainer.strategy.root_device)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Read the counters when a step is complete."""
+        if self._traffic is None:
+            return
+        done = completes_step(trainer)
+        self.clock.stop(done)
+        if not done:
+            return
+        began = time.perf_counter()
+        step = self._traffic.take()
+        fidelity = self._traffic.take_fidelity()
+        self.steps += 1
+        if self.steps == self.warmup_steps:
+            self._nic_start = self._read_nic()
+        if self.steps > self.warmup_steps:
+            self._add(step)
+            self._nic_end = self._read_nic()
+        for name, value in fidelity.items():
+            self._samples[name].append(value)
+        if trainer.is_global_zero:
+            self._log(trainer, pl_module, step, fidelity)
+        self._totals["monitor_ms"] += (time.perf_counter() - began) * 1e3
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what validation gathered: it belongs to no training step."""
+        if self._traffic is not None:
+            self._traffic.take()
+
+    def _read_nic(self) -> int:
+        return int(self.nic_counter.read_text()) if self.nic_counter else 0
+
+    def _add(self, step: StepTraffic) -> None:
+        self._totals["gradients"] += step.gradient_bytes()
+        self._totals["parameters"] += step.parameter_bytes()
+        self._totals["ideal"] += sum(step.ideal.values())
+        self._totals["native"] += sum(step.native.values())
+        self._totals["encode"] += step.phase_ms("encode")
+        self._totals["decode"] += step.phase_ms("decode")
+        for collective, ms in step.collective_ms().items():
+            self._collective_ms[collective] += ms
+        for role, nbytes in step.bytes_by("role").items():
+            self._role_bytes[role] += nbytes
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, step: StepTraffic, fidelity: dict[str, float]) -> None:
+        sent = step.gradient_bytes()
+        metrics = {
+            "comm/sent_mb": sent / 1e6,
+            "comm/parameters_mb": step.parameter_bytes() / 1e6,
+            "comm/encode_ms": step.phase_ms("encode"),
+            "comm/wire_ms": step.phase_ms("wire"),
+            "comm/decode_ms": step.phase_ms("decode"),
+            **{f"comm/{name}": value for name, value in fidelity.items()},
+        }
+        if sent:
+            metrics["comm/ratio"] = sum(step.ideal.values()) / sent
+        if step_ms := self.clock.last_ms():
+            metrics["comm/share"] = metrics["comm/wire_ms"] / step_ms
+        pl_module.log_dict(metrics, rank_zero_only=True)
+        if self._rows is not None:
+            self._rows.writerows(_rows(trainer.global_step, step))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the table, also after an error."""
+        if self._file is not None:
+            self._file.close()
+            self._file = self._rows = None
+
+    def summary(self) -> dict[str, Any]:
+        """See ``Measurement.summary``; totals are rank 0's, over the steps after warm-up."""
+        measured = self.clock.all_ms()[self.warmup_steps :]
+        if self._traffic is None or not measured:
+            return {}
+        wire_ms, sent = sum(self._collective_ms.values()), self._totals["gradients"]
+        fields: dict[str, Any] = {
+            "comm_time_ms_total": wire_ms,
+            "comm_ratio": wire_ms / sum(measured),
+            "comm_time_ms_by_op": dict(self._collective_ms),
+            "bytes_raw_total": round(self._totals["ideal"]),
+            "bytes_native_total": round(self._totals["native"]),
+            "bytes_compressed_total": round(sent),
+            "bytes_by_role": dict(self._role_bytes),
+            "bytes_parameters_total": round(self._totals["parameters"]),
+            "compression_ratio": self._totals["ideal"] / sent if sent else None,
+            "compress_time_ms": self._totals["encode"],
+            "decompress_time_ms": self._totals["decode"],
+            "index_bytes": self._role_bytes.get("indices", 0),
+            "effective_bandwidth": (sent + self._totals["parameters"]) / (wire_ms / 1e3) if wire_ms else None,
+            "monitor_ms_per_step": self._totals["monitor_ms"] / self.steps,
+            **{name: sum(values) / len(values) for name, values in self._samples.items()},
+        }
+        if self.nic_counter is not None:
+            fields["bytes_nic_total"] = self._nic_end - self._nic_start
+        return fields
+
+
+def _rows(step_number: int, step: StepTraffic) -> list[tuple[Any, ...]]:
+    """One row per unit, in ``_COLUMNS`` order."""
+    ms: dict[tuple[str, str], float] = defaultdict(float)
+    for (unit, phase, _), value in step.ms.items():
+        ms[unit, phase] += value
+    gradients, parameters = step.bytes_by("unit"), step.bytes_by("unit", gradients=False)
+    return [
+        (
+            step_number,
+            unit,
+            gradients.get(unit, 0),
+            round(step.ideal.get(unit, 0)),
+            parameters.get(unit, 0),
+            *(round(ms[unit, phase], 3) for phase in ("encode", "wire", "decode")),
+        )
+        for unit in sorted(gradients | parameters)
+    ]

@@ -1,0 +1,155 @@
+"""The base of every LightningModule here that trains a causal language model."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+
+from lightning_modules.perplexity import next_token_nll, perplexity
+from lightning_modules.randomness import run_seed, step_seed
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+class CausalLM(L.LightningModule):
+    """Loss, perplexity, optimizer and schedule of a Hugging Face causal language model.
+
+    Subclasses say where the model comes from (``build_model``). Dropout and every other draw of a training step follow
+    from (seed, micro-batches done, rank), so that an interrupted run continues bit for bit.
+
+    Args:
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled decay of matrices and embeddings; biases and norms have none.
+        beta1: AdamW's first decay rate.
+        beta2: AdamW's second decay rate.
+        lr_schedule: A schedule of ``transformers.get_scheduler`` ("cosine", "linear", "constant_with_warmup", …).
+        warmup_steps: Optimizer steps of linear warm-up.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        compile: Compile every transformer block with ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float = 6e-4,
+        weight_decay: float = 0.1,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        lr_schedule: str = "cosine",
+        warmup_steps: int = 100,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = (beta1, beta2)
+        self.lr_schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_blocks = compile
+        self.model: PreTrainedModel | None = None
+        self.val_nll = MeanMetric().set_dtype(torch.float64)  # float32 counts stop at 16.7 million tokens
+        self._decayed: set[str] = set()
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """Make the model, in float32, on CPU. Called once per process, with the Trainer attached."""
+
+    def configure_model(self) -> None:
+        """Build the model once, before the strategy wraps it."""
+        if self.model is not None:
+            return
+        self.model = self.build_model()
+        self._check_vocabulary()
+        # After sharding every parameter is a flat slice, so what is a matrix must be noted now.
+        self._decayed = {f"model.{name}" for name, p in self.model.named_parameters() if p.ndim >= 2}
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compile_blocks:
+            for block in self.model.modules():
+                if type(block).__name__ in (self.model._no_split_modules or ()):
+                    block.compile()
+
+    def _check_vocabulary(self) -> None:
+        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None) if self._trainer else None
+        rows = self.model.get_input_embeddings().num_embeddings
+        if tokenizer is not None and len(tokenizer) > rows:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: use the model's own "
+                "tokenizer (data.tokenizer), or train a model for this one"
+            )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean next-token loss of ``input_ids [B, T]`` against ``labels [B, T]``."""
+        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        nll, tokens = next_token_nll(logits, batch["labels"])
+        loss = nll / tokens.clamp_min(1)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accumulate the token-weighted loss."""
+        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        nll, tokens = next_token_nll(logits, batch["labels"])
+        self.val_nll.update(nll.double() / tokens.clamp_min(1), weight=tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss`` (nats per token, over all ranks) and ``val/ppl``."""
+        loss = self.val_nll.compute()
+        self.val_nll.reset()
+        self.log("val/loss", loss.float(), prog_bar=True, rank_zero_only=True)
+        self.log("val/ppl", perplexity(loss.item()), prog_bar=True, rank_zero_only=True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Derive this micro-batch's randomness, so that it does not depend on what ran before."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.started
+        torch.manual_seed(step_seed(run_seed(), done, self.global_rank))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with decoupled decay groups, and a schedule over the Trainer's whole run."""
+        decayed, plain = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (decayed if clean_name(name) in self._decayed else plain).append(parameter)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        # A grad scaler unscales before clipping, which fused AdamW would do itself: Lightning refuses the pair.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
+        scheduler = get_scheduler(
+            self.lr_schedule,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=self.trainer.estimated_stepping_batches,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def meta_model(self) -> nn.Module:
+        """The same architecture on the meta device: costs no memory; for counting FLOPs and for export."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.model.config)
+
+
+def load_pretrained(path: str) -> PreTrainedModel:
+    """Load a causal language model in float32 from a Hugging Face folder, or from the hub by name.
+
+    Raises:
+        ValueError: A local folder that holds no model.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json: give the folder that fit exported, or a hub name")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what FSDP, checkpointing and compile wrap around it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

@@ -1,0 +1,50 @@
+"""A trained model as a Hugging Face folder."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+
+def export(
+    folder: Path,
+    state_dict: dict[str, Tensor],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+) -> None:
+    """Write safetensors, configuration, tokenizer and model card; ``from_pretrained(folder)`` loads them.
+
+    The folder appears complete or not at all: it is written beside and renamed. An earlier export is replaced.
+
+    Args:
+        folder: Destination.
+        state_dict: Weights named as in the Hugging Face model.
+        config: The architecture.
+        tokenizer: Saved beside the weights, so that generation needs nothing else.
+        card: README.md of the folder.
+
+    Raises:
+        ValueError: ``state_dict`` lacks weights of the architecture, or has others.
+        OSError: The folder cannot be written; an earlier export is still there.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    _, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
+    model.tie_weights()
+    still_meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if still_meta or unexpected:
+        raise ValueError(f"weights do not fit the architecture: missing {still_meta}, unexpected {list(unexpected)}")
+    beside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    (beside / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""Pretraining of GPT-2, or any other causal architecture of transformers."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lightning_modules.causal_lm import CausalLM, load_pretrained
+
+_VOCAB_MULTIPLE = 64  # matrix products are faster when the vocabulary fills whole tiles
+_GPT2_62M = {"n_layer": 12, "n_embd": 512, "n_head": 8}
+
+
+class Pretraining(CausalLM):
+    """Trains a causal language model from random weights.
+
+    The vocabulary size follows the data's tokenizer, and the longest position the data's block size, unless ``config``
+    names them.
+
+    Args:
+        model_type: An architecture of ``transformers.AutoConfig``: "gpt2", "llama", "qwen2", …
+        config: Fields of its configuration; for GPT-2 the default is 12 layers of width 512, about 62 M parameters with
+            GPT-2's own vocabulary.
+        pretrained: Continue from this Hugging Face folder or hub name instead of random weights.
+        **kwargs: Optimizer and schedule, see ``CausalLM``.
+    """
+
+    def __init__(
+        self,
+        model_type: str = "gpt2",
+        config: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_type = model_type
+        self.config_fields = dict(config or (_GPT2_62M if model_type == "gpt2" else {}))
+        self.pretrained = pretrained
+
+    def build_model(self) -> PreTrainedModel:
+        """See ``CausalLM.build_model``; every rank draws the same weights, since all share one seed."""
+        if self.pretrained is not None:
+            return load_pretrained(self.pretrained)
+        return AutoModelForCausalLM.from_config(self.architecture())
+
+    def architecture(self) -> Any:
+        """The transformers configuration, completed from the data.
+
+        Raises:
+            ValueError: Unknown ``model_type``, a field it does not have, or positions shorter than the data's blocks.
+        """
+        fields = dict(self.config_fields)
+        data = self.trainer.datamodule
+        if data is not None:
+            fields.setdefault("vocab_size", -(-len(data.tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
+            fields.setdefault("max_position_embeddings", data.block_size)
+            for token in ("bos_token_id", "eos_token_id"):
+                fields.setdefault(token, getattr(data.tokenizer, token))
+        try:
+            config = AutoConfig.for_model(self.model_type)
+        except ValueError as error:
+            raise ValueError(f"model_type {self.model_type!r} is not an architecture of transformers") from error
+        unknown = [name for name in fields if not hasattr(config, name)]
+        if unknown:
+            raise ValueError(f"model.config has fields that {self.model_type!r} does not know: {', '.join(unknown)}")
+        config = AutoConfig.for_model(self.model_type, **fields)
+        if data is not None and config.max_position_embeddings < data.block_size:
+            raise ValueError(
+                f"data.block_size {data.block_size} exceeds the model's {config.max_position_embeddings} positions"
+            )
+        return config
