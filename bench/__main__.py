@@ -1,0 +1,104 @@
+"""`python -m bench COMMAND`: check the environment, emulate links, summarise traces, compare and publish records."""
+
+import json
+import sys
+from pathlib import Path
+
+from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
+from rich.console import Console
+
+from bench import compare as comparison
+from bench import figures, record, trace_summary
+from bench.tables import Table
+
+console = Console()
+
+
+class Parser(ArgumentParser):
+    """Parser in which a switch is `--markdown`, not `--markdown true`."""
+
+    def add_argument(self, *args, **kwargs):
+        """Add an argument; one of type bool becomes a pair of switches."""
+        if kwargs.get("type") is bool:
+            del kwargs["type"]
+            kwargs["action"] = ActionYesNo
+        return super().add_argument(*args, **kwargs)
+
+
+def _show(table: Table, markdown: bool, title: str | None = None) -> None:
+    if markdown:
+        print(table.markdown(), end="")
+    else:
+        console.print(table.terminal(title))
+
+
+def _read(path: Path) -> list[dict]:
+    records, skipped = record.read(path)
+    if skipped:
+        print(f"{path}: {skipped} broken line(s) skipped", file=sys.stderr)
+    return records
+
+
+def compare(results: Path, runs: str | None = None, fields: str | None = None, markdown: bool = False) -> None:
+    """Show run records side by side; what was not measured says "not recorded".
+
+    Args:
+        results: The results.jsonl file.
+        runs: Names of the runs to show, separated by commas; all without.
+        fields: Fields to show, separated by commas, dots reaching into blocks ("machine.cpu").
+        markdown: Print a Markdown table.
+    """
+    chosen = comparison.select(_read(results), runs.split(",") if runs else None)
+    _show(comparison.compare(chosen, fields.split(",") if fields else comparison.DEFAULT_FIELDS), markdown)
+
+
+def table(records: Path, into: Path | None = None, marker: str = "figures") -> None:
+    """Show the figures (measured against target) of a file, or write them into a document.
+
+    Args:
+        records: The .jsonl file with the figures.
+        into: Document whose text between `<!-- begin:MARKER -->` and `<!-- end:MARKER -->` is replaced.
+        marker: MARKER in that document.
+    """
+    text = figures.render_table(_read(records))
+    if into is None:
+        print(text, end="")
+    else:
+        figures.update_file(into, marker, text)
+
+
+def trace(traces: Path, markdown: bool = False, json: bool = False) -> None:
+    """Say where the step time went: compute, communication by operator, overlap, idle.
+
+    Args:
+        traces: A Chrome trace of torch.profiler (.json or .json.gz), or a folder of them, one a rank.
+        markdown: Print a Markdown table.
+        json: Print every step of every trace as JSON.
+    """
+    files = sorted([*traces.glob("*.json"), *traces.glob("*.json.gz")]) if traces.is_dir() else [traces]
+    if not files:
+        raise FileNotFoundError(f"no .json or .json.gz in {traces}")
+    summaries = {path.name: trace_summary.summarise(path) for path in files}
+    if json:
+        print(_to_json(summaries))
+    else:
+        _show(trace_summary.table(summaries).transposed(), markdown, "mean of the profiled steps")
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    commands = {"compare": compare, "table": table, "trace": trace}
+    try:
+        return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
