@@ -1,0 +1,98 @@
+"""Finished preparation stages on disk: written beside, renamed when complete, guarded by a lock."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+PARTIAL = ".partial"
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder for all prepared data: ``cache_dir``, else ``$PARE_CACHE``, else ``~/.cache/pare``."""
+    return Path(cache_dir or os.environ.get("PARE_CACHE") or "~/.cache/pare").expanduser().resolve() / "data"
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock between processes; the system frees it when its holder dies, however it dies.
+
+    ``lockf`` rather than ``flock`` or the filelock package: its lock belongs to this process alone, so a forked child
+    that outlives a killed parent does not keep it.
+
+    Yields:
+        True with the lock held; False only where ``wait`` is false and another process holds it.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if not wait:
+                yield False
+                return
+            rank_zero_info(f"Another process is preparing this data; waiting for it ({path})")
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield True
+
+
+@contextmanager
+def write_folder(final: Path) -> Iterator[Path]:
+    """A new folder that takes its final name only when the block ends without an error.
+
+    Yields:
+        The folder to write to. Files in it reach the disk before the folder is renamed, so that a finished name means
+        finished content even after a power cut.
+    """
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        partial.rename(final)
+        _sync(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_file(final: Path, text: str) -> None:
+    """Write a small file so that it is there completely or not at all."""
+    partial = final.with_name(final.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def remove_leftovers(ours: Path) -> None:
+    """Delete what dead preparations left half-written beside the folder ``ours``, whose lock the caller holds.
+
+    Living preparations hold their lock and keep theirs.
+    """
+    for partial in ours.parent.glob(f"*/*{PARTIAL}"):
+        # Our own are overwritten in due course; and to open our lock file again would, on closing it, free the lock.
+        if partial.parent == ours:
+            continue
+        with locked(lock_of(partial.parent), wait=False) as dead:
+            if dead:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock file that guards a cache folder."""
+    return folder.with_name(folder.name + ".lock")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,86 @@
+"""Save a Hub dataset as one JSON array of ``{"id", "title", "text"}`` records, to train on without a network.
+
+    python -m lightning_modules.data.export_hub --dataset wikimedia/wikipedia --config 20231101.en \
+        --output wikipedia_en.json --max_mb 500
+"""
+
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from lightning_modules.data.hub import hub_rows
+from lightning_modules.data.progress import stage
+from lightning_modules.data.readers import document_text
+
+_FIELDS = ("id", "title", "text")
+
+
+def export(dataset: str, output: Path, config: str | None = None, split: str = "train", max_mb: float = 500.0) -> int:
+    """Stream a Hub dataset into a JSON array. The file appears only when it is complete.
+
+    Args:
+        dataset: Name of the dataset, e.g. wikimedia/wikipedia.
+        output: File to write.
+        config: Configuration of the dataset, e.g. 20231101.en.
+        split: Split of the dataset.
+        max_mb: Stop after this many megabytes (1,000,000 bytes).
+
+    Returns:
+        Number of records written.
+
+    Raises:
+        FileNotFoundError: the dataset, or the folder to write to, is not there, or the Hub cannot be reached.
+        ValueError: ``max_mb`` is not positive, or the dataset has no text.
+    """
+    if max_mb <= 0:
+        raise ValueError(f"max_mb must be positive, got {max_mb}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output: no such folder: {output.parent}")
+    limit, size, records = int(max_mb * 1e6), 0, 0
+    partial = output.with_name(output.name + ".partial")
+    try:
+        with (
+            partial.open("w", encoding="utf-8") as file,
+            stage(f"Exporting {dataset}", limit, "bytes") as done,
+            closing(hub_rows(dataset, config, split)) as rows,
+        ):
+            for row in rows:
+                document_text(row, f"{dataset}, row {records + 1}")
+                line = json.dumps({field: row[field] for field in _FIELDS if field in row}, ensure_ascii=False)
+                size += len(line.encode("utf-8")) + 2
+                if size > limit and records:
+                    break
+                file.write(("[\n" if records == 0 else ",\n") + line)
+                records += 1
+                done(size)
+            file.write("\n]\n")
+        if records == 0:
+            raise ValueError(f"{dataset}: the split '{split}' has no rows")
+        partial.rename(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return records
+
+
+def main(dataset: str, output: Path, config: str | None = None, split: str = "train", max_mb: float = 500.0) -> None:
+    """Save a Hub dataset as one JSON array, to train on it where there is no network.
+
+    Args:
+        dataset: Name of the dataset, e.g. wikimedia/wikipedia.
+        output: File to write.
+        config: Configuration of the dataset, e.g. 20231101.en.
+        split: Split of the dataset.
+        max_mb: Stop after this many megabytes (1,000,000 bytes).
+    """
+    try:
+        records = export(dataset, output, config, split, max_mb)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{output}: {records:,} records")
+
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,77 @@
+"""Samplers whose order is a pure function of seed and position, already divided among the ranks.
+
+Both derive from ``DistributedSampler``, which is what they are; Lightning then leaves them alone whatever
+``Trainer(use_distributed_sampler=...)`` says, where it would divide any other sampler a second time.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+
+class ResumableSampler(DistributedSampler[int]):
+    """One endless global stream of samples that any number of ranks can read from any position.
+
+    The stream is all samples in the order of ``default_rng((seed, 0)).permutation(length)``, then all of them in the
+    order of ``(seed, 1)``, and so on. Rank r of W reads the positions ``start + r``, ``start + r + W``, ... Since the
+    position counts samples, a run that stops after any whole number of global batches can be continued with another
+    world size or batch size, and each pass still meets every sample exactly once.
+
+    Args:
+        length: Samples in the dataset.
+        num_replicas: Ranks that share the stream.
+        rank: This rank.
+        seed: Seed of the order.
+        position: Returns the global number of samples consumed so far; asked whenever iteration starts.
+
+    One iteration yields ``length // num_replicas`` samples (a Trainer's epoch). The samples that do not fill the last
+    global batch of a Trainer's epoch are not dropped: they come first in the next.
+    """
+
+    def __init__(
+        self, length: int, num_replicas: int, rank: int, seed: int, position: Callable[[], int] = lambda: 0
+    ) -> None:
+        super().__init__(range(length), num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
+        self.length, self.position = length, position
+
+    def __len__(self) -> int:
+        """Samples of this rank in one iteration."""
+        return self.length // self.num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield dataset indices from the present position on."""
+        start, drawn, order = self.position() + self.rank, -1, np.empty(0, np.int64)
+        for k in range(len(self)):
+            epoch, place = divmod(start + k * self.num_replicas, self.length)
+            if epoch != drawn:
+                drawn, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            yield int(order[place])
+
+
+class FixedOrderSampler(DistributedSampler[int]):
+    """Every sample once, in order, with the same number of samples on every rank.
+
+    Rank r of W reads ``r``, ``r + W``, ... Ranks that would come out short read ``PADDING`` instead of a real sample:
+    sharded models need every rank to run equally many batches, and a repeated sample would be counted twice.
+
+    Args:
+        length: Samples in the dataset.
+        num_replicas: Ranks that share them.
+        rank: This rank.
+    """
+
+    PADDING = -1
+
+    def __init__(self, length: int, num_replicas: int, rank: int) -> None:
+        super().__init__(range(length), num_replicas, rank, shuffle=False)
+        self.length = length
+
+    def __len__(self) -> int:
+        """Samples of this rank, padding included."""
+        return -(-self.length // self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield dataset indices, or ``PADDING``."""
+        for index in range(self.rank, len(self) * self.num_replicas, self.num_replicas):
+            yield index if index < self.length else self.PADDING
