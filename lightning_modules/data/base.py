@@ -1,15 +1,13 @@
 """What all text DataModules share: the prepared cache, the loaders, and the position in the sample order."""
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
@@ -19,23 +17,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_modules.data.cache import cache_root, lock_of, locked, remove_leftovers
+from lightning_modules.data.cache import cache_root, explain_unwritable, lock_of, locked, remove_leftovers
 from lightning_modules.data.loading import Blocks, ResumableLoader, as_is
 from lightning_modules.data.prepare import FORMAT, finished, open_blocks, prepare, summary
-from lightning_modules.data.sampler import FixedOrderSampler, ResumableSampler
+from lightning_modules.data.sampler import FixedOrderSampler, Position, ResumableSampler
 from lightning_modules.data.tokenizer import SMALLEST_VOCAB, Encoder, fingerprint, load_tokenizer
 from lightning_modules.randomness import run_seed
 
-_CANNOT_WRITE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-}
+
+class _Start(NamedTuple):
+    """Position when this process began or was resumed, and what Lightning's count of batches was then."""
+
+    seed: int
+    samples: int = 0
+    batches: int = 0
 
 
 class TextDataModule(L.LightningDataModule, ABC):
@@ -93,8 +88,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         self.block_size, self.batch_size, self.num_workers = block_size, batch_size, num_workers
         self._tokenizer_source, self._vocab_size = tokenizer, vocab_size
         self._cache_root, self._num_proc, self._limits = cache_root(cache_dir), num_proc, limits
-        self._at_load = {"samples": 0, "batches": 0}
-        self._seed: int | None = None
+        self._start = _Start(run_seed())
         self.tokenizer: PreTrainedTokenizerBase
         self.train: Dataset
         self.val: Dataset
@@ -123,20 +117,13 @@ class TextDataModule(L.LightningDataModule, ABC):
         folder = self._folder(self._key())
         if finished(folder):
             return
-        try:
+        with explain_unwritable(self._cache_root):
             folder.mkdir(parents=True, exist_ok=True)
             with locked(lock_of(folder)):
                 if not finished(folder):
                     folder.mkdir(exist_ok=True)
                     remove_leftovers(folder)
                     self._prepare(folder)
-        except OSError as error:
-            if self._is_about_cache(error):
-                raise ValueError(
-                    f"cache_dir: cannot write the prepared data below {self._cache_root} ({error.strerror or error}); "
-                    "make room, or set cache_dir or $PARE_CACHE to another folder"
-                ) from error
-            raise
 
     def _prepare(self, folder: Path) -> None:
         try:
@@ -145,11 +132,6 @@ class TextDataModule(L.LightningDataModule, ABC):
         except Exception:  # bad input or a full disk: going on would fail again, so give the space back
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-    def _is_about_cache(self, error: OSError) -> bool:
-        about = Path(os.fsdecode(error.filename)) if error.filename else self._cache_root
-        inside = about.is_relative_to(self._cache_root) or self._cache_root.is_relative_to(about)
-        return inside and error.errno in _CANNOT_WRITE
 
     def setup(self, stage: str) -> None:
         """Open the cache; reads no text.
@@ -171,8 +153,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         self.train = self._first(open_blocks(folder, "train"), self._limits["max_train_blocks"])
         self.val = self._first(open_blocks(folder, "val"), self._limits["max_val_blocks"])
         if self._batches_done() == 0:  # a fresh run (one that resumes is told its position after this)
-            self._at_load = {"samples": 0, "batches": 0}
-            self._seed = run_seed()
+            self._start = _Start(run_seed())
 
     def describe(self) -> dict[str, Any]:
         """The data in numbers, for records: documents, tokens and blocks of both splits, tokenizer, hash."""
@@ -219,7 +200,7 @@ class TextDataModule(L.LightningDataModule, ABC):
             ValueError: the training split does not fill one batch for every rank.
         """
         ranks = self._ranks()
-        sampler = ResumableSampler(len(self.train), **ranks, seed=self._order_seed(), position=self.samples_consumed)
+        sampler = ResumableSampler(len(self.train), **ranks, position=self.position)
         if len(sampler) < self.batch_size:
             raise ValueError(
                 f"train: {len(self.train)} blocks are fewer than one global batch (batch_size {self.batch_size} on "
@@ -252,23 +233,20 @@ class TextDataModule(L.LightningDataModule, ABC):
 
     # ---- the position -----------------------------------------------------------------------------------------
 
-    def samples_consumed(self) -> int:
-        """Blocks that all ranks together have trained on since the very first start of this run."""
-        batches = self._batches_done() - self._at_load["batches"]
-        return self._at_load["samples"] + batches * self.batch_size * self._ranks()["num_replicas"]
+    def position(self) -> Position:
+        """Seed of the sample order, and blocks that all ranks together have trained on since the run first started."""
+        batches = self._batches_done() - self._start.batches
+        samples = self._start.samples + batches * self.batch_size * self._ranks()["num_replicas"]
+        return Position(self._start.seed, samples)
 
     def _batches_done(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
 
-    def _order_seed(self) -> int:
-        return run_seed() if self._seed is None else self._seed
-
     def state_dict(self) -> dict[str, Any]:
         """Position in the sample order, and what it is a position in. Plain values only."""
         return {
-            "samples": self.samples_consumed(),
+            **self.position()._asdict(),
             "batches": self._batches_done(),
-            "seed": self._order_seed(),
             "block_size": self.block_size,
             "data": f"{len(self.train)} blocks of {self._hash}",
             "tokenizer": self._tokenizer_name,
@@ -301,5 +279,4 @@ class TextDataModule(L.LightningDataModule, ABC):
             )
         if state_dict["data"] != now["data"]:
             rank_zero_warn("The training data differ from the checkpoint's: samples already seen may come again.")
-        self._at_load = {"samples": state_dict["samples"], "batches": state_dict["batches"]}
-        self._seed = state_dict["seed"]
+        self._start = _Start(state_dict["seed"], state_dict["samples"], state_dict["batches"])

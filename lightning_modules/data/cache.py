@@ -1,5 +1,6 @@
 """Finished preparation stages on disk: written beside, renamed when complete, guarded by a lock."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -11,10 +12,29 @@ from lightning.pytorch.utilities import rank_zero_info
 
 PARTIAL = ".partial"
 
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}
+
 
 def cache_root(cache_dir: str | None) -> Path:
     """The folder for all prepared data: ``cache_dir``, else ``$PARE_CACHE``, else ``~/.cache/pare``."""
     return Path(cache_dir or os.environ.get("PARE_CACHE") or "~/.cache/pare").expanduser().resolve() / "data"
+
+
+@contextmanager
+def explain_unwritable(root: Path) -> Iterator[None]:
+    """Turn "no space left" and its kin, met while writing below ``root``, into a ValueError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        about = Path(os.fsdecode(error.filename)) if error.filename else root
+        ours = about.is_relative_to(root) or root.is_relative_to(about)
+        if not ours or error.errno not in _CANNOT_WRITE | _NO_FOLDER:
+            raise
+        raise ValueError(
+            f"cache_dir: cannot write the prepared data below {root} ({error.strerror or error}); make room, or set "
+            "cache_dir or $PARE_CACHE to another folder"
+        ) from error
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Batches from memory-mapped blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,14 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 
 class ResumableLoader(DataLoader):
-    """A loader that tells Lightning the truth: it can be resumed. The position itself is kept by the DataModule."""
+    """A loader that counts as resumable for Lightning, because the DataModule keeps its position."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Batches, from the position that holds when the first one is asked for.
+
+        Lightning may make iterators before it restores a checkpoint, and worker processes would start to read then.
+        """
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see ``TextDataModule.state_dict``."""

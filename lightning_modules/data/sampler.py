@@ -5,9 +5,19 @@ Both derive from ``DistributedSampler``, which is what they are; Lightning then 
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DistributedSampler
+
+
+class Position(NamedTuple):
+    """A place in the order of all samples."""
+
+    seed: int
+    """Seed of the order."""
+    samples: int = 0
+    """Samples that all ranks together have consumed."""
 
 
 class ResumableSampler(DistributedSampler[int]):
@@ -22,17 +32,15 @@ class ResumableSampler(DistributedSampler[int]):
         length: Samples in the dataset.
         num_replicas: Ranks that share the stream.
         rank: This rank.
-        seed: Seed of the order.
-        position: Returns the global number of samples consumed so far; asked whenever iteration starts.
+        position: Says where to start; asked whenever iteration starts, because a Trainer makes its loaders before it
+            has read the checkpoint to resume from.
 
     One iteration yields ``length // num_replicas`` samples (a Trainer's epoch). The samples that do not fill the last
     global batch of a Trainer's epoch are not dropped: they come first in the next.
     """
 
-    def __init__(
-        self, length: int, num_replicas: int, rank: int, seed: int, position: Callable[[], int] = lambda: 0
-    ) -> None:
-        super().__init__(range(length), num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
+    def __init__(self, length: int, num_replicas: int, rank: int, position: Callable[[], Position]) -> None:
+        super().__init__(range(length), num_replicas, rank, drop_last=True)
         self.length, self.position = length, position
 
     def __len__(self) -> int:
@@ -41,11 +49,12 @@ class ResumableSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yield dataset indices from the present position on."""
-        start, drawn, order = self.position() + self.rank, -1, np.empty(0, np.int64)
+        seed, start = self.position()
+        drawn, order = -1, np.empty(0, np.int64)
         for k in range(len(self)):
-            epoch, place = divmod(start + k * self.num_replicas, self.length)
+            epoch, place = divmod(start + self.rank + k * self.num_replicas, self.length)
             if epoch != drawn:
-                drawn, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                drawn, order = epoch, np.random.default_rng((seed, epoch)).permutation(self.length)
             yield int(order[place])
 
 
