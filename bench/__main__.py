@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bench import compare as comparison
 from bench import figures, record, trace_summary
+from bench import link as links
 from bench.tables import Table
 
 console = Console()
@@ -85,17 +86,43 @@ def trace(traces: Path, markdown: bool = False, json: bool = False) -> None:
         _show(trace_summary.table(summaries).transposed(), markdown, "mean of the profiled steps")
 
 
+def link(
+    rate: str = "1gbit",
+    hosts: int = 2,
+    delay: str | None = None,
+    report: Path | None = None,
+    command: list[str] | None = None,
+) -> int:
+    """Run a command as one rank on each of several emulated hosts: python -m bench link --rate 1gbit -- COMMAND ...
+
+    Needs root and iproute2. Ranks see the variables torchrun sets; so `trainer.num_nodes` is the number of hosts and
+    `trainer.devices` is 1. Lines of hosts other than 0 start with `[host i]`. Exits with the status of the first host
+    that failed.
+
+    Args:
+        rate: Rate of each host's cable in each direction: a number and kbit, mbit or gbit.
+        hosts: Number of hosts.
+        delay: One-way delay a host adds to what it sends, such as 1ms.
+        report: JSON file for the bytes each host sent and received.
+        command: The command as a JSON list; typing it after `--` is the same.
+    """
+    return links.run(command or [], rate, hosts, delay, report)
+
+
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
-    commands = {"compare": compare, "table": table, "trace": trace}
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--" in arguments:
+        split = arguments.index("--")
+        arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
+    commands = {"compare": compare, "table": table, "trace": trace, "link": link}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, links.LinkUnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
