@@ -8,6 +8,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 from rich.console import Console
 
 from bench import compare as comparison
+from bench import env as environment
 from bench import figures, record, trace_summary
 from bench import link as links
 from bench.tables import Table
@@ -109,6 +110,22 @@ def link(
     return links.run(command or [], rate, hosts, delay, report)
 
 
+def env(full: bool = False, json: bool = False) -> int:
+    """Check versions, machine, speed, and what really runs; the exit status is 1 when a requirement is missing.
+
+    Args:
+        full: Also try torch.compile on each device, which takes 10 s and more.
+        json: Print the report as JSON.
+    """
+    report = environment.check(full)
+    if json:
+        print(_to_json(report))
+    else:
+        for title, content in environment.tables(report).items():
+            console.print(content.terminal(title))
+    return 1 if report["missing"] else 0
+
+
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
@@ -119,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
-    commands = {"compare": compare, "table": table, "trace": trace, "link": link}
+    commands = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
     except (ValueError, OSError, links.LinkUnavailableError) as error:
