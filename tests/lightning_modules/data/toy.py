@@ -1,0 +1,82 @@
+"""A DataModule over made-up text, and a program that prepares it and can be held up or killed on the way."""
+
+import random
+import sys
+import time
+from pathlib import Path
+
+from lightning_modules.data import prepare
+from lightning_modules.data.base import TextDataModule
+
+WORDS = ["the", "one", "red", "blue", "old", "house", "river", "stone", "light", "word", "reads", "holds", "and", "but"]
+
+
+def sentences(seed: int, documents: int, words: int = 60) -> list[str]:
+    rng = random.Random(seed)
+    return [f"{i} " + " ".join(rng.choices(WORDS, k=words)) for i in range(documents)]
+
+
+class Toy(TextDataModule):
+    """Every tenth document validates. Notes in ``log`` (a file) each time the documents are read."""
+
+    name = "toy"
+
+    def __init__(self, documents: int = 200, log: str | None = None, **kwargs) -> None:
+        super().__init__(**{"block_size": 16, "batch_size": 4, "vocab_size": 300, **kwargs})
+        self.number, self.log = documents, log
+
+    def source_key(self):
+        return self.number
+
+    def documents(self):
+        if self.log:
+            with Path(self.log).open("a") as file:
+                file.write("read\n")
+        for i, text in enumerate(sentences(0, self.number)):
+            yield "train" if i % 10 else "val", text
+
+
+def hold(marker: Path, release: Path) -> None:
+    """Say "I am here" by a file, then wait for another file."""
+    marker.touch()
+    while not release.exists():
+        time.sleep(0.02)
+
+
+def main(cache: str, log: str, hold_at: str) -> None:
+    """Prepare, and stop at ``hold_at`` ("rows", "tokenizer", "blocks" or "nowhere") until ``cache/go`` exists."""
+    here, go = Path(cache) / "here", Path(cache) / "go"
+    data = Toy(cache_dir=cache, log=log, num_proc=1)
+    if hold_at == "rows":
+        original = data.documents
+
+        def held():
+            for i, document in enumerate(original()):
+                yield document
+                if i == 50:
+                    hold(here, go)
+
+        data.documents = held
+    elif hold_at == "tokenizer":
+        original = prepare.train_bpe
+
+        def train(texts, vocab_size):
+            hold(here, go)
+            return original(texts, vocab_size)
+
+        prepare.train_bpe = train
+    elif hold_at == "blocks":
+        original = prepare.pack_blocks
+
+        def pack(pieces, block_size):
+            hold(here, go)
+            return original(pieces, block_size)
+
+        prepare.pack_blocks = pack
+    data.prepare_data()
+    data.setup("fit")
+    print(data.describe()["blocks"]["train"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
