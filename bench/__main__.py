@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 from rich.console import Console
@@ -27,11 +28,11 @@ class Parser(ArgumentParser):
         return super().add_argument(*args, **kwargs)
 
 
-def _show(table: Table, markdown: bool, title: str | None = None) -> None:
+def _show(table: Table, markdown: bool) -> None:
     if markdown:
         print(table.markdown(), end="")
     else:
-        console.print(table.terminal(title))
+        console.print(table)
 
 
 def _read(path: Path) -> list[dict]:
@@ -80,11 +81,11 @@ def trace(traces: Path, markdown: bool = False, json: bool = False) -> None:
     files = sorted([*traces.glob("*.json"), *traces.glob("*.json.gz")]) if traces.is_dir() else [traces]
     if not files:
         raise FileNotFoundError(f"no .json or .json.gz in {traces}")
-    summaries = {path.name: trace_summary.summarise(path) for path in files}
+    summaries = [trace_summary.summarise(path) for path in files]
     if json:
         print(_to_json(summaries))
     else:
-        _show(trace_summary.table(summaries).transposed(), markdown, "mean of the profiled steps")
+        _show(trace_summary.table(*summaries), markdown)
 
 
 def link(
@@ -121,8 +122,7 @@ def env(full: bool = False, json: bool = False) -> int:
     if json:
         print(_to_json(report))
     else:
-        for title, content in environment.tables(report).items():
-            console.print(content.terminal(title))
+        console.print(*environment.tables(report), sep="\n")
     return 1 if report["missing"] else 0
 
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
-    commands = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
+    commands: dict[str, Any] = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
     except (ValueError, OSError, links.LinkUnavailableError) as error:

@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def attention() -> list[dict[str, str]]:
     for device in devices():
         for dtype in (torch.float32, torch.bfloat16):
             for name, backend in _ATTENTION.items():
-                result = _attempt(lambda d=device, t=dtype, b=backend: _attend(d, t, b))
+                result = _attempt(partial(_attend, device, dtype, backend))
                 rows.append({"device": str(device), "kernel": name, "dtype": str(dtype)[6:], "result": result})
     return rows
 
@@ -156,7 +157,7 @@ def compilers(full: bool) -> dict[str, str | None]:
     if full:
         for device in devices():
             begin = time.monotonic()
-            result = _attempt(lambda d=device: _compile(d))
+            result = _attempt(partial(_compile, device))
             seconds = f" ({time.monotonic() - begin:.0f} s)" if result == "ok" else ""
             found[f"compile {device}"] = result + seconds
     return found
@@ -193,10 +194,10 @@ def check(full: bool = False) -> dict[str, Any]:
     }
 
 
-def tables(report: Mapping[str, Any]) -> dict[str, Table]:
-    """The report of `check` as titled tables for people."""
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """The report of `check` for people."""
     facts = {key: "none" if value is None else value for key, value in report["machine"].items()}
-    facts["gpus"] = [f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in facts["gpus"]]
+    facts["gpus"] = [f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in report["machine"]["gpus"]]
     facts |= {"ram_available_gb": report["ram_available_gb"], "disk_free_gb": report["disk_free_gb"]}
     versions = {name: version or "not installed" for name, version in report["versions"].items()}
     runs = {f"backend {name}": "available" if ok else "not in this build" for name, ok in report["distributed"].items()}
@@ -206,13 +207,12 @@ def tables(report: Mapping[str, Any]) -> dict[str, Table]:
     for extra, names in report["missing_extras"].items():
         needs[f"optional: {extra}"] = f"missing {', '.join(names)}: pip install -e '.[{extra}]'"
     rates = [["unknown" if value is None else value for value in row.values()] for row in report["speeds"]]
-    speeds_table = Table(list(report["speeds"][0]), rates)
-    attention_table = Table(list(report["attention"][0]), [list(row.values()) for row in report["attention"]])
-    return {
-        "versions": Table(["package", "version"], list(versions.items())),
-        "requirements": Table(["requirement", "state"], list(needs.items())),
-        "machine": Table(["", "value"], list(facts.items())),
-        "measured speed": speeds_table.transposed(),
-        "attention kernels, really run": attention_table,
-        "runs here": Table(["", "state"], list(runs.items())),
-    }
+    kernels = [list(row.values()) for row in report["attention"]]
+    return [
+        Table(["package", "version"], list(versions.items()), "versions"),
+        Table(["requirement", "state"], list(needs.items()), "requirements"),
+        Table(["", "value"], list(facts.items()), "machine"),
+        Table(list(report["speeds"][0]), rates, "measured speed").transposed(),
+        Table(list(report["attention"][0]), kernels, "attention kernels, really run"),
+        Table(["", "state"], list(runs.items()), "runs here"),
+    ]

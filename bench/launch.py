@@ -72,15 +72,19 @@ def _say(text: str) -> None:
 
 def _start(host: Host, index: int) -> tuple[subprocess.Popen, threading.Thread | None]:
     """Start a host in its own session. Host 0 writes straight to this terminal, the others through a prefix."""
-    pipe = {} if index == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(
-        host.command, env={**os.environ, **host.environment}, stdin=subprocess.DEVNULL, start_new_session=True, **pipe
+        host.command,
+        env={**os.environ, **host.environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if index else None,
+        stderr=subprocess.STDOUT if index else None,
+        start_new_session=True,
     )
     if index == 0:
         return process, None
 
     def forward() -> None:
-        for line in process.stdout:
+        for line in process.stdout or ():
             sys.stdout.write(f"[host {index}] {line.decode(errors='replace').rstrip()}\n")
             sys.stdout.flush()
 
@@ -108,9 +112,9 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
     """Wait for all hosts, or for the first that fails; then stop the others. Returns the overall exit status."""
     while True:
         codes = [process.poll() for process in processes]
-        failed = next((i for i, code in enumerate(codes) if code), None)
-        if failed is not None:
-            status = _exit_status(codes[failed])
+        failures = [(i, _exit_status(code)) for i, code in enumerate(codes) if code]
+        if failures:
+            failed, status = failures[0]
             others = ", ".join(f"host {i}" for i, code in enumerate(codes) if code is None)
             _say(f"host {failed} failed with exit status {status}" + (f"; stopping {others}" if others else ""))
             _stop(processes, signal.SIGTERM)

@@ -35,10 +35,11 @@ def percent(share: float | None) -> str | None:
 
 @dataclass(frozen=True)
 class Table:
-    """Headers and rows of raw values; each row as long as the headers."""
+    """Headers and rows of raw values, each row as long as the headers. Rich prints it as it is."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    title: str | None = None
 
     def markdown(self) -> str:
         """GitHub table; pipes and line breaks inside cells are escaped."""
@@ -46,16 +47,15 @@ class Table:
         texts = [[cell(value).replace("|", "\\|").replace("\n", "<br>") for value in line] for line in lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in texts) + "\n"
 
-    def terminal(self, title: str | None = None) -> rich.table.Table:
-        """The same for rich's console."""
-        table = rich.table.Table(title=title)
+    def __rich__(self) -> rich.table.Table:
+        table = rich.table.Table(title=self.title)
         for header in self.headers:
-            table.add_column(header, overflow="fold")
+            table.add_column(rich.markup.escape(header), overflow="fold")
         for row in self.rows:
             table.add_row(*(rich.markup.escape(cell(value)) for value in row))
         return table
 
     def transposed(self) -> "Table":
-        """Rows become columns: readable when there are many fields and few records."""
+        """Rows become columns: readable when there are many quantities and few things to compare."""
         columns = list(zip(self.headers, *self.rows, strict=True))
-        return Table(columns[0], columns[1:])
+        return Table(columns[0], columns[1:], self.title)

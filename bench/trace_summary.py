@@ -5,6 +5,7 @@ The numbers come from the Chrome trace torch.profiler wrote for one rank; `bench
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,44 +66,38 @@ def summarise(path: str | os.PathLike) -> dict[str, Any]:
         path: Chrome trace written by torch.profiler, .json or .json.gz.
 
     Returns:
-        device ("cuda" or "cpu"); rank, world_size and backend (None when the trace does not say); steps, a list with
-        the profiler's step number and, in ms: step_ms, compute_ms, comm_ms (time with any communication under way),
+        trace (file name); device ("cuda" or "cpu"); rank, world_size and backend (None when the trace does not say);
+        and means over the profiled steps, in ms: step_ms, compute_ms, comm_ms (time with any communication under way),
         comm_ms_by_op (operators that run at once are each counted), backward_comm_ms and backward_comm_ms_by_op (the
         part asked for during backward), overlap_ms (communication and compute at once), idle_ms (neither); comm_ratio
-        of the step and overlap_ratio of the communication (None without any). mean: the same over all steps.
+        of the step and overlap_ratio of the communication (None without any). steps: the same for each step, with the
+        profiler's step number.
 
     Raises:
         ValueError: The file is not a profiler trace, or has no ProfilerStep# annotations.
     """
     timeline = read_timeline(path)
     steps = [{"step": n, **_step_summary(timeline, *window)} for n, window in timeline.steps.items()]
-    return {
-        "device": timeline.device,
-        "rank": timeline.distributed.get("rank"),
-        "world_size": timeline.distributed.get("world_size"),
-        "backend": timeline.distributed.get("backend"),
-        "steps": steps,
-        "mean": _mean(steps),
-    }
+    facts = {key: timeline.distributed.get(key) for key in ("rank", "world_size", "backend")}
+    return {"trace": Path(path).name, "device": timeline.device, **facts, **_mean(steps), "steps": steps}
 
 
-def table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Step means of several traces side by side, one row a trace.
+def table(*summaries: Mapping[str, Any]) -> Table:
+    """Means over the profiled steps of one or more traces, one column a trace.
 
     Args:
-        summaries: What `summarise` returned, by label (a file name, "2 ranks, rank 0").
+        summaries: What `summarise` returned.
     """
-    operators = sorted({name for s in summaries.values() for name in s["mean"]["comm_ms_by_op"]})
+    operators = sorted({name for summary in summaries for name in summary["comm_ms_by_op"]})
     headers = ["trace", "ranks", "rank", "steps", "step ms", "compute ms", "comm ms", "comm share"]
     headers += [f"{name} ms" for name in operators]
     headers += ["backward comm ms", "comm hidden by compute", "idle ms"]
     rows = []
-    for label, summary in summaries.items():
-        mean = summary["mean"]
-        row = [label, summary["world_size"], summary["rank"], len(summary["steps"])]
-        row += [mean["step_ms"], mean["compute_ms"], mean["comm_ms"], percent(mean["comm_ratio"])]
+    for summary in summaries:
+        row = [summary["trace"], summary["world_size"], summary["rank"], len(summary["steps"])]
+        row += [summary["step_ms"], summary["compute_ms"], summary["comm_ms"], percent(summary["comm_ratio"])]
         # An operator that a complete trace does not hold took no time: this 0 is measured.
-        row += [mean["comm_ms_by_op"].get(name, 0.0) for name in operators]
-        row += [mean["backward_comm_ms"], percent(mean["overlap_ratio"]), mean["idle_ms"]]
+        row += [summary["comm_ms_by_op"].get(name, 0.0) for name in operators]
+        row += [summary["backward_comm_ms"], percent(summary["overlap_ratio"]), summary["idle_ms"]]
         rows.append(row)
-    return Table(headers, rows)
+    return Table(headers, rows, "mean of the profiled steps").transposed()
