@@ -5,6 +5,7 @@ show what a class takes.
 """
 
 import logging
+import warnings
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -77,10 +78,19 @@ class PareCLI(LightningCLI):
         return {**LightningCLI.subcommands(), **own}
 
 
-def main() -> None:
-    """Run the command line."""
+def quiet() -> None:
+    """Hide third-party messages that no user can act on."""
     # "Try litlogger" is an advertisement that Lightning has no switch for.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    # torch warns about its own FSDP1 internals, and Lightning uses a name that torch has replaced.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends are registered)")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
+
+
+def main() -> None:
+    """Run the command line."""
+    quiet()
     PareCLI(
         trainer_class=PareTrainer,
         parser_class=Parser,

@@ -23,9 +23,9 @@ class GracefulStop(Callback):
     """On SIGINT or SIGTERM to any rank, all ranks save a checkpoint at the same step and exit with 128 + signal.
 
     The rank that got the signal announces a step in the process group's store, which the others look up after each
-    step: one small request, no collective, no device synchronisation. The announced step is far enough ahead that no rank can
-    have passed it: on CPU a rank is at most one step ahead, because collectives block the host; on CUDA the host runs
-    ahead by the launch queue, which holds fewer than 20 steps. A second signal stops at once.
+    step: one small request, no collective, no device synchronisation. The announced step is far enough ahead that no
+    rank can have passed it: on CPU a rank is at most one step ahead, because collectives block the host; on CUDA the
+    host runs ahead by the launch queue, which holds fewer than 20 steps. A second signal stops at once.
     """
 
     def __init__(self) -> None:

@@ -30,6 +30,11 @@ class RunRecord(Measurement):
         self.run_name = run_name
         self.record: dict[str, Any] | None = None
         self._losses: deque[Any] = deque(maxlen=_LOSS_WINDOW)
+        self._log_dir: str | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the log folder now: asking for it is a collective, and later only rank 0 wants it."""
+        self._log_dir = trainer.log_dir
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Remember the last losses; on the device, since reading each would make the host wait."""
@@ -84,18 +89,17 @@ class RunRecord(Measurement):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show the result once everything has been written."""
         if stage == "fit" and self.record is not None and trainer.is_global_zero:
-            Console().print(_table(self.record, _places(trainer, self.path)))
+            Console().print(_table(self.record, self._places(trainer)))
+
+    def _places(self, trainer: Trainer) -> dict[str, str]:
+        exports = [str(c.dirpath) for c in trainer.callbacks if isinstance(c, HFExport)]
+        return {"log": str(self._log_dir), "record": str(self.path), **({"model": exports[0]} if exports else {})}
 
 
 def _logger_name(trainer: Trainer) -> str:
     logger = trainer.logger
     version = getattr(logger, "version", None)
     return f"{logger.name}/{version}" if logger is not None and logger.name else "unnamed"
-
-
-def _places(trainer: Trainer, path: Path) -> dict[str, str]:
-    exports = [str(c.dirpath) for c in trainer.callbacks if isinstance(c, HFExport)]
-    return {"log": str(trainer.log_dir), "record": str(path), **({"model": exports[0]} if exports else {})}
 
 
 def _table(fields: dict[str, Any], places: dict[str, str]) -> Table:

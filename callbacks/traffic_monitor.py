@@ -18,9 +18,9 @@ class TrafficMonitor(Measurement):
     """Logs the bytes and times that the strategy's transport counted, on rank 0.
 
     Tags: ``comm/sent_mb`` and ``comm/parameters_mb`` (bytes that left the rank in a step), ``comm/ratio`` (ideal fp32
-    ring bytes over bytes sent for gradients), ``comm/encode_ms``, ``comm/wire_ms``, ``comm/decode_ms`` and ``comm/share``
-    (wire time, waiting for other ranks included, over step time). ``traffic.csv`` in the log folder has a row per unit
-    and step.
+    ring bytes over bytes sent for gradients), ``comm/encode_ms``, ``comm/wire_ms``, ``comm/decode_ms`` and
+    ``comm/share`` (wire time, waiting for other ranks included, over step time). ``traffic.csv`` in the log folder has
+    a row per unit and step.
 
     Args:
         warmup_steps: First optimizer steps left out of the record.
@@ -54,9 +54,10 @@ class TrafficMonitor(Measurement):
         """Find the strategy's counters."""
         counting = getattr(trainer.strategy, "compressor", None) is not None
         self._traffic = trainer.strategy.traffic if counting else None
-        if self._traffic is not None and trainer.is_global_zero and trainer.log_dir:
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            self._file = open(Path(trainer.log_dir) / "traffic.csv", "a", newline="")  # noqa: SIM115
+        folder = trainer.log_dir  # a collective: every rank must ask
+        if self._traffic is not None and trainer.is_global_zero and folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._file = open(Path(folder) / "traffic.csv", "a", newline="")  # noqa: SIM115
             self._rows = csv.writer(self._file)
             if self._file.tell() == 0:
                 self._rows.writerow(_COLUMNS)

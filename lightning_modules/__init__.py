@@ -1,6 +1,7 @@
 """The features: models, their training, and their data."""
 
-from lightning_modules.data import EmbeddedDocs, TextCorpus
+from lightning_modules.data.embedded import EmbeddedDocs
+from lightning_modules.data.text import TextCorpus
 from lightning_modules.pretraining import Pretraining
 
 __all__ = ["EmbeddedDocs", "Pretraining", "TextCorpus"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
@@ -56,6 +57,7 @@ class CausalLM(L.LightningModule):
         self.compile_blocks = compile
         self.model: PreTrainedModel | None = None
         self.val_nll = MeanMetric().set_dtype(torch.float64)  # float32 counts stop at 16.7 million tokens
+        self.parameter_count = 0
         self._decayed: set[str] = set()
 
     @abstractmethod
@@ -70,6 +72,8 @@ class CausalLM(L.LightningModule):
         self._check_vocabulary()
         # After sharding every parameter is a flat slice, so what is a matrix must be noted now.
         self._decayed = {f"model.{name}" for name, p in self.model.named_parameters() if p.ndim >= 2}
+        self.parameter_count = self.model.num_parameters()
+        rank_zero_info(f"{self.model.config.model_type}: {self.parameter_count / 1e6:.1f} M parameters")
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compile_blocks:
@@ -104,8 +108,9 @@ class CausalLM(L.LightningModule):
         """Log ``val/loss`` (nats per token, over all ranks) and ``val/ppl``."""
         loss = self.val_nll.compute()
         self.val_nll.reset()
-        self.log("val/loss", loss.float(), prog_bar=True, rank_zero_only=True)
-        self.log("val/ppl", perplexity(loss.item()), prog_bar=True, rank_zero_only=True)
+        # the same on all ranks already; sync_dist only tells Lightning so
+        self.log("val/loss", loss.float(), prog_bar=True, sync_dist=True)
+        self.log("val/ppl", perplexity(loss.item()), prog_bar=True, sync_dist=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Derive this micro-batch's randomness, so that it does not depend on what ran before."""

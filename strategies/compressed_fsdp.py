@@ -149,7 +149,8 @@ class CompressedFSDP(FSDPStrategy):
             raise FileNotFoundError(f"no checkpoint at {checkpoint_path}; see the run's checkpoints folder")
         try:
             with self._full_state_on_device():
-                return super().load_checkpoint(checkpoint_path, weights_only)
+                # a checkpoint is data: unless told otherwise, refuse one that carries code
+                return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
         except (RuntimeError, KeyError, dist.checkpoint.api.CheckpointException) as error:
             raise ValueError(
                 f"checkpoint {checkpoint_path} does not fit this model ({_first_line(error)}). Resume with the config "

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 
 def export(
@@ -30,6 +31,7 @@ def export(
         ValueError: ``state_dict`` lacks weights of the architecture, or has others.
         OSError: The folder cannot be written; an earlier export is still there.
     """
+    transformers_logging.disable_progress_bar()  # a bar for one file says nothing
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     _, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
