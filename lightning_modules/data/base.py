@@ -240,7 +240,9 @@ class TextDataModule(L.LightningDataModule, ABC):
         return Position(self._start.seed, samples)
 
     def _batches_done(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the sample order, and what it is a position in. Plain values only."""

@@ -67,8 +67,9 @@ def parse_folders(folders: Sequence[Path], processes: int) -> Iterator[list[str]
         # Runs before the children are waited for, so that a reader that stops early does not wait for the whole parse.
         for child in children:
             stack.callback(child.kill)
+        outputs = [child.stdout for child in children if child.stdout]
         for k, _ in enumerate(source_files(folders)):
-            line = children[k % processes].stdout.readline()
+            line = outputs[k % processes].readline()
             if not line:
                 raise RuntimeError(f"parsing {', '.join(map(str, folders))} ended early at file {k}")
             yield json.loads(line)

@@ -83,4 +83,4 @@ def main(dataset: str, output: Path, config: str | None = None, split: str = "tr
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

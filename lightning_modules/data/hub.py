@@ -1,15 +1,15 @@
 """Stream datasets of the Hugging Face Hub. Contacted only for a dataset that the user names."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
-from datasets import load_dataset
+from datasets import disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from lightning_modules.data.readers import document_text
 
 
-def hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+def hub_rows(name: str, config: str | None, split: str) -> Generator[dict[str, Any]]:
     """Rows of a Hub dataset as they arrive, without a copy of the dataset on this machine.
 
     Args:
@@ -22,6 +22,7 @@ def hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, An
         ValueError: no such configuration or split.
     """
     what = f"Hub dataset '{name}' (config {config}, split {split})"
+    disable_progress_bars()  # ours are shown instead
     try:
         yield from load_dataset(name, config, split=split, streaming=True)
     except DatasetNotFoundError as error:

@@ -44,7 +44,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
 class ResumableLoader(DataLoader):
     """A loader that counts as resumable for Lightning, because the DataModule keeps its position."""
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
         """Batches, from the position that holds when the first one is asked for.
 
         Lightning may make iterators before it restores a checkpoint, and worker processes would start to read then.

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -201,12 +201,13 @@ def _write_blocks(final: Path, rows: Path, split: str, encoder: Encoder, block_s
 
 def _encode(chunks: Iterable[list[str]], encoder: Encoder, threads: int) -> Iterator[tuple[int, NDArray[np.int32]]]:
     """Number of documents and token ids of each chunk, in order, a few chunks ahead of the reader."""
-    waiting = deque()
+    waiting: deque[tuple[int, Future[NDArray[np.int32]]]] = deque()
     with single_threaded(), ThreadPoolExecutor(threads) as pool:
         for chunk in chunks:
             waiting.append((len(chunk), pool.submit(encoder, chunk)))
             if len(waiting) > threads:
                 count, ids = waiting.popleft()
                 yield count, ids.result()
-        for count, ids in waiting:
+        while waiting:
+            count, ids = waiting.popleft()
             yield count, ids.result()

@@ -31,9 +31,16 @@ def stage(title: str, total: int, unit: str = "") -> Iterator[Callable[[int], No
     started = time.monotonic()
     amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    console = Console(stderr=True, quiet=not interactive())
-    with Progress(*columns, console=console, transient=True) as bar:
+    shown = 0
+
+    def show(done: int) -> None:
+        nonlocal shown
+        if done - shown >= total / 500:  # a call for every small document would cost more than the document
+            shown = done
+            bar.update(task, completed=done)
+
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not interactive()) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        yield show
     size = f"{total / 1e6:.1f} MB" if unit == "bytes" else f"{total:,} {unit}".strip()
     rank_zero_info(f"{title}: {size} in {time.monotonic() - started:.1f} s")

@@ -40,7 +40,7 @@ class ResumableSampler(DistributedSampler[int]):
     """
 
     def __init__(self, length: int, num_replicas: int, rank: int, position: Callable[[], Position]) -> None:
-        super().__init__(range(length), num_replicas, rank, drop_last=True)
+        super().__init__(range(length), num_replicas, rank, drop_last=True)  # type: ignore[arg-type]
         self.length, self.position = length, position
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class FixedOrderSampler(DistributedSampler[int]):
     PADDING = -1
 
     def __init__(self, length: int, num_replicas: int, rank: int) -> None:
-        super().__init__(range(length), num_replicas, rank, shuffle=False)
+        super().__init__(range(length), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
         self.length = length
 
     def __len__(self) -> int:

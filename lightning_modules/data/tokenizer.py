@@ -74,11 +74,11 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE, the kind GPT-2 uses. The same texts in the same order give the same tokenizer.
 
     Args:
-        texts: Documents to learn from.
+        texts: Documents to learn from, or batches of documents.
         vocab_size: Upper limit of the vocabulary; a small corpus can yield fewer tokens.
 
     Returns:

@@ -1,0 +1,146 @@
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from lightning_modules.data import hub
+from lightning_modules.data.text import TextCorpus
+from tests.lightning_modules.data.toy import sentences
+
+BOOKS = Path(__file__).parents[3] / "../shared/data/books/valid.json"
+
+
+def write(path, texts):
+    path.write_text(json.dumps([{"id": str(i), "text": text} for i, text in enumerate(texts)]))
+    return str(path)
+
+
+def corpus(tmp_path, train, **kwargs):
+    return TextCorpus(train, **{"cache_dir": str(tmp_path / "cache"), "block_size": 16, "vocab_size": 300, **kwargs})
+
+
+def ready(data):
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_one_file_is_divided_by_the_text_of_its_documents(tmp_path):
+    texts = sentences(0, 200)
+    data = corpus(tmp_path, write(tmp_path / "a.json", [*texts, *texts[:50]]), val_percent=20)
+    split = {"train": [], "val": []}
+    for name, text in data.documents():
+        split[name].append(text)
+    assert not set(split["train"]) & set(split["val"])
+    assert sorted(split["train"] + split["val"]) == sorted(texts + texts[:50])
+    assert 20 < len(split["val"]) < 90
+    assert ready(data).describe()["documents"] == {name: len(texts) for name, texts in split.items()}
+
+
+def test_two_files(tmp_path):
+    train, val = write(tmp_path / "a.json", sentences(0, 50)), tmp_path / "b.txt"
+    val.write_text("\n".join(sentences(1, 5)))
+    data = ready(corpus(tmp_path, train, val=str(val)))
+    assert data.describe()["documents"] == {"val": 1, "train": 50}
+    assert data.name == "a.json"
+
+
+def test_same_file_for_both_splits_is_refused(tmp_path):
+    file = write(tmp_path / "a.json", sentences(0, 50))
+    with pytest.raises(ValueError, match="train: the corpus has no document that is not also validation text"):
+        corpus(tmp_path, file, val=file).prepare_data()
+
+
+def test_edited_file_is_prepared_again(tmp_path):
+    file = tmp_path / "a.json"
+    write(file, sentences(0, 100))
+    first = ready(corpus(tmp_path, str(file))).describe()
+    write(file, sentences(0, 120))
+    second = ready(corpus(tmp_path, str(file))).describe()
+    assert sum(second["documents"].values()) == 120
+    assert second["hash"] != first["hash"]
+
+
+def test_touched_file_and_other_split_make_another_key(tmp_path):
+    import os
+
+    file = write(tmp_path / "a.json", sentences(0, 100))
+    key = corpus(tmp_path, file).source_key()
+    assert corpus(tmp_path, file).source_key() == key
+    assert corpus(tmp_path, file, val_percent=6).source_key() != key
+    os.utime(file, ns=(0, 1))
+    assert corpus(tmp_path, file).source_key() != key
+
+
+def test_bad_record_is_named_and_nothing_is_left(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([*({"text": text} for text in sentences(0, 50)), {"txt": "?"}]))
+    with pytest.raises(ValueError, match=r"a\.json: record 51 has no field 'text' \(its fields: txt\)"):
+        corpus(tmp_path, str(file)).prepare_data()
+    assert not [path for path in (tmp_path / "cache" / "data").iterdir() if path.is_dir()]
+
+
+def test_empty_documents_are_passed_over(tmp_path):
+    data = corpus(tmp_path, write(tmp_path / "a.json", ["", " \n", *sentences(0, 100)]))
+    assert len(list(data.documents())) == 100
+
+
+@pytest.mark.parametrize("field", ["train", "val"])
+@pytest.mark.parametrize("source", ["nowhere.json", "./nowhere", "/nowhere/at/all"])
+def test_missing_source_is_named_at_once(tmp_path, field, source):
+    sources = {"train": write(tmp_path / "a.json", sentences(0, 9)), field: source}
+    with pytest.raises(FileNotFoundError, match=f"{field}: no such file or folder: {source}"):
+        corpus(tmp_path, **sources)
+
+
+def test_val_percent_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="val_percent must be between 0 and 100"):
+        corpus(tmp_path, write(tmp_path / "a.json", ["x"]), val_percent=0)
+
+
+def test_hub_dataset_without_a_network(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing'.*cannot be reached.*export_hub makes a file"):
+        corpus(tmp_path, "nobody/nothing").prepare_data()
+
+
+def test_hub_dataset(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
+        return Dataset.from_dict({"title": ["T"] * 60, "text": sentences(len(split), 60)})
+
+    monkeypatch.setattr(hub, "load_dataset", load_dataset)
+    data = ready(corpus(tmp_path, "some/dataset", hub_config="en", val_split="test"))
+    assert asked == [("some/dataset", "en", "test", True), ("some/dataset", "en", "train", True)]
+    assert data.describe()["documents"] == {"val": 60, "train": 60}
+    assert data.tokenizer.decode(data.train[0]["input_ids"]).startswith("T\n")
+    assert data.name == "some--dataset"
+
+
+def test_hub_dataset_problems_are_explained(tmp_path, monkeypatch):
+    def fails(error):
+        def load_dataset(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(hub, "load_dataset", load_dataset)
+        return corpus(tmp_path, "some/dataset", val_split="test")
+
+    with pytest.raises(FileNotFoundError, match="no such file or folder here, and no such dataset on the Hub"):
+        fails(DatasetNotFoundError("?")).prepare_data()
+    with pytest.raises(ValueError, match=r"'some/dataset' \(config None, split test\): Unknown split"):
+        fails(ValueError("Unknown split")).prepare_data()
+    monkeypatch.setattr(hub, "load_dataset", lambda *args, **kwargs: [{"content": "no text"}])
+    with pytest.raises(ValueError, match=r"val: some/dataset, row 1 has no field 'text' \(its fields: content\)"):
+        corpus(tmp_path, "some/dataset", val_split="test").prepare_data()
+
+
+@pytest.mark.skipif(not BOOKS.is_file(), reason="the books are not there (../shared)")
+def test_a_real_book(tmp_path):
+    data = ready(corpus(tmp_path, str(BOOKS), vocab_size=1024, block_size=128))
+    described = data.describe()
+    assert sum(described["documents"].values()) == 65
+    assert sum(described["tokens"].values()) > 200_000
+    assert "the" in data.tokenizer.decode(data.train[0]["input_ids"])
