@@ -5,6 +5,7 @@ show what a class takes.
 """
 
 import logging
+import time
 import warnings
 from pathlib import Path
 
@@ -21,8 +22,10 @@ class PareTrainer(Trainer):
 
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Tokenise and pack the data into its cache, without training; later starts find it there."""
+        started = time.monotonic()
         datamodule.prepare_data()
         datamodule.setup("fit")
+        print(f"data ready in {time.monotonic() - started:.2f} s")
         print("\n".join(f"{name}: {value}" for name, value in datamodule.describe().items()))
 
     def generate(

@@ -1,7 +1,9 @@
-"""`python -m bench COMMAND`: check the environment, emulate links, summarise traces, compare and publish records."""
+"""`python -m bench COMMAND`: check the environment, emulate links, run experiments, publish records."""
 
+import importlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from bench import compare as comparison
 from bench import env as environment
-from bench import figures, record, trace_summary
+from bench import experiments, figures, record, trace_summary
 from bench import link as links
 from bench.tables import Table
 
@@ -126,6 +128,22 @@ def env(full: bool = False, json: bool = False) -> int:
     return 1 if report["missing"] else 0
 
 
+def experiment(name: str, records: Path = Path("bench/results/pretraining.jsonl"), folder: Path | None = None) -> None:
+    """Run one experiment and append its figures to a records' file.
+
+    Args:
+        name: Name of a file in bench/experiments.
+        records: Where the figures go; `python -m bench table` shows them.
+        folder: Working folder of the runs; by default a temporary one that is removed.
+    """
+    if name not in experiments.names():
+        raise ValueError(f"no experiment {name!r}; there are: {', '.join(experiments.names())}")
+    module = importlib.import_module(f"bench.experiments.{name}")
+    with tempfile.TemporaryDirectory() as temporary:
+        module.run(records.resolve(), (folder or Path(temporary)).resolve())
+    table(records)
+
+
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
@@ -137,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
     commands: dict[str, Any] = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
+    commands["experiment"] = experiment
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
     except (ValueError, OSError, links.LinkUnavailableError) as error:

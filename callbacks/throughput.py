@@ -4,10 +4,11 @@ import resource
 from typing import Any
 
 import torch
-from bench.timing import percentiles
-from lightning.fabric.utilities.throughput import get_available_flops, measure_flops
+from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch import LightningModule, Trainer
 
+from bench.peaks import peak_flops
+from bench.timing import percentiles
 from callbacks.measurement import Measurement, StepClock, completes_step
 
 
@@ -36,8 +37,7 @@ class Throughput(Measurement):
 
     def _peak(self, trainer: Trainer) -> float | None:
         dtype = torch.bfloat16 if "16" in str(trainer.precision) else torch.float32
-        device = trainer.strategy.root_device
-        return get_available_flops(device, dtype) if device.type == "cuda" else None
+        return peak_flops(trainer.strategy.root_device, dtype)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""

@@ -84,7 +84,7 @@ def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
             buffer[:, end : end + -row.shape[1] % _ALIGNMENT].zero_()  # never send uninitialised memory
     received = torch.empty_like(buffer)
     with unit.traffic.timed(unit.name, "wire", device, "all_to_all"):
-        dist.all_to_all_single(received, buffer, group=unit.group)
+        _exchange(received, buffer, unit.group)
     unit.traffic.called(unit.name, "all_to_all")
     for role, row in rows.items():
         padded = -(-row.shape[1] // _ALIGNMENT) * _ALIGNMENT
@@ -93,6 +93,24 @@ def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
         role: _like(payload[role], received[:, starts[role] : starts[role] + row.shape[1]])
         for role, row in rows.items()
     }
+
+
+def _exchange(received: Tensor, buffer: Tensor, group: dist.ProcessGroup) -> None:
+    """Row r of ``buffer`` to rank r; row r of ``received`` from rank r.
+
+    gloo's own all-to-all sends before it says that it is ready to receive, so the two directions of a link take turns.
+    Posting the receives first uses both at once: half the time on a full-duplex link (measured).
+    """
+    if dist.get_backend(group) != "gloo":
+        dist.all_to_all_single(received, buffer, group=group)
+        return
+    own = dist.get_rank(group)
+    received[own].copy_(buffer[own])
+    peers = [(rank, dist.get_global_rank(group, rank)) for rank in range(len(buffer)) if rank != own]
+    receives = [dist.P2POp(dist.irecv, received[rank], peer, group) for rank, peer in peers]
+    sends = [dist.P2POp(dist.isend, buffer[rank], peer, group) for rank, peer in peers]
+    for work in dist.batch_isend_irecv(receives + sends):
+        work.wait()
 
 
 def _like(sent: Tensor, received: Tensor) -> Tensor:

@@ -47,13 +47,13 @@ def _reduce(compressor, size: int, edit=None):
         edit(rank, grad)
     unit, output = _unit(size * n), torch.full((size,), torch.nan)
     passed = []
-    real = dist.all_to_all_single
+    real = dist.batch_isend_irecv
 
-    def counting(received, sent, **kwargs):
-        passed.append(sent.nbytes * (n - 1) // n)
-        return real(received, sent, **kwargs)
+    def counting(operations):
+        passed.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return real(operations)
 
-    with mock.patch.object(dist, "all_to_all_single", counting):
+    with mock.patch.object(dist, "batch_isend_irecv", counting):
         compressor.reduce_scatter(grad, output, unit)
     return output, unit.traffic.take().gradient_bytes(), sum(passed)
 

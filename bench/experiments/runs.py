@@ -1,0 +1,93 @@
+"""Running `main.py` for an experiment and reading what it left behind."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import record
+
+ROOT = Path(__file__).parents[2]
+BOOKS = ROOT.parent / "shared/data/books"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished `fit`.
+
+    Attributes:
+        record: Its line of results.jsonl.
+        losses: Training loss by optimizer step, exactly as logged.
+        wall_s: Seconds from the command's start to its end.
+    """
+
+    record: dict[str, Any]
+    losses: dict[int, float]
+    wall_s: float
+
+
+def main_py(*arguments: str) -> list[str]:
+    """The command line that starts Pare from any folder."""
+    return [sys.executable, str(ROOT / "main.py"), *arguments]
+
+
+def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = ()) -> Run:
+    """Run `main.py fit` in a folder of its own, so that its logs and records are separate.
+
+    Args:
+        folder: Working folder; made when missing. A log of the output is kept in it.
+        config: Path of the configuration, relative to the repository.
+        overrides: Further arguments.
+        prefix: What the command is started with, such as a link emulator.
+
+    Raises:
+        RuntimeError: The run failed; the message ends with its last output.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*prefix, *main_py("fit", "--config", str(ROOT / config), *overrides)]
+    started = time.monotonic()
+    with open(folder / "output.log", "w") as log:
+        environment = {**os.environ, "CI": "true", "PYTHONPATH": str(ROOT)}
+        code = subprocess.call(
+            command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+    wall = time.monotonic() - started
+    if code:
+        tail = (folder / "output.log").read_text()[-2000:]
+        raise RuntimeError(f"exit status {code} of {' '.join(command)}\n{tail}")
+    records, _ = record.read(next(folder.glob("runs/*.jsonl")))
+    return Run(records[-1], losses(folder), wall)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by optimizer step from the CSV logs below a folder; later files continue earlier ones."""
+    found: dict[int, float] = {}
+    logs = sorted(folder.glob("runs/*/csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
+    for log in logs:
+        with open(log, newline="") as file:
+            found |= {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+    return found
+
+
+def say(text: str) -> None:
+    """Progress of a long experiment, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def books(*, tokenizer_vocab: int = 4096) -> list[str]:
+    """Arguments that train on the books corpus.
+
+    Raises:
+        FileNotFoundError: The corpus is not beside this checkout.
+    """
+    if not (BOOKS / "train.json").is_file():
+        raise FileNotFoundError(f"no books corpus at {BOOKS}: give any JSON arrays there as train.json and valid.json")
+    return [
+        *("--data", "TextCorpus", "--data.train", str(BOOKS / "train.json"), "--data.val", str(BOOKS / "valid.json")),
+        *("--data.vocab_size", str(tokenizer_vocab)),
+    ]
