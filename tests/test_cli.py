@@ -1,0 +1,193 @@
+"""The command line as a user types it. Commands that only parse run in this process, training in its own."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+import main
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# A model and corpus so small that starting Python is most of the time.
+TINY = [
+    *("--config", str(ROOT / "configs/pretraining/gpt2_tiny.yaml")),
+    *("--model.config", "{n_layer: 2, n_embd: 32, n_head: 2}", "--data.sources", "[topics]", "--data.vocab_size", "300"),
+    *("--data.block_size", "16", "--data.batch_size", "2", "--data.max_val_blocks", "9"),
+    *("--model.warmup_steps", "3", "--trainer.val_check_interval", "6"),
+]
+
+
+def _parse(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command that only parses."""
+    with mock.patch.object(sys, "argv", ["main.py", *arguments]), pytest.raises(SystemExit) as stop:
+        main.PareCLI(
+            trainer_class=main.PareTrainer,
+            parser_class=main.Parser,
+            auto_configure_optimizers=False,
+            seed_everything_default=1234,
+        )
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT / "configs").as_posix())
+def test_every_configuration_is_accepted(path, capsys):
+    code, out, err = _parse(capsys, "fit", "--config", str(path), "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["model"]["class_path"].endswith("Pretraining")
+
+
+def test_a_compressor_is_one_short_argument(capsys):
+    code, out, _ = _parse(capsys, "fit", *TINY, "--trainer.strategy.compressor", "BF16", "--print_config")
+    assert code == 0
+    compressor = yaml.safe_load(out)["trainer"]["strategy"]["init_args"]["compressor"]
+    assert compressor["class_path"].endswith("BF16")
+
+
+def test_a_misspelt_compressor_lists_the_known_ones(capsys):
+    code, _, err = _parse(capsys, "fit", *TINY, "--trainer.strategy.compressor", "Int9")
+    assert code != 0
+    assert "BF16, FP16, Int8, NoCompression, NoCompressionA2A" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--trainer.strategy.compressor", "Int8", "--trainer.strategy.compressor.block_sise", "3"], "block_sise"),
+        (["--trainer.strategy.sharding_strategy", "HYBRID_SHARD"], "sharding_strategy"),
+        (["--data.block_size", "many"], "block_size"),
+        (["--trainer.callbacks", "[Thruput]"], "Thruput"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments, names, capsys):
+    code, _, err = _parse(capsys, "fit", *TINY, *arguments)
+    assert code != 0 and names in err
+
+
+def _start(folder: Path, *arguments: str, command: str = "fit") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), command, *TINY, *arguments],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "CI": "true", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def _run(folder: Path, *arguments: str, command: str = "fit", expect: int | None = 0) -> str:
+    process = _start(folder, *arguments, command=command)
+    output, _ = process.communicate(timeout=240)
+    assert expect is None or process.returncode == expect, output
+    return output
+
+
+def _losses(folder: Path) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for log in sorted(folder.glob("runs/gpt2_tiny/csv/version_*/metrics.csv")):
+        with open(log, newline="") as file:
+            found |= {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """One run to the end: accumulation 2, dropout on, a Hugging Face folder exported."""
+    folder = tmp_path_factory.mktemp("trained")
+    export = ["--trainer.callbacks+=HFExport", "--trainer.callbacks.dirpath", "runs/model"]
+    (folder / "output.txt").write_text(_run(folder, *LONG, *export))
+    return folder
+
+
+LONG = ["--trainer.max_steps", "12", "--trainer.accumulate_grad_batches", "2", "--trainer.strategy.compressor", "Int8"]
+
+
+def test_fit_leaves_a_record_with_every_required_field(trained):
+    line = (trained / "runs/results.jsonl").read_text()
+    fields = json.loads(line)
+    assert fields["compress_method"] == "int8" and fields["world_size"] == 2 and fields["steps"] == 12
+    assert fields["steps_measured"] == 7
+    assert fields["val_ppl"] == pytest.approx(2.718281828 ** fields["val_loss"], rel=1e-4)
+    assert 3.5 < fields["compression_ratio"] < 4
+    assert fields["comm_time_ms_by_op"].keys() == {"all_gather", "all_to_all"}
+    assert 0 < fields["grad_rel_error"] < 0.02 and fields["grad_cos_sim"] > 0.999
+    assert fields["nan_steps"] == 0
+    assert yaml.safe_load(fields["config"])["seed_everything"] == 1234
+
+
+def test_fit_ends_with_a_table_and_stays_quiet_in_ci(trained):
+    output = (trained / "output.txt").read_text()
+    assert "validation perplexity" in output and "runs/model" in output
+    assert "Warning" not in output and "litlogger" not in output and "s/step" not in output
+
+
+def test_traffic_table_has_a_row_per_unit_and_step(trained):
+    with open(next(trained.glob("runs/gpt2_tiny/version_0/traffic.csv")), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["unit"] for row in rows} == {"root", "model.transformer.h.0", "model.transformer.h.1"}
+    assert len(rows) == 3 * 12
+    assert all(int(row["sent_bytes"]) * 3.5 < int(row["ideal_bytes"]) for row in rows)
+
+
+def test_exported_model_loads_and_scores_as_recorded(trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(trained / "runs/model")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "runs/model")
+    assert len(tokenizer) <= model.config.vocab_size
+    assert "int8" in (trained / "runs/model/README.md").read_text()
+    output = _run(trained, "--model.pretrained", "runs/model", "--trainer.devices", "1", command="validate")
+    recorded = json.loads((trained / "runs/results.jsonl").read_text())["val_loss"]
+    printed = float(re.search(r"val/loss\W+([\d.]+)", output)[1])
+    assert printed == pytest.approx(recorded, rel=1e-5)  # one rank, other batches, same tokens
+
+
+def test_generate_streams_a_continuation(trained):
+    options = ["--model_dir", "runs/model", "--prompt", "The", "--max_new_tokens", "5", "--temperature", "0"]
+    assert _run(trained, *options, command="generate").strip()
+
+
+def test_interrupted_run_resumes_bit_for_bit(trained, tmp_path):
+    process = _start(tmp_path, *LONG)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(_losses(tmp_path)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "continue with --ckpt_path" in output
+    before = len(_losses(tmp_path))
+    assert 4 <= before < 12
+    _run(tmp_path, *LONG, "--ckpt_path", "last")
+    assert _losses(tmp_path) == _losses(trained)
+
+
+def test_checkpoint_of_another_model_or_tokenizer_is_refused(trained):
+    last = str(trained / "runs/gpt2_tiny/checkpoints/last.ckpt")
+    other = _run(trained, "--model.config", "{n_layer: 2, n_embd: 64, n_head: 2}", "--ckpt_path", last, expect=1)
+    assert "does not fit this model" in other
+
+
+def test_killed_rank_ends_the_run_with_a_message(tmp_path):
+    process = _start(tmp_path, "--trainer.max_steps", "100000")
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(_losses(tmp_path)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
+    os.kill(int(child), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another rank has died" in output or "terminated with code" in output
