@@ -8,6 +8,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -54,7 +55,7 @@ class PareTrainer(Trainer):
         if folder is None:
             raise ValueError("nothing to load: give --model_dir, or a config with an HFExport callback")
         chat = generation.load(folder if model_dir else str(Path(folder).resolve()))
-        options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         if prompt is None:
             generation.repl(*chat, **options)
         else:
@@ -64,7 +65,7 @@ class PareTrainer(Trainer):
 class Parser(LightningArgumentParser):
     """Names the known compressors when one is misspelt."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """See ``ArgumentParser.error``."""
         if "compressor" in message:
             message += "\nKnown compressors: " + ", ".join(c.__name__ for c in known_compressors())

@@ -31,6 +31,8 @@ class GracefulStop(Callback):
     def __init__(self) -> None:
         self._signal: int | None = None
         self._announced = False
+        self._leaving_for: int | None = None
+        self._kept: Path | None = None
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,16 +53,22 @@ class GracefulStop(Callback):
         self._signal = signum
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Announce a stop, or act on one.
-
-        Raises:
-            SystemExit: At the agreed step, after the checkpoint is complete.
-        """
+        """Announce a stop, or save at the agreed step."""
         if not completes_step(trainer):
             return
         stop = self._agreed_stop(trainer)
         if stop is not None and trainer.global_step >= stop[0]:
-            self._leave(trainer, stop[1])
+            self._save(trainer)
+            self._leaving_for = stop[1]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Leave once the saved step has been logged, which comes after ``on_train_batch_end``.
+
+        Raises:
+            SystemExit: With 128 + signal.
+        """
+        if self._leaving_for is not None:
+            self._leave(trainer, self._leaving_for)
 
     def _agreed_stop(self, trainer: Trainer) -> tuple[int, int] | None:
         """The step to stop after and the signal that asked for it."""
@@ -77,15 +85,15 @@ class GracefulStop(Callback):
         last, signum = store.get(_KEY).decode().split()
         return int(last), int(signum)
 
-    def _leave(self, trainer: Trainer, signum: int) -> None:
+    def _save(self, trainer: Trainer) -> None:
         checkpoint = trainer.checkpoint_callback
-        folder = checkpoint.dirpath if isinstance(checkpoint, ModelCheckpoint) else None
-        if folder is not None:
-            trainer.save_checkpoint(Path(folder) / "last.ckpt")
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath is not None:
+            self._kept = Path(checkpoint.dirpath) / "last.ckpt"
+            trainer.save_checkpoint(self._kept)
+
+    def _leave(self, trainer: Trainer, signum: int) -> None:
         if trainer.is_global_zero:
-            kept = (
-                f"checkpoint kept, continue with --ckpt_path {folder}/last.ckpt" if folder else "no checkpoint folder"
-            )
+            kept = f"continue with --ckpt_path {self._kept}" if self._kept else "nothing kept: no ModelCheckpoint"
             print(f"stopped by {signal.Signals(signum).name} after step {trainer.global_step}; {kept}", file=sys.stderr)
         trainer.strategy.barrier()
         # Lightning's launcher kills rank 0 when a child it started fails; the children's status is rank 0's to report.

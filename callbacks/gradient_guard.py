@@ -1,5 +1,6 @@
 """No NaN or Inf reaches the weights unnoticed."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -33,8 +34,8 @@ class GradientGuard(Measurement):
         """
         norm = _global_norm(trainer, pl_module).item()
         pl_module.log("train/grad_norm", norm, rank_zero_only=True)
-        if torch.isfinite(torch.tensor(norm)):
-            self.clipped_steps += bool(trainer.gradient_clip_val) and norm > trainer.gradient_clip_val
+        if math.isfinite(norm):
+            self.clipped_steps += norm > (trainer.gradient_clip_val or math.inf)
             return
         self.nan_steps += 1
         if trainer.precision == "16-mixed":  # the gradient scaler expects overflows, skips the step and scales down

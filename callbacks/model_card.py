@@ -44,11 +44,13 @@ class HFExport(Callback):
         on_cpu = trainer.strategy.root_device.type == "cpu"
         # Offloading from CPU to CPU crashes torch 2.13's FSDP1 (pytorch-lightning issue 21804).
         options = StateDictOptions(full_state_dict=True, cpu_offload=not on_cpu)
-        weights = get_model_state_dict(trainer.strategy.model, options=options)
+        module: Any = trainer.strategy.model
+        weights: dict[str, Any] = get_model_state_dict(module, options=options)
         if trainer.is_global_zero:
             prefix = "model."
             state = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            config, tokenizer = pl_module.model.config, trainer.datamodule.tokenizer
+            config: Any = pl_module.model.config
+            tokenizer = trainer.datamodule.tokenizer
             export(self.dirpath, state, config, tokenizer, self._card(trainer, config.model_type))
         trainer.strategy.barrier()
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from bench.peaks import peak_flops
 from bench.timing import percentiles
 from callbacks.measurement import Measurement, StepClock, completes_step
+from lightning_modules.causal_lm import CausalLM
 
 
 class Throughput(Measurement):
@@ -31,7 +32,7 @@ class Throughput(Measurement):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the model's FLOPs once, on the meta device."""
-        if trainer.is_global_zero and (peak := self._peak(trainer)) and hasattr(pl_module, "meta_model"):
+        if trainer.is_global_zero and (peak := self._peak(trainer)) and isinstance(pl_module, CausalLM):
             self._peak_flops = peak * trainer.world_size
             self._flops_per_token = _training_flops_per_token(pl_module.meta_model(), trainer.datamodule.block_size)
 

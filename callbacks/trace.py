@@ -55,7 +55,7 @@ class Trace(Measurement):
             return
         self._profiler.stop()
         self._profiler = None
-        if trainer.is_global_zero and self._path.is_file():
+        if trainer.is_global_zero and self._path is not None and self._path.is_file():
             Console().print(trace_summary.table(trace_summary.summarise(self._path)))
 
     def summary(self) -> dict[str, Any]:

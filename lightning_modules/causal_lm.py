@@ -55,7 +55,7 @@ class CausalLM(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile
-        self.model: PreTrainedModel | None = None
+        self.model: Any = None  # a PreTrainedModel, once configure_model has run
         self.val_nll = MeanMetric().set_dtype(torch.float64)  # float32 counts stop at 16.7 million tokens
         self.parameter_count = 0
         self._decayed: set[str] = set()
@@ -83,7 +83,7 @@ class CausalLM(L.LightningModule):
 
     def _check_vocabulary(self) -> None:
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None) if self._trainer else None
-        rows = self.model.get_input_embeddings().num_embeddings
+        rows: int = self.model.get_input_embeddings().num_embeddings
         if tokenizer is not None and len(tokenizer) > rows:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: use the model's own "
@@ -117,9 +117,10 @@ class CausalLM(L.LightningModule):
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.started
         torch.manual_seed(step_seed(run_seed(), done, self.global_rank))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with decoupled decay groups, and a schedule over the Trainer's whole run."""
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 (decayed if clean_name(name) in self._decayed else plain).append(parameter)
@@ -131,7 +132,7 @@ class CausalLM(L.LightningModule):
             self.lr_schedule,
             optimizer,
             num_warmup_steps=self.warmup_steps,
-            num_training_steps=self.trainer.estimated_stepping_batches,
+            num_training_steps=int(self.trainer.estimated_stepping_batches),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

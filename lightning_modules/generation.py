@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -19,12 +20,13 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if looks_local and not Path(model_dir).expanduser().is_dir():
         raise FileNotFoundError(f"no exported model at {model_dir}: run fit first, or give --model_dir")
     folder = str(Path(model_dir).expanduser()) if Path(model_dir).expanduser().is_dir() else model_dir
+    model: Any = load_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_pretrained(folder).to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def stream(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     temperature: float,
@@ -34,7 +36,7 @@ def stream(
     """Print a continuation of ``prompt`` token by token, and return it.
 
     Args:
-        model: A causal language model.
+        model: A ``PreTrainedModel`` for causal language modelling.
         tokenizer: Its tokenizer.
         prompt: What to continue; the model's context is shortened from the left if it is too long.
         temperature: 0 takes the likeliest token; higher is more varied.
@@ -45,7 +47,9 @@ def stream(
     if room < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the model's context")
     ids = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt").input_ids[:, -room:].to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    )
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -54,10 +58,10 @@ def stream(
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def repl(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: float) -> None:
+def repl(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
     """Read prompts until end of input or an empty line, and stream a continuation of each."""
     print("Type a beginning; an empty line or Ctrl-D ends.", file=sys.stderr)
     while True:

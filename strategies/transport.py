@@ -95,7 +95,7 @@ def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
     }
 
 
-def _exchange(received: Tensor, buffer: Tensor, group: dist.ProcessGroup) -> None:
+def _exchange(received: Tensor, buffer: Tensor, group: dist.ProcessGroup | None) -> None:
     """Row r of ``buffer`` to rank r; row r of ``received`` from rank r.
 
     gloo's own all-to-all sends before it says that it is ready to receive, so the two directions of a link take turns.
@@ -106,7 +106,7 @@ def _exchange(received: Tensor, buffer: Tensor, group: dist.ProcessGroup) -> Non
         return
     own = dist.get_rank(group)
     received[own].copy_(buffer[own])
-    peers = [(rank, dist.get_global_rank(group, rank)) for rank in range(len(buffer)) if rank != own]
+    peers = [(rank, peer) for rank, peer in enumerate(dist.get_process_group_ranks(group)) if rank != own]
     receives = [dist.P2POp(dist.irecv, received[rank], peer, group) for rank, peer in peers]
     sends = [dist.P2POp(dist.isend, buffer[rank], peer, group) for rank, peer in peers]
     for work in dist.batch_isend_irecv(receives + sends):

@@ -44,14 +44,14 @@ class Unit:
         name: Name of the wrapped module, "root" for the outermost one.
         parameters: The parameters in the flat gradient, in order; everything between and after them is padding.
         numel: Elements of the flat gradient, padding included; a multiple of ``world_size`` unless unsharded.
-        group: The process group that shares the gradient.
+        group: The process group that shares the gradient; None is the default group.
         traffic: The counters of this rank.
     """
 
     name: str
     parameters: list[ParameterSlice]
     numel: int
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     traffic: Traffic = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ def count_parameter_gathers(module: FSDP, unit: Unit) -> None:
         unit.traffic.sent(unit.name, "all_gather", "parameters", sent)
         return result
 
-    handle._all_gather_flat_param = counted
+    handle._all_gather_flat_param = counted  # type: ignore[method-assign]
 
 
 def clean_name(name: str) -> str:

@@ -23,7 +23,14 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # A model and corpus so small that starting Python is most of the time.
 TINY = [
     *("--config", str(ROOT / "configs/pretraining/gpt2_tiny.yaml")),
-    *("--model.config", "{n_layer: 2, n_embd: 32, n_head: 2}", "--data.sources", "[topics]", "--data.vocab_size", "300"),
+    *(
+        "--model.config",
+        "{n_layer: 2, n_embd: 32, n_head: 2}",
+        "--data.sources",
+        "[topics]",
+        "--data.vocab_size",
+        "300",
+    ),
     *("--data.block_size", "16", "--data.batch_size", "2", "--data.max_val_blocks", "9"),
     *("--model.warmup_steps", "3", "--trainer.val_check_interval", "6"),
 ]
@@ -99,7 +106,7 @@ def _losses(folder: Path) -> dict[int, str]:
     found: dict[int, str] = {}
     for log in sorted(folder.glob("runs/gpt2_tiny/csv/version_*/metrics.csv")):
         with open(log, newline="") as file:
-            found |= {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+            found |= {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
     return found
 
 

@@ -48,7 +48,7 @@ def _monitor(records: Path, done: dict) -> None:
     timed = "with t.timed('unit', 'wire', d, 'all_to_all'): pass"
     timeit = [sys.executable, "-m", "timeit", "-u", "usec", "-n", "2000", "-s", setup, timed]
     text = subprocess.run(timeit, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    each_us = float(re.search(r"([\d.]+) usec per loop", text)[1])
+    each_us = float(re.findall(r"([\d.]+) usec per loop", text)[0])
     calls = 4 * 2 * 5  # encode, pack, wire and decode, and as many again for parameter gathers, in each of 5 units
     monitor_ms = done["monitor_ms_per_step"] + each_us * calls / 1e3
     share = 100 * monitor_ms / done["step_time_ms_p50"]

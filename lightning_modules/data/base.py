@@ -242,7 +242,7 @@ class TextDataModule(L.LightningDataModule, ABC):
     def _batches_done(self) -> int:
         if self.trainer is None:
             return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the sample order, and what it is a position in. Plain values only."""

@@ -103,9 +103,10 @@ class Codec(Compressor):
 
 def known_compressors() -> list[type[Compressor]]:
     """Every concrete compressor that has been imported, by class name."""
-
-    def walk(cls: type[Compressor]) -> list[type[Compressor]]:
-        return [cls, *(found for child in cls.__subclasses__() for found in walk(child))]
-
-    concrete = {cls for cls in walk(Compressor) if not inspect.isabstract(cls)}
-    return sorted(concrete, key=lambda cls: cls.__name__)
+    found: set[type[Compressor]] = set()
+    waiting = Compressor.__subclasses__()
+    while waiting:
+        cls = waiting.pop()
+        found.add(cls)
+        waiting += cls.__subclasses__()
+    return sorted((cls for cls in found if not inspect.isabstract(cls)), key=lambda cls: cls.__name__)
