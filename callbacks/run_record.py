@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,8 @@ from callbacks.measurement import Measurement, completes_step
 from callbacks.model_card import HFExport
 
 _LOSS_WINDOW = 10  # optimizer steps that train_loss is the mean of
+_HPARAMS = ("compress_method", "world_size", "batch_size", "max_length", "precision", "seed")
+_RESULTS = ("val_ppl", "train_loss", "tokens_per_s", "compression_ratio", "comm_ratio")
 
 
 class RunRecord(Measurement):
@@ -52,6 +55,11 @@ class RunRecord(Measurement):
         record.validate(fields)
         record.append(self.path, fields)
         self.record = fields
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                choices = {name: fields[name] for name in _HPARAMS}
+                results = {f"hp/{name}": fields[name] for name in _RESULTS if fields[name] is not None}
+                logger.log_hyperparams(choices | fields["compress_config"], metrics=results)
 
     def summary(self) -> dict[str, Any]:
         """See ``Measurement.summary``: the losses."""

@@ -70,7 +70,9 @@ def losses(folder: Path) -> dict[int, float]:
     logs = sorted(folder.glob("runs/*/csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
     for log in logs:
         with open(log, newline="") as file:
-            found |= {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
+            found |= {
+                int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")
+            }
     return found
 
 

@@ -48,20 +48,24 @@ class Pretraining(CausalLM):
         Raises:
             ValueError: Unknown ``model_type``, a field it does not have, or positions shorter than the data's blocks.
         """
-        fields = dict(self.config_fields)
-        data = self.trainer.datamodule
-        if data is not None:
-            fields.setdefault("vocab_size", -(-len(data.tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
-            fields.setdefault("max_position_embeddings", data.block_size)
-            for token in ("bos_token_id", "eos_token_id"):
-                fields.setdefault(token, getattr(data.tokenizer, token))
         try:
-            config = AutoConfig.for_model(self.model_type)
+            known = AutoConfig.for_model(self.model_type)
         except ValueError as error:
             raise ValueError(f"model_type {self.model_type!r} is not an architecture of transformers") from error
-        unknown = [name for name in fields if not hasattr(config, name)]
+        unknown = [name for name in self.config_fields if not hasattr(known, name)]
         if unknown:
             raise ValueError(f"model.config has fields that {self.model_type!r} does not know: {', '.join(unknown)}")
+        # GPT-2 says n_positions where others say max_position_embeddings: both must count as given
+        fields = {known.attribute_map.get(name, name): value for name, value in self.config_fields.items()}
+        data = self.trainer.datamodule
+        if data is not None:
+            defaults = {
+                "vocab_size": -(-len(data.tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
+                "max_position_embeddings": data.block_size,
+                "bos_token_id": data.tokenizer.bos_token_id,
+                "eos_token_id": data.tokenizer.eos_token_id,
+            }
+            fields = {known.attribute_map.get(name, name): value for name, value in defaults.items()} | fields
         config = AutoConfig.for_model(self.model_type, **fields)
         if data is not None and config.max_position_embeddings < data.block_size:
             raise ValueError(

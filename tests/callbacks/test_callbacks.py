@@ -1,0 +1,201 @@
+"""Callbacks through real training on two ranks."""
+
+import json
+import math
+import time
+import warnings
+from types import SimpleNamespace
+from unittest import mock
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from callbacks import GradientGuard, RunRecord, Throughput, TimeToQuality, Trace, TrafficMonitor
+from callbacks.measurement import StepClock
+from callbacks.progress import Progress
+from strategies import CompressedFSDP
+from strategies.compressors.int8 import Int8
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return {"input_ids": torch.full((8,), index)}
+
+
+class Net(L.LightningModule):
+    """Linear regression that can be told to produce a NaN on rank 1 at one step."""
+
+    def __init__(self, bad_step: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.bad_step = nn.Linear(8, 4), bad_step
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch["input_ids"].float() / 64).pow(2).mean()
+        bad = self.trainer.global_step == self.bad_step and self.global_rank == 1
+        return loss * (math.nan if bad else 1.0)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/ppl", 100.0 / (1 + self.trainer.global_step), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+def _fit(callbacks, folder, steps=8, bad_step=None, clip=None, **trainer):
+    warnings.simplefilter("ignore")
+    module = Net(bad_step)
+    run = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=CompressedFSDP(compressor=Int8()),
+        max_steps=steps,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        gradient_clip_val=clip,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        **trainer,
+    )
+    loader = DataLoader(Rows(), batch_size=2)
+    run.fit(module, loader, DataLoader(Rows(), batch_size=32) if trainer else None)
+    return run
+
+
+def _guarded(nonfinite, folder, bad_step=3):
+    guard = GradientGuard(nonfinite)
+    try:
+        run = _fit([guard], folder, bad_step=bad_step)
+    except FloatingPointError as error:
+        return {"error": str(error)}
+    weights = torch.cat([p.detach().flatten() for p in run.strategy.model.parameters()])
+    return {"counts": guard.summary(), "finite": bool(weights.isfinite().all()), "steps": run.global_step}
+
+
+def test_a_nan_on_one_rank_is_skipped_on_all_and_counted(two_ranks, tmp_path):
+    for result in two_ranks.run(_guarded, "skip", str(tmp_path)):
+        assert result == {"counts": {"nan_steps": 1, "clipped_steps": 0}, "finite": True, "steps": 8}
+
+
+def test_a_nan_on_one_rank_stops_all_with_the_step(two_ranks, tmp_path):
+    for result in two_ranks.run(_guarded, "stop", str(tmp_path)):
+        assert "step 3" in result["error"] and "skip" in result["error"]
+
+
+def _clipped(folder):
+    guard = GradientGuard()
+    _fit([guard], folder, clip=1e-6)
+    return guard.clipped_steps
+
+
+def test_clipped_steps_are_counted(two_ranks, tmp_path):
+    assert two_ranks.run(_clipped, str(tmp_path)) == [8, 8]
+
+
+def _measured(folder):
+    throughput, monitor = Throughput(warmup_steps=3), TrafficMonitor(warmup_steps=3, sample_every=4, nic="lo")
+    _fit([throughput, monitor], folder)
+    return throughput.summary(), monitor.summary()
+
+
+def test_totals_cover_the_steps_after_warm_up(two_ranks, tmp_path):
+    (speed, traffic), _ = two_ranks.run(_measured, str(tmp_path))
+    assert speed["steps_measured"] == 5
+    assert speed["tokens_per_s"] == pytest.approx(2 * 2 * 8 / speed["step_time_ms_mean"] * 1e3)
+    # 36 parameters padded to 2 ranks: 18 int8 codes and one scale, each padded to 16 bytes
+    assert traffic["bytes_compressed_total"] == 5 * (32 + 16)
+    assert traffic["bytes_raw_total"] == 5 * 4 * 18
+    assert traffic["bytes_nic_total"] >= 2 * traffic["bytes_compressed_total"]
+    assert 0 < traffic["comm_ratio"] < 1 and traffic["compress_time_ms"] > 0
+    assert 0 < traffic["grad_rel_error"] < 0.02 and traffic["grad_cos_sim"] > 0.999
+
+
+def test_a_network_interface_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="nic0815"):
+        TrafficMonitor(nic="nic0815")
+
+
+def _recorded(folder):
+    path = f"{folder}/results.jsonl"
+    guard = GradientGuard()
+    _fit(
+        [Throughput(2), TrafficMonitor(2), guard, TimeToQuality(30.0, 1e9), RunRecord(path, "a")], folder, **_VALIDATED
+    )
+    if torch.distributed.get_rank() > 0:
+        return None
+    with open(path) as file:
+        return json.loads(file.read())
+
+
+_VALIDATED = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+
+
+def test_the_record_holds_what_every_callback_measured(two_ranks, tmp_path):
+    fields, _ = two_ranks.run(_recorded, str(tmp_path))
+    assert fields["run_name"] == "a" and fields["compress_method"] == "int8" and fields["steps"] == 8
+    assert fields["compress_config"] == {"block_size": 256}
+    assert [point["step"] for point in fields["val_curve"]] == [2, 4, 6, 8]
+    assert fields["val_ppl"] == pytest.approx(100 / 9)
+    # 100/3 at step 2 misses the target of 30, 100/5 at step 4 meets it
+    assert fields["time_to_target_ppl_s"] == fields["val_curve"][1]["train_s"]
+    assert fields["ppl_at_fixed_time"] == pytest.approx(100 / 9)
+    assert fields["dataset"] is None and fields["val_loss"] is None  # not measured is null, never 0
+
+
+def _traced(folder):
+    trace = Trace(wait=2, warmup=1, active=2)
+    _fit([trace], folder)
+    return trace.summary()
+
+
+def test_traces_of_all_ranks_are_written_and_summarised(two_ranks, tmp_path):
+    summary, _ = two_ranks.run(_traced, str(tmp_path))
+    assert {p.name for p in (tmp_path / "trace").iterdir()} == {"rank0.json.gz", "rank1.json.gz"}
+    assert len(summary["trace"]["steps"]) == 2 and summary["trace"]["world_size"] == 2
+    assert 0 < summary["trace"]["comm_ratio"] < 1
+
+
+def test_trace_needs_a_step():
+    with pytest.raises(ValueError, match="active"):
+        Trace(active=0)
+
+
+def test_step_clock_adds_micro_batches_and_skips_what_lies_between():
+    clock = StepClock()
+    with mock.patch.object(time, "perf_counter", side_effect=[0.0, 1.0, 5.0, 7.0, 9.0, 10.0]):
+        clock.start()
+        clock.stop(step_done=False)
+        clock.start()
+        clock.stop(step_done=True)
+        clock.start()
+        clock.stop(step_done=True)
+    assert clock.all_ms() == [3000.0, 1000.0] and clock.last_ms() == 1000.0
+
+
+def test_a_target_that_was_not_met_is_null():
+    callback = TimeToQuality(target_ppl=1.0, fixed_time_s=0.5)
+    callback.load_state_dict({"curve": [{"train_s": 1.0, "step": 1, "val_ppl": 9.0}], "trained_s": 1.0})
+    fields = callback.summary()
+    assert fields["time_to_target_ppl_s"] is None and fields["ppl_at_fixed_time"] is None
+
+
+def test_progress_is_quiet_in_ci_and_a_line_in_a_log(capsys, monkeypatch):
+    trainer = SimpleNamespace(
+        is_global_zero=True, estimated_stepping_batches=10, global_step=5, callback_metrics={"train/loss": 2.5}
+    )
+    for ci, expected in (("true", ""), ("", "step 5/10, loss 2.500")):
+        monkeypatch.setenv("CI", ci)
+        progress = Progress()
+        progress._started = progress._said = -100.0
+        with mock.patch("callbacks.progress.RichProgressBar.on_train_batch_end"):
+            progress.on_train_batch_end(trainer, None, None, None, 0)
+        assert expected in capsys.readouterr().out.strip()[: len(expected)]
