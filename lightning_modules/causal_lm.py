@@ -75,7 +75,9 @@ class CausalLM(L.LightningModule):
         self.parameter_count = self.model.num_parameters()
         rank_zero_info(f"{self.model.config.model_type}: {self.parameter_count / 1e6:.1f} M parameters")
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed it; the reentrant variant does not work under FSDP
+            enable = getattr(self.model, "activation_checkpointing_enable", None)
+            (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.compile_blocks:
             for block in self.model.modules():
                 if type(block).__name__ in (self.model._no_split_modules or ()):
