@@ -5,61 +5,16 @@ show what a class takes.
 """
 
 import logging
-import time
 import warnings
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import callbacks
-from lightning_modules import generation
+import lightning_modules  # noqa: F401 - imported classes are known by their short names
+import strategies  # noqa: F401
+from callbacks.commands import PareTrainer
 from strategies.compressors import known_compressors
-
-
-class PareTrainer(Trainer):
-    """Lightning's Trainer with Pare's own commands."""
-
-    def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Tokenise and pack the data into its cache, without training; later starts find it there."""
-        started = time.monotonic()
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        print(f"data ready in {time.monotonic() - started:.2f} s")
-        print("\n".join(f"{name}: {value}" for name, value in datamodule.describe().items()))
-
-    def generate(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        model_dir: str | None = None,
-        prompt: str | None = None,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        max_new_tokens: int = 128,
-    ) -> None:
-        """Stream a continuation of a prompt, or open a prompt loop.
-
-        Args:
-            model: Unused; the exported model is loaded.
-            datamodule: Unused.
-            model_dir: Hugging Face folder or hub name; by default where the config's HFExport wrote.
-            prompt: What to continue; none opens the loop.
-            temperature: 0 takes the likeliest token; higher is more varied.
-            top_p: Sample from the smallest set of tokens with this probability.
-            max_new_tokens: Longest continuation, in tokens.
-        """
-        exports = [str(c.dirpath) for c in self.callbacks if isinstance(c, callbacks.HFExport)]
-        folder = model_dir or (exports[0] if exports else None)
-        if folder is None:
-            raise ValueError("nothing to load: give --model_dir, or a config with an HFExport callback")
-        chat = generation.load(folder if model_dir else str(Path(folder).resolve()))
-        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-        if prompt is None:
-            generation.repl(*chat, **options)
-        else:
-            generation.stream(*chat, prompt, **options)
 
 
 class Parser(LightningArgumentParser):

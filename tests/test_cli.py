@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 import main
+from callbacks.commands import PareTrainer
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # A model and corpus so small that starting Python is most of the time.
@@ -40,7 +41,7 @@ def _parse(capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a command that only parses."""
     with mock.patch.object(sys, "argv", ["main.py", *arguments]), pytest.raises(SystemExit) as stop:
         main.PareCLI(
-            trainer_class=main.PareTrainer,
+            trainer_class=PareTrainer,
             parser_class=main.Parser,
             auto_configure_optimizers=False,
             seed_everything_default=1234,

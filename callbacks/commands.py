@@ -1,0 +1,55 @@
+"""What Pare's command line does besides fit, validate, test and predict."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from callbacks.model_card import HFExport
+from lightning_modules import generation
+
+
+class PareTrainer(Trainer):
+    """Lightning's Trainer with Pare's own commands."""
+
+    def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Tokenise and pack the data into its cache, without training; later starts find it there."""
+        started = time.monotonic()
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        print(f"data ready in {time.monotonic() - started:.2f} s")
+        print("\n".join(f"{name}: {value}" for name, value in datamodule.describe().items()))
+
+    def generate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        model_dir: str | None = None,
+        prompt: str | None = None,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        max_new_tokens: int = 128,
+    ) -> None:
+        """Stream a continuation of a prompt, or open a prompt loop.
+
+        Args:
+            model: Unused; the exported model is loaded.
+            datamodule: Unused.
+            model_dir: Hugging Face folder or hub name; by default where the config's HFExport wrote.
+            prompt: What to continue; none opens the loop.
+            temperature: 0 takes the likeliest token; higher is more varied.
+            top_p: Sample from the smallest set of tokens with this probability.
+            max_new_tokens: Longest continuation, in tokens.
+
+        Raises:
+            ValueError: No ``model_dir``, and a config without HFExport.
+        """
+        exported = next((str(c.dirpath.resolve()) for c in self.callbacks if isinstance(c, HFExport)), None)
+        if model_dir is None and exported is None:
+            raise ValueError("nothing to load: give --model_dir, or a config with an HFExport callback")
+        loaded, tokenizer = generation.load(model_dir or str(exported))
+        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        if prompt is None:
+            generation.repl(loaded, tokenizer, **options)
+        else:
+            generation.stream(loaded, tokenizer, prompt, **options)
