@@ -36,8 +36,8 @@ class TrafficMonitor(Measurement):
     def __init__(self, warmup_steps: int = 5, sample_every: int = 50, nic: str | None = None) -> None:
         self.warmup_steps = warmup_steps
         self.sample_every = sample_every
-        self.nic_counter = Path(f"/sys/class/net/{nic}/statistics/tx_bytes") if nic else None
-        if self.nic_counter is not None and not self.nic_counter.is_file():
+        self.nic_counters = Path(f"/sys/class/net/{nic}/statistics") if nic else None
+        if self.nic_counters is not None and not self.nic_counters.is_dir():
             raise ValueError(f"TrafficMonitor.nic: no network interface {nic!r} on this machine")
         self.clock = StepClock()
         self.steps = 0
@@ -46,7 +46,7 @@ class TrafficMonitor(Measurement):
         self._collective_ms: dict[str, float] = defaultdict(float)
         self._role_bytes: dict[str, int] = defaultdict(int)
         self._samples: dict[str, list[float]] = defaultdict(list)
-        self._nic_start = self._nic_end = 0
+        self._nic_start = self._nic_end = (0, 0)
         self._rows: Any = None
         self._file: Any = None
 
@@ -104,8 +104,11 @@ class TrafficMonitor(Measurement):
         if self._traffic is not None:
             self._traffic.take()
 
-    def _read_nic(self) -> int:
-        return int(self.nic_counter.read_text()) if self.nic_counter else 0
+    def _read_nic(self) -> tuple[int, int]:
+        """Bytes and packets that the interface has sent since it came up."""
+        if self.nic_counters is None:
+            return 0, 0
+        return int((self.nic_counters / "tx_bytes").read_text()), int((self.nic_counters / "tx_packets").read_text())
 
     def _add(self, step: StepTraffic) -> None:
         self._totals["gradients"] += step.gradient_bytes()
@@ -166,8 +169,9 @@ class TrafficMonitor(Measurement):
             "monitor_ms_per_step": self._totals["monitor_ms"] / self.steps,
             **{name: sum(values) / len(values) for name, values in self._samples.items()},
         }
-        if self.nic_counter is not None:
-            fields["bytes_nic_total"] = self._nic_end - self._nic_start
+        if self.nic_counters is not None:
+            fields["bytes_nic_total"] = self._nic_end[0] - self._nic_start[0]
+            fields["packets_nic_total"] = self._nic_end[1] - self._nic_start[1]
         return fields
 
 

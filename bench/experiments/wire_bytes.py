@@ -7,6 +7,7 @@ from bench import figures
 from bench.experiments.runs import fit
 
 CONFIG, BLOCK = "configs/pretraining/two_hosts.yaml", 256
+_HEADERS = 66  # bytes of Ethernet (14), IPv4 (20) and TCP with timestamps (32) that the interface counts per packet
 
 
 def run(records: Path, folder: Path) -> None:
@@ -29,15 +30,17 @@ def run(records: Path, folder: Path) -> None:
         details={"counted": counted, "formula": formula, "steps": done["steps_measured"]},
     )
     everything = counted + done["bytes_parameters_total"]
-    difference = 100 * (done["bytes_nic_total"] / everything - 1)
+    nic, packets = done["bytes_nic_total"], done["packets_nic_total"]
+    difference = 100 * ((nic - _HEADERS * packets) / everything - 1)
     figures.append(
         records,
         figure="bytes-on-the-wire",
-        what="interface counter against counted bytes (gradients and parameters), two emulated hosts, 1 Gbit/s",
+        what="interface counter, headers taken off, against counted bytes (gradients and parameters), "
+        f"two emulated hosts, 1 Gbit/s (headers are {100 * _HEADERS * packets / everything:.1f} % more)",
         value=difference,
         unit="%",
         target="within 2 %",
         reached=abs(difference) <= 2,
         command="python -m bench experiment wire_bytes",
-        details={"nic": done["bytes_nic_total"], "counted": everything, "steps": done["steps_measured"]},
+        details={"nic": nic, "packets": packets, "counted": everything, "steps": done["steps_measured"]},
     )
