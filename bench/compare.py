@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.record import OPTIONAL, REQUIRED
+from bench.schema import OPTIONAL, REQUIRED
 from bench.tables import Table, percent
 
 DEFAULT_FIELDS = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.record import Field
+from bench.schema import Field
 from bench.tables import Table, cell
 
 FIELDS: dict[str, Field] = {

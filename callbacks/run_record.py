@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
-from bench import record
+from bench import record, schema
 from callbacks.log_config import LogConfig
 from callbacks.measurement import Measurement, completes_step
 from callbacks.model_card import HFExport
@@ -48,7 +48,7 @@ class RunRecord(Measurement):
         """Write the record, on rank 0."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        fields = {**dict.fromkeys(record.REQUIRED), **self._identity(trainer, pl_module), **record.stamp()}
+        fields = {**dict.fromkeys(schema.REQUIRED), **self._identity(trainer, pl_module), **record.stamp()}
         for callback in trainer.callbacks:
             if isinstance(callback, Measurement):
                 fields |= {name: value for name, value in callback.summary().items() if value is not None}

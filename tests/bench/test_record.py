@@ -40,7 +40,7 @@ RUN = {
 
 def test_validate_accepts_a_complete_record_with_nulls():
     record.validate(RUN)
-    assert set(record.REQUIRED) == set(RUN)
+    assert set(schema.REQUIRED) == set(RUN)
 
 
 def test_validate_names_everything_that_is_wrong():
@@ -54,10 +54,10 @@ def test_validate_names_everything_that_is_wrong():
 
 
 def test_every_field_explains_itself():
-    for name, field in {**record.REQUIRED, **record.OPTIONAL}.items():
+    for name, field in {**schema.REQUIRED, **schema.OPTIONAL}.items():
         assert field.meaning, name
         assert field.type in ("str", "int", "number", "bool", "list", "object", "any"), name
-    assert not set(record.REQUIRED) & set(record.OPTIONAL)
+    assert not set(schema.REQUIRED) & set(schema.OPTIONAL)
 
 
 def test_round_trip_keeps_values_and_writes_strict_json(tmp_path):
