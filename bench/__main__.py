@@ -44,7 +44,14 @@ def _read(path: Path) -> list[dict]:
     return records
 
 
-def compare(results: Path, runs: str | None = None, fields: str | None = None, markdown: bool = False) -> None:
+def compare(
+    results: Path,
+    runs: str | None = None,
+    fields: str | None = None,
+    markdown: bool = False,
+    into: Path | None = None,
+    marker: str = "runs",
+) -> None:
     """Show run records side by side; what was not measured says "not recorded".
 
     Args:
@@ -52,20 +59,27 @@ def compare(results: Path, runs: str | None = None, fields: str | None = None, m
         runs: Names of the runs to show, separated by commas; all without.
         fields: Fields to show, separated by commas, dots reaching into blocks ("machine.cpu").
         markdown: Print a Markdown table.
+        into: Document whose text between `<!-- begin:MARKER -->` and `<!-- end:MARKER -->` is replaced instead.
+        marker: MARKER in that document.
     """
     chosen = comparison.select(_read(results), runs.split(",") if runs else None)
-    _show(comparison.compare(chosen, fields.split(",") if fields else comparison.DEFAULT_FIELDS), markdown)
+    shown = comparison.compare(chosen, fields.split(",") if fields else comparison.DEFAULT_FIELDS)
+    if into is None:
+        _show(shown, markdown)
+    else:
+        figures.update_file(into, marker, f"{shown.markdown()}\nMeasured on {figures.origin(chosen[-1])}.\n")
 
 
-def table(records: Path, into: Path | None = None, marker: str = "figures") -> None:
+def table(records: Path, into: Path | None = None, marker: str = "figures", only: str | None = None) -> None:
     """Show the figures (measured against target) of a file, or write them into a document.
 
     Args:
         records: The .jsonl file with the figures.
+        only: Identifiers of the figures to show, separated by commas; all without.
         into: Document whose text between `<!-- begin:MARKER -->` and `<!-- end:MARKER -->` is replaced.
         marker: MARKER in that document.
     """
-    text = figures.render_table(_read(records))
+    text = figures.render_table(_read(records), only.split(",") if only else None)
     if into is None:
         print(text, end="")
     else:

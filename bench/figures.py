@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,13 @@ def _measured(entry: Mapping[str, Any]) -> str:
     return f"{cell(entry['value'])}{spread} {entry['unit']}".strip()
 
 
-def _origin(entry: Mapping[str, Any]) -> str:
+def _verdict(entry: Mapping[str, Any]) -> str:
+    if entry["value"] is None:
+        return "not measured"
+    return {True: "yes", False: "**no**", None: "reported"}[entry["reached"]]
+
+
+def origin(entry: Mapping[str, Any]) -> str:
     """Hardware, versions, commit and day of a record."""
     machine, versions = entry["machine"], entry["versions"]
     gpus = sorted({gpu["name"] for gpu in machine["gpus"]})
@@ -113,26 +119,27 @@ def _origin(entry: Mapping[str, Any]) -> str:
     return f"{', '.join(hardware)}; torch {versions['torch']}; {entry['date'][:10]}; {commit}"
 
 
-def render_table(records: Iterable[Mapping[str, Any]]) -> str:
+def render_table(records: Iterable[Mapping[str, Any]], only: Sequence[str] | None = None) -> str:
     """Markdown table of the newest record of each figure, and beneath it where they were measured.
 
     Args:
         records: Records of any kind; those that are not figures are passed over.
+        only: Identifiers of the figures to show, in this order; None shows all.
 
     Raises:
-        ValueError: There is no figure among the records.
+        ValueError: There is no figure among the records, or not one of those asked for.
     """
-    chosen = latest(records)
-    if not chosen:
-        raise ValueError("no figures among the records")
-    verdicts = {True: "yes", False: "**no**", None: "not measured"}
+    found = {entry["figure"]: entry for entry in latest(records)}
+    missing = [name for name in only or () if name not in found]
+    if missing or not found:
+        raise ValueError(f"no figure {', '.join(missing)} among the records; there are: {', '.join(found) or 'none'}")
+    chosen = [found[name] for name in only or found]
     rows = [
-        [e["what"], _measured(e), e["target"], verdicts[e["reached"]], f"`{e['command']}`" if e["command"] else ""]
-        for e in chosen
+        [e["what"], _measured(e), e["target"], _verdict(e), f"`{e['command']}`" if e["command"] else ""] for e in chosen
     ]
     origins: dict[str, list[str]] = defaultdict(list)
     for entry in chosen:
-        origins[_origin(entry)].append(entry["figure"])
+        origins[origin(entry)].append(entry["figure"])
     lines = [
         f"Measured on {origin}" + (f" ({', '.join(names)})" if len(origins) > 1 else "") + ".\n"
         for origin, names in origins.items()

@@ -43,6 +43,20 @@ def test_figures_from_two_machines_are_told_apart(tmp_path):
     assert [line for line in lines if line.startswith("Measured on 1 × NVIDIA X") and line.endswith("(b).")]
 
 
+def test_chosen_figures_in_the_order_asked_for(tmp_path):
+    path = tmp_path / "figures.jsonl"
+    for name in ("a", "b", "c"):
+        figures.append(path, figure=name, value=2.0, reached=None, **{**BASE, "what": name, "target": "report"})
+    records, _ = record.read(path)
+    rows = figures.render_table(records, ["c", "a"]).splitlines()[2:4]
+    assert rows == [
+        "| c | 2 × | report | reported | `python -m x` |",
+        "| a | 2 × | report | reported | `python -m x` |",
+    ]
+    with pytest.raises(ValueError, match="no figure d"):
+        figures.render_table(records, ["a", "d"])
+
+
 def test_what_is_no_honest_figure_is_refused(tmp_path):
     path = tmp_path / "figures.jsonl"
     with pytest.raises(ValueError, match="reached is True but value is null"):
@@ -50,7 +64,7 @@ def test_what_is_no_honest_figure_is_refused(tmp_path):
     with pytest.raises(ValueError, match="value"):
         figures.append(path, figure="a", value="fast", reached=True, **BASE)
     assert not path.exists()
-    with pytest.raises(ValueError, match="no figures"):
+    with pytest.raises(ValueError, match="no figure"):
         figures.render_table([])
 
 

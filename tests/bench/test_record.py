@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import machine, record
+from bench import machine, record, schema
 
 RUN = {
     "run_name": "a",
