@@ -118,6 +118,7 @@ class CausalLM(L.LightningModule):
         """Derive this micro-batch's randomness, so that it does not depend on what ran before."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.started
         torch.manual_seed(step_seed(run_seed(), done, self.global_rank))
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:
         """AdamW with decoupled decay groups, and a schedule over the Trainer's whole run."""

@@ -18,13 +18,25 @@ def replace_when_complete(path: Path, barrier: Callable[[], None], rank: int) ->
         path: The checkpoint's final file or folder.
         barrier: Waits for all ranks.
         rank: This process's rank.
+
+    Raises:
+        OSError: Writing failed; the message names the path.
     """
     beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(beside)
     barrier()
-    yield beside
+    try:
+        yield beside
+    except Exception as error:
+        # torch's writers report a full disk as a corrupt archive; say what it means for the user
+        if rank == 0:
+            _remove(beside)
+        raise OSError(
+            f"could not save the checkpoint {path} ({error}); an earlier one is untouched. Make room in "
+            f"{path.parent}, check that it can be written to, or choose another dirpath"
+        ) from error
     barrier()
     if rank == 0:
         _remove(old)
