@@ -22,7 +22,7 @@ def test_a_new_checkpoint_replaces_the_old_one(tmp_path):
 def test_failure_keeps_the_old_one_and_names_the_place(tmp_path):
     path = tmp_path / "last.ckpt"
     _save(path, "first")
-    with pytest.raises(OSError, match="last.ckpt .*unexpected pos.*Make room"):
+    with pytest.raises(OSError, match=r"last\.ckpt .*unexpected pos.*Make room"):
         _save(path, "fails")
     assert (path / "weights").read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
