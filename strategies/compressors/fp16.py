@@ -13,7 +13,7 @@ class FP16(Codec):
     """Send the gradient as float16, scaled so that the largest magnitude of each destination's chunk is near 2¹⁵.
 
     Raw gradients underflow in float16 (its smallest subnormal is 6·10⁻⁸); a power-of-two scale moves them into range
-    without any rounding of its own. Relative error at most 2⁻¹¹ for values within 2³⁰ of the largest.
+    without any rounding of its own. Relative error at most 2⁻¹¹ for values within a factor 2²⁸ of the largest.
     Bytes sent: (2N + 16n)(n−1)/n.
     """
 
