@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from strategies.compressors import Compressor
-from strategies.ddp_buckets import FixedBuckets, bucket_units, install_hook
+from strategies.ddp_buckets import KEEP_BUFFERS, FixedBuckets, bucket_units, install_hook
 from strategies.engine import CompressedEngine, misfit
 from strategies.traffic import Traffic
 from strategies.units import Unit
@@ -45,7 +45,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
             raise ValueError(f"bucket_cap_mb must be at least 1, got {bucket_cap_mb}")
         super().__init__(
             bucket_cap_mb=bucket_cap_mb,
-            broadcast_buffers=False,
+            **KEEP_BUFFERS,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, ShardingStr
 from torch.distributed.tensor import DTensor
 
 from strategies.compressors import Codec, Compressor
-from strategies.engine import CompressedEngine
+from strategies.engine import CompressedEngine, misfit
 from strategies.fsdp2_collectives import (
     CountedAllGather,
     EncodedAllGather,
@@ -122,12 +123,10 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         shards, rest = divmod(self.world_size, self.replicas)
         if rest or shards < 2:
             raise ValueError(
-                f"replicas={self.replicas} leaves nothing to shard, or no equal groups, of {self.world_size} ranks; give "
-                "a smaller divisor, or use CompressedDDP to replicate everything"
+                f"replicas={self.replicas} leaves no equal groups, or nothing to shard, of {self.world_size} ranks; "
+                "give a smaller divisor, or use CompressedDDP to replicate everything"
             )
-        return init_device_mesh(
-            self.root_device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard")
-        )
+        return init_device_mesh(self.root_device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
 
     def _shard(self, model: nn.Module) -> None:
         """Blocks first, then what is left as the root."""
@@ -234,3 +233,20 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         if shards is not None:
             dist.all_reduce(squared, group=shards)
         return squared.sqrt()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint; see ``CompressedEngine.load_checkpoint``.
+
+        In a whole checkpoint torch lets rank 0 find that a tensor does not fit, while the others wait for its broadcast
+        until they time out. So every rank looks first.
+        """
+        path = Path(checkpoint_path)
+        if path.is_file():
+            state = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only is not False)[
+                "state_dict"
+            ]
+            for name, parameter in self.model.named_parameters():
+                saved = tuple(state[name].shape) if name in state else None
+                if saved != tuple(parameter.shape):
+                    raise misfit(path, ValueError(f"{name} is {tuple(parameter.shape)}, in the checkpoint {saved}"))
+        return super().load_checkpoint(checkpoint_path, weights_only)

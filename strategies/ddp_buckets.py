@@ -1,5 +1,6 @@
 """DDP with buckets that never change, and the one place that touches DDP's private attributes."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from strategies.traffic import Traffic
 from strategies.units import ParameterSlice, Unit, clean_name
+
+# Buffers are not trained here; broadcasting them in every forward pass would be traffic that nobody counts. torch 2.13
+# renamed the argument; the old name warns there, the new one does not exist before.
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False}
 
 
 class FixedBuckets(DistributedDataParallel):
@@ -27,8 +33,7 @@ class FixedBuckets(DistributedDataParallel):
     """
 
     def __init__(self, module: nn.Module, device_ids: list[int] | None, bucket_cap_mb: int) -> None:
-        # Buffers are not trained here; broadcasting them in every forward pass would be traffic that nobody counts.
-        super().__init__(module, device_ids=device_ids, bucket_cap_mb=bucket_cap_mb, broadcast_buffers=False)
+        super().__init__(module, device_ids=device_ids, bucket_cap_mb=bucket_cap_mb, **KEEP_BUFFERS)
         self.reducer._push_all_rebuilt_params()  # what DDP records in its first backward pass: the order
         if not self.reducer._rebuild_buckets():
             raise RuntimeError("this version of torch does not fix DDP's buckets before the first step")
