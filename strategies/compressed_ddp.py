@@ -43,12 +43,8 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
     ) -> None:
         if bucket_cap_mb < 1:
             raise ValueError(f"bucket_cap_mb must be at least 1, got {bucket_cap_mb}")
-        super().__init__(
-            bucket_cap_mb=bucket_cap_mb,
-            **KEEP_BUFFERS,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
+        wrapping: dict[str, Any] = {"bucket_cap_mb": bucket_cap_mb, **KEEP_BUFFERS}
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, **wrapping)
         self.compressor = compressor
         self.bucket_cap_mb = bucket_cap_mb
         self.traffic = Traffic()

@@ -103,12 +103,13 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         As ``ModelParallelStrategy.setup``, which insists on ``configure_model`` doing the sharding.
         """
         self.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self.model)
-        if not any(isinstance(module, FSDPModule) for module in self.model.modules()):
-            self._shard(self.model)
-        _materialize_distributed_module(self.model, self.root_device)
+        model: Any = self.model
+        self.model = model = self.precision_plugin.convert_module(model)
+        if not any(isinstance(module, FSDPModule) for module in model.modules()):
+            self._shard(model)
+        _materialize_distributed_module(model, self.root_device)
         self.model_to_device()
-        self._install()
+        self._install(model)
         self.barrier()
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
@@ -130,8 +131,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
 
     def _shard(self, model: nn.Module) -> None:
         """Blocks first, then what is left as the root."""
-        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-        compute: torch.dtype | None = mixed.get(str(self.precision_plugin.precision))
+        compute = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         options: dict[str, Any] = {
             "mesh": self._mesh(),
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
@@ -144,12 +144,12 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
                 fully_shard(module, **options)
         fully_shard(model, **options)
 
-    def _install(self) -> None:
+    def _install(self, model: nn.Module) -> None:
         """Give every FSDP module its own collectives (torch's setters do not recurse)."""
         self.units = []
         if self.compressor is None and self.parameter_compressor is None:
             return
-        for sharded in sharded_modules(self.model, self.traffic):
+        for sharded in sharded_modules(model, self.traffic):
             if sharded.gathered.world_size == 1:  # torch calls no collective then
                 continue
             codec = self.parameter_compressor
@@ -163,7 +163,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         module.set_custom_reduce_scatter(UnitReduceScatter(unit, self._reduce_sharded))
         # With a gradient divide factor torch would ask for PREMUL_SUM, whose factor cannot be read; a sum always can.
         module.set_force_sum_reduction_for_comms(True)
-        if hasattr(module, "set_reduce_scatter_unused_params"):  # torch ≥ 2.13: zeros, so that the layout stays whole
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # new in torch: zeros, so that the layout stays whole
             module.set_reduce_scatter_unused_params(True, recurse=False)
         if sharded.replicas is not None:
             module.set_all_reduce_hook(count_replica_all_reduce(unit, sharded.replicas))
@@ -174,22 +174,27 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``training_step`` as the root's forward, whose hooks gather the root's parameters."""
         with self.precision_plugin.train_step_context():
-            return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)
+            return self._as_forward("training_step", *args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """See ``training_step``."""
         with self.precision_plugin.val_step_context():
-            return self._forward_redirection(self.model, self.lightning_module, "validation_step", *args, **kwargs)
+            return self._as_forward("validation_step", *args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """See ``training_step``."""
         with self.precision_plugin.test_step_context():
-            return self._forward_redirection(self.model, self.lightning_module, "test_step", *args, **kwargs)
+            return self._as_forward("test_step", *args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """See ``training_step``."""
         with self.precision_plugin.predict_step_context():
-            return self._forward_redirection(self.model, self.lightning_module, "predict_step", *args, **kwargs)
+            return self._as_forward("predict_step", *args, **kwargs)
+
+    def _as_forward(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        module: Any = self.lightning_module
+        return self._forward_redirection(model, module, step, *args, **kwargs)
 
     def on_validation_end(self) -> None:
         """Free what validation left gathered: without a backward pass nothing else does."""

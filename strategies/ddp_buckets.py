@@ -13,9 +13,11 @@ from strategies.traffic import Traffic
 from strategies.units import ParameterSlice, Unit, clean_name
 
 # Buffers are not trained here; broadcasting them in every forward pass would be traffic that nobody counts. torch 2.13
-# renamed the argument; the old name warns there, the new one does not exist before.
+# warns about the old name of the argument and knows a new one.
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False}
+KEEP_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
+}
 
 
 class FixedBuckets(DistributedDataParallel):
@@ -66,7 +68,8 @@ def install_hook(model: FixedBuckets, units: list[Unit], reduce: Callable[[Unit,
         units: Its buckets, from ``bucket_units``.
         reduce: The reduction.
     """
-    stream = torch.cuda.Stream() if next(model.parameters()).is_cuda else None
+    device = next(model.parameters()).device
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         unit, grad = units[bucket.index()], bucket.buffer()

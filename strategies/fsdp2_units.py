@@ -66,7 +66,7 @@ def sharded_modules(root: nn.Module, traffic: Traffic) -> list[ShardedModule]:
 
 
 def _groups(module: FSDPModule) -> list[Any]:
-    """torch 2.12 allows several parameter groups in a module; before there was one or none."""
+    """torch 2.13 keeps a list of parameter groups, older versions at most one."""
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return groups if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]

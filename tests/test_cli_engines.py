@@ -8,14 +8,24 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.test_cli import LONG, _losses, _run, _start
+from tests.test_cli import LONG, TINY, _losses, _parse, _run, _start
 
 ENGINES = ["CompressedFSDP2", "CompressedDDP"]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engine_is_one_argument(engine, capsys):
+    code, out, err = _parse(capsys, "fit", *TINY, "--trainer.strategy.class_path", engine, "--print_config")
+    assert code == 0, err
+    strategy = yaml.safe_load(out)["trainer"]["strategy"]
+    assert strategy["class_path"].endswith(engine)
+    assert strategy["init_args"]["compressor"]["class_path"].endswith("NoCompression")  # kept from the configuration
+
+
 def _switched(engine: str) -> list[str]:
-    return ["--trainer.strategy", engine, *LONG]
+    return ["--trainer.strategy.class_path", engine, *LONG]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
