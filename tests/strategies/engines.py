@@ -73,6 +73,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def rows(rank: int) -> torch.Tensor:
     """Four equal batches of four: the order of batches, which is the data's business, cannot matter here."""
     return torch.randn(4, 5, generator=torch.Generator().manual_seed(rank)).repeat(4, 1)
