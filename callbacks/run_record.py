@@ -69,6 +69,7 @@ class RunRecord(Measurement):
     def _identity(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What ran: names, sizes, seed, configuration, and the last validation."""
         compressor = getattr(trainer.strategy, "compressor", None)
+        parameters = getattr(trainer.strategy, "parameter_compressor", None)
         data, hf = trainer.datamodule, getattr(pl_module, "model", None)
         metrics = trainer.callback_metrics
         config = next((c for c in trainer.callbacks if isinstance(c, LogConfig)), None)
@@ -87,6 +88,9 @@ class RunRecord(Measurement):
             "sharding_strategy": getattr(getattr(trainer.strategy, "sharding_strategy", None), "name", None),
             "compress_method": compressor.name if compressor is not None else "native",
             "compress_config": compressor.config() if compressor is not None else {},
+            "parameter_compress_method": parameters.name if parameters is not None else None,
+            "parameter_compress_config": parameters.config() if parameters is not None else None,
+            "replicas": getattr(trainer.strategy, "replicas", None),
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "steps": trainer.global_step,
             "val_loss": float(metrics["val/loss"]) if "val/loss" in metrics else None,

@@ -45,6 +45,7 @@ class TrafficMonitor(Measurement):
         self._totals: dict[str, float] = defaultdict(float)
         self._collective_ms: dict[str, float] = defaultdict(float)
         self._role_bytes: dict[str, int] = defaultdict(int)
+        self._parameter_bytes: dict[str, int] = defaultdict(int)
         self._samples: dict[str, list[float]] = defaultdict(list)
         self._nic_start = self._nic_end = (0, 0)
         self._rows: Any = None
@@ -52,7 +53,8 @@ class TrafficMonitor(Measurement):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the strategy's counters."""
-        counting = getattr(trainer.strategy, "compressor", None) is not None
+        compressors = (getattr(trainer.strategy, name, None) for name in ("compressor", "parameter_compressor"))
+        counting = any(compressor is not None for compressor in compressors)
         self._traffic = trainer.strategy.traffic if counting else None
         folder = trainer.log_dir  # a collective: every rank must ask
         if self._traffic is not None and trainer.is_global_zero and folder:
@@ -121,6 +123,8 @@ class TrafficMonitor(Measurement):
             self._collective_ms[collective] += ms
         for role, nbytes in step.bytes_by("role").items():
             self._role_bytes[role] += nbytes
+        for role, nbytes in step.bytes_by("role", gradients=False).items():
+            self._parameter_bytes[role] += nbytes
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: StepTraffic, fidelity: dict[str, float]) -> None:
         sent = step.gradient_bytes()
@@ -161,6 +165,7 @@ class TrafficMonitor(Measurement):
             "bytes_compressed_total": round(sent),
             "bytes_by_role": dict(self._role_bytes),
             "bytes_parameters_total": round(self._totals["parameters"]),
+            "bytes_parameters_by_role": dict(self._parameter_bytes),
             "compression_ratio": self._totals["ideal"] / sent if sent else None,
             "compress_time_ms": self._totals["encode"],
             "decompress_time_ms": self._totals["decode"],

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
@@ -20,15 +19,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from strategies import transport
-from strategies.checkpoints import replace_when_complete
 from strategies.compressors import Compressor
+from strategies.engine import CompressedEngine
 from strategies.precision import ShardedPrecision
 from strategies.traffic import Traffic
 from strategies.units import Unit, count_parameter_gathers, fsdp_units, install_hook, transformer_blocks
 
 
-class CompressedFSDP(FSDPStrategy):
+class CompressedFSDP(CompressedEngine, FSDPStrategy):
     """Fully sharded data parallel training with compressed gradients.
 
     Every FSDP unit gets its own communication hook, so that bytes, times and state are kept per unit. By default each
@@ -110,19 +108,6 @@ class CompressedFSDP(FSDPStrategy):
                 count_parameter_gathers(module, unit)
             self.units.append(unit)
 
-    def _reduce_sharded(self, unit: Unit, grad: Tensor, output: Tensor) -> None:
-        """FSDP1's hook for FULL_SHARD and SHARD_GRAD_OP: ``grad [N]`` of this rank → mean shard ``output [N/n]``."""
-        ideal = transport.ring_bytes(4 * grad.numel(), unit.world_size)
-        factor = transport.reduce_scatter_factor(unit.group) * grad.element_size() / 4
-        self.traffic.baseline(unit.name, ideal, factor * ideal)
-        self.compressor.reduce_scatter(grad, output, unit)
-
-    def _reduce_replicated(self, unit: Unit, grad: Tensor) -> None:
-        """FSDP1's hook for NO_SHARD: ``grad [N]`` becomes the mean in place."""
-        ideal = 2 * transport.ring_bytes(4 * grad.numel(), unit.world_size)
-        self.traffic.baseline(unit.name, ideal, ideal * grad.element_size() / 4)
-        self.compressor.all_reduce(grad, unit)
-
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole (averaged) gradient, on device; call between backward and the optimizer step."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -131,31 +116,12 @@ class CompressedFSDP(FSDPStrategy):
             dist.all_reduce(squared)
         return squared.sqrt()
 
-    # Checkpoints. Written beside and renamed, so that a kill while saving leaves the previous one whole.
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint folder or file that appears under ``filepath`` only when it is complete."""
-        with replace_when_complete(Path(self.broadcast(filepath)), self.barrier, self.global_rank) as beside:
-            super().save_checkpoint(checkpoint, beside, storage_options)
+    # Checkpoints, beside what CompressedEngine does.
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint; one that does not fit this model is refused by name.
-
-        Raises:
-            FileNotFoundError: No such checkpoint.
-            ValueError: The checkpoint holds other parameters than the model.
-        """
-        if not Path(checkpoint_path).exists():
-            raise FileNotFoundError(f"no checkpoint at {checkpoint_path}; see the run's checkpoints folder")
-        try:
-            with self._full_state_on_device():
-                # a checkpoint is data: unless told otherwise, refuse one that carries code
-                return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
-        except (RuntimeError, KeyError, dist.checkpoint.api.CheckpointException) as error:
-            raise ValueError(
-                f"checkpoint {checkpoint_path} does not fit this model ({_first_line(error)}). Resume with the config "
-                "that the run saved beside its logs, or start without --ckpt_path."
-            ) from error
+        """Load a checkpoint; see ``CompressedEngine.load_checkpoint``."""
+        with self._full_state_on_device():
+            return super().load_checkpoint(checkpoint_path, weights_only)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The model's state, whole or sharded by ``state_dict_type``."""
@@ -183,8 +149,3 @@ class CompressedFSDP(FSDPStrategy):
 
         with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", context):
             yield
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

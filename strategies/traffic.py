@@ -25,7 +25,8 @@ class StepTraffic:
     """What one rank sent and spent since the last reading.
 
     Attributes:
-        sent: Bytes that left this rank, by ``(unit, collective, role)``.
+        sent: Bytes that left this rank, by ``(unit, collective, role)``; the role "parameters", with or without a kind
+            behind a point ("parameters.scales"), is not gradient traffic.
         calls: Collectives issued, by ``(unit, collective)``.
         ideal: Bytes of an ideal (ring) fp32 reduction of the gradients, by unit.
         native: Bytes that torch's own reduction sends on this backend, by unit.
@@ -43,7 +44,7 @@ class StepTraffic:
         place = ("unit", "collective", "role").index(part)
         totals: dict[str, int] = defaultdict(int)
         for key, nbytes in self.sent.items():
-            if (key[2] != "parameters") == gradients:
+            if (key[2].partition(".")[0] != "parameters") == gradients:
                 totals[key[place]] += nbytes
         return dict(totals)
 

@@ -70,29 +70,71 @@ def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
         The received tensors, shaped like ``payload``: row r came from rank r.
     """
     n = unit.world_size
-    rows = {role: part.contiguous().view(n, -1).view(torch.uint8) for role, part in payload.items()}
-    starts, width = {}, 0
-    for role, row in rows.items():
-        starts[role] = width
-        width += -(-row.shape[1] // _ALIGNMENT) * _ALIGNMENT
-    device = next(iter(rows.values())).device
-    with unit.traffic.timed(unit.name, "encode", device):
-        buffer = torch.empty(n, width, dtype=torch.uint8, device=device)
-        for role, row in rows.items():
-            end = starts[role] + row.shape[1]
-            buffer[:, starts[role] : end].copy_(row)
-            buffer[:, end : end + -row.shape[1] % _ALIGNMENT].zero_()  # never send uninitialised memory
+    buffer, spans = _pack(payload, n, unit)
     received = torch.empty_like(buffer)
-    with unit.traffic.timed(unit.name, "wire", device, "all_to_all"):
+    with unit.traffic.timed(unit.name, "wire", buffer.device, "all_to_all"):
         _exchange(received, buffer, unit.group)
     unit.traffic.called(unit.name, "all_to_all")
-    for role, row in rows.items():
-        padded = -(-row.shape[1] // _ALIGNMENT) * _ALIGNMENT
-        unit.traffic.sent(unit.name, "all_to_all", role, padded * (n - 1))
-    return {
-        role: _like(payload[role], received[:, starts[role] : starts[role] + row.shape[1]])
-        for role, row in rows.items()
-    }
+    for role, (_, width) in spans.items():
+        unit.traffic.sent(unit.name, "all_to_all", role, _padded(width) * (n - 1))
+    return {role: _like(payload[role], received[:, first : first + width]) for role, (first, width) in spans.items()}
+
+
+def gather_parameters(shard: Tensor, output: Tensor, unit: Unit, async_op: bool = False) -> dist.Work | None:
+    """torch's own all-gather of a unit's parameters: ``shard [s]`` of every rank → ``output [n·s]``.
+
+    Returns:
+        The pending work if ``async_op``, whose time on the wire is then not known.
+    """
+    with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather"):
+        work = _all_gather(output, shard, group=unit.group, async_op=async_op)
+    unit.traffic.called(unit.name, "all_gather")
+    unit.traffic.sent(unit.name, "all_gather", "parameters", shard.nbytes * (unit.world_size - 1))
+    return work
+
+
+def gather_encoded_parameters(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
+    """Give every rank every rank's encoded parameters, all tensors of a rank in one buffer and one collective.
+
+    Bytes are counted by kind, as "parameters.values", "parameters.scales", ….
+
+    Args:
+        payload: This rank's tensors ``[1, …]`` by role; every rank passes the same shapes and dtypes.
+        unit: The FSDP unit the parameters belong to.
+
+    Returns:
+        The tensors ``[n, …]``: row r is rank r's.
+    """
+    buffer, spans = _pack(payload, 1, unit)
+    gathered = torch.empty(unit.world_size, buffer.shape[1], dtype=torch.uint8, device=buffer.device)
+    with unit.traffic.timed(unit.name, "wire", buffer.device, "all_gather"):
+        _all_gather(gathered.view(-1), buffer.view(-1), group=unit.group)
+    unit.traffic.called(unit.name, "all_gather")
+    for role, (_, width) in spans.items():
+        sent = _padded(width) * (unit.world_size - 1)
+        unit.traffic.sent(unit.name, "all_gather", f"parameters.{role}", sent)
+    return {role: _like(payload[role], gathered[:, first : first + width]) for role, (first, width) in spans.items()}
+
+
+def _pack(payload: dict[str, Tensor], rows: int, unit: Unit) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    """One buffer ``uint8 [rows, bytes]`` that holds a payload, and where each role lies in a row: (start, bytes)."""
+    parts = {role: part.contiguous().view(rows, -1).view(torch.uint8) for role, part in payload.items()}
+    spans, end = {}, 0
+    for role, part in parts.items():
+        spans[role] = (end, part.shape[1])
+        end += _padded(part.shape[1])
+    device = next(iter(parts.values())).device
+    with unit.traffic.timed(unit.name, "encode", device):
+        buffer = torch.empty(rows, end, dtype=torch.uint8, device=device)
+        for role, part in parts.items():
+            first, width = spans[role]
+            buffer[:, first : first + width].copy_(part)
+            buffer[:, first + width : first + _padded(width)].zero_()  # never send uninitialised memory
+    return buffer, spans
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _exchange(received: Tensor, buffer: Tensor, group: dist.ProcessGroup | None) -> None:

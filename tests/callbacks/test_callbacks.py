@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks import GradientGuard, RunRecord, Throughput, TimeToQuality, Trace, TrafficMonitor
 from callbacks.measurement import StepClock
 from callbacks.progress import Progress
-from strategies import CompressedFSDP
 from strategies.compressors.int8 import Int8
+from tests.strategies.engines import ENGINES, local
 
 
 class Rows(Dataset):
@@ -48,13 +48,13 @@ class Net(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def _fit(callbacks, folder, steps=8, bad_step=None, clip=None, **trainer):
+def _fit(callbacks, folder, steps=8, bad_step=None, clip=None, engine="fsdp1", **trainer):
     warnings.simplefilter("ignore")
     module = Net(bad_step)
     run = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=CompressedFSDP(compressor=Int8()),
+        strategy=ENGINES[engine](compressor=Int8()),
         max_steps=steps,
         callbacks=callbacks,
         default_root_dir=folder,
@@ -71,23 +71,25 @@ def _fit(callbacks, folder, steps=8, bad_step=None, clip=None, **trainer):
     return run
 
 
-def _guarded(nonfinite, folder, bad_step=3):
+def _guarded(nonfinite, folder, engine):
     guard = GradientGuard(nonfinite)
     try:
-        run = _fit([guard], folder, bad_step=bad_step)
+        run = _fit([guard], folder, bad_step=3, engine=engine)
     except FloatingPointError as error:
         return {"error": str(error)}
-    weights = torch.cat([p.detach().flatten() for p in run.strategy.model.parameters()])
+    weights = torch.cat([local(p.detach()).flatten() for p in run.strategy.model.parameters()])
     return {"counts": guard.summary(), "finite": bool(weights.isfinite().all()), "steps": run.global_step}
 
 
-def test_a_nan_on_one_rank_is_skipped_on_all_and_counted(two_ranks, tmp_path):
-    for result in two_ranks.run(_guarded, "skip", str(tmp_path)):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_nan_on_one_rank_is_skipped_on_all_and_counted(engine, two_ranks, tmp_path):
+    for result in two_ranks.run(_guarded, "skip", str(tmp_path), engine):
         assert result == {"counts": {"nan_steps": 1, "clipped_steps": 0}, "finite": True, "steps": 8}
 
 
-def test_a_nan_on_one_rank_stops_all_with_the_step(two_ranks, tmp_path):
-    for result in two_ranks.run(_guarded, "stop", str(tmp_path)):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_nan_on_one_rank_stops_all_with_the_step(engine, two_ranks, tmp_path):
+    for result in two_ranks.run(_guarded, "stop", str(tmp_path), engine):
         assert "step 3" in result["error"] and "skip" in result["error"]
 
 

@@ -1,0 +1,257 @@
+"""FSDP2 through Lightning, with compressed gradients and compressed parameter gathers, on CUDA/NCCL and CPU/gloo."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from strategies.compressors import Codec, Compressor
+from strategies.engine import CompressedEngine, misfit
+from strategies.fsdp2_collectives import (
+    CountedAllGather,
+    EncodedAllGather,
+    UnitReduceScatter,
+    count_replica_all_reduce,
+)
+from strategies.fsdp2_units import ShardedModule, sharded_modules
+from strategies.traffic import Traffic
+from strategies.units import Unit, transformer_blocks
+
+
+class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
+    """Fully sharded data parallel training (``fully_shard``) with compressed gradients and parameter gathers.
+
+    Shards each block that a Hugging Face model declares indivisible, and the rest as the root, unless
+    ``configure_model`` of the LightningModule has applied ``fully_shard`` itself. Gradients are reduced in fp32, under
+    ``bf16-mixed`` too.
+
+    Args:
+        compressor: How gradients are reduced, e.g. ``Int8``; none leaves torch's own path untouched and uncounted.
+        parameter_compressor: How parameter shards travel when they are gathered, e.g. ``Int8``; straight from the fp32
+            master weights. Forward and backward (validation too) see the decoded weights, checkpoints the exact ones.
+        sharding_strategy: FULL_SHARD (parameters are gathered for forward and again for backward) or SHARD_GRAD_OP
+            (they stay gathered in between). For NO_SHARD use ``CompressedDDP``.
+        replicas: Copies of the sharded model (HSDP): ranks are cut into so many groups in rank order, the compressor
+            works inside each, and torch's own all-reduce between them. Usually 1, or the number of nodes.
+        state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
+        process_group_backend: "gloo" or "nccl"; by default the device's own.
+        timeout: How long a rank waits for the others in a collective.
+
+    Raises:
+        ValueError: ``replicas`` is less than 1; when training starts, if it does not divide the ranks.
+        TypeError: ``parameter_compressor`` is not a codec.
+    """
+
+    strategy_name = "compressed_fsdp2"
+
+    def __init__(
+        self,
+        compressor: Compressor | None = None,
+        parameter_compressor: Codec | None = None,
+        sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
+        replicas: int = 1,
+        state_dict_type: Literal["full", "sharded"] = "sharded",
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        if sharding_strategy not in ("FULL_SHARD", "SHARD_GRAD_OP"):
+            raise ValueError(
+                f"sharding_strategy={sharding_strategy}: FSDP2 knows FULL_SHARD and SHARD_GRAD_OP; add replicas=… for "
+                "hybrid sharding, and use CompressedDDP to replicate everything"
+            )
+        if replicas < 1:
+            raise ValueError(f"replicas must be at least 1, got {replicas}")
+        if parameter_compressor is not None and not isinstance(parameter_compressor, Codec):
+            raise TypeError(
+                f"parameter_compressor must encode and decode (a Codec such as Int8 or BF16); "
+                f"{type(parameter_compressor).__name__} only reduces gradients"
+            )
+        super().__init__(
+            save_distributed_checkpoint=state_dict_type == "sharded",
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.compressor = compressor
+        self.parameter_compressor = parameter_compressor
+        self.sharding_strategy = ShardingStrategy[sharding_strategy]
+        self.replicas = replicas
+        self.traffic = Traffic()
+        self.units: list[Unit] = []
+
+    # Setting up: processes, mesh, sharding.
+
+    def setup_environment(self) -> None:
+        """Join the process group; all ranks are data parallel."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """Shard the model where its LightningModule has not, install the collectives, make the optimizers.
+
+        As ``ModelParallelStrategy.setup``, which insists on ``configure_model`` doing the sharding.
+        """
+        self.accelerator.setup(trainer)
+        model: Any = self.model
+        self.model = model = self.precision_plugin.convert_module(model)
+        if not any(isinstance(module, FSDPModule) for module in model.modules()):
+            self._shard(model)
+        _materialize_distributed_module(model, self.root_device)
+        self.model_to_device()
+        self._install(model)
+        self.barrier()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _mesh(self) -> DeviceMesh:
+        if self.replicas == 1:
+            return self.device_mesh["data_parallel"]
+        shards, rest = divmod(self.world_size, self.replicas)
+        if rest or shards < 2:
+            raise ValueError(
+                f"replicas={self.replicas} leaves no equal groups, or nothing to shard, of {self.world_size} ranks; "
+                "give a smaller divisor, or use CompressedDDP to replicate everything"
+            )
+        return init_device_mesh(self.root_device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+    def _shard(self, model: nn.Module) -> None:
+        """Blocks first, then what is left as the root."""
+        compute = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        options: dict[str, Any] = {
+            "mesh": self._mesh(),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+            # None: as True, but the root, which backward needs at once, stays gathered
+            "reshard_after_forward": None if self.sharding_strategy == ShardingStrategy.FULL_SHARD else False,
+        }
+        blocks = transformer_blocks(model)
+        for module in reversed(list(model.modules())):  # children before the modules that hold them
+            if type(module) in blocks:
+                fully_shard(module, **options)
+        fully_shard(model, **options)
+
+    def _install(self, model: nn.Module) -> None:
+        """Give every FSDP module its own collectives (torch's setters do not recurse)."""
+        self.units = []
+        if self.compressor is None and self.parameter_compressor is None:
+            return
+        for sharded in sharded_modules(model, self.traffic):
+            if sharded.gathered.world_size == 1:  # torch calls no collective then
+                continue
+            codec = self.parameter_compressor
+            gather = CountedAllGather(sharded) if codec is None else EncodedAllGather(sharded, codec)
+            sharded.module.set_custom_all_gather(gather)
+            if self.compressor is not None and sharded.unit is not None:
+                self._install_compressor(sharded, sharded.unit)
+
+    def _install_compressor(self, sharded: ShardedModule, unit: Unit) -> None:
+        module = sharded.module
+        module.set_custom_reduce_scatter(UnitReduceScatter(unit, self._reduce_sharded))
+        # With a gradient divide factor torch would ask for PREMUL_SUM, whose factor cannot be read; a sum always can.
+        module.set_force_sum_reduction_for_comms(True)
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # new in torch: zeros, so that the layout stays whole
+            module.set_reduce_scatter_unused_params(True, recurse=False)
+        if sharded.replicas is not None:
+            module.set_all_reduce_hook(count_replica_all_reduce(unit, sharded.replicas))
+        self.units.append(unit)
+
+    # Running.
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``training_step`` as the root's forward, whose hooks gather the root's parameters."""
+        with self.precision_plugin.train_step_context():
+            return self._as_forward("training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``training_step``."""
+        with self.precision_plugin.val_step_context():
+            return self._as_forward("validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``training_step``."""
+        with self.precision_plugin.test_step_context():
+            return self._as_forward("test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``training_step``."""
+        with self.precision_plugin.predict_step_context():
+            return self._as_forward("predict_step", *args, **kwargs)
+
+    def _as_forward(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        module: Any = self.lightning_module
+        return self._forward_redirection(model, module, step, *args, **kwargs)
+
+    def on_validation_end(self) -> None:
+        """Free what validation left gathered: without a backward pass nothing else does."""
+        self._reshard()
+
+    def on_test_end(self) -> None:
+        """See ``on_validation_end``."""
+        self._reshard()
+
+    def on_predict_end(self) -> None:
+        """See ``on_validation_end``."""
+        self._reshard()
+
+    def _reshard(self) -> None:
+        for module in self._fsdp_modules():
+            module.reshard()
+
+    def _fsdp_modules(self) -> list[FSDPModule]:
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Accumulate without reducing: one reduction per optimizer step. Lightning's own does nothing for FSDP2."""
+        modules = self._fsdp_modules()
+        for module in modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the whole (averaged) gradient, on device; call between backward and the optimizer step."""
+        squared, shards = torch.zeros((), device=self.root_device), None
+        for parameter in self.model.parameters():
+            if isinstance(grad := parameter.grad, DTensor):
+                squared += grad.to_local().float().pow(2).sum()
+                shards = grad.device_mesh.get_group(grad.device_mesh.ndim - 1)  # with replicas: (replicate, shard)
+        if shards is not None:
+            dist.all_reduce(squared, group=shards)
+        return squared.sqrt()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint; see ``CompressedEngine.load_checkpoint``.
+
+        In a whole checkpoint torch lets rank 0 find that a tensor does not fit, while the others wait for its broadcast
+        until they time out. So every rank looks first.
+        """
+        path = Path(checkpoint_path)
+        if path.is_file():
+            state = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only is not False)[
+                "state_dict"
+            ]
+            for name, parameter in self.model.named_parameters():
+                saved = tuple(state[name].shape) if name in state else None
+                if saved != tuple(parameter.shape):
+                    raise misfit(path, ValueError(f"{name} is {tuple(parameter.shape)}, in the checkpoint {saved}"))
+        return super().load_checkpoint(checkpoint_path, weights_only)

@@ -1,0 +1,90 @@
+"""DDP with buckets that never change, and the one place that touches DDP's private attributes."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from strategies.traffic import Traffic
+from strategies.units import ParameterSlice, Unit, clean_name
+
+# Buffers are not trained here; broadcasting them in every forward pass would be traffic that nobody counts. torch 2.13
+# warns about the old name of the argument and knows a new one.
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+KEEP_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
+}
+
+
+class FixedBuckets(DistributedDataParallel):
+    """``DistributedDataParallel`` whose buckets are the same from the first step to the last, and after a resume.
+
+    DDP starts with one bucket for everything and after the first backward pass cuts new ones, in the order in which
+    gradients became ready. A compressor would see other blocks in the first step than in the second, its state would
+    belong to a bucket that is gone, and a resumed run would repeat this with its own first step. Here the order is the
+    reverse of registration, near to that of backward, and DDP is told so before the first step.
+
+    Args:
+        module: The module to train.
+        device_ids: As for ``DistributedDataParallel``.
+        bucket_cap_mb: Size of a bucket in MiB.
+    """
+
+    def __init__(self, module: nn.Module, device_ids: list[int] | None, bucket_cap_mb: int) -> None:
+        super().__init__(module, device_ids=device_ids, bucket_cap_mb=bucket_cap_mb, **KEEP_BUFFERS)
+        self.reducer._push_all_rebuilt_params()  # what DDP records in its first backward pass: the order
+        if not self.reducer._rebuild_buckets():
+            raise RuntimeError("this version of torch does not fix DDP's buckets before the first step")
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        parameters, sparse = super()._build_params_for_reducer()
+        return parameters[::-1], sparse[::-1]
+
+
+def bucket_units(model: FixedBuckets, traffic: Traffic) -> list[Unit]:
+    """One unit per bucket, in DDP's order; a bucket holds its parameters one after the other without padding."""
+    names = {id(p): clean_name(name) for name, p in model.module.named_parameters()}
+    units = []
+    for bucket in model.reducer._get_zeros_like_grad_buckets():
+        slices, offset = [], 0
+        for parameter in bucket.parameters():
+            slices.append(ParameterSlice(names[id(parameter)], tuple(parameter.shape), offset))
+            offset += parameter.numel()
+        units.append(Unit(f"bucket {bucket.index()}", slices, offset, model.process_group, traffic))
+    return units
+
+
+def install_hook(model: FixedBuckets, units: list[Unit], reduce: Callable[[Unit, Tensor], None]) -> None:
+    """Have DDP call ``reduce(unit, grad [N])``, which writes the mean in place, whenever a bucket is full.
+
+    On CUDA it runs on a stream of its own, so that the backward pass goes on meanwhile; DDP waits for the future.
+
+    Args:
+        model: The wrapped module.
+        units: Its buckets, from ``bucket_units``.
+        reduce: The reduction.
+    """
+    device = next(model.parameters()).device
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        unit, grad = units[bucket.index()], bucket.buffer()
+        if grad.numel() != unit.numel:
+            raise RuntimeError(f"{unit.name} has {grad.numel()} elements instead of {unit.numel}: buckets were rebuilt")
+        if stream is None:
+            future: torch.futures.Future[Tensor] = torch.futures.Future()
+            reduce(unit, grad)
+            future.set_result(grad)
+            return future
+        future = torch.futures.Future(devices=[grad.device])
+        stream.wait_stream(torch.cuda.current_stream())  # the gradients are complete when this stream gets there
+        with torch.cuda.stream(stream):
+            reduce(unit, grad)
+            future.set_result(grad)  # records an event on this stream; whoever waits, waits for it
+        return future
+
+    model.register_comm_hook(None, hook)

@@ -1,0 +1,75 @@
+"""What the engines have in common: reducing a unit's gradient under the counters, and checkpoints that are whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from strategies import transport
+from strategies.checkpoints import replace_when_complete
+from strategies.compressors import Compressor
+from strategies.traffic import Traffic
+from strategies.units import Unit
+
+
+class CompressedEngine(ParallelStrategy):
+    """Mixed in before one of Lightning's strategies.
+
+    Attributes:
+        compressor: How gradients are reduced; none leaves torch's own path untouched and uncounted.
+        traffic: This rank's counters.
+        units: What is reduced on its own: an FSDP unit or a DDP bucket. Empty while nothing is installed.
+    """
+
+    compressor: Compressor | None
+    traffic: Traffic
+    units: list[Unit]
+    loaded_from: Any = None  # the checkpoint that is being restored, for messages
+
+    def _reduce_sharded(self, unit: Unit, grad: Tensor, output: Tensor) -> None:
+        """``grad [N]`` of this rank → mean shard ``output [N/n]``."""
+        ideal = transport.ring_bytes(4 * grad.numel(), unit.world_size)
+        factor = transport.reduce_scatter_factor(unit.group) * grad.element_size() / 4
+        self.traffic.baseline(unit.name, ideal, factor * ideal)
+        self.compressor.reduce_scatter(grad, output, unit)
+
+    def _reduce_replicated(self, unit: Unit, grad: Tensor) -> None:
+        """``grad [N]`` becomes the mean in place."""
+        ideal = 2 * transport.ring_bytes(4 * grad.numel(), unit.world_size)
+        self.traffic.baseline(unit.name, ideal, ideal * grad.element_size() / 4)
+        self.compressor.all_reduce(grad, unit)
+
+    # Checkpoints. Written beside and renamed, so that a kill while saving leaves the previous one whole.
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save a checkpoint folder or file that appears under ``filepath`` only when it is complete."""
+        with replace_when_complete(Path(self.broadcast(filepath)), self.barrier, self.global_rank) as beside:
+            super().save_checkpoint(checkpoint, beside, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint; one that does not fit this model is refused by name.
+
+        Raises:
+            FileNotFoundError: No such checkpoint.
+            ValueError: The checkpoint holds other parameters than the model.
+        """
+        if not Path(checkpoint_path).exists():
+            raise FileNotFoundError(f"no checkpoint at {checkpoint_path}; see the run's checkpoints folder")
+        self.loaded_from = checkpoint_path
+        try:
+            # a checkpoint is data: unless told otherwise, refuse one that carries code
+            return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
+        except (RuntimeError, KeyError, dist.checkpoint.api.CheckpointException) as error:
+            raise misfit(checkpoint_path, error) from error
+
+
+def misfit(checkpoint_path: Any, error: BaseException) -> ValueError:
+    """What to raise when a checkpoint does not fit the model; ``error`` is torch's, often very long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0][:300] if lines else type(error).__name__
+    return ValueError(
+        f"checkpoint {checkpoint_path} does not fit this model ({reason}). Resume with the config that the run saved "
+        "beside its logs, or start without --ckpt_path."
+    )

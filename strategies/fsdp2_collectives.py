@@ -1,0 +1,139 @@
+"""What FSDP2 calls instead of its own reduce-scatter and all-gather.
+
+torch calls both on a side stream on CUDA and waits for that stream where it must, so everything here stays on the
+stream that is current, and nothing waits on the host.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+from strategies import transport
+from strategies.compressors import Codec
+from strategies.fsdp2_units import ShardedModule
+from strategies.units import Unit
+
+
+class _Allocator:
+    """Fresh buffers from torch's own allocator."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See ``torch.distributed.fsdp`` ``Comm.allocate``."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class UnitReduceScatter(_Allocator, ReduceScatter):
+    """The reduce-scatter of one FSDP2 module.
+
+    Args:
+        unit: The module's gradient.
+        reduce: Called as ``reduce(unit, grad [n·s], output [s])``; writes the *mean*.
+    """
+
+    def __init__(self, unit: Unit, reduce: Callable[[Unit, Tensor, Tensor], None]) -> None:
+        self.unit = unit
+        self.reduce = reduce
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Reduce as ``op`` asks.
+
+        Raises:
+            RuntimeError: Some parameter got no gradient, so that the layout is not the unit's.
+            ValueError: ``op`` scales by a factor that cannot be read from it.
+        """
+        if input_tensor.numel() != self.unit.numel:
+            raise RuntimeError(
+                f"unit {self.unit.name!r}: gradient of {input_tensor.numel()} elements instead of {self.unit.numel}: a "
+                "parameter got no gradient in this step. Freeze it (requires_grad=False) before the strategy shards."
+            )
+        self.unit.group = group  # the same ranks; torch may give reductions a communicator of their own
+        factor = _times_mean(op, self.unit)
+        self.reduce(self.unit, input_tensor, output_tensor)
+        if factor != 1:
+            output_tensor.mul_(factor)
+
+
+def _times_mean(op: Any, unit: Unit) -> int:
+    """What the mean has to be multiplied by to be what ``op`` promises."""
+    if op == dist.ReduceOp.AVG:
+        return 1
+    if op == dist.ReduceOp.SUM:
+        return unit.world_size
+    raise ValueError(
+        f"unit {unit.name!r}: cannot reduce with {op}; call set_force_sum_reduction_for_comms(True) on the module, so "
+        "that torch divides by the gradient factor itself"
+    )
+
+
+class CountedAllGather(_Allocator, AllGather):
+    """torch's own all-gather of one module's parameters, counted and timed.
+
+    Args:
+        sharded: The module.
+    """
+
+    def __init__(self, sharded: ShardedModule) -> None:
+        self.sharded = sharded
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        """Gather ``input_tensor [s]`` (in the compute dtype) into ``output_tensor [n·s]``."""
+        return transport.gather_parameters(input_tensor, output_tensor, self.sharded.gathered, async_op)
+
+
+class EncodedAllGather(_Allocator, AllGather):
+    """Gathers the parameters of one module as a codec encodes them.
+
+    Under mixed precision FSDP2 hands over a shard that is already rounded to the compute dtype. It is ignored: what is
+    encoded is the fp32 shard that the optimizer steps, so values are rounded once, and a scale is that of the exact
+    block. Every rank decodes the same bytes, its own included, so all compute with equal weights. The master weights
+    stay exact; checkpoints and exports hold them.
+
+    Bytes sent for Int8: P(1 + 4/B)(n−1)/n per gather of P parameters, against 4P(n−1)/n in fp32, 2P(n−1)/n in bf16.
+
+    Args:
+        sharded: The module.
+        codec: Encodes a shard as one row; "linear" or stochastic methods are fine, stateful ones make no sense.
+    """
+
+    def __init__(self, sharded: ShardedModule, codec: Codec) -> None:
+        self.sharded = sharded
+        self.codec = codec
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Encode this rank's shard, gather all, decode into ``output_tensor [n·s]``; done on the current stream."""
+        unit, traffic = self.sharded.gathered, self.sharded.gathered.traffic
+        with traffic.timed(unit.name, "encode", output_tensor.device):
+            payload = self.codec.encode(self.sharded.master_shard()[None], unit)
+        gathered = transport.gather_encoded_parameters(payload, unit)
+        with traffic.timed(unit.name, "decode", output_tensor.device):
+            rows = output_tensor.view(unit.world_size, -1)
+            for rank, row in enumerate(rows):  # row by row: the fp32 copies never exist together
+                part = {role: values[rank : rank + 1] for role, values in gathered.items()}
+                row.copy_(self.codec.decode(part, row.numel(), unit)[0])
+
+
+def count_replica_all_reduce(unit: Unit, replicas: dist.ProcessGroup) -> Callable[[Tensor], None]:
+    """A hook that counts the all-reduce that HSDP has just made over ``replicas``; torch itself does not tell its time.
+
+    Args:
+        unit: The module's gradient.
+        replicas: Ranks with copies of the same shard.
+    """
+
+    def count(shard: Tensor) -> None:
+        ideal = 2 * transport.ring_bytes(4 * shard.numel(), replicas.size())
+        unit.traffic.baseline(unit.name, ideal, ideal * shard.element_size() / 4)
+        unit.traffic.called(unit.name, "all_reduce")
+        unit.traffic.sent(unit.name, "all_reduce", "values", round(ideal * shard.element_size() / 4))
+
+    return count

@@ -1,0 +1,96 @@
+"""The other engines as a user types them: one argument on the command line, everything else unchanged."""
+
+import csv
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.test_cli import LONG, TINY, _losses, _parse, _run, _start
+
+ENGINES = ["CompressedFSDP2", "CompressedDDP"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engine_is_one_argument(engine, capsys):
+    code, out, err = _parse(capsys, "fit", *TINY, "--trainer.strategy.class_path", engine, "--print_config")
+    assert code == 0, err
+    strategy = yaml.safe_load(out)["trainer"]["strategy"]
+    assert strategy["class_path"].endswith(engine)
+    assert strategy["init_args"]["compressor"]["class_path"].endswith("NoCompression")  # kept from the configuration
+
+
+def _switched(engine: str) -> list[str]:
+    return ["--trainer.strategy.class_path", engine, *LONG]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def trained(request, tmp_path_factory) -> tuple[str, Path]:
+    """One run to the end with an engine: accumulation 2, dropout on, a Hugging Face folder exported."""
+    folder = tmp_path_factory.mktemp(request.param)
+    export = ["--trainer.callbacks+=HFExport", "--trainer.callbacks.dirpath", "runs/model"]
+    (folder / "output.txt").write_text(_run(folder, *_switched(request.param), *export))
+    return request.param, folder
+
+
+def test_fit_records_what_the_engine_did(trained):
+    engine, folder = trained
+    fields = json.loads((folder / "runs/results.jsonl").read_text())
+    assert fields["strategy"] == engine and fields["compress_method"] == "int8" and fields["steps"] == 12
+    assert 0 < fields["grad_rel_error"] < 0.02
+    if engine == "CompressedDDP":  # the averaged shards travel in fp32: 2·4 bytes against 1 + 4
+        assert 1.5 < fields["compression_ratio"] < 1.6 and fields["bytes_parameters_total"] == 0
+    else:
+        assert 3.5 < fields["compression_ratio"] < 4 and fields["bytes_parameters_total"] > 0
+    output = (folder / "output.txt").read_text()
+    assert "Warning" not in output and "runs/model" in output
+
+
+def test_traffic_table_has_a_row_per_unit_and_step(trained):
+    engine, folder = trained
+    with open(next(folder.glob("runs/gpt2_tiny/version_0/traffic.csv")), newline="") as file:
+        rows = list(csv.DictReader(file))
+    blocks = {"root", "model.transformer.h.0", "model.transformer.h.1"}
+    units = {"bucket 0"} if engine == "CompressedDDP" else blocks
+    assert {row["unit"] for row in rows} == units and len(rows) == len(units) * 12
+
+
+def _val_loss(output: str) -> float:
+    return float(re.search(r"val/loss\W+([\d.]+)", output)[1])
+
+
+def test_checkpoint_and_export_score_as_recorded(trained):
+    engine, folder = trained
+    recorded = json.loads((folder / "runs/results.jsonl").read_text())["val_loss"]
+    last = ["--ckpt_path", "runs/gpt2_tiny/checkpoints/last.ckpt"]
+    assert _val_loss(_run(folder, *_switched(engine), *last, command="validate")) == pytest.approx(recorded, rel=1e-5)
+    alone = ["--model.pretrained", "runs/model", "--trainer.devices", "1"]
+    assert _val_loss(_run(folder, *_switched(engine), *alone, command="validate")) == pytest.approx(recorded, rel=1e-5)
+
+
+def test_interrupted_run_resumes_bit_for_bit(trained, tmp_path):
+    engine, folder = trained
+    process = _start(tmp_path, *_switched(engine))
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(_losses(tmp_path)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert 4 <= len(_losses(tmp_path)) < 12
+    _run(tmp_path, *_switched(engine), "--ckpt_path", "last")
+    assert _losses(tmp_path) == _losses(folder)
+
+
+def test_parameters_are_compressed_by_one_argument(tmp_path):
+    coded = ["--trainer.strategy.parameter_compressor", "Int8", "--trainer.max_steps", "7"]
+    _run(tmp_path, *_switched("CompressedFSDP2"), *coded)
+    fields = json.loads((tmp_path / "runs/results.jsonl").read_text())
+    assert fields["parameter_compress_method"] == "int8"
+    # 2 micro-batches, each gathering blocks twice and the root once, at 1 + 4/256 bytes an element and padding
+    assert fields["bytes_parameters_by_role"]["parameters.values"] > 0
+    assert fields["bytes_parameters_total"] == sum(fields["bytes_parameters_by_role"].values())
