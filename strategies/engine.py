@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from strategies import transport
 from strategies.checkpoints import replace_when_complete
 from strategies.compressors import Compressor
+from strategies.precision import UnscaledPrecision
 from strategies.traffic import Traffic
 from strategies.units import Unit
 
@@ -27,6 +29,17 @@ class CompressedEngine(ParallelStrategy):
     traffic: Traffic
     units: list[Unit]
     loaded_from: Any = None  # the checkpoint that is being restored, for messages
+
+    @property
+    def precision_plugin(self) -> Any:
+        """The precision in use."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if isinstance(plugin, MixedPrecision) and plugin.precision == "bf16-mixed":
+            plugin = UnscaledPrecision(plugin.device)
+        ParallelStrategy.precision_plugin.fset(self, plugin)
 
     def _reduce_sharded(self, unit: Unit, grad: Tensor, output: Tensor) -> None:
         """``grad [N]`` of this rank → mean shard ``output [N/n]``."""

@@ -1,9 +1,11 @@
-"""Precision for sharded training: compute in 16 bits, reduce in fp32, clip by the global norm."""
+"""Precision of the engines: compute in 16 bits, reduce in fp32, clip by the global norm."""
 
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision as AutocastPrecision
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision
@@ -48,3 +50,20 @@ class ShardedPrecision(FSDPPrecision):
         if self.root is None:
             raise RuntimeError("gradient clipping before the strategy wrapped the model")
         self.root.clip_grad_norm_(clip_val)
+
+
+class UnscaledPrecision(AutocastPrecision):
+    """Lightning's ``bf16-mixed``, which scales nothing, but lets fused optimizers be clipped.
+
+    Lightning refuses the pair because a fused optimizer undoes the scaling of gradients itself; here there is none.
+
+    Args:
+        device_type: "cpu" or "cuda", for autocast.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__("bf16-mixed", device_type)
+
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """See ``Precision.clip_gradients``."""
+        Precision.clip_gradients(self, *args, **kwargs)

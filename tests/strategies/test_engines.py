@@ -9,8 +9,6 @@ from tests.strategies.engines import ENGINES, Module, error, fit, reference
 from tests.strategies.test_compressed_fsdp import COMPRESSORS, TOLERANCE
 
 by_engine = pytest.mark.parametrize("engine", ENGINES)
-# Collectives that reduce one unit once, by engine, for an all-to-all codec.
-REDUCTION = "all_to_all"
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c.name)
@@ -39,7 +37,7 @@ def test_uncompressed_training_is_native_training(engine, two_ranks):
 def test_one_reduction_per_unit_and_step_under_accumulation(engine, two_ranks):
     once, twice = (two_ranks.run(fit, Int8(), steps=2, accumulate=k, engine=engine)[0] for k in (1, 2))
     for result in (once, twice):
-        calls = {unit: count for (unit, name), count in result["traffic"].calls.items() if name == REDUCTION}
+        calls = {unit: count for (unit, name), count in result["traffic"].calls.items() if name == "all_to_all"}
         assert calls == {name: 2 for name, *_ in result["units"]}
     assert once["traffic"].gradient_bytes() == twice["traffic"].gradient_bytes() > 0
     assert once["traffic"].ideal == twice["traffic"].ideal
@@ -111,3 +109,18 @@ def test_bf16_mixed_reduces_in_fp32(engine, two_ranks):
     factor = 1 if engine == "ddp" else 2  # gloo's reduce-scatter is an all-reduce
     assert result["traffic"].gradient_bytes() == factor * sum(result["traffic"].ideal.values())
     assert error(result, reference(2)) < 2e-2
+
+
+class Fused(Module):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2, fused=True)
+
+
+def _fused(engine):
+    return fit(NoCompression(), module=Fused(), engine=engine, precision="bf16-mixed", clip=1e-3)
+
+
+@by_engine
+def test_bf16_mixed_clips_under_a_fused_optimizer(engine, two_ranks):
+    for result in two_ranks.run(_fused, engine):
+        assert result["step"] == 2
