@@ -1,5 +1,6 @@
 """FSDP1 through Lightning, with a compressor on every unit's gradient, on CUDA/NCCL and on CPU/gloo."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
@@ -20,7 +23,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from strategies import transport
+from strategies import residuals, transport
 from strategies.checkpoints import replace_when_complete
 from strategies.compressors import Compressor
 from strategies.precision import ShardedPrecision
@@ -103,7 +106,9 @@ class CompressedFSDP(FSDPStrategy):
 
     def _install_compressor(self, root: FSDP) -> None:
         self.units = []
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         for module, unit in fsdp_units(root, self.traffic):
+            unit.seed = seed
             sharded = module.sharding_strategy != ShardingStrategy.NO_SHARD
             install_hook(module, unit, self._reduce_sharded if sharded else self._reduce_replicated)
             if sharded:
@@ -115,12 +120,14 @@ class CompressedFSDP(FSDPStrategy):
         ideal = transport.ring_bytes(4 * grad.numel(), unit.world_size)
         factor = transport.reduce_scatter_factor(unit.group) * grad.element_size() / 4
         self.traffic.baseline(unit.name, ideal, factor * ideal)
+        unit.step = self.lightning_module.trainer.global_step
         self.compressor.reduce_scatter(grad, output, unit)
 
     def _reduce_replicated(self, unit: Unit, grad: Tensor) -> None:
         """FSDP1's hook for NO_SHARD: ``grad [N]`` becomes the mean in place."""
         ideal = 2 * transport.ring_bytes(4 * grad.numel(), unit.world_size)
         self.traffic.baseline(unit.name, ideal, ideal * grad.element_size() / 4)
+        unit.step = self.lightning_module.trainer.global_step
         self.compressor.all_reduce(grad, unit)
 
     def grad_norm(self) -> Tensor:
@@ -136,26 +143,44 @@ class CompressedFSDP(FSDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint folder or file that appears under ``filepath`` only when it is complete."""
         with replace_when_complete(Path(self.broadcast(filepath)), self.barrier, self.global_rank) as beside:
+            owed = residuals.collect(self.units, repr(self.compressor)) if self._has_state() else None
+            if owed is not None and self._state_dict_type == "full":
+                ranks = [None] * self.world_size if self.global_rank == 0 else None
+                dist.gather_object(owed, ranks)
+                checkpoint["compressor"] = ranks
             super().save_checkpoint(checkpoint, beside, storage_options)
+            if owed is not None and self._state_dict_type == "sharded":
+                torch.save(owed, residuals.rank_file(beside, self.global_rank))
+
+    def _has_state(self) -> bool:
+        return any(unit.state for unit in self.units)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint; one that does not fit this model is refused by name.
 
         Raises:
             FileNotFoundError: No such checkpoint.
-            ValueError: The checkpoint holds other parameters than the model.
+            ValueError: The checkpoint holds other parameters than the model, or another compressor's residuals.
         """
         if not Path(checkpoint_path).exists():
             raise FileNotFoundError(f"no checkpoint at {checkpoint_path}; see the run's checkpoints folder")
         try:
             with self._full_state_on_device():
                 # a checkpoint is data: unless told otherwise, refuse one that carries code
-                return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
+                loaded = super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
         except (RuntimeError, KeyError, dist.checkpoint.api.CheckpointException) as error:
             raise ValueError(
                 f"checkpoint {checkpoint_path} does not fit this model ({_first_line(error)}). Resume with the config "
                 "that the run saved beside its logs, or start without --ckpt_path."
             ) from error
+        folder, ranks = Path(checkpoint_path), loaded.pop("compressor", [])
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            ranks = residuals.saved_ranks(folder) if folder.is_dir() else ranks
+            if ranks and not self.units:
+                rank_zero_warn("nothing is compressed here: the residuals in the checkpoint are dropped")
+            elif ranks:
+                residuals.restore(ranks, self.units, repr(self.compressor), self.root_device)
+        return loaded
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The model's state, whole or sharded by ``state_dict_type``."""

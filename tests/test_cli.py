@@ -63,6 +63,18 @@ def test_a_compressor_is_one_short_argument(capsys):
     assert compressor["class_path"].endswith("BF16")
 
 
+def test_compressors_nest_by_their_short_names(capsys):
+    key = "--trainer.strategy.compressor"
+    nested = [f"{key}", "ErrorFeedback", f"{key}.inner", "TopK", f"{key}.inner.density", "0.02"]
+    nested += [f"{key}.inner.values", "Int8", f"{key}.inner.values.block_size", "64"]
+    code, out, err = _parse(capsys, "fit", *TINY, *nested, "--print_config")
+    assert code == 0, err
+    wrapper = yaml.safe_load(out)["trainer"]["strategy"]["init_args"]["compressor"]
+    inner = wrapper["init_args"]["inner"]
+    assert wrapper["class_path"].endswith("ErrorFeedback") and inner["init_args"]["density"] == 0.02
+    assert inner["init_args"]["values"]["init_args"]["block_size"] == 64
+
+
 def test_a_misspelt_compressor_lists_the_known_ones(capsys):
     code, _, err = _parse(capsys, "fit", *TINY, "--trainer.strategy.compressor", "Int9")
     assert code != 0

@@ -14,10 +14,14 @@ from strategies.compressors import known_compressors
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
 from strategies.units import transformer_blocks
+from tests.strategies.oracles import NMSE
 
-COMPRESSORS = [cls() for cls in known_compressors()]
-# Relative L2 error of a whole gradient that has passed through the engine once.
-TOLERANCE = {"none": 1e-6, "none_a2a": 1e-6, "bf16": 3e-3, "fp16": 5e-4, "int8": 1.5e-2}
+COMPRESSORS = [cls.examples()[0] for cls in known_compressors()]
+
+
+def _tolerance(compressor) -> float:
+    """Relative L2 error of a whole gradient that has passed through the engine once: small blocks are uneven."""
+    return 1e-6 + 3 * NMSE[repr(compressor)] ** 0.5
 
 
 class Block(nn.Module):
@@ -125,18 +129,18 @@ def _error(result: dict, reference: dict[str, torch.Tensor]) -> float:
     return ((got - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c.name)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 @pytest.mark.parametrize("sharding", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
 def test_gradient_through_fsdp_is_the_mean_over_ranks(compressor, sharding, two_ranks):
     results = two_ranks.run(_fit, compressor, sharding_strategy=sharding)
-    assert _error(results[0], _reference(2)) < TOLERANCE[compressor.name]
+    assert _error(results[0], _reference(2)) < _tolerance(compressor)
     for name, weight in results[0]["weights"].items():
         assert torch.equal(weight, results[1]["weights"][name])
 
 
 def test_three_ranks_shard_sizes_that_do_not_divide(three_ranks):
     results = three_ranks.run(_fit, Int8(block_size=16))
-    assert _error(results[0], _reference(3)) < TOLERANCE["int8"]
+    assert _error(results[0], _reference(3)) < _tolerance(Int8())
 
 
 def test_every_unit_has_its_name_and_its_parameters(two_ranks):
