@@ -61,6 +61,9 @@ NMSE: dict[str, float] = {
         _beyond(0.1336)
     ),
     "ThresholdV(threshold=0.001, capacity=0.05, block_size=1024, values=None)": _beyond(0.05),  # only 5 % fit
+    "DGC(density=0.1, momentum=0.9, warmup_steps=0, block_size=1024, values=None)": _beyond(0.1),
+    "DGC(density=0.01, momentum=0.9, warmup_steps=400, block_size=1024, values=None)": _beyond(0.25),  # first stage
+    "PowerSGD(rank=4)": 1 - 4 / 32,  # a tall random matrix of 32 columns has its energy spread evenly over them
     # half of the elements in Int8, a quarter ("second") in Int4, a quarter in Int8 again
     "ByParameter(inner=Int8(block_size=256, stochastic=False), rules={'*second*': Int4(block_size=128, "
     "stochastic=False)}, dense_below=1024, dense_1d=True)": 0.25 * _INT4 + 0.75 * _INT8,
@@ -137,6 +140,15 @@ def _by_parameter(s: int, n: int) -> int:
     return sum(groups[label](max(lengths), n) for label, lengths in rows.items() if max(lengths))
 
 
+def _low_rank(s: int, n: int) -> int:
+    """Two all-reduces: P of every matrix with what goes dense, then Q of every matrix."""
+    shapes = [parameter.shape for parameter in parameters(s * n)]
+    factored = [shape for shape in shapes if len(shape) == 2 and 4 * sum(shape) < shape[0] * shape[1]]
+    dense = s * n - sum(a * b for a, b in factored)
+    first, second = sum(4 * a for a, _ in factored) + dense, sum(4 * b for _, b in factored)
+    return sum(round(2 * 4 * floats * (n - 1) / n) for floats in (first, second))
+
+
 _FP32: Formula = lambda s, n: padded(4 * s) * (n - 1)  # noqa: E731
 _ONE = "Int8(block_size=256, stochastic=False)"
 
@@ -176,6 +188,9 @@ SENT: dict[str, Formula] = {
     "ThresholdV(threshold=0.0015, capacity=0.25, block_size=1024, values=None)": _sparse(0.25, 1024, _cheaper),
     f"ThresholdV(threshold=0.0015, capacity=0.25, block_size=1024, values={_ONE})": _sparse(0.25, 1024, _cheaper, True),
     "ThresholdV(threshold=0.001, capacity=0.05, block_size=1024, values=None)": _sparse(0.05, 1024, _cheaper),
+    "DGC(density=0.1, momentum=0.9, warmup_steps=0, block_size=1024, values=None)": _sparse(0.1, 1024, _cheaper),
+    "DGC(density=0.01, momentum=0.9, warmup_steps=400, block_size=1024, values=None)": _sparse(0.25, 1024, _cheaper),
+    "PowerSGD(rank=4)": _low_rank,
     f"ByParameter(inner={_ONE}, rules={{'*second*': Int4(block_size=128, stochastic=False)}}, dense_below=1024, "
     "dense_1d=True)": _by_parameter,
     "WarmUp(inner=Int4(block_size=128, stochastic=False), steps=1)": _FP32,

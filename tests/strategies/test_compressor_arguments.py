@@ -3,12 +3,14 @@
 import pytest
 
 from strategies.compressors.by_parameter import ByParameter
+from strategies.compressors.dgc import DGC
 from strategies.compressors.error_feedback import ErrorFeedback
 from strategies.compressors.fp8 import FP8
 from strategies.compressors.int4 import Int4
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
 from strategies.compressors.onebit import OneBit
+from strategies.compressors.powersgd import PowerSGD
 from strategies.compressors.qsgd import QSGD
 from strategies.compressors.randomk import RandomK
 from strategies.compressors.signsgd import SignSGD
@@ -45,6 +47,13 @@ from strategies.compressors.warmup import WarmUp
         (lambda: ErrorFeedback(SignSGD()), "scaled=True"),
         (lambda: ErrorFeedback(Int8(), storage="int2"), "storage"),
         (lambda: WarmUp(Int8(), steps=-1), "steps"),
+        (lambda: DGC(density=2.0), "at most 1"),
+        (lambda: DGC(momentum=1.0), "momentum"),
+        (lambda: DGC(warmup_steps=-1), "warmup_steps"),
+        (lambda: DGC(values=TopK()), "two sparsifiers"),
+        (lambda: ErrorFeedback(DGC()), "own residual"),
+        (lambda: PowerSGD(rank=0), "rank"),
+        (lambda: ByParameter(PowerSGD()), "outside"),
         (lambda: ByParameter(Int8(), dense_below=-1), "dense_below"),
         (lambda: ByParameter(ErrorFeedback(Int8())), "outside"),
     ],
