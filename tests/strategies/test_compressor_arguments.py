@@ -6,6 +6,7 @@ from strategies.compressors.by_parameter import ByParameter
 from strategies.compressors.dgc import DGC
 from strategies.compressors.error_feedback import ErrorFeedback
 from strategies.compressors.fp8 import FP8
+from strategies.compressors.gradiveq import GradiVeQ
 from strategies.compressors.int4 import Int4
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
@@ -14,6 +15,7 @@ from strategies.compressors.powersgd import PowerSGD
 from strategies.compressors.qsgd import QSGD
 from strategies.compressors.randomk import RandomK
 from strategies.compressors.signsgd import SignSGD
+from strategies.compressors.sketch import Sketch
 from strategies.compressors.terngrad import TernGrad
 from strategies.compressors.thresholdv import ThresholdV
 from strategies.compressors.topk import TopK
@@ -53,6 +55,12 @@ from strategies.compressors.warmup import WarmUp
         (lambda: DGC(values=TopK()), "two sparsifiers"),
         (lambda: ErrorFeedback(DGC()), "own residual"),
         (lambda: PowerSGD(rank=0), "rank"),
+        (lambda: Sketch(density=0.0), "above 0"),
+        (lambda: Sketch(rows=4), "odd"),
+        (lambda: Sketch(width=0.0), "above 0"),
+        (lambda: GradiVeQ(components=600), "slice_size"),
+        (lambda: GradiVeQ(exact=0), "exact"),
+        (lambda: TopK(values=Sketch()), "two sparsifiers"),
         (lambda: ByParameter(PowerSGD()), "outside"),
         (lambda: ByParameter(Int8(), dense_below=-1), "dense_below"),
         (lambda: ByParameter(ErrorFeedback(Int8())), "outside"),

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from strategies.compressors import Codec, known_compressors
+from strategies.compressors.none import NoCompression
 from tests.strategies.oracles import NMSE
 from tests.strategies.reductions import gradient, make_unit, reduce
 
@@ -109,6 +110,27 @@ def test_random_methods_draw_anew_each_step_and_by_seed(compressor, two_ranks):
         pytest.skip("exact: nothing is drawn")
     base, later, other = (two_ranks.run(reduce, compressor, 5000, step=s, seed=k) for s, k in ((0, 0), (1, 0), (0, 1)))
     assert not torch.equal(base[0][0], later[0][0]) and not torch.equal(base[0][0], other[0][0])
+
+
+def _in_bfloat16(compressor):
+    """The same gradient (exact in bfloat16) given as float32 and as bfloat16."""
+    n, outputs = dist.get_world_size(), []
+    grad = gradient(dist.get_rank(), n * _SIZE).bfloat16()
+    for dtype in (torch.float32, torch.bfloat16):
+        output, sent = torch.empty(_SIZE, dtype=dtype), torch.empty(n * _SIZE)
+        compressor.reduce_scatter(grad.to(dtype), output, make_unit(n * _SIZE), sent)
+        outputs += [output, sent]
+    return outputs
+
+
+@by_name
+def test_16_bit_gradients_are_averaged_in_fp32_and_rounded_once(compressor, two_ranks):
+    if isinstance(compressor, NoCompression):
+        pytest.skip("torch's own reduction adds in the gradient's dtype")
+    for exact, sent, rounded, sent16 in two_ranks.run(_in_bfloat16, compressor):
+        assert rounded.dtype == torch.bfloat16
+        torch.testing.assert_close(rounded, exact.bfloat16(), rtol=8e-3, atol=1e-7)
+        torch.testing.assert_close(sent16, sent, rtol=1e-5, atol=1e-9)
 
 
 class _Waiting(RuntimeError):
