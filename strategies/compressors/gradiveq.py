@@ -16,8 +16,8 @@ class GradiVeQ(Compressor):
 
     z = Uᵀg, mean ĝ = U·mean z (Yu et al., NeurIPS 2018, arXiv 1811.03617). In every cycle of ``refresh`` optimizer
     steps the first ``exact`` are uncompressed; each owner sums g·gᵀ over the K-slices of its *mean* shard, and its d
-    leading eigenvectors U [K, d] go to all ranks. All ranks project with the same basis, so codes can be summed: linear.
-    (The paper's centring is left out: with a zero mean it changes nothing, and without it the code is not affine.)
+    leading eigenvectors U [K, d] go to all ranks. All ranks project with the same basis, so codes can be summed:
+    linear. (The paper's centring is left out: it changes nothing when means are zero, and it makes the code affine.)
     Biased, a projection; run it as ``ErrorFeedback(inner=GradiVeQ())``.
     After a resume on another number of ranks, steps are exact until the next cycle. On CUDA, the eigenvectors make the
     host wait, once a cycle.
