@@ -9,7 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.measurement import Measurement, StepClock, completes_step
+from strategies import residuals
 from strategies.traffic import StepTraffic, Traffic
+from strategies.units import Unit
 
 _COLUMNS = ("step", "unit", "sent_bytes", "ideal_bytes", "parameter_bytes", "encode_ms", "wire_ms", "decode_ms")
 
@@ -25,7 +27,7 @@ class TrafficMonitor(Measurement):
     Args:
         warmup_steps: First optimizer steps left out of the record.
         sample_every: Every so many steps compare each unit's gradient with its decoded self: relative error, cosine and
-            density (``comm/grad_*``). 0 never does.
+            density (``comm/grad_*``), and log the norm of this rank's residual (``comm/residual_norm``). 0 never does.
         nic: Also read this network interface's own counter of sent bytes ("eth0"; "lo" when ranks share a machine,
             where it counts all ranks), to hold against the counted bytes.
 
@@ -47,6 +49,7 @@ class TrafficMonitor(Measurement):
         self._role_bytes: dict[str, int] = defaultdict(int)
         self._parameter_bytes: dict[str, int] = defaultdict(int)
         self._samples: dict[str, list[float]] = defaultdict(list)
+        self._units: list[Unit] = []
         self._nic_start = self._nic_end = (0, 0)
         self._rows: Any = None
         self._file: Any = None
@@ -88,6 +91,7 @@ class TrafficMonitor(Measurement):
             return
         began = time.perf_counter()
         step = self._traffic.take()
+        sampled = self._traffic.sampling
         fidelity = self._traffic.take_fidelity()
         self.steps += 1
         if self.steps == self.warmup_steps:
@@ -97,6 +101,9 @@ class TrafficMonitor(Measurement):
             self._nic_end = self._read_nic()
         for name, value in fidelity.items():
             self._samples[name].append(value)
+        self._units = trainer.strategy.units
+        if sampled and (residual := residuals.norm(self._units)) is not None:
+            fidelity["residual_norm"] = residual.item()
         if trainer.is_global_zero:
             self._log(trainer, pl_module, step, fidelity)
         self._totals["monitor_ms"] += (time.perf_counter() - began) * 1e3
@@ -174,6 +181,8 @@ class TrafficMonitor(Measurement):
             "monitor_ms_per_step": self._totals["monitor_ms"] / self.steps,
             **{name: sum(values) / len(values) for name, values in self._samples.items()},
         }
+        if (residual := residuals.norm(self._units)) is not None:
+            fields["residual_norm"] = residual.item()
         if self.nic_counters is not None:
             fields["bytes_nic_total"] = self._nic_end[0] - self._nic_start[0]
             fields["packets_nic_total"] = self._nic_end[1] - self._nic_start[1]

@@ -118,6 +118,11 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
 
     # Checkpoints, beside what CompressedEngine does.
 
+    @property
+    def saves_one_file(self) -> bool:
+        """See ``CompressedEngine.saves_one_file``."""
+        return self._state_dict_type == "full"
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint; see ``CompressedEngine.load_checkpoint``."""
         with self._full_state_on_device():

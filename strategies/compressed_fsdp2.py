@@ -239,6 +239,11 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             dist.all_reduce(squared, group=shards)
         return squared.sqrt()
 
+    @property
+    def saves_one_file(self) -> bool:
+        """See ``CompressedEngine.saves_one_file``."""
+        return not self._save_distributed_checkpoint
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint; see ``CompressedEngine.load_checkpoint``.
 

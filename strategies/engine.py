@@ -1,14 +1,18 @@
 """What the engines have in common: reducing a unit's gradient under the counters, and checkpoints that are whole."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from strategies import transport
+from strategies import residuals, transport
 from strategies.checkpoints import replace_when_complete
 from strategies.compressors import Compressor
 from strategies.precision import UnscaledPrecision
@@ -31,6 +35,11 @@ class CompressedEngine(ParallelStrategy):
     loaded_from: Any = None  # the checkpoint that is being restored, for messages
 
     @property
+    def saves_one_file(self) -> bool:
+        """Whether a checkpoint is one file that rank 0 writes, not a folder that all ranks write to."""
+        return True
+
+    @property
     def precision_plugin(self) -> Any:
         """The precision in use."""
         return super().precision_plugin
@@ -46,36 +55,63 @@ class CompressedEngine(ParallelStrategy):
         ideal = transport.ring_bytes(4 * grad.numel(), unit.world_size)
         factor = transport.reduce_scatter_factor(unit.group) * grad.element_size() / 4
         self.traffic.baseline(unit.name, ideal, factor * ideal)
+        self._tell_time(unit)
         self.compressor.reduce_scatter(grad, output, unit)
 
     def _reduce_replicated(self, unit: Unit, grad: Tensor) -> None:
         """``grad [N]`` becomes the mean in place."""
         ideal = 2 * transport.ring_bytes(4 * grad.numel(), unit.world_size)
         self.traffic.baseline(unit.name, ideal, ideal * grad.element_size() / 4)
+        self._tell_time(unit)
         self.compressor.all_reduce(grad, unit)
+
+    def _tell_time(self, unit: Unit) -> None:
+        """What random methods and schedules go by."""
+        unit.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        unit.step = self.lightning_module.trainer.global_step
 
     # Checkpoints. Written beside and renamed, so that a kill while saving leaves the previous one whole.
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint folder or file that appears under ``filepath`` only when it is complete."""
         with replace_when_complete(Path(self.broadcast(filepath)), self.barrier, self.global_rank) as beside:
+            stateful = any(unit.state for unit in self.units)
+            owed = residuals.collect(self.units, repr(self.compressor)) if stateful else None
+            if owed is not None and self.saves_one_file:
+                ranks = [None] * self.world_size if self.global_rank == 0 else None
+                dist.gather_object(owed, ranks)
+                checkpoint["compressor"] = ranks
             super().save_checkpoint(checkpoint, beside, storage_options)
+            if owed is not None and not self.saves_one_file:
+                torch.save(owed, residuals.rank_file(beside, self.global_rank))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint; one that does not fit this model is refused by name.
 
         Raises:
             FileNotFoundError: No such checkpoint.
-            ValueError: The checkpoint holds other parameters than the model.
+            ValueError: The checkpoint holds other parameters than the model, or another compressor's residuals.
         """
         if not Path(checkpoint_path).exists():
             raise FileNotFoundError(f"no checkpoint at {checkpoint_path}; see the run's checkpoints folder")
         self.loaded_from = checkpoint_path
         try:
             # a checkpoint is data: unless told otherwise, refuse one that carries code
-            return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
+            loaded = super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
         except (RuntimeError, KeyError, dist.checkpoint.api.CheckpointException) as error:
             raise misfit(checkpoint_path, error) from error
+        self._restore_residuals(Path(checkpoint_path), loaded.pop("compressor", []))
+        return loaded
+
+    def _restore_residuals(self, path: Path, ranks: list[dict[str, Any]]) -> None:
+        """Take up what compression still owed; ``ranks`` comes from a checkpoint of one file."""
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        ranks = residuals.saved_ranks(path) if path.is_dir() else ranks
+        if ranks and not self.units:
+            rank_zero_warn("nothing is compressed here: the residuals in the checkpoint are dropped")
+        elif ranks:
+            residuals.restore(ranks, self.units, repr(self.compressor), self.root_device)
 
 
 def misfit(checkpoint_path: Any, error: BaseException) -> ValueError:

@@ -50,12 +50,12 @@ def all_reduce_mean(grad: Tensor, unit: Unit) -> None:
     unit.traffic.sent(unit.name, "all_reduce", "values", round(2 * ring_bytes(grad.nbytes, unit.world_size)))
 
 
-def all_gather(shard: Tensor, output: Tensor, unit: Unit) -> None:
-    """Collect every rank's ``shard [s]`` into ``output [n·s]``."""
+def all_gather(shard: Tensor, output: Tensor, unit: Unit, role: str = "values") -> None:
+    """Collect every rank's ``shard [s]`` into ``output [n·s]``; the bytes count as ``role``."""
     with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather"):
         _all_gather(output, shard, group=unit.group)
     unit.traffic.called(unit.name, "all_gather")
-    unit.traffic.sent(unit.name, "all_gather", "values", shard.nbytes * (unit.world_size - 1))
+    unit.traffic.sent(unit.name, "all_gather", role, shard.nbytes * (unit.world_size - 1))
 
 
 def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:

@@ -46,6 +46,13 @@ class Unit:
         numel: Elements of the flat gradient, padding included; a multiple of ``world_size`` unless unsharded.
         group: The process group that shares the gradient; None is the default group.
         traffic: The counters of this rank.
+        seed: The run's seed.
+        step: Optimizer steps completed before this one; the engine sets it before every reduction.
+        state: What a method keeps between steps, by name. Names that start with "residual" or "momentum" hold gradients
+            of this rank that have yet to be sent, shaped like the flat gradient.
+        padding: Ranges ``[start, stop)`` of the flat gradient that are no parameter; by default everything that
+            ``parameters`` leaves out (nothing when there are none).
+        part: Which part of the unit's gradient this is, when a method treats parts apart.
     """
 
     name: str
@@ -53,15 +60,46 @@ class Unit:
     numel: int
     group: dist.ProcessGroup | None
     traffic: Traffic = field(repr=False)
+    seed: int = 0
+    step: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    padding: list[tuple[int, int]] | None = field(default=None, repr=False)
+    part: str = ""
 
     def __post_init__(self) -> None:
         self.world_size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
+        if self.padding is None:
+            self.padding = _gaps(self.parameters)
 
     @property
     def valid_numel(self) -> int:
         """Elements that are parameters, not padding."""
         return sum(p.numel for p in self.parameters)
+
+    def padding_within(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Padding inside ``[start, stop)`` of the flat gradient, relative to ``start``."""
+        inside = ((max(a, start) - start, min(b, stop) - start) for a, b in self.padding or ())
+        return [(a, b) for a, b in inside if a < b]
+
+    def clear_padding(self, part: Tensor, start: int) -> None:
+        """Zero the padding in ``part [m]``, which lies at ``start`` in the flat gradient."""
+        for a, b in self.padding_within(start, start + part.numel()):
+            part[a:b].zero_()
+
+    def compact(self, numel: int, part: str) -> "Unit":
+        """A unit for ``numel`` elements taken out of this one: same counters, no padding, its own random numbers."""
+        return Unit(self.name, [], numel, self.group, self.traffic, self.seed, self.step, part=f"{self.part}/{part}")
+
+
+def _gaps(parameters: list[ParameterSlice]) -> list[tuple[int, int]]:
+    """What lies between and after the parameters; a flat gradient may be padded further at any time."""
+    gaps, position = [], 0
+    for parameter in parameters:
+        if parameter.offset > position:
+            gaps.append((position, parameter.offset))
+        position = parameter.offset + parameter.numel
+    return [*gaps, (position, 1 << 62)] if parameters else []
 
 
 def transformer_blocks(module: nn.Module) -> set[type[nn.Module]]:

@@ -5,7 +5,7 @@ Shape legend: N elements of a unit's flat gradient, n ranks, s = N/n elements of
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,33 +19,67 @@ class Compressor(ABC):
 
     Subclass it directly when a method needs collectives of its own; otherwise subclass ``Codec``.
 
-    Class attributes:
+    Attributes (of the class, or of an instance whose arguments decide):
         unbiased: The expectation of what is received equals what was sent.
-        contractive: ‖x − C(x)‖ ≤ (1 − δ)‖x‖ for some δ > 0: safe under error feedback.
+        contractive: ‖x − C(x)‖² ≤ (1 − δ)‖x‖² for some δ > 0, in expectation: safe under error feedback.
         linear: C(x) + C(y) = C(x + y), so codes can be summed on the way.
+        sparsifier: Sends only some elements.
+        stateful: Keeps something in ``unit.state`` between steps.
     """
 
-    unbiased: ClassVar[bool] = False
-    contractive: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
+    unbiased: bool = False
+    contractive: bool = False
+    linear: bool = False
+    sparsifier: bool = False
+    stateful: bool = False
 
     @property
     def name(self) -> str:
-        """The method's name in records and tables: its file's."""
-        return type(self).__module__.rpartition(".")[2]
+        """The method's name in records and tables: its file's, with those of the methods inside."""
+        inner = ", ".join(value.name for value in self.arguments().values() if isinstance(value, Compressor))
+        own = type(self).__module__.rpartition(".")[2]
+        return f"{own}({inner})" if inner else own
 
-    def config(self) -> dict[str, Any]:
-        """The constructor arguments, for the run record."""
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments by name."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values, for the run record; a method inside is a dictionary."""
+        return {name: _plain(value) for name, value in self.arguments().items()}
+
+    def __repr__(self) -> str:
+        """The constructor call that makes an equal compressor."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments().items())})"
+
+    @classmethod
+    def examples(cls) -> "list[Compressor]":
+        """Instances that the law tests run: the defaults, and one for every argument that changes the wire format."""
+        return [cls()]
+
+    def for_feedback(self) -> "Compressor":
+        """The form of this method that error feedback may use.
+
+        Raises:
+            ValueError: There is none: the residual would grow without bound.
+        """
+        if not self.contractive:
+            raise ValueError(
+                f"ErrorFeedback(inner={self!r}): the inner method is not contractive, so the residual would grow "
+                "without bound. Use a contractive one (Int8, TopK, OneBit, …) or no error feedback."
+            )
+        return self
+
     @abstractmethod
-    def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit) -> None:
+    def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit, sent: Tensor | None = None) -> None:
         """Write this rank's shard of the mean gradient.
 
         Args:
-            grad: This rank's whole gradient ``[N]``, contiguous; may be overwritten.
+            grad: This rank's whole gradient ``[N]``, contiguous; may be overwritten unless ``sent`` is given.
             output: The shard ``[s]``, uninitialised.
             unit: Identity of the FSDP unit.
+            sent: Where given, ``float32 [N]`` to fill with what the owners understand of this rank's gradient: the mean
+                of all ranks' ``sent`` is what all the outputs hold. Error feedback keeps the difference.
         """
 
     def all_reduce(self, grad: Tensor, unit: Unit) -> None:
@@ -81,17 +115,23 @@ class Codec(Compressor):
     def decode(self, payload: dict[str, Tensor], size: int, unit: Unit) -> Tensor:
         """Reconstruct ``float32 [k, size]`` from k rows of a payload."""
 
-    def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit) -> None:
+    def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit, sent: Tensor | None = None) -> None:
         """Encode per destination, exchange, decode, average in fp32. See ``Compressor.reduce_scatter``."""
         traffic = unit.traffic
         chunks = grad.view(unit.world_size, -1)
+        size = chunks.shape[1]
         with traffic.timed(unit.name, "encode", grad.device):
             payload = self.encode(chunks, unit)
+            if sent is not None:
+                sent.view(chunks.shape).copy_(self.decode(payload, size, unit))
+                unit.clear_padding(sent, 0)
         received = transport.all_to_all(payload, unit)
         with traffic.timed(unit.name, "decode", grad.device):
-            output.copy_(self._mean(received, chunks.shape[1], unit))
+            output.copy_(self._mean(received, size, unit))
+            unit.clear_padding(output, unit.rank * size)
         if traffic.sampling and traffic.fidelity is not None:
-            traffic.fidelity.add(chunks, self.decode(payload, chunks.shape[1], unit))
+            decoded = sent.view(chunks.shape) if sent is not None else self.decode(payload, size, unit)
+            traffic.fidelity.add(chunks, decoded)
 
     def _mean(self, received: dict[str, Tensor], size: int, unit: Unit) -> Tensor:
         """Average over ranks in rank order, one row at a time: the n decoded copies never exist together."""
@@ -99,6 +139,14 @@ class Codec(Compressor):
         for rank in range(1, unit.world_size):
             total += self.decode({role: part[rank : rank + 1] for role, part in received.items()}, size, unit)[0]
         return total.div_(unit.world_size)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Compressor):
+        return {"class": type(value).__name__, **value.config()}
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return value
 
 
 def known_compressors() -> list[type[Compressor]]:

@@ -15,8 +15,10 @@ class NoCompression(Compressor):
 
     unbiased = contractive = linear = True
 
-    def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit) -> None:
+    def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit, sent: Tensor | None = None) -> None:
         """See ``Compressor.reduce_scatter``."""
+        if sent is not None:
+            sent.copy_(grad)
         transport.reduce_scatter_mean(grad, output, unit)
 
     def all_reduce(self, grad: Tensor, unit: Unit) -> None:

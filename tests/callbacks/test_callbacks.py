@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks import GradientGuard, RunRecord, Throughput, TimeToQuality, Trace, TrafficMonitor
 from callbacks.measurement import StepClock
 from callbacks.progress import Progress
+from strategies.compressors.error_feedback import ErrorFeedback
 from strategies.compressors.int8 import Int8
+from strategies.compressors.onebit import OneBit
 from tests.strategies.engines import ENGINES, local
 
 
@@ -48,13 +50,13 @@ class Net(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def _fit(callbacks, folder, steps=8, bad_step=None, clip=None, engine="fsdp1", **trainer):
+def _fit(callbacks, folder, steps=8, bad_step=None, clip=None, engine="fsdp1", compressor=None, **trainer):
     warnings.simplefilter("ignore")
     module = Net(bad_step)
     run = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=ENGINES[engine](compressor=Int8()),
+        strategy=ENGINES[engine](compressor=compressor or Int8()),
         max_steps=steps,
         callbacks=callbacks,
         default_root_dir=folder,
@@ -121,6 +123,20 @@ def test_totals_cover_the_steps_after_warm_up(two_ranks, tmp_path):
     assert 0 < traffic["grad_rel_error"] < 0.02 and traffic["grad_cos_sim"] > 0.999
 
 
+def _with_feedback(folder):
+    monitor, guard = TrafficMonitor(warmup_steps=3, sample_every=4), GradientGuard("skip")
+    run = _fit([monitor, guard], folder, bad_step=6, compressor=ErrorFeedback(OneBit()))
+    residuals = [unit.state["residual"] for unit in run.strategy.units]
+    return monitor.summary(), guard.summary(), torch.cat(residuals)
+
+
+def test_the_residuals_norm_is_reported_and_a_nan_step_is_seen_behind_error_feedback(two_ranks, tmp_path):
+    for traffic, guard, residual in two_ranks.run(_with_feedback, str(tmp_path)):
+        assert residual.isfinite().all() and residual.any()
+        assert traffic["residual_norm"] == pytest.approx(residual.norm().item())
+        assert guard["nan_steps"] == 1
+
+
 def test_a_network_interface_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="nic0815"):
         TrafficMonitor(nic="nic0815")
@@ -144,7 +160,8 @@ _VALIDATED = {"val_check_interval": 2, "check_val_every_n_epoch": None}
 def test_the_record_holds_what_every_callback_measured(two_ranks, tmp_path):
     fields, _ = two_ranks.run(_recorded, str(tmp_path))
     assert fields["run_name"] == "a" and fields["compress_method"] == "int8" and fields["steps"] == 8
-    assert fields["compress_config"] == {"block_size": 256}
+    assert fields["compress_config"] == {"block_size": 256, "stochastic": False}
+    assert "residual_norm" not in fields  # no error feedback
     assert [point["step"] for point in fields["val_curve"]] == [2, 4, 6, 8]
     assert fields["val_ppl"] == pytest.approx(100 / 9)
     # 100/3 at step 2 misses the target of 30, 100/5 at step 4 meets it

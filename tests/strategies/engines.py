@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from strategies import CompressedDDP, CompressedFSDP, CompressedFSDP2
+from strategies.compressors import Compressor
+from tests.strategies.oracles import NMSE
 
 ENGINES = {"fsdp1": CompressedFSDP, "fsdp2": CompressedFSDP2, "ddp": CompressedDDP}
 
@@ -124,6 +126,7 @@ def fit(
         "units": units,
         "slices": {u.name: u.parameters for u in built.units},
         "traffic": built.traffic.take(),
+        "state": {u.name: {name: part.clone() for name, part in u.state.items()} for u in built.units},
         "weights": _weights(trainer),
         "step": trainer.global_step,
     }
@@ -151,3 +154,8 @@ def error(result: dict, exact_grads: dict[str, torch.Tensor]) -> float:
     got = torch.cat([step[name].flatten() for name in exact_grads])
     exact = torch.cat([grad.flatten() for grad in exact_grads.values()])
     return ((got - exact).norm() / exact.norm()).item()
+
+
+def tolerance(compressor: Compressor) -> float:
+    """Relative L2 error of a whole gradient that has passed through an engine once: small blocks are uneven."""
+    return 1e-6 + 3 * NMSE[repr(compressor)] ** 0.5

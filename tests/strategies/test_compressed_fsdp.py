@@ -9,18 +9,16 @@ from strategies.compressors import known_compressors
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
 from strategies.units import transformer_blocks
-from tests.strategies.engines import Block, Module, error, fit, reference
+from tests.strategies.engines import Block, Module, error, fit, reference, tolerance
 
-COMPRESSORS = [cls() for cls in known_compressors()]
-# Relative L2 error of a whole gradient that has passed through the engine once.
-TOLERANCE = {"none": 1e-6, "none_a2a": 1e-6, "bf16": 3e-3, "fp16": 5e-4, "int8": 1.5e-2}
+COMPRESSORS = [cls.examples()[0] for cls in known_compressors()]
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c.name)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 @pytest.mark.parametrize("sharding", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
 def test_gradient_through_fsdp_is_the_mean_over_ranks(compressor, sharding, two_ranks):
     results = two_ranks.run(fit, compressor, sharding_strategy=sharding)
-    assert error(results[0], reference(2)) < TOLERANCE[compressor.name]
+    assert error(results[0], reference(2)) < tolerance(compressor)
     for name, weight in results[0]["weights"].items():
         assert torch.equal(weight, results[1]["weights"][name])
 

@@ -5,18 +5,18 @@ import torch
 
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
-from tests.strategies.engines import ENGINES, Module, error, fit, reference
-from tests.strategies.test_compressed_fsdp import COMPRESSORS, TOLERANCE
+from tests.strategies.engines import ENGINES, Module, error, fit, reference, tolerance
+from tests.strategies.test_compressed_fsdp import COMPRESSORS
 
 by_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c.name)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 @pytest.mark.parametrize("n", [2, 3])
 @by_engine
 def test_gradient_is_the_mean_over_ranks(engine, n, compressor, two_ranks, three_ranks):
     results = {2: two_ranks, 3: three_ranks}[n].run(fit, compressor, engine=engine)
-    assert error(results[0], reference(n)) < TOLERANCE[compressor.name]
+    assert error(results[0], reference(n)) < tolerance(compressor)
     for result in results[1:]:
         for name, weight in results[0]["weights"].items():
             assert torch.equal(weight, result["weights"][name])

@@ -1,0 +1,90 @@
+"""Error feedback: what compression held back is added to the next gradient."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from strategies import residuals
+from strategies.compressors.base import Compressor
+from strategies.compressors.int8 import Int8
+from strategies.compressors.onebit import OneBit
+from strategies.compressors.topk import TopK
+from strategies.units import Unit
+
+_log = logging.getLogger(__name__)
+
+
+class ErrorFeedback(Compressor):
+    """Send C(g + e) and keep e ← g + e − what the owners understood, around any contractive method C.
+
+    Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847. Nothing is lost, only late: the sum of what
+    was sent plus the residual is the sum of the gradients. The residual is taken over the whole pipeline (selection,
+    quantisation, packing), is zero on padding, and is kept per unit and rank, also in checkpoints.
+
+    The theory wants a contraction. Methods that are none are replaced by their contractive form where there is one
+    (scaled random-k by unscaled, QSGD and TernGrad by themselves × 1/(1+ω), stochastic rounding by nearest), and
+    refused otherwise. It also wants a small step: η·L ≲ δ. Wire and bytes: those of ``inner``.
+
+    A NaN or Inf still reaches the owner, where ``GradientGuard`` sees it; where it struck, the residual stays as it
+    was.
+
+    Args:
+        inner: The method to wrap.
+        storage: How the residual is kept between steps: "float32" (exact; 4 bytes an element of the whole unit on every
+            rank), "bfloat16" or "int8" (one scale per 256; both lose what they round away).
+
+    Raises:
+        ValueError: ``inner`` has error feedback already, or no contractive form.
+    """
+
+    stateful = True
+
+    def __init__(self, inner: Compressor, storage: residuals.Storage = "float32") -> None:
+        if any(keeps_residual(method) for method in methods_within(inner)):
+            raise ValueError(
+                f"ErrorFeedback(inner={inner!r}): the inner method keeps its own residual; a second one would send the "
+                "same error twice. Use one of them."
+            )
+        if storage not in ("float32", "bfloat16", "int8"):
+            raise ValueError(f"ErrorFeedback.storage must be float32, bfloat16 or int8; got {storage!r}")
+        self.inner, self.storage = inner.for_feedback(), storage
+        if repr(self.inner) != repr(inner):
+            _log.info("ErrorFeedback: %r is not contractive; %r takes its place", inner, self.inner)
+        self.linear = False
+        self.sparsifier = inner.sparsifier
+
+    @classmethod
+    def examples(cls) -> list[Compressor]:
+        """See ``Compressor.examples``."""
+        return [cls(Int8()), cls(OneBit()), cls(TopK(0.1, values=Int8())), cls(OneBit(), "bfloat16")]
+
+    def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit, sent: Tensor | None = None) -> None:
+        """See ``Compressor.reduce_scatter``."""
+        with unit.traffic.timed(unit.name, "encode", grad.device):
+            owed = residuals.load(unit, "residual", grad.numel(), grad.device)
+            corrected = grad.float() + owed
+        sent = torch.empty_like(corrected) if sent is None else sent
+        self.inner.reduce_scatter(corrected, output, unit, sent)
+        with unit.traffic.timed(unit.name, "encode", grad.device):
+            left = corrected.sub_(sent)
+            left = torch.where(left.isfinite(), left, owed)
+            unit.clear_padding(left, 0)
+            residuals.store(unit, "residual", left, self.storage)
+
+
+def methods_within(method: Compressor) -> list[Compressor]:
+    """``method`` and all methods inside it."""
+    inside = [part for value in method.arguments().values() for part in _methods(value)]
+    return [method, *(deeper for part in inside for deeper in methods_within(part))]
+
+
+def _methods(value: object) -> list[Compressor]:
+    if isinstance(value, Compressor):
+        return [value]
+    return [part for part in value.values() if isinstance(part, Compressor)] if isinstance(value, dict) else []
+
+
+def keeps_residual(method: Compressor) -> bool:
+    """Whether ``method`` itself remembers what it did not send."""
+    return isinstance(method, ErrorFeedback) or getattr(method, "feedback", False)

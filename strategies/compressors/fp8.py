@@ -1,0 +1,56 @@
+"""8-bit floating point with one scale per block."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from strategies.compressors.base import Compressor
+from strategies.compressors.blocks import TINY, BlockCodec, Slab
+
+_FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+class FP8(BlockCodec):
+    """Scale each block so that its largest magnitude is the largest float8, and cast; average in fp32.
+
+    x̂ = fp8(x·F / max_B|x|)·max_B|x| / F with F = 448 (e4m3) or 57344 (e5m2); formats of Micikevicius et al.,
+    arXiv 2209.05433. The error is relative to each element (2⁻⁴ or 2⁻³ at most), not to the block's maximum: better
+    than int8 where magnitudes inside a block differ widely, worse where they do not. Biased (round to nearest).
+    Bytes sent: N(1 + 4/B)(n−1)/n. (The 8 bits travel as uint8: gloo has no float8.)
+
+    Args:
+        format: "e4m3" (3 bits of mantissa) or "e5m2" (2 bits, wider range).
+        block_size: Elements that share a scale; 0 is one scale per destination.
+    """
+
+    contractive = True
+
+    def __init__(self, format: Literal["e4m3", "e5m2"] = "e4m3", block_size: int = 256) -> None:
+        super().__init__(block_size)
+        if format not in _FORMATS:
+            raise ValueError(f"FP8.format must be one of {', '.join(_FORMATS)}; got {format!r}")
+        self.format = format
+        self._dtype = _FORMATS[format]
+        self._largest = torch.finfo(self._dtype).max
+
+    @classmethod
+    def examples(cls) -> list[Compressor]:
+        """See ``Compressor.examples``."""
+        return [cls("e4m3"), cls("e5m2")]
+
+    def layout(self, block: int) -> dict[str, tuple[int, torch.dtype]]:
+        """See ``BlockCodec.layout``."""
+        return {"values": (block, torch.uint8), "scales": (1, torch.float32)}
+
+    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
+        """See ``BlockCodec.encode_blocks``; a NaN or Inf makes its block's scale non-finite."""
+        amax = blocks.abs().amax(1, keepdim=True)
+        out["scales"].copy_(amax / self._largest)
+        # clamp: the product may round to just above the largest float8, which casts to NaN or Inf
+        scaled = (blocks * (self._largest / amax.clamp_min(TINY))).clamp_(-self._largest, self._largest)
+        out["values"].copy_(scaled.to(self._dtype).view(torch.uint8))
+
+    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
+        """See ``BlockCodec.decode_blocks``."""
+        torch.mul(payload["values"].view(self._dtype).float(), payload["scales"], out=out)

@@ -1,0 +1,148 @@
+"""What a rank still owes: gradients that compression held back, kept per FSDP unit, saved and restored.
+
+A residual is the rank's own and as long as the unit's whole flat gradient, so it undoes part of what sharding saves;
+bfloat16 and int8 storage make it two and four times smaller.
+
+State tensors are named in ``Unit.state``. Names that start with one of ``OWED`` are gradients still to be sent: their
+mean over ranks is what counts, and it is kept when a run resumes on another number of ranks. All else is rebuilt.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from strategies.units import Unit
+
+OWED = ("residual", "momentum")
+Storage = Literal["float32", "bfloat16", "int8"]
+_STORED_AS: dict[torch.dtype, Storage] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+_BLOCK = 256  # elements that share a scale in int8 storage
+
+
+def load(unit: Unit, name: str, numel: int, device: torch.device) -> Tensor:
+    """The owed gradient ``name`` as ``float32 [numel]``; zeros when there is none. May be the stored tensor itself."""
+    stored = unit.state.get(name)
+    if stored is None:
+        return torch.zeros(numel, device=device)
+    return _decode(stored, unit.state.get(f"{name}.scales"))
+
+
+def store(unit: Unit, name: str, owed: Tensor, storage: Storage = "float32") -> None:
+    """Keep ``owed float32 [N]``, which must be finite."""
+    unit.state |= {f"{name}{suffix}": part for suffix, part in _encode(owed, storage).items()}
+
+
+def norm(units: Iterable[Unit]) -> Tensor | None:
+    """L2 norm of this rank's residuals over all units, on device; None when no method keeps any."""
+    squares = [
+        load(unit, "residual", 0, unit.state["residual"].device).square().sum()
+        for unit in units
+        if "residual" in unit.state
+    ]
+    return torch.stack(squares).sum().sqrt() if squares else None
+
+
+def collect(units: list[Unit], method: str) -> dict[str, Any]:
+    """This rank's state of all units, for a checkpoint: plain tensors, numbers and strings (``weights_only`` loads it).
+
+    Args:
+        units: The engine's units.
+        method: What identifies the compressor, its ``repr``.
+    """
+    return {
+        "method": method,
+        "units": {unit.name: {"layout": _layout(unit), "state": dict(unit.state)} for unit in units},
+    }
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """Where a rank's state lies in a sharded checkpoint."""
+    return folder / f"compressor.rank{rank}.pt"
+
+
+def saved_ranks(folder: Path) -> list[dict[str, Any]]:
+    """The states of all ranks in a sharded checkpoint, memory-mapped; empty when it was saved without any."""
+    files = [rank_file(folder, rank) for rank in range(len(list(folder.glob("compressor.rank*.pt"))))]
+    return [torch.load(file, weights_only=True, mmap=True, map_location="cpu") for file in files]
+
+
+def restore(ranks: list[dict[str, Any]], units: list[Unit], method: str, device: torch.device) -> None:
+    """Fill ``Unit.state`` from what every rank had collected; on another number of ranks, see ``split``.
+
+    Raises:
+        ValueError: The state belongs to another compressor or to another model.
+    """
+    if not any(unit["state"] for saved in ranks for unit in saved["units"].values()):
+        return
+    if ranks[0]["method"] != method:
+        raise ValueError(
+            f"the checkpoint holds what {ranks[0]['method']} had yet to send, which {method} cannot take over. Resume "
+            "with the same compressor, or start a new run from the weights."
+        )
+    saved_units = ranks[0]["units"]
+    if {unit.name: _layout(unit) for unit in units} != {name: saved["layout"] for name, saved in saved_units.items()}:
+        raise ValueError(
+            "the checkpoint's residuals belong to another model: units or parameters differ. Resume with the config "
+            "that the run saved beside its logs."
+        )
+    for unit in units:
+        states = [saved["units"][unit.name]["state"] for saved in ranks]
+        # by global rank: under hybrid sharding a unit's group is smaller than the world
+        own = states[dist.get_rank()] if len(ranks) == dist.get_world_size() else split(states, _padded(unit))
+        unit.state.clear()
+        unit.state |= {name: part.to(device, copy=True) for name, part in own.items()}
+
+
+def _padded(unit: Unit) -> int:
+    """Elements of the flat gradient as the compressor gets it: a multiple of the number of ranks."""
+    return -(-unit.numel // unit.world_size) * unit.world_size
+
+
+def _layout(unit: Unit) -> list[Any]:
+    return [[parameter.fqn, list(parameter.shape), parameter.offset] for parameter in unit.parameters]
+
+
+def split(ranks: list[dict[str, Tensor]], numel: int) -> dict[str, Tensor]:
+    """State for every rank of another number of ranks.
+
+    A step applies the mean of what the ranks send, so what is still due is Σe/n over the old ranks. When each new rank
+    owes exactly that, the mean over the new ranks is the same.
+
+    Args:
+        ranks: State of every old rank.
+        numel: Elements of the unit's flat gradient now; only padding may differ.
+    """
+    result: dict[str, Tensor] = {}
+    for name in ranks[0]:
+        if not name.startswith(OWED) or name.endswith(".scales"):
+            continue
+        stored = ranks[0][name]
+        total = torch.zeros(numel)
+        for state in ranks:
+            owed = _decode(state[name], state.get(f"{name}.scales")).cpu()[:numel]
+            total[: owed.numel()] += owed
+        total /= len(ranks)
+        result |= {f"{name}{suffix}": part for suffix, part in _encode(total, _STORED_AS[stored.dtype]).items()}
+    return result
+
+
+def _encode(owed: Tensor, storage: Storage) -> dict[str, Tensor]:
+    if storage == "float32":
+        return {"": owed}
+    if storage == "bfloat16":
+        return {"": owed.to(torch.bfloat16)}
+    blocks = torch.nn.functional.pad(owed, (0, -owed.numel() % _BLOCK)).view(-1, _BLOCK)
+    scales = blocks.abs().amax(1, keepdim=True) / 127
+    codes = (blocks / scales.clamp_min(1e-30)).round_().to(torch.int8)
+    return {"": codes.view(-1)[: owed.numel()], ".scales": scales}
+
+
+def _decode(stored: Tensor, scales: Tensor | None) -> Tensor:
+    if scales is None:
+        return stored.float()
+    blocks = torch.nn.functional.pad(stored, (0, -stored.numel() % _BLOCK)).view(-1, _BLOCK)
+    return (blocks * scales).view(-1)[: stored.numel()]

@@ -1,0 +1,87 @@
+"""Residuals in checkpoints: a resumed run goes on as if it had not stopped, on any number of ranks."""
+
+import pytest
+import torch
+
+from strategies import residuals
+from strategies.compressors.error_feedback import ErrorFeedback
+from strategies.compressors.int8 import Int8
+from strategies.compressors.onebit import OneBit
+from strategies.compressors.qsgd import QSGD
+from strategies.compressors.topk import TopK
+from tests.strategies.engines import ENGINES, Module, fit
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(engine, kind, storage, two_ranks, tmp_path):
+    method, path = ErrorFeedback(TopK(0.2, values=QSGD(levels=7)), storage), str(tmp_path / "last.ckpt")
+    options = {"engine": engine} | ({"state_dict_type": kind} if engine != "ddp" else {})
+    whole = two_ranks.run(fit, method, steps=4, **options)
+    two_ranks.run(fit, method, folder=path, steps=2, **options)
+    resumed = two_ranks.run(fit, method, steps=4, ckpt_path=path, **options)
+    for rank in range(2):
+        assert set(resumed[rank]["state"]) == set(whole[rank]["state"]) != set()
+        for name, weight in whole[rank]["weights"].items():
+            assert torch.equal(weight, resumed[rank]["weights"][name])
+        for unit, state in whole[rank]["state"].items():
+            assert state["residual"].any()
+            assert all(torch.equal(part, resumed[rank]["state"][unit][name]) for name, part in state.items())
+    assert any(
+        not torch.equal(whole[0]["state"][unit]["residual"], whole[1]["state"][unit]["residual"])
+        for unit in whole[0]["state"]
+    )
+
+
+def test_three_ranks_owe_what_two_did(two_ranks, three_ranks, tmp_path):
+    method, path = ErrorFeedback(OneBit()), str(tmp_path / "last.ckpt")
+    before = two_ranks.run(fit, method, folder=path, steps=2)
+    after = three_ranks.run(fit, method, ckpt_path=path, steps=2)  # resumes at its last step: nothing more is sent
+    for unit, state in before[0]["state"].items():
+        owed = torch.stack([rank["state"][unit]["residual"] for rank in before]).mean(0)
+        now = torch.stack([rank["state"][unit]["residual"] for rank in after]).mean(0)
+        common = min(owed.numel(), now.numel())
+        assert state["residual"].any()
+        torch.testing.assert_close(now[:common], owed[:common])
+        assert not owed[common:].any() and not now[common:].any()
+
+
+def _refusal(path, compressor, width=None):
+    try:
+        fit(compressor, ckpt_path=path, module=Module(width=width))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_another_compressors_residual_is_refused(two_ranks, tmp_path):
+    path = str(tmp_path / "last.ckpt")
+    two_ranks.run(fit, ErrorFeedback(OneBit()), folder=path)
+    for other in (ErrorFeedback(TopK()), Int8()):
+        assert all("same compressor" in message for message in two_ranks.run(_refusal, path, other))
+
+
+def test_another_models_residual_is_refused(two_ranks):
+    assert all("another model" in message for message in two_ranks.run(_other_model))
+
+
+def _other_model():
+    from tests.strategies.reductions import make_unit
+
+    units = [make_unit(4096)]
+    residuals.store(units[0], "residual", torch.ones(4096))
+    saved = residuals.collect(units, "X()")
+    try:
+        residuals.restore([saved, saved], [make_unit(8192)], "X()", torch.device("cpu"))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_run_without_state_saves_none_and_starts_feedback_from_nothing(two_ranks, tmp_path):
+    path = tmp_path / "last.ckpt"
+    two_ranks.run(fit, Int8(), folder=str(path))
+    assert not list(path.glob("compressor*"))
+    result = two_ranks.run(fit, ErrorFeedback(OneBit()), ckpt_path=str(path), steps=3)
+    assert all(state["residual"].any() for state in result[0]["state"].values())
