@@ -53,10 +53,12 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         """Wrap ``model``; Lightning registers hooks on CUDA only."""
         if self.compressor is None or self.world_size == 1:
+            self._take_up_owed()
             return super()._setup_model(model)
         wrapped = FixedBuckets(model, self.determine_ddp_device_ids(), self.bucket_cap_mb)
         self.units = bucket_units(wrapped, self.traffic)
         install_hook(wrapped, self.units, self._reduce_replicated)
+        self._take_up_owed()
         return wrapped
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -33,6 +33,7 @@ class CompressedEngine(ParallelStrategy):
     traffic: Traffic
     units: list[Unit]
     loaded_from: Any = None  # the checkpoint that is being restored, for messages
+    owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
 
     @property
     def saves_one_file(self) -> bool:
@@ -107,7 +108,13 @@ class CompressedEngine(ParallelStrategy):
         """Take up what compression still owed; ``ranks`` comes from a checkpoint of one file."""
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return
-        ranks = residuals.saved_ranks(path) if path.is_dir() else ranks
+        self.owed = residuals.saved_ranks(path) if path.is_dir() else ranks
+        if self.restore_checkpoint_after_setup:  # else there are no units yet: setting up asks for it
+            self._take_up_owed()
+
+    def _take_up_owed(self) -> None:
+        """Hand what the checkpoint still owed to the units, once there are units."""
+        ranks, self.owed = self.owed, []
         if ranks and not self.units:
             rank_zero_warn("nothing is compressed here: the residuals in the checkpoint are dropped")
         elif ranks:
