@@ -69,6 +69,7 @@ class TrafficMonitor(Measurement):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what setting up sent."""
+        self._nic_start = self._read_nic()
         if self._traffic is not None:
             self._traffic.take()
 
