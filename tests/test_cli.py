@@ -186,17 +186,27 @@ def test_generate_streams_a_continuation(trained):
     assert _run(trained, *options, command="generate").strip()
 
 
-def test_interrupted_run_resumes_bit_for_bit(trained, tmp_path):
-    process = _start(tmp_path, *LONG)
+def _after_steps(folder: Path, steps: int, *arguments: str) -> subprocess.Popen:
+    """A run that has logged so many steps and goes on."""
+    process = _start(folder, *arguments)
     deadline = time.monotonic() + 120
-    while process.poll() is None and len(_losses(tmp_path)) < 4 and time.monotonic() < deadline:
+    while process.poll() is None and len(_losses(folder)) < steps and time.monotonic() < deadline:
         time.sleep(0.05)
+    return process
+
+
+def _interrupt(folder: Path, *arguments: str) -> None:
+    """Start a run of 12 steps and end it with SIGTERM on the way."""
+    process = _after_steps(folder, 4, *arguments)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "continue with --ckpt_path" in output
-    before = len(_losses(tmp_path))
-    assert 4 <= before < 12
+    assert 4 <= len(_losses(folder)) < 12
+
+
+def test_interrupted_run_resumes_bit_for_bit(trained, tmp_path):
+    _interrupt(tmp_path, *LONG)
     _run(tmp_path, *LONG, "--ckpt_path", "last")
     assert _losses(tmp_path) == _losses(trained)
 
@@ -208,10 +218,7 @@ def test_checkpoint_of_another_model_or_tokenizer_is_refused(trained):
 
 
 def test_killed_rank_ends_the_run_with_a_message(tmp_path):
-    process = _start(tmp_path, "--trainer.max_steps", "100000")
-    deadline = time.monotonic() + 120
-    while process.poll() is None and len(_losses(tmp_path)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = _after_steps(tmp_path, 3, "--trainer.max_steps", "100000")
     child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
     os.kill(int(child), signal.SIGKILL)
     output, _ = process.communicate(timeout=120)

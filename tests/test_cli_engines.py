@@ -3,14 +3,12 @@
 import csv
 import json
 import re
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.test_cli import LONG, TINY, _losses, _parse, _run, _start
+from tests.test_cli import LONG, TINY, _interrupt, _losses, _parse, _run
 
 ENGINES = ["CompressedFSDP2", "CompressedDDP"]
 
@@ -74,14 +72,7 @@ def test_checkpoint_and_export_score_as_recorded(trained):
 
 def test_interrupted_run_resumes_bit_for_bit(trained, tmp_path):
     engine, folder = trained
-    process = _start(tmp_path, *_switched(engine))
-    deadline = time.monotonic() + 120
-    while process.poll() is None and len(_losses(tmp_path)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert 4 <= len(_losses(tmp_path)) < 12
+    _interrupt(tmp_path, *_switched(engine))
     _run(tmp_path, *_switched(engine), "--ckpt_path", "last")
     assert _losses(tmp_path) == _losses(folder)
 

@@ -1,4 +1,4 @@
-"""Commands in the documents exist and parse; links lead somewhere."""
+"""Commands in the documents name files that exist and are accepted; links lead somewhere."""
 
 import re
 import shlex
@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from tests.conftest import ROOT
+from tests.test_cli import _parse
 
 DOCUMENTS = [p for p in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")) if p.is_file()]
 
@@ -24,6 +25,16 @@ def test_files_named_in_commands_exist(path):
         for word in words:
             if word.startswith(("configs/", "bench/", "strategies/")) or word == "main.py":
                 assert (ROOT / word).exists(), f"{path.name}: {command}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_commands_are_accepted_as_they_stand(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in _commands(path.read_text()):
+        words = shlex.split(command, comments=True)
+        if "main.py" in words:
+            code, _, err = _parse(capsys, *words[words.index("main.py") + 1 :], "--print_config")
+            assert code == 0, f"{command}\n{err}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())

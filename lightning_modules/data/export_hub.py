@@ -19,7 +19,9 @@ _FIELDS = ("id", "title", "text")
 
 
 def export(dataset: str, output: Path, config: str | None = None, split: str = "train", max_mb: float = 500.0) -> int:
-    """Stream a Hub dataset into a JSON array. The file appears only when it is complete.
+    """Save a Hub dataset as one JSON array, to train on it where there is no network.
+
+    The file appears only when it is complete.
 
     Args:
         dataset: Name of the dataset, e.g. wikimedia/wikipedia.
@@ -65,22 +67,14 @@ def export(dataset: str, output: Path, config: str | None = None, split: str = "
     return records
 
 
-def main(dataset: str, output: Path, config: str | None = None, split: str = "train", max_mb: float = 500.0) -> None:
-    """Save a Hub dataset as one JSON array, to train on it where there is no network.
-
-    Args:
-        dataset: Name of the dataset, e.g. wikimedia/wikipedia.
-        output: File to write.
-        config: Configuration of the dataset, e.g. 20231101.en.
-        split: Split of the dataset.
-        max_mb: Stop after this many megabytes (1,000,000 bytes).
-    """
+def main() -> None:
+    """Run ``export`` from the command line; what goes wrong is one line and a non-zero exit status."""
     try:
-        records = export(dataset, output, config, split, max_mb)
+        records = auto_cli(export, as_positional=False)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{output}: {records:,} records")
+    print(f"{records:,} records")
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    main()

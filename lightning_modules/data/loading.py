@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.data.sampler import FixedOrderSampler
-
-IGNORED = -100
-"""Label that the loss passes over."""
+from lightning_modules.perplexity import IGNORED
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
