@@ -49,9 +49,8 @@ def _monitor(records: Path, done: dict) -> None:
     timeit = [sys.executable, "-m", "timeit", "-u", "usec", "-n", "2000", "-s", setup, timed]
     text = subprocess.run(timeit, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     each_us = float(re.findall(r"([\d.]+) usec per loop", text)[0])
-    calls = (
-        4 * 2 * 5
-    )  # at most: encode, pack, wire and decode, and as many again for parameter gathers, in each of 5 units
+    # at most: encode, pack, wire and decode, and as many again for parameter gathers, in each of 5 units
+    calls = 4 * 2 * 5
     monitor_ms = done["monitor_ms_per_step"] + each_us * calls / 1e3
     share = 100 * monitor_ms / done["step_time_ms_p50"]
     figures.append(
