@@ -1,4 +1,6 @@
-"""Pare's command line: python main.py {fit,validate,test,predict,prepare,generate} --config configs/….yaml
+"""Pare's command line: python main.py COMMAND --config configs/….yaml
+
+Commands: fit, validate, test, predict, prepare, prune, verify, export, generate.
 
 `fit --print_config=skip_default` shows a configuration; `--model.help NAME`, `--trainer.strategy.compressor.help NAME`
 show what a class takes.
@@ -28,13 +30,13 @@ class Parser(LightningArgumentParser):
 
 
 class PareCLI(LightningCLI):
-    """LightningCLI with two more subcommands; configurations choose every class."""
+    """LightningCLI with more subcommands; configurations choose every class."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """See ``LightningCLI.subcommands``."""
-        own = {"prepare": {"model", "datamodule"}, "generate": {"model", "datamodule"}}
-        return {**LightningCLI.subcommands(), **own}
+        own = ("prepare", "prune", "verify", "export", "generate")
+        return LightningCLI.subcommands() | {command: {"model", "datamodule"} for command in own}
 
 
 def quiet() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from callbacks.model_card import HFExport
+from callbacks.run_record import RunRecord
 from lightning_modules import generation
 
 
@@ -19,6 +20,46 @@ class PareTrainer(Trainer):
         datamodule.setup("fit")
         print(f"data ready in {time.monotonic() - started:.2f} s")
         print("\n".join(f"{name}: {value}" for name, value in datamodule.describe().items()))
+
+    def prune(self, model: LightningModule, datamodule: LightningDataModule, dry_run: bool = False) -> None:
+        """Prune the model once, in this process, and save it where its configuration says.
+
+        Args:
+            model: A module that can prune: it has ``prune(datamodule, device, dry_run)``.
+            datamodule: Calibration and evaluation text.
+            dry_run: Only say what would be removed; no weights are touched or written.
+        """
+        self._once("prune", model, datamodule, dry_run=dry_run)
+
+    def verify(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Prove on real text that the saved result computes what it claims to.
+
+        Args:
+            model: A module that can verify: it has ``verify(datamodule, device)``.
+            datamodule: Text to compare on.
+        """
+        self._once("verify", model, datamodule)
+
+    def export(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Write the result in a form that loads without Pare.
+
+        Args:
+            model: A module that can export: it has ``export(datamodule, device)``.
+            datamodule: Text that the exported model is checked on.
+        """
+        self._once("export", model, datamodule)
+
+    def _once(self, command: str, model: LightningModule, datamodule: LightningDataModule, **options: Any) -> None:
+        """Run a module's method of this name on prepared data; what it returns are fields of the run record."""
+        method = getattr(model, command, None)
+        if method is None:
+            raise ValueError(f"model: {type(model).__name__} has nothing to {command}")
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        fields = method(datamodule, self.strategy.root_device, **options)
+        for callback in self.callbacks:
+            if fields and isinstance(callback, RunRecord):
+                callback.write(self, model, datamodule, fields)
 
     def generate(
         self,

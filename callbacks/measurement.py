@@ -9,11 +9,17 @@ from lightning.pytorch import Callback, Trainer
 
 
 class Measurement(Callback):
-    """A callback whose result belongs in the run record."""
+    """A callback whose result belongs in the run record.
+
+    Attributes:
+        during_validate: It measures in ``validate`` too, which then writes a record.
+    """
+
+    during_validate: bool = False
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """Fields of the run record (``bench/schema.py``), on rank 0 at the end of fit; none if nothing was measured."""
+        """Fields of the run record (``bench/schema.py``), on rank 0 at the end; none if nothing was measured."""
 
 
 def completes_step(trainer: Trainer) -> bool:

@@ -46,12 +46,17 @@ class RunRecord(Measurement):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record, on rank 0."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
-            return
-        fields = {**dict.fromkeys(schema.REQUIRED), **self._identity(trainer, pl_module), **record.stamp()}
-        for callback in trainer.callbacks:
-            if isinstance(callback, Measurement):
-                fields |= {name: value for name, value in callback.summary().items() if value is not None}
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self.write(trainer, pl_module, trainer.datamodule, self._measured(trainer))
+
+    def write(self, trainer: Trainer, pl_module: LightningModule, data: Any, measured: dict[str, Any]) -> None:
+        """Append one record: what ran and where, and the fields ``measured``."""
+        fields = {
+            **dict.fromkeys(schema.REQUIRED),
+            **self._identity(trainer, pl_module, data),
+            **record.stamp(),
+            **measured,
+        }
         record.validate(fields)
         record.append(self.path, fields)
         self.record = fields
@@ -66,11 +71,17 @@ class RunRecord(Measurement):
         losses = [loss.item() for loss in self._losses]
         return {"train_loss": sum(losses) / len(losses)} if losses else {}
 
-    def _identity(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    @staticmethod
+    def _measured(trainer: Trainer) -> dict[str, Any]:
+        """What all measuring callbacks of the run have to say."""
+        summaries = [c.summary() for c in trainer.callbacks if isinstance(c, Measurement)]
+        return {name: value for fields in summaries for name, value in fields.items() if value is not None}
+
+    def _identity(self, trainer: Trainer, pl_module: LightningModule, data: Any) -> dict[str, Any]:
         """What ran: names, sizes, seed, configuration, and the last validation."""
         compressor = getattr(trainer.strategy, "compressor", None)
         parameters = getattr(trainer.strategy, "parameter_compressor", None)
-        data, hf = trainer.datamodule, getattr(pl_module, "model", None)
+        hf = getattr(pl_module, "model", None)
         metrics = trainer.callback_metrics
         config = next((c for c in trainer.callbacks if isinstance(c, LogConfig)), None)
         return {
@@ -99,7 +110,10 @@ class RunRecord(Measurement):
         }
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Show the result once everything has been written."""
+        """Write the record of a validation that measured something; show the result once all has been written."""
+        measuring = any(isinstance(c, Measurement) and c.during_validate for c in trainer.callbacks)
+        if stage == "validate" and measuring and trainer.is_global_zero:
+            self.write(trainer, pl_module, trainer.datamodule, self._measured(trainer))
         if stage == "fit" and self.record is not None and trainer.is_global_zero:
             Console().print(_table(self.record, self._places(trainer)))
 
