@@ -14,6 +14,7 @@ from bench import compare as comparison
 from bench import env as environment
 from bench import experiments, figures, record, trace_summary
 from bench import link as links
+from bench import pivot as pivots
 from bench.tables import Table
 
 console = Console()
@@ -84,6 +85,39 @@ def table(records: Path, into: Path | None = None, marker: str = "figures", only
         print(text, end="")
     else:
         figures.update_file(into, marker, text)
+
+
+def pivot(
+    records: Path,
+    rows: str,
+    column: str,
+    values: str,
+    where: str = "",
+    repeat: str = "seed",
+    markdown: bool = False,
+    into: Path | None = None,
+    marker: str = "pivot",
+) -> None:
+    """Show values of many records by row and column, mean ± sd over repeats: rows compress_method, column strategy.
+
+    Args:
+        records: The .jsonl file.
+        rows: Fields that make a row, separated by commas; dots reach into blocks.
+        column: Field whose values become columns.
+        values: Fields to show, separated by commas.
+        where: Only records with these values: "kind=wire,world_size=2".
+        repeat: Field that differs between repeats of one measurement.
+        markdown: Print a Markdown table.
+        into: Document whose text between `<!-- begin:MARKER -->` and `<!-- end:MARKER -->` is replaced instead.
+        marker: MARKER in that document.
+    """
+    conditions = dict(pair.split("=", 1) for pair in where.split(",") if pair)
+    chosen = pivots.where(_read(records), conditions)
+    shown = pivots.pivot(chosen, rows.split(","), column, values.split(","), repeat)
+    if into is None:
+        _show(shown, markdown)
+    else:
+        figures.update_file(into, marker, f"{shown.markdown()}\nMeasured on {figures.origin(chosen[-1])}.\n")
 
 
 def trace(traces: Path, markdown: bool = False, json: bool = False) -> None:
@@ -168,7 +202,14 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
-    commands: dict[str, Any] = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
+    commands: dict[str, Any] = {
+        "env": env,
+        "compare": compare,
+        "table": table,
+        "pivot": pivot,
+        "trace": trace,
+        "link": link,
+    }
     commands["experiment"] = experiment
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
