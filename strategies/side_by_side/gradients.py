@@ -32,12 +32,11 @@ def uneven(steps: int) -> Gradients:
 
 def transformer(steps: int, warm_up: int = 30) -> Gradients:
     """A block of a small byte-level GPT-2, early in training on torch's own source, each rank on its own part."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, and only needed here
+
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=256, n_positions=128, n_embd=256, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
-        )
-    )
+    size = {"vocab_size": 256, "n_positions": 128, "n_embd": 256, "n_layer": 2, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None, eos_token_id=None))
     block = {name: p for name, p in model.named_parameters() if name.startswith("transformer.h.1.")}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     text = torch.tensor(list(inspect.getsource(F).encode()), dtype=torch.int64)
