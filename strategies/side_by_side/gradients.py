@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def transformer(steps: int, warm_up: int = 30) -> Gradients:
     from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, and only needed here
 
     torch.manual_seed(0)
-    size = {"vocab_size": 256, "n_positions": 128, "n_embd": 256, "n_layer": 2, "n_head": 4}
+    size: dict[str, Any] = {"vocab_size": 256, "n_positions": 128, "n_embd": 256, "n_layer": 2, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None, eos_token_id=None))
     block = {name: p for name, p in model.named_parameters() if name.startswith("transformer.h.1.")}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -17,10 +17,11 @@ by_name = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 
 
 @by_name
-@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 70_001])
-@pytest.mark.parametrize("n", [2, 3])
-def test_shards_of_every_size_are_close_to_the_mean(compressor, size, n, two_ranks, three_ranks):
-    ranks = {2: two_ranks, 3: three_ranks}[n]
+@pytest.mark.parametrize(
+    ("n", "size"), [*((n, size) for n in (2, 3) for size in (1, 2, 255, 256, 257, 70_001)), (4, 1), (4, 257), (4, 9001)]
+)
+def test_shards_of_every_size_are_close_to_the_mean(compressor, n, size, two_ranks, three_ranks, four_ranks):
+    ranks = {2: two_ranks, 3: three_ranks, 4: four_ranks}[n]
     mean = torch.cat([output for output, *_ in ranks.run(reduce, compressor, size)])
     wanted = exact(size, n)
     assert mean.shape == wanted.shape and mean.dtype == torch.float32
