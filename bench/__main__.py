@@ -1,4 +1,4 @@
-"""`python -m bench COMMAND`: check the environment, emulate links, run experiments, publish records."""
+"""`python -m bench COMMAND`: check the environment, emulate links, run experiments, publish records, make reports."""
 
 import importlib
 import json
@@ -23,7 +23,9 @@ class Parser(ArgumentParser):
     """Parser in which a switch is `--markdown`, not `--markdown true`."""
 
     def add_argument(self, *args, **kwargs):
-        """Add an argument; one of type bool becomes a pair of switches."""
+        """Add an argument; one of type bool becomes a pair of switches, and `--output` is also `-o`."""
+        if args == ("--output",):
+            args = ("-o", "--output")
         if kwargs.get("type") is bool:
             del kwargs["type"]
             kwargs["action"] = ActionYesNo
@@ -158,6 +160,35 @@ def experiment(name: str, records: Path = Path("bench/results/pretraining.jsonl"
     table(records)
 
 
+def report(
+    results: Path, output: Path = Path("report.html"), tables: Path | None = None, figures: Path | None = None
+) -> None:
+    """Make one self-contained HTML file of a results file: what was compared, what it cost, how to run it again.
+
+    Args:
+        results: The results.jsonl file, or a folder of such files.
+        output: The HTML file to write.
+        tables: Folder for every table of the report as Markdown and CSV.
+        figures: Folder for every chart of the report as PNG and SVG.
+    """
+    from bench import report as reports  # drawing takes a second to import, which no other command needs
+
+    print(reports.build(results, output, tables, figures))
+
+
+def config(results: Path, run: str) -> None:
+    """Print the configuration that a recorded run was started with, to start it again.
+
+    Args:
+        results: The results.jsonl file.
+        run: Name of the run; of several the newest.
+    """
+    found = comparison.select(_read(results), [run])[-1].get("config")
+    if not isinstance(found, str):
+        raise ValueError(f"{results}: run {run!r} has no configuration recorded")
+    print(found, end="" if found.endswith("\n") else "\n")
+
+
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
@@ -169,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
     commands: dict[str, Any] = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
-    commands["experiment"] = experiment
+    commands |= {"experiment": experiment, "report": report, "config": config}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
     except (ValueError, OSError, links.LinkUnavailableError) as error:
