@@ -14,6 +14,7 @@ from bench import compare as comparison
 from bench import env as environment
 from bench import experiments, figures, record, trace_summary
 from bench import link as links
+from bench.sweep import sweep
 from bench.tables import Table
 
 console = Console()
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
     commands: dict[str, Any] = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
-    commands["experiment"] = experiment
+    commands |= {"experiment": experiment, "sweep": sweep}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
     except (ValueError, OSError, links.LinkUnavailableError) as error:
