@@ -42,7 +42,7 @@ def problems(arguments: Sequence[Sequence[str]]) -> list[str | None]:
 def _explain(text: str) -> str:
     """What is wrong, out of jsonargparse's message: without the usage, and without the values and types it tried."""
     message = text[text.rfind("error:") + len("error:") :] if "error:" in text else text
-    noise = re.compile(r"\s*(Given value|Subtypes:|Errors:|- Expected a|(- |ValueError: )?Does not validate)")
+    noise = re.compile(r"\s*(Given value|Subtypes:|Errors:|- Expected a <class|(- |ValueError: )?Does not validate)")
     lines = [line.strip() for line in message.strip().splitlines() if not noise.match(line)]
     return " ".join(lines)[:1000]
 
