@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -186,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
+    # --dry-run is as good as --dry_run
+    arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
     commands: dict[str, Any] = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
     commands |= {"experiment": experiment, "sweep": sweep, "collectives": collectives, "bounds": bounds}
     try:

@@ -182,7 +182,11 @@ def suspicions(record: Record, limits: Bounds) -> list[str]:
         found.append(f"step of {step:.1f} ms, but {limits.compute_from} computes for {limits.compute_ms:.1f} ms")
     counted, seen = record.get("bytes_compressed_total"), record.get("bytes_nic_total")
     # on one machine the interface counts all ranks' bytes, which only makes it more
-    if counted is not None and seen is not None and seen < 0.99 * (counted + (record.get("bytes_parameters_total") or 0)):
+    if (
+        counted is not None
+        and seen is not None
+        and seen < 0.99 * (counted + (record.get("bytes_parameters_total") or 0))
+    ):
         found.append(f"{counted:,} gradient bytes counted, but the interface sent only {seen:,} in all")
     return found
 
@@ -215,7 +219,12 @@ def table(records: Sequence[Record], bytes_per_s: float | None = None) -> Table:
             continue
         limits = bounds(one, records, bytes_per_s)
         found = [limits.compute_ms, limits.compute_from or "own step", limits.codec_ms, limits.wire_ms]
-        found += [limits.serial_ms, limits.overlapped_ms, limits.measured_ms, _ratio(limits.measured_ms, limits.modelled_ms)]
+        found += [
+            limits.serial_ms,
+            limits.overlapped_ms,
+            limits.measured_ms,
+            _ratio(limits.measured_ms, limits.modelled_ms),
+        ]
         found += [limits.best_speedup, limits.best_gradient_speedup]
         rows.append([one.get("run_name"), *found, suspicions(one, limits)])
     if not rows:

@@ -190,13 +190,19 @@ def summary(points: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def table(points: Sequence[dict[str, Any]], title: str) -> Table:
-    """A row per size, and for each operation time and bandwidth."""
+def tables(points: Sequence[dict[str, Any]], title: str) -> list[Table]:
+    """Time and bandwidth, a row per size and a column per operation, and latency and peak of each operation."""
     names = list(dict.fromkeys(point["operation"] for point in points))
     found = {(point["operation"], point["message_bytes"]): point for point in points}
-    headers = ["message (bytes)", *(f"{name} (ms; MB/s)" for name in names)]
-    rows = []
-    for nbytes in sorted({point["message_bytes"] for point in points}):
-        cells = [found[name, nbytes] for name in names]
-        rows.append([nbytes, *(f"{cell['time_ms']:.3g}; {cell['bandwidth'] / 1e6:,.4g}" for cell in cells)])
-    return Table(headers, rows, title)
+    messages = sorted({point["message_bytes"] for point in points})
+
+    def over_sizes(field: str, scale: float, what: str) -> Table:
+        rows = [[nbytes, *(found[name, nbytes][field] / scale for name in names)] for nbytes in messages]
+        return Table(["message (bytes)", *names], rows, f"{what}: {title}")
+
+    totals = [[name, one["latency_us"], one["peak_bandwidth"] / 1e6] for name, one in summary(points).items()]
+    return [
+        over_sizes("time_ms", 1, "time (ms)"),
+        over_sizes("bandwidth", 1e6, "bandwidth (MB/s)"),
+        Table(["operation", "latency (µs)", "peak bandwidth (MB/s)"], totals),
+    ]

@@ -105,11 +105,7 @@ def _title(entry: dict[str, Any]) -> str:
 
 
 def _show(entry: dict[str, Any], markdown: bool) -> None:
-    totals = [[name, one["latency_us"], one["peak_bandwidth"] / 1e6] for name, one in entry["summary"].items()]
-    tables = [
-        measuring.table(entry["points"], _title(entry)),
-        Table(["operation", "latency (µs)", "peak bandwidth (MB/s)"], totals),
-    ]
+    tables = measuring.tables(entry["points"], _title(entry))
     if entry["peer_bandwidth"] is not None:
         rows = [[f"GPU {i}", *(rate / 1e9 for rate in row)] for i, row in enumerate(entry["peer_bandwidth"])]
         tables.append(Table(["from \\ to (GB/s)", *(f"GPU {i}" for i in range(len(rows)))], rows))

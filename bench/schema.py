@@ -48,7 +48,9 @@ REQUIRED: dict[str, Field] = {
 }
 
 OPTIONAL: dict[str, Field] = {
-    "kind": Field("str", "", "what the record is: 'run' when absent, 'figure', 'failure' or 'collectives'", nullable=False),
+    "kind": Field(
+        "str", "", "what the record is: 'run' when absent, 'figure', 'failure' or 'collectives'", nullable=False
+    ),
     "steps_measured": Field("int", "steps", "steps the timings and totals cover, warm-up excluded"),
     "step_time_ms_p95": Field("number", "ms", "optimizer step time, 95th percentile"),
     "compress_time_ms": Field("number", "ms", "time spent encoding over the measured steps"),

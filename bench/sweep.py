@@ -47,7 +47,8 @@ def sweep(
             of values of the argument it is named after. Three choices place a run: world_size (ranks), link (rate
             between ranks on hosts of their own, or null) and delay (of that link).
         arguments: Arguments of every run.
-        include: Only runs that match one of these filters, each a label, pattern or list of them by axis.
+        include: Only runs that match one of these filters, each a label or a list of labels by axis; `*` stands for
+            anything, and a leading `!` means not.
         exclude: Runs that match one of these are left out.
         results: Where the records go; by default runs/bench/NAME.jsonl.
         only: Run only those whose name (labels joined by "/") matches one of these patterns, such as "int8/*,none/*".
@@ -141,7 +142,12 @@ def _work(results: Path) -> Path:
 
 
 def _run_all(
-    name: str, pending: Sequence[Run], before: Sequence[Mapping[str, Any]], results: Path, timeout_s: float, emulated: bool
+    name: str,
+    pending: Sequence[Run],
+    before: Sequence[Mapping[str, Any]],
+    results: Path,
+    timeout_s: float,
+    emulated: bool,
 ) -> list[dict[str, Any]]:
     made = []
     with sweep_progress.SweepProgress(pending, before) as progress:

@@ -77,15 +77,16 @@ def _labelled(axis: str, values: Any) -> dict[str, dict[str, Any]]:
 
 
 def _matches(axes: Mapping[str, str], wanted: Filter) -> bool:
-    """Whether labels match a filter: for each axis a label, or several; `*` stands for anything."""
-    return all(
-        any(fnmatch.fnmatchcase(axes[axis], str(label)) for label in ([labels] if _single(labels) else labels))
-        for axis, labels in wanted.items()
-    )
+    """Whether labels match a filter: for each axis a label, or several; `*` is anything, a leading `!` means not."""
+    return all(any(_fits(axes[axis], label) for label in _list(labels)) for axis, labels in wanted.items())
 
 
-def _single(labels: Any) -> bool:
-    return not isinstance(labels, list | tuple)
+def _fits(label: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(label, pattern.removeprefix("!")) != pattern.startswith("!")
+
+
+def _list(labels: Any) -> list[str]:
+    return [str(label) for label in (labels if isinstance(labels, list | tuple) else [labels])]
 
 
 def _check_filters(filters: Sequence[Filter], choices: Mapping[str, Choices]) -> None:
@@ -93,8 +94,8 @@ def _check_filters(filters: Sequence[Filter], choices: Mapping[str, Choices]) ->
         for axis, labels in wanted.items():
             if axis not in choices:
                 raise ValueError(f"include/exclude: no axis {axis!r}; there are: {', '.join(choices)}")
-            for label in [labels] if _single(labels) else labels:
-                if not fnmatch.filter(choices[axis], str(label)):
+            for label in _list(labels):
+                if not fnmatch.filter(choices[axis], label.removeprefix("!")):
                     known = ", ".join(choices[axis])
                     raise ValueError(f"include/exclude: axis {axis} has no label {label!r}; there are: {known}")
 
