@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 from rich.console import Console
 
+from bench import bounds as limits
 from bench import compare as comparison
 from bench import env as environment
 from bench import experiments, figures, record, trace_summary
 from bench import link as links
+from bench.collectives_command import collectives
+from bench.sweep import sweep
 from bench.tables import Table
 
 console = Console()
@@ -189,6 +193,21 @@ def config(results: Path, run: str) -> None:
     print(found, end="" if found.endswith("\n") else "\n")
 
 
+def bounds(results: Path, rate: str | None = None, markdown: bool = False) -> None:
+    """Show what each run could take at best, beside what it took: compute, bytes over bandwidth, best speed-up.
+
+    Compute time comes from a run of the same work on one rank, where the file has one, else from the run's own steps
+    without communication, encoding and decoding.
+
+    Args:
+        results: The results.jsonl file.
+        rate: Rate between ranks, such as 10gbit, for runs that were not on a link of known rate.
+        markdown: Print a Markdown table.
+    """
+    bytes_per_s = links.rate_bits_per_s(rate) / 8 if rate else None
+    _show(limits.table(_read(results), bytes_per_s), markdown)
+
+
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
@@ -199,8 +218,11 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
+    # --dry-run is as good as --dry_run
+    arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
     commands: dict[str, Any] = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
-    commands |= {"experiment": experiment, "report": report, "config": config}
+    commands |= {"experiment": experiment, "sweep": sweep, "collectives": collectives, "bounds": bounds}
+    commands |= {"report": report, "config": config}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
     except (ValueError, OSError, links.LinkUnavailableError) as error:

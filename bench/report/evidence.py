@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from bench import figures, record
+from bench import bounds, figures, record
 from bench.report.groups import Group, group
 from bench.report.palette import Colours
 from bench.report.values import Record, text
@@ -94,6 +94,10 @@ def sort(records: Iterable[Record], broken: int = 0) -> Evidence:
             foreign += 1
     if foreign:
         evidence.problems.append(f"{foreign} foreign record(s) skipped: of no kind that this report knows")
+    try:
+        evidence.runs = list(bounds.annotate(evidence.runs))
+    except ValueError as error:  # a link rate written in another way
+        evidence.problems.append(f"bounds left out: {error}")
     evidence.figures = list(figures.latest([{"date": "", **one} for one in found]))
     return evidence
 

@@ -44,14 +44,12 @@ TIERS = {
     ],
     "quantiles": {"dense": [0.5, 1, 2, 4, 9], "2:4": [0.2, 0.4, 0.6, 0.8, 1.1], "topk": [0.01, 0.05, 0.1, 0.2, 0.3]},
 }  # fmt: skip
+WORDS = ["The", "old", "<b>house", "&", "the", "sea", ":", "nobody", "knew", "who", "had", "lived", "there", "before", "the", "war"]
 SURVIVAL = {
-    "tokens": "The old <b>house & the sea : nobody knew who had lived there before the war".replace(" ", "| ").split(
-        "|"
-    ),
-    "dropped_at": [None, 0, 1, None, 2, None, None, 0, 0, 1, None, None, None, None, None],
+    "tokens": [f"{word} " for word in WORDS],
+    "dropped_at": [0 if i % 5 == 1 else 1 if i % 5 == 2 else 2 if i % 5 == 4 else None for i in range(len(WORDS))],
     "layers": [2, 4, 6],
 }
-SURVIVAL["dropped_at"] += [None] * (len(SURVIVAL["tokens"]) - len(SURVIVAL["dropped_at"]))
 PREFILL = {
     "measurements": [
         {
@@ -67,6 +65,18 @@ PREFILL = {
         for arm, s, b in (("unpruned", 1.0, None), ("keep 0.9", 1.35, 1.42), ("keep 0.7", 2.3, 2.46))
     ]
 }
+
+
+COLLECTIVES = {
+    "kind": "collectives", "backend": "gloo", "device": "cpu", "world_size": 2, "link_rate": "1gbit",
+    "link_emulated": True, "peer_bandwidth": None,
+    "points": [
+        {"operation": name, "message_bytes": 8**n, "sent_bytes": 8**n, "repeats": 9, "time_ms": 0.1 + 8**n * cost,
+         "time_ms_p90": 0.2 + 8**n * cost, "bandwidth": 8**n / (1e-4 + 8**n * cost / 1e3)}
+        for name, cost in (("all_gather", 1e-5), ("all_reduce", 2e-5))
+        for n in range(2, 9)
+    ],
+}  # fmt: skip
 
 
 def template() -> dict[str, Any]:

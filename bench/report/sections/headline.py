@@ -10,7 +10,8 @@ from bench.tables import NOT_RECORDED, Table
 
 _LEAD = (
     "One row per method and setting, over seeds: mean ± sample standard deviation. Speed-up is the median step time of "
-    "the uncompressed run in the same setting over that of the method. Ratio is the gradient bytes of an ideal fp32 "
+    "the uncompressed run in the same setting over that of the method. The ideal step computes, sends its bytes at the "
+    "link's rate and does nothing else. Ratio is the gradient bytes of an ideal fp32 "
     "ring over the gradient bytes sent, so an uncompressed reduction that sends twice the ideal has ratio 0.5."
 )
 
@@ -21,7 +22,15 @@ def section(evidence: Evidence) -> Section | None:
     if not groups:
         return None
     differing = varying(groups)
-    headers = ["method", *differing, "seeds", "validation PPL", "step time, median (ms)", "gradients (MB/step)"]
+    headers = [
+        "method",
+        *differing,
+        "seeds",
+        "validation PPL",
+        "step time, median (ms)",
+        "ideal step (ms)",
+        "gradients (MB/step)",
+    ]
     headers += ["all sent (MB/step)", "ratio to fp32 ring", "speed-up", "remarks"]
     rows = [_row(panel, one, differing) for panel in panels(groups) for one in panel.groups]
     constant = [f"{name} {value}" for name, value in _constant(groups).items()]
@@ -42,6 +51,7 @@ def _row(panel: Panel, group: Group, differing: list[str]) -> list[Any]:
         group.seeds,
         group.ppl,
         group.step_ms,
+        group.spread("bound_step_time_ms"),
         _megabytes(group.spread(lambda run: per_step(run, "bytes_compressed_total"))),
         _megabytes(group.bytes_per_step),
         group.spread("compression_ratio"),

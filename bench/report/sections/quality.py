@@ -17,7 +17,7 @@ from bench.tables import Table
 
 _LEAD = (
     "Lower left is better. The line joins the methods that no other method beats on both axes (Pareto front of the "
-    "means). Error bars: standard deviation over seeds; two methods whose bars overlap are not told apart by these runs."
+    "means). Error bars: standard deviation over seeds; these runs do not tell apart two methods whose bars overlap."
 )
 
 

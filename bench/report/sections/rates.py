@@ -1,5 +1,6 @@
 """Speed-up against link rate, and the rate at which a method stops paying."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,8 +29,7 @@ def break_even(rates: Sequence[float], speedups: Sequence[float]) -> float | Non
         rates: Rising link rates in bit/s.
         speedups: Speed-up at each.
     """
-    pairs = list(zip(rates, speedups, strict=True))
-    for (slow, above), (fast, below) in zip(pairs, pairs[1:], strict=False):
+    for (slow, above), (fast, below) in itertools.pairwise(zip(rates, speedups, strict=True)):
         if above > 1 >= below:
             share = (above - 1) / (above - below)
             return math.exp(math.log(slow) + share * (math.log(fast) - math.log(slow)))
@@ -79,8 +79,9 @@ def section(evidence: Evidence) -> Section | None:
         (width, height + 0.18 * math.ceil(len({m for _, m in lines}) / 4)),
         drawing.left_out(len(settings), "setting"),
     )
-    stops = Sheet("break-even", "Link rate at which a method stops paying", Table(["setting", "method", "stops paying at"],
-                  [[w or "all", m, _stop(line)] for (w, m), line in lines.items()]))  # fmt: skip
+    rows = [[where or "all", method, _stop(line)] for (where, method), line in lines.items()]
+    table = Table(["setting", "method", "stops paying at"], rows)
+    stops = Sheet("break-even", "Link rate at which a method stops paying", table)
     return Section("rates", "When compression pays", _LEAD, [chart, stops])
 
 

@@ -12,8 +12,8 @@ from bench.schema import OPTIONAL, REQUIRED
 from bench.tables import Table, cell
 
 _LEAD = (
-    "One entry per run: the command that repeats it and what it recorded. What is equal in all runs stands once, above. "
-    "The whole record, configuration included, is in the results file."
+    "One entry per run: the command that repeats it and what it recorded. What is equal in all runs stands once, "
+    "above. The whole record, configuration included, is in the results file."
 )
 _LONG = ("config", "command", "trace", "val_curve", "prefill", "structure", "tiers", "survival")
 _DETAIL = Markup(

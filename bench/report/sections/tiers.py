@@ -161,6 +161,7 @@ def _picture(one: TierMap) -> Markup:
     shares = [one.digits.count(str(tier).encode()) / max(len(one.digits), 1) for tier in range(3)]
     said = ", ".join(f"{share:.0%} {tier}" for share, tier in zip(shares, _NAMES, strict=True))
     template = Markup(
-        '<figure><img src="{}" width="{}" height="{}" alt="Tier map of {}: {}"><figcaption>{}<br>{}</figcaption></figure>'
+        '<figure><img src="{}" width="{}" height="{}" alt="Tier map of {}: {}">'
+        "<figcaption>{}<br>{}</figcaption></figure>"
     )
     return template.format(_png(one), one.columns, one.rows, one.name, said, one.name, said)
