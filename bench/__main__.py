@@ -1,7 +1,8 @@
-"""`python -m bench COMMAND`: check the environment, emulate links, run experiments, publish records."""
+"""`python -m bench COMMAND`: check the environment, emulate links, run experiments, publish records, make reports."""
 
 import importlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 from rich.console import Console
 
+from bench import bounds as limits
 from bench import compare as comparison
 from bench import env as environment
 from bench import experiments, figures, record, trace_summary
 from bench import link as links
 from bench import pivot as pivots
+from bench.collectives_command import collectives
+from bench.sweep import sweep
 from bench.tables import Table
 
 console = Console()
@@ -24,7 +28,9 @@ class Parser(ArgumentParser):
     """Parser in which a switch is `--markdown`, not `--markdown true`."""
 
     def add_argument(self, *args, **kwargs):
-        """Add an argument; one of type bool becomes a pair of switches."""
+        """Add an argument; one of type bool becomes a pair of switches, and `--output` is also `-o`."""
+        if args == ("--output",):
+            args = ("-o", "--output")
         if kwargs.get("type") is bool:
             del kwargs["type"]
             kwargs["action"] = ActionYesNo
@@ -192,6 +198,50 @@ def experiment(name: str, records: Path = Path("bench/results/pretraining.jsonl"
     table(records)
 
 
+def report(
+    results: Path, output: Path = Path("report.html"), tables: Path | None = None, figures: Path | None = None
+) -> None:
+    """Make one self-contained HTML file of a results file: what was compared, what it cost, how to run it again.
+
+    Args:
+        results: The results.jsonl file, or a folder of such files.
+        output: The HTML file to write.
+        tables: Folder for every table of the report as Markdown and CSV.
+        figures: Folder for every chart of the report as PNG and SVG.
+    """
+    from bench import report as reports  # drawing takes a second to import, which no other command needs
+
+    print(reports.build(results, output, tables, figures))
+
+
+def config(results: Path, run: str) -> None:
+    """Print the configuration that a recorded run was started with, to start it again.
+
+    Args:
+        results: The results.jsonl file.
+        run: Name of the run; of several the newest.
+    """
+    found = comparison.select(_read(results), [run])[-1].get("config")
+    if not isinstance(found, str):
+        raise ValueError(f"{results}: run {run!r} has no configuration recorded")
+    print(found, end="" if found.endswith("\n") else "\n")
+
+
+def bounds(results: Path, rate: str | None = None, markdown: bool = False) -> None:
+    """Show what each run could take at best, beside what it took: compute, bytes over bandwidth, best speed-up.
+
+    Compute time comes from a run of the same work on one rank, where the file has one, else from the run's own steps
+    without communication, encoding and decoding.
+
+    Args:
+        results: The results.jsonl file.
+        rate: Rate between ranks, such as 10gbit, for runs that were not on a link of known rate.
+        markdown: Print a Markdown table.
+    """
+    bytes_per_s = links.rate_bits_per_s(rate) / 8 if rate else None
+    _show(limits.table(_read(results), bytes_per_s), markdown)
+
+
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
@@ -202,15 +252,10 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
-    commands: dict[str, Any] = {
-        "env": env,
-        "compare": compare,
-        "table": table,
-        "pivot": pivot,
-        "trace": trace,
-        "link": link,
-    }
-    commands["experiment"] = experiment
+    # --dry-run is as good as --dry_run
+    arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
+    known = (env, compare, table, pivot, trace, link, experiment, sweep, collectives, bounds, report, config)
+    commands: dict[str, Any] = {command.__name__: command for command in known}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
     except (ValueError, OSError, links.LinkUnavailableError) as error:

@@ -96,7 +96,8 @@ def latest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(newest.values())
 
 
-def _measured(entry: Mapping[str, Any]) -> str:
+def measured(entry: Mapping[str, Any]) -> str:
+    """Value, spread and unit of a figure as text."""
     if entry["value"] is None:
         return "not measured"
     spread = f" ± {cell(entry['spread'])}" if entry.get("spread") is not None else ""
@@ -135,7 +136,7 @@ def render_table(records: Iterable[Mapping[str, Any]], only: Sequence[str] | Non
         raise ValueError(f"no figure {', '.join(missing)} among the records; there are: {', '.join(found) or 'none'}")
     chosen = [found[name] for name in only or found]
     rows = [
-        [e["what"], _measured(e), e["target"], _verdict(e), f"`{e['command']}`" if e["command"] else ""] for e in chosen
+        [e["what"], measured(e), e["target"], _verdict(e), f"`{e['command']}`" if e["command"] else ""] for e in chosen
     ]
     origins: dict[str, list[str]] = defaultdict(list)
     for entry in chosen:

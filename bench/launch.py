@@ -93,7 +93,7 @@ def _start(host: Host, index: int) -> tuple[subprocess.Popen, threading.Thread |
     return process, thread
 
 
-def _stop(processes: Sequence[subprocess.Popen], number: int) -> None:
+def stop_processes(processes: Sequence[subprocess.Popen], number: int) -> None:
     """Pass a signal on to the hosts still running; kill with their children those that outlive the grace."""
     running = [process for process in processes if process.poll() is None]
     trees = [psutil.Process(process.pid) for process in running]
@@ -117,7 +117,7 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
             failed, status = failures[0]
             others = ", ".join(f"host {i}" for i, code in enumerate(codes) if code is None)
             _say(f"host {failed} failed with exit status {status}" + (f"; stopping {others}" if others else ""))
-            _stop(processes, signal.SIGTERM)
+            stop_processes(processes, signal.SIGTERM)
             return status
         if all(code == 0 for code in codes):
             return 0
@@ -149,10 +149,10 @@ def run_hosts(hosts: Sequence[Host]) -> Outcome:
         status = _wait(processes)
     except StopRequested as stop:
         _say(f"{signal.Signals(stop.number).name}: stopping all hosts")
-        _stop(processes, stop.number)
+        stop_processes(processes, stop.number)
         status = 128 + stop.number
     except BaseException:
-        _stop(processes, signal.SIGTERM)
+        stop_processes(processes, signal.SIGTERM)
         raise
     for reader in readers:
         reader.join(timeout=5)  # a grandchild may hold the pipe open; its host is gone, do not wait for it

@@ -23,6 +23,7 @@ import torch
 from bench.launch import Host, Outcome, StopRequested, run_hosts, stop_signals_raise
 
 INTERFACE = "eth0"
+RATE_VARIABLE = "PARE_LINK_RATE"  # tells a command on an emulated host how fast its link is
 MASTER_PORT = 29500  # free by construction: each host has its own port space
 _PREFIX = "pare"
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)")
@@ -242,7 +243,10 @@ def _run(command: Sequence[str], rate: str, hosts: int, delay: str | None) -> tu
     with emulated_network(hosts, rate, delay) as names:
         before = [interface_bytes(name) for name in names]
         outcome = run_hosts(
-            [Host(["ip", "netns", "exec", name, *command], rank_environment(i, hosts)) for i, name in enumerate(names)]
+            [
+                Host(["ip", "netns", "exec", name, *command], {**rank_environment(i, hosts), RATE_VARIABLE: rate})
+                for i, name in enumerate(names)
+            ]
         )
         after = [interface_bytes(name) for name in names]
     return outcome, [{key: b[key] - a[key] for key in a} for a, b in zip(before, after, strict=True)]

@@ -48,7 +48,9 @@ REQUIRED: dict[str, Field] = {
 }
 
 OPTIONAL: dict[str, Field] = {
-    "kind": Field("str", "", "what the record is: 'run' when absent, or 'figure'", nullable=False),
+    "kind": Field(
+        "str", "", "what the record is: 'run' when absent, 'figure', 'failure' or 'collectives'", nullable=False
+    ),
     "steps_measured": Field("int", "steps", "steps the timings and totals cover, warm-up excluded"),
     "step_time_ms_p95": Field("number", "ms", "optimizer step time, 95th percentile"),
     "compress_time_ms": Field("number", "ms", "time spent encoding over the measured steps"),
@@ -89,10 +91,21 @@ OPTIONAL: dict[str, Field] = {
     "val_curve": Field("list", "", "validations: training seconds, step, perplexity"),
     "target_ppl": Field("number", "", "the target of time_to_target_ppl_s"),
     "fixed_time_s": Field("number", "s", "the time of ppl_at_fixed_time"),
+    "sweep": Field("str", "", "name of the sweep the run belongs to"),
+    "sweep_key": Field("str", "", "hash of configuration, arguments, ranks and link"),
+    "axes": Field("object", "", "label by axis of the sweep"),
+    "command": Field("str", "", "command that repeats the run from the repository's root"),
+    "wall_s": Field("number", "s", "time from the command's start to its end"),
+    "link_rate": Field("str", "", "rate of the link between ranks, such as 1gbit; null when all are on one machine"),
+    "link_delay": Field("str", "", "one-way delay of that link"),
+    "link_emulated": Field("bool", "", "whether that link was there; if not, step_time_ms_modelled is the step on it"),
+    "step_time_ms_modelled": Field("number", "ms", "step without its communication, and bytes over link_rate"),
+    "bound_step_time_ms": Field("number", "ms", "ideal step: compute without communication, and bytes over bandwidth"),
     "trace": Field("object", "", "summary of the profiled steps, see bench/trace_summary.py"),
     "prefill": Field("object", "", "token-pruning block"),
     "structure": Field("object", "", "structured-pruning block"),
     "tiers": Field("object", "", "block-sparsity block"),
+    "survival": Field("object", "", "tokens of a prompt and the stage at which each was dropped"),
     "suspicious": Field("list", "", "reasons to distrust the record, such as a speed-up above its bound"),
     "config": Field("any", "", "full configuration the run was started with"),
     "git_commit": Field("str", "", "commit of the code that ran"),

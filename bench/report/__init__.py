@@ -1,0 +1,69 @@
+"""The report: a results file as one page that a person can read, with the numbers behind every drawing.
+
+`evidence.py` sorts records and `groups.py` sums them up over seeds (no drawing); `sections/` decides what is shown, one
+file a section; `drawing.py` and `palette.py` draw; `page.py` and `export.py` write.
+"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench import record
+from bench.report import export, page
+from bench.report.evidence import Evidence, sort
+from bench.report.sections import SECTIONS
+from bench.report.values import count
+
+
+def read(results: Path) -> tuple[Evidence, str]:
+    """The evidence in a results file, or in all .jsonl files of a folder, and the names of the files.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: There is no record in it.
+    """
+    files = sorted(results.glob("*.jsonl")) if results.is_dir() else [results]
+    found: list[dict] = []
+    broken = 0
+    for path in files:
+        records, skipped = record.read(path)
+        found += records
+        broken += skipped
+    if not found:
+        lines = f" ({count(broken, 'broken line')} skipped)" if broken else ""
+        raise ValueError(f"{results}: no records to report{lines}; runs append theirs through the RunRecord callback")
+    return sort(found, broken), ", ".join(path.name for path in files)
+
+
+def build(results: Path, output: Path, tables: Path | None = None, figures: Path | None = None) -> str:
+    """Write the report of a results file; see `python -m bench report --help`.
+
+    Returns:
+        What was written, in a sentence.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: There is no record in it, or none that this report knows.
+    """
+    evidence, names = read(results)
+    sections = [made for make in SECTIONS if (made := make(evidence))]
+    if not (evidence.runs or evidence.figures or evidence.failures or evidence.collectives):
+        raise ValueError(f"{results}: no records that a report can show: {'; '.join(evidence.problems)}")
+    facts = {
+        "Records": ", ".join(_counted(evidence)),
+        "Read from": names,
+        "Made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if evidence.problems:
+        facts["Not understood"] = count(len(evidence.problems), "remark") + ", listed under failures"
+    export.page(output, page.render("Pare report", sections, facts))
+    written = [output]
+    written += export.tables(tables, sections) if tables else []
+    written += export.figures(figures, sections) if figures else []
+    said = f"{output}: {output.stat().st_size / 1e6:.2f} MB, {', '.join(_counted(evidence))}"
+    return said + (f"; {count(len(written) - 1, 'file')} of tables and figures" if len(written) > 1 else "")
+
+
+def _counted(evidence: Evidence) -> list[str]:
+    kinds = [(evidence.runs, "run"), (evidence.figures, "figure"), (evidence.failures, "failed run")]
+    kinds.append((evidence.collectives, "measurement of collectives"))
+    return [count(len(some), noun) for some, noun in kinds if some]

@@ -1,0 +1,135 @@
+"""Charts as SVG text for the page and as files, always in the same style; nothing here reads records."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from bench.report.content import Chart
+from bench.report.palette import DARK, GRID, TEXT
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
+    "svg.hashsalt": "pare",  # equal input, equal bytes
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=[TEXT]),
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "errorbar.capsize": 2.5,
+    "figure.facecolor": "white",
+    "axes.facecolor": "none",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
+}
+MAX_PANELS = 4
+
+
+def render(chart: Chart) -> Figure:
+    """Draw a chart on a figure of its own."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=chart.size, layout="constrained")
+        chart.draw(figure)
+    return figure
+
+
+def svg(chart: Chart) -> str:
+    """An <svg> element to stand in a page: colours follow the page's theme, identifiers are unique to the chart."""
+    figure, out = render(chart), io.StringIO()
+    figure.patch.set_visible(False)
+    with matplotlib.rc_context(STYLE):
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{chart.name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{chart.name}-", text)
+    text = re.sub(r"#[0-9a-f]{6}", lambda m: f"var(--{m[0][1:]})" if m[0] in DARK else m[0], text)
+    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # a hundredth of a point is invisible, and half the size
+    return re.sub(r"\n\s*", "\n", text).replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+
+
+def write(chart: Chart, png: Path, vector: Path) -> None:
+    """Write a chart as PNG (200 dpi) and as a self-standing SVG, both on white."""
+    figure = render(chart)
+    with matplotlib.rc_context(STYLE):
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        FigureCanvasSVG(figure).print_svg(vector, metadata={"Date": None})
+
+
+def grid(figure: Figure, panels: int, columns: int = 2, **options: Any) -> list[Axes]:
+    """Axes for so many panels, row by row; columns shrink to the number of panels."""
+    columns = min(columns, panels)
+    rows = math.ceil(panels / columns)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
+    for spare in axes[panels:]:
+        spare.remove()
+    return axes[:panels]
+
+
+def panel_size(panels: int, columns: int = 2, height: float = 3.2) -> tuple[float, float]:
+    """Size of a chart with that `grid`."""
+    return 8.0, height * math.ceil(panels / min(columns, panels)) + 0.3
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Ticks with grouped digits."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def log_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
+    """Logarithmic scale with plain numbers, when the values are positive and span more than a factor of five."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite or min(finite) <= 0 or max(finite) / min(finite) < 5:
+        return
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    plain_numbers(axis)
+    if max(finite) / min(finite) > 20:
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}" if f"{value:e}"[0] in "25" else ""))
+
+
+def legend(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+    """One legend below all panels, each label once."""
+    entries: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns)
+
+
+def label(text: str, limit: int = 34) -> str:
+    """A label that fits beside an axis, and that matplotlib does not take for mathematics."""
+    short = text if len(text) <= limit else text[: limit - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+def left_out(found: int, noun: str, limit: int = MAX_PANELS) -> str:
+    """What a chart says when it draws only the first `limit` of the things found; "" when it draws all."""
+    if found <= limit:
+        return ""
+    return f"Drawn: the first {limit} of {found} {noun}s, largest comparison first; the table below has all of them."

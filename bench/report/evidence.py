@@ -1,0 +1,117 @@
+"""The records of a report by kind, with everything in them that could not be read."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from bench import bounds, figures, record
+from bench.report.groups import Group, group
+from bench.report.palette import Colours
+from bench.report.values import Record, text
+from bench.schema import OPTIONAL, REQUIRED
+
+Parsed = TypeVar("Parsed")
+_RESULTS = ("step_time_ms_p50", "val_ppl", "train_loss", "bytes_compressed_total")
+
+
+@dataclass
+class Evidence:
+    """What the sections of a report are made from.
+
+    Attributes:
+        runs: Records of finished runs.
+        figures: The newest record of each figure (measured against target).
+        failures: Records of runs that failed.
+        collectives: Records of collective timings.
+        problems: What was skipped or not understood, in words.
+    """
+
+    runs: list[Record] = field(default_factory=list)
+    figures: list[Record] = field(default_factory=list)
+    failures: list[Record] = field(default_factory=list)
+    collectives: list[Record] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Training runs grouped over seeds."""
+        return group([run for run in self.runs if any(run.get(name) is not None for name in _RESULTS)])
+
+    @cached_property
+    def colours(self) -> Colours:
+        """Colours of all methods."""
+        return Colours(one.method for one in self.groups)
+
+    def blocks(self, name: str, parse: Callable[[Any], Parsed]) -> list[tuple[str, Parsed]]:
+        """Run name and parsed feature block of every run that has one; a block that cannot be read is a problem.
+
+        Args:
+            name: Field of the block, such as "tiers".
+            parse: Makes something of the block; KeyError, TypeError, ValueError, IndexError or AttributeError when it
+                has another shape.
+        """
+        found = []
+        for run in self.runs:
+            if run.get(name) is None:
+                continue
+            try:
+                found.append((run_name(run), parse(run[name])))
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                self.problems.append(
+                    f"{run_name(run)}: block {name!r} not understood ({type(error).__name__}: {error})"
+                )
+        return found
+
+
+def run_name(run: Record) -> str:
+    """The run's name, "unnamed" without."""
+    return text(run["run_name"]) if run.get("run_name") is not None else "unnamed"
+
+
+def sort(records: Iterable[Record], broken: int = 0) -> Evidence:
+    """Records by kind.
+
+    Args:
+        records: All readable records, in file order.
+        broken: Lines that were no records at all.
+    """
+    evidence, foreign = Evidence(), 0
+    if broken:
+        evidence.problems.append(f"{broken} broken line(s) skipped: not a JSON object")
+    found: list[Record] = []
+    for one in records:
+        kind = one.get("kind", "run")
+        if kind == "figure" and not record.check_types(one, figures.FIELDS) and figures.FIELDS.keys() <= one.keys():
+            found.append(one)
+        elif kind == "failure":
+            evidence.failures.append(one)
+        elif kind == "collectives":
+            evidence.collectives.append(one)
+        elif kind == "run" and "run_name" in one:
+            evidence.runs.append(_readable(one, evidence.problems))
+        else:
+            foreign += 1
+    if foreign:
+        evidence.problems.append(f"{foreign} foreign record(s) skipped: of no kind that this report knows")
+    try:
+        evidence.runs = list(bounds.annotate(evidence.runs))
+    except ValueError as error:  # a link rate written in another way
+        evidence.problems.append(f"bounds left out: {error}")
+    evidence.figures = list(figures.latest([{"date": "", **one} for one in found]))
+    return evidence
+
+
+def _readable(run: Record, problems: list[str]) -> Record:
+    """The run without the values that have the wrong type, which then count as not recorded."""
+    wrong = record.check_types(run, {**REQUIRED, **OPTIONAL})
+    if not wrong:
+        return run
+    problems.append(f"{run_name(run)}: " + "; ".join(wrong))
+    bad = {complaint.split(" ", 1)[0] for complaint in wrong}
+    return {name: None if name in bad else value for name, value in run.items()}
+
+
+def shared(runs: Sequence[Record], fields: Iterable[str]) -> Mapping[str, Any]:
+    """Those of the fields that have one and the same value in all runs."""
+    return {name: runs[0].get(name) for name in fields if all(run.get(name) == runs[0].get(name) for run in runs)}

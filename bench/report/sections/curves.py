@@ -1,0 +1,137 @@
+"""Validation perplexity as training goes on, by step and by time."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from bench.report import drawing
+from bench.report.content import Chart, Section, Sheet
+from bench.report.evidence import Evidence
+from bench.report.groups import Group, Panel, panels, representatives
+from bench.report.values import Record, Spread, number, spread
+from bench.tables import Table
+
+_LEAD = (
+    "Validations made during training, mean over seeds with a band of one standard deviation. Time is training time; "
+    "validation is not counted."
+)
+_MAX_LINES = 14
+
+
+@dataclass(frozen=True)
+class Point:
+    """Validation after `step` steps, over the runs of a group."""
+
+    step: float
+    seconds: Spread
+    ppl: Spread
+
+
+def curve(runs: Sequence[Record]) -> list[Point]:
+    """Points that every run of the group has, by rising step; empty when the runs validated at different steps."""
+    found: list[dict[float, tuple[float, float]]] = []
+    for run in runs:
+        points = run.get("val_curve")
+        entries = [p for p in points if isinstance(p, dict)] if isinstance(points, list) else []
+        read = [[number(p, name) for name in ("step", "train_s", "val_ppl")] for p in entries]
+        found.append({p[0]: (p[1], p[2]) for p in read if p[0] is not None and p[1] is not None and p[2] is not None})
+    found = [points for points in found if points]
+    steps = sorted(set.intersection(*(set(points) for points in found))) if found else []
+    made = []
+    for step in steps:
+        seconds, ppl = spread(points[step][0] for points in found), spread(points[step][1] for points in found)
+        if seconds and ppl and math.isfinite(ppl.mean):
+            made.append(Point(step, seconds, ppl))
+    return made
+
+
+def section(evidence: Evidence) -> Section | None:
+    """PPL by step and by time, and time to the target; None when no run validated twice."""
+    blocks: list[Chart | Sheet] = []
+    if by_step := _lines(panels(evidence.groups, across=("link",))):
+        blocks.append(_chart(evidence, by_step, "ppl-by-step", "optimizer step", lambda p: p.step))
+        by_time = _lines(panels(evidence.groups))
+        blocks.append(_chart(evidence, by_time, "ppl-by-time", "training time (s)", lambda p: p.seconds.mean))
+    targets = _targets(evidence.groups)
+    return Section("curves", "Training curves", _LEAD, blocks + targets) if blocks or targets else None
+
+
+def _lines(found: Sequence[Panel]) -> list[tuple[str, list[tuple[Group, list[Point]]]]]:
+    """Title and curves of each panel that has any."""
+    made = []
+    for panel in found:
+        lines = [(group, points) for group in representatives(panel) if len(points := curve(group.records)) > 1]
+        made += [(panel.title, lines)] if lines else []
+    return made
+
+
+def _targets(groups: Sequence[Group]) -> list[Sheet]:
+    rows = []
+    for panel in panels(groups):
+        for group in panel.groups:
+            targets = {t for run in group.records if (t := number(run, "target_ppl")) is not None}
+            fixed = {t for run in group.records if (t := number(run, "fixed_time_s")) is not None}
+            if targets or fixed:
+                reached, runs = group.spread("time_to_target_ppl_s"), len(group.records)
+                share = f"{reached.n if reached else 0} of {runs}"
+                rows.append([panel.title or "all", group.method, sorted(targets) or None, share, reached,
+                             sorted(fixed) or None, group.spread("ppl_at_fixed_time")])  # fmt: skip
+    headers = [
+        "setting",
+        "method",
+        "target PPL",
+        "runs that reached it",
+        "time to it (s)",
+        "fixed time (s)",
+        "PPL then",
+    ]
+    return (
+        [Sheet("time-to-quality", "Time to a perplexity, and perplexity at a time", Table(headers, rows))]
+        if rows
+        else []
+    )
+
+
+def _chart(evidence: Evidence, found: Sequence, name: str, axis: str, across: Callable[[Point], float]) -> Chart:
+    shown = [(title, lines[:_MAX_LINES]) for title, lines in found[: drawing.MAX_PANELS]]
+    colours = evidence.colours
+
+    def draw(figure: Figure) -> None:
+        axes = drawing.grid(figure, len(shown))
+        for one, (title, lines) in zip(axes, shown, strict=True):
+            for group, points in lines:
+                xs, ys = [across(p) for p in points], [p.ppl.mean for p in points]
+                colour = colours.colour(group.method)
+                one.plot(xs, ys, color=colour, marker=colours.marker(group.method), markersize=3.5,
+                         label=drawing.label(group.method))  # fmt: skip
+                if any(p.ppl.error for p in points):
+                    lower, upper = (
+                        [y + sign * p.ppl.error for y, p in zip(ys, points, strict=True)] for sign in (-1, 1)
+                    )
+                    one.fill_between(xs, lower, upper, color=colour, alpha=0.18, linewidth=0)
+            drawing.log_axis(one, "y", [p.ppl.mean for _, points in lines for p in points])
+            one.set_xlabel(axis)
+            one.set_ylabel("validation PPL")
+            one.set_title(drawing.label(title, 60))
+        drawing.legend(figure, axes)
+
+    rows = [
+        [title or "all", group.method, int(p.step), p.seconds, p.ppl]
+        for title, lines in found
+        for group, points in lines
+        for p in points
+    ]
+    width, height = drawing.panel_size(len(shown))
+    ends = ", ".join(f"{group.method} {points[-1].ppl}" for group, points in shown[0][1][:6])
+    return Chart(
+        name,
+        f"Validation perplexity by {axis}",
+        f"Line chart, {axis} across, validation perplexity up, one line per method. Last points of "
+        f"{shown[0][0] or 'the only setting'}: {ends}.",
+        draw,
+        Table(["setting", "method", "step", "training time (s)", "validation PPL"], rows),
+        (width, height + 0.18 * math.ceil(len({g.method for _, lines in shown for g, _ in lines}) / 4)),
+        drawing.left_out(len(found), "setting"),
+    )

@@ -1,0 +1,74 @@
+"""Every run with the command that repeats it."""
+
+import shlex
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from bench.report.content import Markings, Section, Sheet
+from bench.report.evidence import Evidence, run_name, shared
+from bench.report.values import Record, text
+from bench.schema import OPTIONAL, REQUIRED
+from bench.tables import Table, cell
+
+_LEAD = (
+    "One entry per run: the command that repeats it and what it recorded. What is equal in all runs stands once, "
+    "above. The whole record, configuration included, is in the results file."
+)
+_LONG = ("config", "command", "trace", "val_curve", "prefill", "structure", "tiers", "survival")
+_DETAIL = Markup(
+    '<details class="run"><summary>{name} <span class="quiet">{about}</span></summary>\n'
+    "<p>{origin}</p>\n<pre><code>{command}</code></pre>\n<table><tbody>{rows}</tbody></table></details>\n"
+)
+_ROW = Markup("<tr><th scope='row'>{}</th><td>{}</td></tr>")
+
+
+def section(evidence: Evidence) -> Section | None:
+    """Collapsible details of each run; None without runs."""
+    if not evidence.runs:
+        return None
+    names = list(dict.fromkeys(name for run in evidence.runs for name in run if name not in _LONG))
+    equal = shared(evidence.runs, names) if len(evidence.runs) > 1 else {}
+    rows = [[_label(name), equal[name]] for name in names if equal.get(name) is not None]
+    sheet = Sheet("shared-fields", "Equal in all runs", Table(["field", "value"], rows))
+    varying = [name for name in names if name not in equal]
+    details = Markup("").join(_detail(run, varying) for run in evidence.runs)
+    return Section("runs", "Runs", _LEAD, [*([sheet] if rows else []), Markings(details)])
+
+
+def _detail(run: Record, names: Sequence[str]) -> Markup:
+    recorded = [name for name in names if name in run]
+    rows = Markup("").join(_ROW.format(_label(name), cell(run[name])) for name in recorded)
+    about = f"{text(run.get('compress_method'))}, seed {text(run.get('seed'))}, {text(run.get('date'))}"
+    origin, lines = command(run)
+    return _DETAIL.format(name=run_name(run), about=about, origin=origin, command=lines, rows=rows)
+
+
+def _label(name: str) -> str:
+    known = REQUIRED.get(name) or OPTIONAL.get(name)
+    return f"{name} ({known.unit})" if known and known.unit else name
+
+
+def command(run: Record) -> tuple[str, str]:
+    """Where the command comes from, in words, and the lines to type in a checkout of the repository."""
+    commit, dirty = run.get("git_commit"), run.get("git_dirty")
+    checkout = [f"git checkout {shlex.quote(commit)}"] if isinstance(commit, str) else []
+    caveat = " The code that ran differed from that commit." if dirty else ""
+    if isinstance(run.get("command"), str):
+        return f"Command as recorded.{caveat}", "\n".join([*checkout, run["command"]])
+    if not isinstance(run.get("config"), str):
+        return "Neither command nor configuration is recorded.", "not recorded"
+    name = shlex.quote(run_name(run))
+    lines = [*checkout, f"python -m bench config RESULTS.jsonl {name} > run.yaml"]
+    lines.append(f"python main.py {'fit' if run.get('steps_measured') else 'validate'} --config run.yaml")
+    origin = "No command is recorded; these lines start the recorded configuration again."
+    nodes = _nodes(run["config"])
+    if nodes > 1:
+        origin += f" It ran on {nodes} hosts: start the last line on each (torchrun or python -m bench link)."
+    return origin + caveat, "\n".join(lines)
+
+
+def _nodes(config: str) -> int:
+    """`trainer.num_nodes` of a saved configuration."""
+    found = [line.split(":")[1].strip() for line in config.splitlines() if line.startswith("  num_nodes:")]
+    return int(found[0]) if found and found[0].isdigit() else 1

@@ -1,0 +1,96 @@
+"""What structured pruning left of each layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.report import drawing, palette
+from bench.report.content import Chart, Section, Sheet
+from bench.report.evidence import Evidence
+from bench.tables import Table, percent
+
+_LEAD = (
+    "Query-head groups (with their keys and values) and feed-forward channels that each layer keeps. PPL before and "
+    "after is without recovery unless the record says otherwise."
+)
+_MAX_RUNS = 12
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Groups and channels of one layer, before and kept."""
+
+    layer: int
+    groups: int
+    groups_kept: int
+    channels: int
+    channels_kept: int
+
+
+def parse(block: Any) -> tuple[list[Layer], Mapping[str, Any]]:
+    """The layers of the record's block `structure`, and its single values."""
+    names = ("layer", "groups", "groups_kept", "channels", "channels_kept")
+    layers = [Layer(*(int(entry[name]) for name in names)) for entry in block.get("layers") or []]
+    single = {name: value for name, value in block.items() if value is None or isinstance(value, str | int | float)}
+    return layers, single
+
+
+def section(evidence: Evidence) -> Section | None:
+    """Bars per layer and a table of before and after; None when no run pruned structure."""
+    found = evidence.blocks("structure", parse)
+    if not found:
+        return None
+    names = list(dict.fromkeys(key for _, (_, single) in found for key in single))
+    names = [name for name in names if any(single.get(name) is not None for _, (_, single) in found)]
+    rows = [[name, *(single.get(key) for key in names), _share(single)] for name, (_, single) in found]
+    table = Table(["run", *(name.replace("_", " ") for name in names), "parameters left"], rows)
+    drawn = [(name, layers) for name, (layers, _) in found if layers]
+    charts = [_chart(index, name, layers) for index, (name, layers) in enumerate(drawn[:_MAX_RUNS])]
+    note = drawing.left_out(len(drawn), "run", _MAX_RUNS)
+    return Section(
+        "structure", "Structured pruning", _LEAD, [Sheet("structure", "Before and after", table, note), *charts]
+    )
+
+
+def _share(single: Mapping[str, Any]) -> str | None:
+    before, after = single.get("parameters_before"), single.get("parameters_after")
+    known = isinstance(before, int | float) and isinstance(after, int | float) and before
+    return percent(after / before) if known else None
+
+
+def _chart(index: int, name: str, layers: list[Layer]) -> Chart:
+    groups, channels = (sum(getattr(one, field) for one in layers) for field in ("groups_kept", "channels_kept"))
+    of_groups, of_channels = sum(one.groups for one in layers), sum(one.channels for one in layers)
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        _bars(left, layers, "groups", palette.hue(0))
+        _bars(right, layers, "channels", palette.hue(1))
+
+    return Chart(
+        f"structure-{index}",
+        f"Kept per layer: {name}",
+        f"Two bar charts over {len(layers)} layers. Kept in all: {groups:,} of {of_groups:,} groups, {channels:,} of "
+        f"{of_channels:,} channels.",
+        draw,
+        Table(
+            ["layer", "groups", "groups kept", "channels", "channels kept"],
+            [[one.layer, one.groups, one.groups_kept, one.channels, one.channels_kept] for one in layers],
+        ),
+        (8.0, 3.0),
+    )
+
+
+def _bars(axes: Axes, layers: list[Layer], what: str, colour: str) -> None:
+    places = [one.layer for one in layers]
+    axes.bar(places, [getattr(one, what) for one in layers], color=palette.GRID, label="before")
+    axes.bar(places, [getattr(one, f"{what}_kept") for one in layers], color=colour, label="kept")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("query-head groups" if what == "groups" else "feed-forward channels")
+    axes.grid(axis="x", visible=False)
+    axes.margins(y=0.2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="upper right", ncols=2)

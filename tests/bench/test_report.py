@@ -1,0 +1,184 @@
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from bench.__main__ import main
+from tests.bench import report_records as synthetic
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Structure of a page: nesting is checked while reading, the rest collected."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text.append(data)
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def report(tmp_path, records, *lines, options=()):
+    results = synthetic.write(tmp_path / "results.jsonl", records, *lines)
+    assert main(["report", str(results), "-o", str(tmp_path / "report.html"), *map(str, options)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    return Page(text), text
+
+
+def sections(page):
+    return [a["id"].removesuffix("-section") for a in page.named("section")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A report with something in every section."""
+    folder = tmp_path_factory.mktemp("whole")
+    base = synthetic.template()
+    features = [
+        {**base, "run_name": "<script>alert(1)</script>", "prefill": synthetic.PREFILL, "survival": synthetic.SURVIVAL},
+        {**base, "run_name": "slim", "structure": synthetic.STRUCTURE},
+        {**base, "run_name": "blocks", "tiers": synthetic.TIERS},
+    ]
+    figure = {"kind": "figure", "figure": "f", "what": "Speed & size", "value": 2.0, "unit": "×", "target": "≥ 1 ×",
+              "reached": True, "spread": None, "command": "python -m x", "details": {}}  # fmt: skip
+    failure = {"kind": "failure", "run_name": "topk/x", "error": "line 1\nValueError: <b>no</b>", "exit_status": 1}
+    records = [*synthetic.varied(165), *features, figure, failure, synthetic.COLLECTIVES, {"kind": "alien"}]
+    page, text = report(
+        folder, records, '{"torn":', "[1]", options=("--tables", folder / "tables", "--figures", folder / "figures")
+    )
+    return folder, page, text
+
+
+def test_every_section_appears_when_its_records_are_there(whole):
+    _, page, _ = whole
+    assert sections(page) == [
+        "headline", "quality", "step-time", "bytes", "rates", "scaling", "curves", "collectives", "prefill", "survival",
+        "structure", "tiers", "figures", "trouble", "runs",
+    ]  # fmt: skip
+    targets = {a["href"].removeprefix("#") for a in page.named("a")}
+    assert targets <= {attributes.get("id") for _, attributes in page.elements}
+
+
+def test_the_page_stands_alone_and_says_what_each_picture_shows(whole):
+    _, page, text = whole
+    assert not page.named("script") and not page.named("link")[1:]
+    assert not [a for _, a in page.elements for name in ("src", "href", "xlink:href")
+                if (a.get(name) or "#").split(":")[0] not in ("#", "data") and not a[name].startswith("#")]  # fmt: skip
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    charts = [a for _, a in page.elements if a.get("role") == "img"]
+    assert len(charts) == len(page.named("svg")) > 10 and all(len(a["aria-label"]) > 40 for a in charts)
+    assert all(a["alt"] for a in page.named("img")) and len(page.named("img")) == 3
+    assert len(page.named("caption")) >= len(charts)  # the numbers behind each
+    assert page.named("html")[0]["lang"] == "en" and {"header", "nav", "main"} <= {tag for tag, _ in page.elements}
+    assert "prefers-color-scheme: dark" in text and len(text) < 5_000_000
+
+
+def test_names_and_errors_are_text_not_markup(whole):
+    _, page, text = whole
+    assert "<script>alert" not in text and "<b>no" not in text and "<b>house" not in text
+    assert "<script>alert(1)</script>" in page.text and "line 1\nValueError: <b>no</b>" in page.text
+    assert "<b>house " in page.text
+
+
+def test_what_was_skipped_is_counted_and_shown(whole):
+    _, page, _ = whole
+    shown = " ".join(page.text)
+    assert "2 broken line(s) skipped" in shown and "1 foreign record(s) skipped" in shown
+
+
+def test_tables_and_figures_are_written_for_papers(whole):
+    folder, page, _ = whole
+    names = {path.name for path in (folder / "tables").iterdir()}
+    assert {"headline.md", "headline.csv", "step-time.csv", "tiers-0.md", "failures.csv"} <= names
+    header, first, *_ = (folder / "tables/headline.csv").read_text().splitlines()
+    assert "validation PPL mean,validation PPL sd,validation PPL n" in header and "±" not in first
+    assert (folder / "tables/headline.md").read_text().startswith("**Methods by setting**\n\n| method |")
+    pictures = {path.suffix: path for path in (folder / "figures").iterdir()}
+    assert set(pictures) == {".png", ".svg"} and len(list((folder / "figures").glob("*.png"))) == len(page.named("svg"))
+    assert pictures[".png"].read_bytes().startswith(b"\x89PNG") and "var(--" not in pictures[".svg"].read_text()
+    assert not list(folder.rglob(".*"))  # nothing half-written is left
+
+
+def test_one_run_with_almost_nothing_recorded_says_so(tmp_path):
+    page, _ = report(tmp_path, [{"run_name": "bare", "train_loss": 3.0}])
+    assert sections(page) == ["headline", "runs"]
+    assert page.text.count("not recorded") > 5
+    assert not [text for text in page.text if text.strip() in ("0", "0.0", "nan", "None")]
+
+
+def test_one_real_run(tmp_path):
+    page, _ = report(tmp_path, [synthetic.template()])
+    assert sections(page) == ["headline", "step-time", "bytes", "runs"]
+    shown = " ".join(page.text)
+    assert (
+        "python -m bench config RESULTS.jsonl profile_2_ranks > run.yaml" in shown and "git checkout d9c748c" in shown
+    )
+
+
+def test_values_of_the_wrong_type_and_broken_blocks_are_reported_not_fatal(tmp_path):
+    run = {**synthetic.template(), "step_time_ms_p50": "fast", "link_rate": "slow", "tiers": {"matrices": [{}]}}
+    page, _ = report(tmp_path, [run, {**run, "run_name": "b", "survival": {"tokens": ["a"], "dropped_at": [7]}}])
+    shown = " ".join(page.text)
+    assert "step_time_ms_p50 is str 'fast', expected number" in shown
+    assert "block 'tiers' not understood (KeyError: 'rows')" in shown and "block 'survival' not understood" in shown
+
+
+def test_a_diverged_run_is_shown_and_drawn_around(tmp_path):
+    runs = synthetic.varied(33)[3:] + [{**run, "val_ppl": math.nan} for run in synthetic.varied(3)]
+    results = tmp_path / "r.jsonl"
+    results.write_text("".join(json.dumps(run).replace("NaN", '"NaN"') + "\n" for run in runs))
+    assert main(["report", str(results), "-o", str(tmp_path / "r.html")]) == 0
+    assert "nan" in Page((tmp_path / "r.html").read_text()).text
+
+
+@pytest.mark.parametrize("content", ["", "\n", "not json\n[]\n"])
+def test_no_records_is_an_error_and_leaves_no_file(tmp_path, capsys, content):
+    (tmp_path / "r.jsonl").write_text(content)
+    (tmp_path / "old.html").write_text("old")
+    assert main(["report", str(tmp_path / "r.jsonl"), "-o", str(tmp_path / "old.html")]) == 1
+    assert "no records" in capsys.readouterr().err
+    assert (tmp_path / "old.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_only_foreign_records_is_an_error_too(tmp_path, capsys):
+    synthetic.write(tmp_path / "r.jsonl", [{"kind": "alien"}])
+    assert main(["report", str(tmp_path / "r.jsonl"), "-o", str(tmp_path / "r.html")]) == 1
+    assert "foreign" in capsys.readouterr().err and not (tmp_path / "r.html").exists()
+
+
+def test_a_thousand_records_stay_under_five_megabytes(tmp_path):
+    records = [{**run, "run_name": f"{run['run_name']}#{i}"} for i, run in enumerate(synthetic.varied(990))]
+    page, text = report(tmp_path, records + synthetic.varied(10))
+    assert len(text.encode()) < 5_000_000
+    assert len([a for a in page.named("details") if a.get("class") == "run"]) == 1000
+
+
+def test_the_recorded_configuration_comes_back(tmp_path, capsys):
+    run = synthetic.template()
+    results = synthetic.write(tmp_path / "r.jsonl", [run])
+    assert main(["config", str(results), run["run_name"]]) == 0
+    assert capsys.readouterr().out == run["config"]
+    assert main(["config", str(results), "other"]) == 1

@@ -1,0 +1,147 @@
+"""What the report computes, apart from drawing it."""
+
+import math
+
+import pytest
+
+from bench.report import export, groups, values
+from bench.report.evidence import sort
+from bench.report.link import link_label
+from bench.report.palette import HUES, Colours
+from bench.report.sections import breakdown, curves, quality, rates, scaling, tiers
+from bench.tables import Table
+from tests.bench import report_records as synthetic
+
+
+def run(method="none", **fields):
+    return {"run_name": "r", "compress_method": method, "world_size": 2, "seed": 1, **fields}
+
+
+def test_mean_and_sample_deviation_rounded_to_the_deviation():
+    spread = values.spread([1.0, 2.0, 3.0, None])
+    assert (spread.mean, spread.sd, spread.n) == (2.0, 1.0, 3)
+    assert str(values.Spread(150.7839, 0.3012, 3)) == "150.78 ± 0.30"
+    assert str(values.Spread(37_607.4, 32.2, 3)) == "37,607 ± 32"
+    assert str(values.Spread(37_607.4, 1234.0, 3)) == "37,600 ± 1,200"
+    assert str(values.Spread(2.0, 0.0, 3)) == "2" and str(values.Spread(math.inf, None, 1)) == "inf"
+    assert values.spread([None]) is None
+
+
+def test_a_ratio_carries_both_errors_and_needs_both_sides():
+    found = values.ratio(values.Spread(10.0, 0.3, 3), values.Spread(5.0, 0.2, 3))
+    assert found.mean == 2.0 and found.sd == pytest.approx(2.0 * math.hypot(0.03, 0.04))
+    assert values.ratio(None, values.Spread(1.0, None, 1)) is None
+    assert values.ratio(values.Spread(1.0, None, 1), values.Spread(0.0, None, 1)) is None
+
+
+def test_a_sum_with_a_part_missing_is_missing():
+    assert values.total([1.0, 2.0]) == 3.0 and values.total([1.0, None]) is None
+
+
+def test_seeds_are_grouped_and_settings_kept_apart():
+    records = [run(seed=s, link_rate=link, step_time_ms_p50=100.0 * s) for link in ("1gbit", "10gbit") for s in (1, 2)]
+    found = groups.group(records)
+    assert [(g.setting["link"], g.seeds, g.step_ms.mean) for g in found] == [
+        ("1 Gbit/s", 2, 150),
+        ("10 Gbit/s", 2, 150),
+    ]
+
+
+def test_arguments_appear_in_a_name_only_where_they_differ():
+    records = [run("topk", compress_config={"density": d, "values": {"bits": 8}}) for d in (0.01, 0.1)]
+    records += [run("int8", compress_config={"block": 256}, parameter_compress_method="int8"), run("none")]
+    names = groups.method_labels(records)
+    assert names == ["topk density=0.01", "topk density=0.1", "int8 + int8 parameters", "none"]
+
+
+def test_speed_up_is_against_the_uncompressed_run_of_the_same_setting():
+    records = [run(method, link_rate=link, step_time_ms_p50=ms) for method, link, ms in
+               (("int8", "1gbit", 50.0), ("none", "1gbit", 100.0), ("int8", "10gbit", 45.0), ("none", "10gbit", 40.0))]  # fmt: skip
+    panels = groups.panels(groups.group(records))
+    assert [p.groups[0].method for p in panels] == ["none", "none"]
+    assert [p.speedup(p.groups[1]).mean for p in panels] == [2.0, pytest.approx(8 / 9)]
+    lonely = groups.panels(groups.group(records[:1]))[0]
+    assert lonely.baseline is None and lonely.speedup(lonely.groups[0]) is None
+
+
+def test_a_modelled_link_gives_modelled_times_and_says_so():
+    record = run(link_rate="1gbit", link_emulated=False, step_time_ms_p50=1.0, step_time_ms_modelled=9.0)
+    assert link_label(record) == "1 Gbit/s (modelled)" and groups.group([record])[0].step_ms.mean == 9.0
+    assert breakdown.phases({**record, "step_time_ms_mean": 1.0, "steps_measured": 1, "compress_time_ms": 0,
+                             "comm_time_ms_total": 0, "decompress_time_ms": 0}) is None  # fmt: skip
+    assert link_label(run()) == "not recorded" and link_label(run(link_rate=None)) == "none"
+    assert link_label({"world_size": 1}) == "none"
+
+
+def test_phases_add_up_to_the_step_and_need_every_part():
+    record = run(
+        step_time_ms_mean=100.0, steps_measured=2, compress_time_ms=20, comm_time_ms_total=100, decompress_time_ms=10
+    )
+    assert breakdown.phases(record) == {"compute": 35.0, "encode": 10.0, "wire": 50.0, "decode": 5.0}
+    assert breakdown.phases({**record, "decompress_time_ms": None}) is None
+
+
+def test_the_front_holds_what_nothing_beats():
+    points = [
+        quality.Point(name, values.Spread(cost, None, 1), values.Spread(ppl, None, 1))
+        for name, cost, ppl in (("a", 1, 30), ("b", 2, 20), ("c", 3, 25), ("d", 4, 10), ("e", 4, 11), ("f", 5, 10))
+    ]
+    assert [p.group for p in quality.pareto(points)] == ["a", "b", "d"]
+
+
+def test_break_even_lies_between_measured_rates():
+    assert rates.break_even([1e8, 1e10], [1.5, 0.5]) == pytest.approx(1e9)
+    assert rates.break_even([1e8, 1e9], [3.0, 1.2]) is None and rates.break_even([1e8, 1e9], [0.9, 0.5]) is None
+
+
+def test_scaling_starts_every_link_at_the_single_rank():
+    records = [run(world_size=1, tokens_per_s=100.0)]
+    records += [run(world_size=n, link_rate="1gbit", tokens_per_s=t) for n, t in ((2, 150.0), (4, 240.0))]
+    (line,) = scaling.lines(groups.group(records))
+    assert [ranks for ranks, _ in line.points] == [1, 2, 4]
+    assert [line.efficiency(i).mean for i in range(3)] == [1.0, 0.75, 0.6]
+
+
+def test_curves_average_only_steps_that_all_seeds_have():
+    def curve(*points):
+        return {"val_curve": [{"step": s, "train_s": t, "val_ppl": p} for s, t, p in points]}
+
+    found = curves.curve([curve((1, 1.0, 30.0), (2, 2.0, 20.0)), curve((1, 3.0, 32.0)), {"val_curve": "broken"}])
+    assert [(p.step, p.seconds.mean, p.ppl.mean) for p in found] == [(1, 2.0, 31.0)]
+
+
+def test_colours_are_stable_and_distinct():
+    names = [f"method {i}" for i in range(len(HUES))]
+    colours = Colours([*names, "none"])
+    assert len({colours.colour(name) for name in names}) == len(HUES)
+    assert colours.colour("none") not in HUES
+    more = Colours([*names, "another", "none"])
+    looks = {(more.colour(name), more.marker(name)) for name in [*names, "another"]}
+    assert len(looks) == len(HUES) + 1
+    assert Colours(["int8"]).colour("int8") == Colours(["int8", "none"]).colour("int8")
+
+
+def test_exported_numbers_keep_their_precision():
+    table = Table(["method", "PPL"], [["a", values.Spread(1.23456789, 0.5, 3)], ["b", None]])
+    assert export.plain(table) == [
+        ["method", "PPL mean", "PPL sd", "PPL n"],
+        ["a", 1.23456789, 0.5, 3],
+        ["b", "", "", ""],
+    ]
+
+
+def test_tier_maps_must_have_a_digit_a_block():
+    assert len(tiers.parse(synthetic.TIERS).maps) == 3
+    for wrong in ({"map": "01"}, {"map": "0123"}):
+        with pytest.raises(ValueError, match="must be 2 × 2 digits"):
+            tiers.parse({"matrices": [{"name": "w", "rows": 2, "columns": 2, **wrong}]})
+
+
+def test_bounds_and_suspicions_reach_the_report():
+    fast = run(link_rate="1gbit", steps_measured=1, step_time_ms_p50=100.0, bytes_compressed_total=125_000_000,
+               bytes_parameters_total=0, comm_time_ms_total=10.0, compress_time_ms=0.0, decompress_time_ms=0.0)  # fmt: skip
+    (record,) = sort([fast]).runs
+    assert (
+        record["bound_step_time_ms"] == pytest.approx(1090.0)
+        and "bytes alone take 1000.0 ms" in record["suspicious"][0]
+    )
