@@ -5,7 +5,7 @@ Shape legend: n rows (destinations), s elements of a row, b blocks at a time, B 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from strategies import residuals
 from strategies.compressors import hashing
 from strategies.compressors.base import Codec, Use
+from strategies.compressors.rows import Region, real_elements
 from strategies.kernels import Job, Step, step
 from strategies.kernels.step import Place, place_of
 from strategies.units import Unit
@@ -46,32 +47,6 @@ class Slab:
     def uniform(self, like: Tensor) -> Tensor:
         """Random numbers in [0, 1) for the elements of ``like``; see ``bits``."""
         return hashing.to_uniform(self.bits(like))
-
-
-@dataclass(frozen=True)
-class _Region:
-    """Part of a row whose blocks are equally long: all whole blocks, or the shorter one that ends the row."""
-
-    span: slice
-    block: int
-    codes: list[slice]  # of the row's payload, by role
-
-    def elements(self, row: Tensor) -> Tensor:
-        """This region of a row ``[s]`` as ``[b, B]``; the last block is a copy, filled up with zeros."""
-        values = row[self.span]
-        if values.numel() % self.block:
-            values = torch.nn.functional.pad(values, (0, -values.numel() % self.block))
-        return values.view(-1, self.block)
-
-    def put(self, row: Tensor, blocks: Tensor) -> None:
-        """Undo ``elements``: needed where ``blocks`` is a copy."""
-        values = row[self.span]
-        if values.numel() != blocks.numel():
-            values.copy_(blocks.view(-1)[: values.numel()])
-
-    def parts(self, payload: dict[str, Tensor], row: int, blocks: int) -> list[Tensor]:
-        """Views ``[b, entries]`` of a row's codes, by role."""
-        return [codes[row, span].view(blocks, -1) for codes, span in zip(payload.values(), self.codes, strict=True)]
 
 
 class BlockCodec(Codec):
@@ -212,7 +187,7 @@ class BlockCodec(Codec):
                 blocks, first = region.elements(chunks[row]), row * size + region.span.start
                 rest = region.parts(payload, row, blocks.shape[0])
                 if self.masked:
-                    rest.append(_real(unit, first, region.span.stop - region.span.start, blocks))
+                    rest.append(real_elements(unit, first, region.span.stop - region.span.start, blocks))
                 origin = (first, *key) if self.draws else None
                 if owed is None:
                     self.encode_step(origin, blocks, *rest)
@@ -257,17 +232,17 @@ class BlockCodec(Codec):
         rest = size - whole * self.block_size
         return whole, -(-rest // self.planes) * self.planes
 
-    def _regions(self, size: int) -> Iterator[_Region]:
+    def _regions(self, size: int) -> Iterator[Region]:
         """Cut a row of ``size`` elements."""
         whole, tail = self._cut(size)
         widths = [entries for entries, _ in self.layout(self.block_size).values()] if whole else []
         if whole:
-            yield _Region(slice(0, whole * self.block_size), self.block_size, [slice(0, whole * w) for w in widths])
+            yield Region(slice(0, whole * self.block_size), self.block_size, [slice(0, whole * w) for w in widths])
         if tail:
             starts = [whole * width for width in widths] or [0] * len(self._roles())
             ends = [start + entries for start, (entries, _) in zip(starts, self.layout(tail).values(), strict=True)]
             codes = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
-            yield _Region(slice(whole * self.block_size, size), tail, codes)
+            yield Region(slice(whole * self.block_size, size), tail, codes)
 
     # Preparing.
 
@@ -319,16 +294,3 @@ class BlockCodec(Codec):
         }
         needed = {"reduce": ("encode_step", "mean_step"), "owing": ("owing_step", "mean_step")}
         return {name: examples[name] for name in needed.get(use, ("encode_step", "decode_step"))}
-
-
-def _real(unit: Unit, first: int, count: int, blocks: Tensor) -> Tensor:
-    """Elements of each block that are no padding ``[b, 1]``; the first ``count`` lie at ``first`` in the gradient."""
-    b, block = blocks.shape
-    real = torch.full((b, 1), float(block), device=blocks.device)
-    holes = unit.padding_within(first, first + count)
-    for start, stop in [*holes, *([(count, b * block)] if count < b * block else [])]:
-        head, last = start // block, (stop - 1) // block
-        real[head : last + 1] -= block
-        real[head] += start - head * block
-        real[last] += (last + 1) * block - stop
-    return real

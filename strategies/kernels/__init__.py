@@ -1,5 +1,5 @@
 """How the arithmetic of codecs is run. Knows tensors only: no compressor, no engine, no Trainer."""
 
-from strategies.kernels.step import Job, Step, step
+from strategies.kernels.step import Choice, Job, Step, choose, step
 
-__all__ = ["Job", "Step", "step"]
+__all__ = ["Choice", "Job", "Step", "choose", "step"]

@@ -8,9 +8,10 @@ Shape legend: b blocks, B elements of a block.
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ SLAB = 1 << 16  # elements processed at a time on CPU: a slab and its temporarie
 _MORE_GRAPHS = 64  # dynamo's limit is per function, and all codecs share the functions of their base class
 
 Backend = Literal["reference", "slabs", "compiled", "triton"]
+Choice = Literal["auto", "reference", "slabs", "compiled", "triton"]
+VARIABLE = "PARE_KERNELS"
 Place = tuple[Tensor, Tensor, Tensor] | None
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,26 @@ class Job:
     device: torch.device
     ranks: int
     dtype: torch.dtype = torch.float32
+
+
+def choose(choice: Choice, device: torch.device) -> Backend:
+    """The backend that ``choice`` means; "auto" is ``PARE_KERNELS`` where that is set.
+
+    Else slabs on a CPU, where compiling takes 10 to 25 s of a first start and short runs never earn that back, and
+    compiled code on a GPU, where the reference makes a pass over memory for every operation.
+
+    Raises:
+        ValueError: The environment variable holds no backend.
+    """
+    if choice != "auto":
+        return choice
+    wanted = os.environ.get(VARIABLE, "")
+    if not wanted:
+        return "slabs" if device.type == "cpu" else "compiled"
+    for backend in get_args(Backend):
+        if wanted == backend:
+            return backend
+    raise ValueError(f"{VARIABLE}={wanted}: must be one of {', '.join(get_args(Backend))}, or not be set")
 
 
 class Step:
