@@ -26,8 +26,8 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
     Args:
         compressor: How gradients are reduced, e.g. ``Int8``; none leaves torch's own path untouched and uncounted.
         bucket_cap_mb: Size of a bucket in MiB.
-        kernels: How codecs compute: "slabs" (no compiler needed), "compiled", "triton" (CUDA only) or "reference"; "auto"
-            is the variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
+        kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
+            variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
         timeout: How long a rank waits for the others in a collective.
 

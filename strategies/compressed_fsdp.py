@@ -39,8 +39,8 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             gathered between forward and backward) or NO_SHARD (everything replicated).
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
         auto_wrap_policy: Module classes (or a policy) that become units, instead of the model's own blocks.
-        kernels: How codecs compute: "slabs" (no compiler needed), "compiled", "triton" (CUDA only) or "reference"; "auto"
-            is the variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
+        kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
+            variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
 
     Raises:
         ValueError: For HYBRID_SHARD, under which FSDP1 skips the reduction between nodes when a hook is set.

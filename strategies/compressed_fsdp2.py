@@ -47,8 +47,8 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         replicas: Copies of the sharded model (HSDP): ranks are cut into so many groups in rank order, the compressor
             works inside each, and torch's own all-reduce between them. Usually 1, or the number of nodes.
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
-        kernels: How codecs compute: "slabs" (no compiler needed), "compiled", "triton" (CUDA only) or "reference"; "auto"
-            is the variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
+        kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
+            variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
         timeout: How long a rank waits for the others in a collective.
 
