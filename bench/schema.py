@@ -81,6 +81,7 @@ OPTIONAL: dict[str, Field] = {
     "bytes_parameters_by_role": Field("object", "bytes", "bytes_parameters_total by role"),
     "parameter_compress_method": Field("str", "", "how parameter gathers are compressed"),
     "parameter_compress_config": Field("object", "", "arguments of that method"),
+    "codec_backend": Field("str", "", "how the codecs computed: reference, slabs, compiled, triton, or several"),
     "replicas": Field("int", "", "copies of the sharded model (HSDP)"),
     "bytes_by_role": Field("object", "bytes", "bytes_compressed_total by role: values, indices, scales, tables"),
     "bytes_nic_total": Field("int", "bytes", "bytes sent by the network interface's own counter, headers included"),

@@ -101,6 +101,7 @@ class RunRecord(Measurement):
             "compress_config": compressor.config() if compressor is not None else {},
             "parameter_compress_method": parameters.name if parameters is not None else None,
             "parameter_compress_config": parameters.config() if parameters is not None else None,
+            "codec_backend": getattr(trainer.strategy, "codec_backend", None),
             "replicas": getattr(trainer.strategy, "replicas", None),
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "steps": trainer.global_step,

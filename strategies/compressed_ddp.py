@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from strategies.compressors import Compressor
 from strategies.ddp_buckets import KEEP_BUFFERS, FixedBuckets, bucket_units, install_hook
 from strategies.engine import CompressedEngine, misfit
+from strategies.kernels import Choice
 from strategies.traffic import Traffic
 from strategies.units import Unit
 
@@ -25,6 +26,8 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
     Args:
         compressor: How gradients are reduced, e.g. ``Int8``; none leaves torch's own path untouched and uncounted.
         bucket_cap_mb: Size of a bucket in MiB.
+        kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
+            variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
         timeout: How long a rank waits for the others in a collective.
 
@@ -38,6 +41,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         self,
         compressor: Compressor | None = None,
         bucket_cap_mb: int = 25,
+        kernels: Choice = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
@@ -47,6 +51,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, **wrapping)
         self.compressor = compressor
         self.bucket_cap_mb = bucket_cap_mb
+        self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
 
@@ -58,6 +63,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         wrapped = FixedBuckets(model, self.determine_ddp_device_ids(), self.bucket_cap_mb)
         self.units = bucket_units(wrapped, self.traffic)
         install_hook(wrapped, self.units, self._reduce_replicated)
+        self._warm_up(self.world_size)
         self._take_up_owed()
         return wrapped
 

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from strategies.compressors import Compressor
 from strategies.engine import CompressedEngine
+from strategies.kernels import Choice
 from strategies.precision import ShardedPrecision
 from strategies.traffic import Traffic
 from strategies.units import Unit, count_parameter_gathers, fsdp_units, install_hook, transformer_blocks
@@ -38,6 +39,8 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             gathered between forward and backward) or NO_SHARD (everything replicated).
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
         auto_wrap_policy: Module classes (or a policy) that become units, instead of the model's own blocks.
+        kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
+            variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
 
     Raises:
         ValueError: For HYBRID_SHARD, under which FSDP1 skips the reduction between nodes when a hook is set.
@@ -51,6 +54,7 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"] = "FULL_SHARD",
         state_dict_type: Literal["full", "sharded"] = "sharded",
         auto_wrap_policy: set[type[nn.Module]] | None = None,
+        kernels: Choice = "auto",
         **kwargs: Any,
     ) -> None:
         if "HYBRID" in str(sharding_strategy):
@@ -65,6 +69,7 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             **kwargs,
         )
         self.compressor = compressor
+        self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
 
@@ -97,6 +102,7 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         self.precision_plugin.root = root
         if self.compressor is not None and self.world_size > 1:
             self._install_compressor(root)
+            self._warm_up(self.units[0].world_size)
         return root
 
     def _install_compressor(self, root: FSDP) -> None:

@@ -26,6 +26,7 @@ from strategies.fsdp2_collectives import (
     count_replica_all_reduce,
 )
 from strategies.fsdp2_units import ShardedModule, sharded_modules
+from strategies.kernels import Choice
 from strategies.traffic import Traffic
 from strategies.units import Unit, transformer_blocks
 
@@ -46,6 +47,8 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         replicas: Copies of the sharded model (HSDP): ranks are cut into so many groups in rank order, the compressor
             works inside each, and torch's own all-reduce between them. Usually 1, or the number of nodes.
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
+        kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
+            variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
         timeout: How long a rank waits for the others in a collective.
 
@@ -63,6 +66,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
         replicas: int = 1,
         state_dict_type: Literal["full", "sharded"] = "sharded",
+        kernels: Choice = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
@@ -87,6 +91,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         self.parameter_compressor = parameter_compressor
         self.sharding_strategy = ShardingStrategy[sharding_strategy]
         self.replicas = replicas
+        self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
 
@@ -110,6 +115,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         _materialize_distributed_module(model, self.root_device)
         self.model_to_device()
         self._install(model)
+        self._warm_up(self.world_size // self.replicas)
         self.barrier()
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:

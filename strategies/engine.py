@@ -1,6 +1,7 @@
 """What the engines have in common: reducing a unit's gradient under the counters, and checkpoints that are whole."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from strategies import residuals, transport
 from strategies.checkpoints import replace_when_complete
 from strategies.compressors import Compressor
+from strategies.kernels import Choice, Job, choose
 from strategies.precision import UnscaledPrecision
 from strategies.traffic import Traffic
 from strategies.units import Unit
@@ -27,11 +29,15 @@ class CompressedEngine(ParallelStrategy):
         compressor: How gradients are reduced; none leaves torch's own path untouched and uncounted.
         traffic: This rank's counters.
         units: What is reduced on its own: an FSDP unit or a DDP bucket. Empty while nothing is installed.
+        kernels: How the arithmetic of codecs is asked to run.
+        codec_backend: How it does run; None before it is settled, or where no codec has a choice.
     """
 
     compressor: Compressor | None
     traffic: Traffic
     units: list[Unit]
+    kernels: Choice = "auto"
+    codec_backend: str | None = None
     loaded_from: Any = None  # the checkpoint that is being restored, for messages
     owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
 
@@ -65,6 +71,30 @@ class CompressedEngine(ParallelStrategy):
         self.traffic.baseline(unit.name, ideal, ideal * grad.element_size() / 4)
         self._tell_time(unit)
         self.compressor.all_reduce(grad, unit)
+
+    def _warm_up(self, ranks: int) -> None:
+        """Compile and check the codecs' arithmetic now, since inside the first backward pass all ranks would wait.
+
+        One rank of each machine goes first; the others find its results in the compiler's cache.
+
+        Args:
+            ranks: How many share a gradient.
+        """
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        backend, found = choose(self.kernels, self.root_device), set()
+        whole = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+        job = Job(backend, self.root_device, ranks, whole.get(str(self.precision_plugin.precision), torch.float32))
+        parameters: Compressor | None = getattr(self, "parameter_compressor", None)
+        first = self.cluster_environment.local_rank() == 0
+        for turn in (True, False):
+            if turn == first and self.compressor is not None:
+                found |= self.compressor.warm_up(job)
+            if turn == first and parameters is not None:
+                found |= parameters.warm_up(replace(job, dtype=torch.float32), "apart")
+            if backend in ("compiled", "triton"):
+                self.barrier()
+        self.codec_backend = ", ".join(sorted(found)) or None
 
     def _tell_time(self, unit: Unit) -> None:
         """What random methods and schedules go by."""

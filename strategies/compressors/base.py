@@ -5,13 +5,16 @@ Shape legend: N elements of a unit's flat gradient, n ranks, s = N/n elements of
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from strategies import transport
+from strategies.kernels import Job
 from strategies.units import Unit
+
+Use = Literal["reduce", "owing", "apart"]
 
 
 class Compressor(ABC):
@@ -70,6 +73,25 @@ class Compressor(ABC):
             )
         return self
 
+    def parts(self) -> "list[Compressor]":
+        """The methods that this one was given."""
+        values = self.arguments().values()
+        flat = [part for value in values for part in (value.values() if isinstance(value, dict) else (value,))]
+        return [part for part in flat if isinstance(part, Compressor)]
+
+    def warm_up(self, job: Job, use: Use = "reduce") -> set[str]:
+        """Prepare the arithmetic before the first backward pass; see ``strategies.kernels``.
+
+        Args:
+            job: What to prepare for.
+            use: What gradients go through: plain reductions ("reduce"), reductions with error feedback ("owing"), or
+                encoding and decoding one by one ("apart", as parameter gathers do).
+
+        Returns:
+            The backends in use afterwards; empty when nothing has any choice.
+        """
+        return {backend for part in self.parts() for backend in part.warm_up(job, use)}
+
     @abstractmethod
     def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit, sent: Tensor | None = None) -> None:
         """Write this rank's shard of the mean gradient.
@@ -125,20 +147,28 @@ class Codec(Compressor):
             if sent is not None:
                 sent.view(chunks.shape).copy_(self.decode(payload, size, unit))
                 unit.clear_padding(sent, 0)
-        received = transport.all_to_all(payload, unit)
-        with traffic.timed(unit.name, "decode", grad.device):
-            output.copy_(self._mean(received, size, unit))
-            unit.clear_padding(output, unit.rank * size)
+        self.deliver(payload, output, unit)
         if traffic.sampling and traffic.fidelity is not None:
             decoded = sent.view(chunks.shape) if sent is not None else self.decode(payload, size, unit)
             traffic.fidelity.add(chunks, decoded)
 
-    def _mean(self, received: dict[str, Tensor], size: int, unit: Unit) -> Tensor:
-        """Average over ranks in rank order, one row at a time: the n decoded copies never exist together."""
+    def deliver(self, payload: dict[str, Tensor], output: Tensor, unit: Unit) -> None:
+        """Send row r of the payload to rank r; write the mean of what arrives into ``output [s]``."""
+        received = transport.all_to_all(payload, unit)
+        with unit.traffic.timed(unit.name, "decode", output.device):
+            self.average(received, output, unit)
+            unit.clear_padding(output, unit.rank * output.numel())
+
+    def average(self, received: dict[str, Tensor], output: Tensor, unit: Unit) -> None:
+        """Write the mean over ranks, in rank order, into ``output [s]``; row r of ``received`` came from rank r.
+
+        One row at a time: the n decoded copies never exist together.
+        """
+        size = output.numel()
         total = self.decode({role: part[:1] for role, part in received.items()}, size, unit)[0]
         for rank in range(1, unit.world_size):
             total += self.decode({role: part[rank : rank + 1] for role, part in received.items()}, size, unit)[0]
-        return total.div_(unit.world_size)
+        output.copy_(total.mul_(1 / unit.world_size))
 
 
 def _plain(value: Any) -> Any:

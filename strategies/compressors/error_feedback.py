@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from strategies import residuals
-from strategies.compressors.base import Compressor
+from strategies.compressors.base import Compressor, Use
+from strategies.compressors.blocks import BlockCodec
 from strategies.compressors.int8 import Int8
 from strategies.compressors.onebit import OneBit
 from strategies.compressors.topk import TopK
+from strategies.kernels import Job
 from strategies.units import Unit
 
 _log = logging.getLogger(__name__)
@@ -59,30 +61,37 @@ class ErrorFeedback(Compressor):
         """See ``Compressor.examples``."""
         return [cls(Int8()), cls(OneBit()), cls(TopK(0.1, values=Int8())), cls(OneBit(), "bfloat16")]
 
+    def warm_up(self, job: Job, use: Use = "reduce") -> set[str]:
+        """See ``Compressor.warm_up``."""
+        return self.inner.warm_up(job, "owing")
+
     def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit, sent: Tensor | None = None) -> None:
-        """See ``Compressor.reduce_scatter``."""
+        """See ``Compressor.reduce_scatter``; in one pass where the inner method can and nobody asks for ``sent``."""
         with unit.traffic.timed(unit.name, "encode", grad.device):
             owed = residuals.load(unit, "residual", grad.numel(), grad.device)
+        fused = isinstance(self.inner, BlockCodec) and self.inner.fuses and not unit.traffic.sampling
+        if isinstance(self.inner, BlockCodec) and fused and sent is None:
+            self.inner.reduce_scatter_owing(grad, owed, output, unit)
+            left = owed
+        else:
+            left = self._apart(grad, owed, output, unit, sent)
+        with unit.traffic.timed(unit.name, "encode", grad.device):
+            unit.clear_padding(left, 0)
+            residuals.store(unit, "residual", left, self.storage)
+
+    def _apart(self, grad: Tensor, owed: Tensor, output: Tensor, unit: Unit, sent: Tensor | None) -> Tensor:
+        """Reduce ``grad + owed`` by any method; what was not understood of it."""
+        with unit.traffic.timed(unit.name, "encode", grad.device):
             corrected = grad.float() + owed
         sent = torch.empty_like(corrected) if sent is None else sent
         self.inner.reduce_scatter(corrected, output, unit, sent)
         with unit.traffic.timed(unit.name, "encode", grad.device):
-            left = corrected.sub_(sent)
-            left = torch.where(left.isfinite(), left, owed)
-            unit.clear_padding(left, 0)
-            residuals.store(unit, "residual", left, self.storage)
+            return residuals.settle(corrected.sub_(sent), owed)
 
 
 def methods_within(method: Compressor) -> list[Compressor]:
     """``method`` and all methods inside it."""
-    inside = [part for value in method.arguments().values() for part in _methods(value)]
-    return [method, *(deeper for part in inside for deeper in methods_within(part))]
-
-
-def _methods(value: object) -> list[Compressor]:
-    if isinstance(value, Compressor):
-        return [value]
-    return [part for part in value.values() if isinstance(part, Compressor)] if isinstance(value, dict) else []
+    return [method, *(deeper for part in method.parts() for deeper in methods_within(part))]
 
 
 def keeps_residual(method: Compressor) -> bool:

@@ -43,14 +43,21 @@ class FP8(BlockCodec):
         """See ``BlockCodec.layout``."""
         return {"values": (block, torch.uint8), "scales": (1, torch.float32)}
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``; a NaN or Inf makes its block's scale non-finite."""
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``; a NaN or Inf makes its block's scale non-finite."""
         amax = blocks.abs().amax(1, keepdim=True)
-        out["scales"].copy_(amax / self._largest)
         # clamp: the product may round to just above the largest float8, which casts to NaN or Inf
-        scaled = (blocks * (self._largest / amax.clamp_min(TINY))).clamp_(-self._largest, self._largest)
-        out["values"].copy_(scaled.to(self._dtype).view(torch.uint8))
+        scaled = (blocks * (self._largest / amax.clamp_min(TINY))).clamp(-self._largest, self._largest)
+        return {"values": scaled.to(self._dtype), "scales": amax / self._largest}
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        torch.mul(payload["values"].view(self._dtype).float(), payload["scales"], out=out)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        return symbols["values"].float() * symbols["scales"]
+
+    def pack(self, symbols: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.pack``."""
+        return {**symbols, "values": symbols["values"].view(torch.uint8)}
+
+    def unpack(self, codes: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.unpack``."""
+        return {**codes, "values": codes["values"].view(self._dtype)}

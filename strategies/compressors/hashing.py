@@ -38,8 +38,8 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def hash32(position: Tensor, key: tuple[int, int]) -> Tensor:
-    """32 random bits for every ``position`` (int32, wraps), as int32."""
+def hash32(position: Tensor, key: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
+    """32 random bits for every ``position`` (int32, wraps), as int32; a key of numbers or int32 scalars."""
     mixed = position ^ key[0]
     mixed = (mixed ^ ((mixed >> 16) & 0xFFFF)) * 0x21F0AAAD
     mixed = ((mixed ^ ((mixed >> 15) & 0x1FFFF)) + key[1]) * 0x735A2D97
@@ -56,4 +56,9 @@ def random_bits(first: int, shape: torch.Size, key: tuple[int, int], device: tor
 
 def uniform(first: int, shape: torch.Size, key: tuple[int, int], device: torch.device) -> Tensor:
     """float32 in [0, 1) with 24 random bits, for consecutive positions; see ``random_bits``."""
-    return (random_bits(first, shape, key, device) & 0xFFFFFF).float().mul_(2.0**-24)
+    return to_uniform(random_bits(first, shape, key, device))
+
+
+def to_uniform(bits: Tensor) -> Tensor:
+    """The low 24 of random ``bits`` as float32 in [0, 1)."""
+    return (bits & 0xFFFFFF).float() * 2.0**-24

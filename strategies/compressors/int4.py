@@ -5,7 +5,7 @@ from torch import Tensor
 
 from strategies.compressors.base import Compressor
 from strategies.compressors.blocks import BlockCodec, Slab
-from strategies.compressors.int8 import quantise
+from strategies.compressors.int8 import to_levels
 from strategies.compressors.packing import pack, unpack
 
 _LEVELS = 7.0
@@ -28,7 +28,7 @@ class Int4(BlockCodec):
 
     def __init__(self, block_size: int = 128, stochastic: bool = False) -> None:
         super().__init__(block_size)
-        self.stochastic = self.unbiased = stochastic
+        self.stochastic = self.unbiased = self.draws = stochastic
         self.contractive = not stochastic  # a step of error on every element of a long block can exceed its norm
 
     @classmethod
@@ -44,13 +44,18 @@ class Int4(BlockCodec):
         """See ``BlockCodec.layout``."""
         return {"values": (block // 2, torch.uint8), "scales": (1, torch.float32)}
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``; a NaN or Inf makes its block's scale non-finite."""
-        amax = blocks.abs().amax(1, keepdim=True)
-        out["scales"].copy_(amax / _LEVELS)
-        codes = quantise(blocks, amax, _LEVELS, slab if self.stochastic else None)
-        out["values"].copy_(pack((codes.to(torch.int32) + 8) & 15, 4))
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``; a NaN or Inf makes its block's scale non-finite."""
+        return to_levels(blocks, _LEVELS, slab if self.stochastic else None)
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        torch.mul(unpack(payload["values"], 4) - 8, payload["scales"], out=out)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        return symbols["values"] * symbols["scales"]
+
+    def pack(self, symbols: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.pack``."""
+        return {**symbols, "values": pack(symbols["values"] + 8, 4)}
+
+    def unpack(self, codes: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.unpack``."""
+        return {**codes, "values": (unpack(codes["values"], 4) - 8).float()}

@@ -25,7 +25,7 @@ class Int8(BlockCodec):
 
     def __init__(self, block_size: int = 256, stochastic: bool = False) -> None:
         super().__init__(block_size)
-        self.stochastic = self.unbiased = stochastic
+        self.stochastic = self.unbiased = self.draws = stochastic
         self.contractive = not stochastic  # a step of error on every element of a long block can exceed its norm
 
     @classmethod
@@ -41,20 +41,21 @@ class Int8(BlockCodec):
         """See ``BlockCodec.layout``."""
         return {"values": (block, torch.int8), "scales": (1, torch.float32)}
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``; a NaN or Inf makes its block's scale non-finite."""
-        amax = blocks.abs().amax(1, keepdim=True)
-        out["scales"].copy_(amax / _LEVELS)
-        out["values"].copy_(quantise(blocks, amax, _LEVELS, slab if self.stochastic else None))
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``; a NaN or Inf makes its block's scale non-finite."""
+        return to_levels(blocks, _LEVELS, slab if self.stochastic else None)
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        torch.mul(payload["values"], payload["scales"], out=out)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        return symbols["values"] * symbols["scales"]
 
 
-def quantise(blocks: Tensor, amax: Tensor, levels: float, slab: Slab | None) -> Tensor:
-    """``[b, B]`` in units of ``amax / levels``, rounded to nearest, or stochastically when a ``slab`` is given."""
+def to_levels(blocks: Tensor, levels: float, slab: Slab | None) -> dict[str, Tensor]:
+    """Whole numbers ("values" ``float32 [b, B]``) in units of max/levels ("scales" ``[b, 1]``).
+
+    Rounded to nearest, or stochastically when a ``slab`` is given.
+    """
+    amax = blocks.abs().amax(1, keepdim=True)
     scaled = blocks * (levels / amax.clamp_min(TINY))
-    if slab is None:
-        return scaled.round_()
-    return scaled.add_(slab.uniform(blocks)).floor_().clamp_(-levels, levels)
+    values = scaled.round() if slab is None else (scaled + slab.uniform(blocks)).floor().clamp(-levels, levels)
+    return {"values": values, "scales": amax / levels}

@@ -6,6 +6,7 @@ from torch import Tensor
 from strategies.compressors.blocks import BlockCodec, Slab
 
 _LOWEST = 27  # biased float32 exponent that code 0 stands for: 2⁻¹⁰⁰ and below are sent as zero
+_INFINITY = 0x7F800000  # bits of float32 Inf; a NaN has more
 _NONFINITE = 127  # the largest code: 2²⁷ and above, Inf, NaN
 
 
@@ -18,7 +19,7 @@ class NaturalCompression(BlockCodec):
     cover all of float32). Bytes sent: N(n−1)/n.
     """
 
-    unbiased = contractive = True
+    unbiased = contractive = draws = True
 
     def __init__(self) -> None:
         super().__init__(block_size=1024)  # only how slabs are cut: blocks share nothing
@@ -27,17 +28,18 @@ class NaturalCompression(BlockCodec):
         """See ``BlockCodec.layout``."""
         return {"values": (block, torch.uint8)}
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``."""
-        finite = blocks.isfinite()
-        word = torch.where(finite, blocks, 0.0).view(torch.int32)
-        exponent = ((word & 0x7FFFFFFF) + (slab.bits(blocks) & 0x7FFFFF)) >> 23
-        code = torch.where(finite, (exponent - _LOWEST).clamp_(0, _NONFINITE), _NONFINITE)
-        out["values"].copy_(((word >> 24) & 0x80) | code)
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``."""
+        word = blocks.view(torch.int32)
+        magnitude = (word & 0x7FFFFFFF).clamp_max(_INFINITY)  # NaN as Inf: nothing below may carry into the sign
+        exponent = (magnitude + (slab.bits(blocks) & 0x7FFFFF)) >> 23
+        return {"values": (exponent - _LOWEST).clamp(0, _NONFINITE) | ((word >> 24) & 0x80)}
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        word = payload["values"].to(torch.int32)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        word = symbols["values"].to(torch.int32)
         code = word & 0x7F
-        exponent = torch.where(code == _NONFINITE, 255, torch.where(code == 0, 0, code + _LOWEST))
-        out.copy_(((exponent << 23) | ((word & 0x80) << 24)).view(torch.float32))
+        # code 0 is zero, the largest is Inf; by arithmetic, since comparing is several times slower on a CPU
+        largest = (code - (_NONFINITE - 1)).clamp_min(0)
+        exponent = (code + _LOWEST + largest * (255 - _LOWEST - _NONFINITE)) * code.clamp_max(1)
+        return ((exponent << 23) | ((word & 0x80) << 24)).view(torch.float32)

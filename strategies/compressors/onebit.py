@@ -24,6 +24,7 @@ class OneBit(BlockCodec):
     contractive = True
     planes = 8
     masked = True
+    sums = True
 
     def __init__(self, block_size: int = 256) -> None:
         super().__init__(block_size)
@@ -37,19 +38,28 @@ class OneBit(BlockCodec):
         """See ``BlockCodec.layout``."""
         return {"values": (block // 8, torch.uint8), "scales": (2, torch.float32)}
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``; a NaN or Inf makes its side's mean non-finite."""
-        above = blocks >= 0  # NaN is not: it goes to the other side, and shows there
-        counted = above if slab.valid is None else above & slab.valid
-        total = blocks.shape[1] if slab.valid is None else slab.valid.sum(1, keepdim=True)
-        count = counted.sum(1, keepdim=True)
-        positive = torch.where(above, blocks, 0.0).sum(1, keepdim=True)
-        negative = torch.where(above, 0.0, blocks).sum(1, keepdim=True)
-        out["scales"][:, :1].copy_(positive / count.clamp_min(1))
-        out["scales"][:, 1:].copy_(negative / (total - count).clamp_min(1))
-        out["values"].copy_(pack(above.to(torch.int32), 1))
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``; a NaN or Inf makes its block's means non-finite."""
+        above = not_negative(blocks)
+        count = above.sum(1, keepdim=True) + (slab.real - blocks.shape[1])  # padding, which is zero, counts as above
+        positive = blocks.clamp_min(0).sum(1, keepdim=True) / count.clamp_min(1)
+        negative = blocks.clamp_max(0).sum(1, keepdim=True) / (slab.real - count).clamp_min(1)
+        return {"values": above, "scales": torch.cat([positive, negative], 1)}
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        means = payload["scales"]
-        torch.where(unpack(payload["values"], 1) > 0, means[:, :1], means[:, 1:], out=out)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        above, means = symbols["values"], symbols["scales"]
+        return above * means[:, :1] + (1 - above) * means[:, 1:]
+
+    def pack(self, symbols: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.pack``."""
+        return {**symbols, "values": pack(symbols["values"], 1)}
+
+    def unpack(self, codes: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.unpack``."""
+        return {**codes, "values": unpack(codes["values"], 1).float()}
+
+
+def not_negative(blocks: Tensor) -> Tensor:
+    """1.0 where the sign bit is clear, else 0.0 (−0.0 counts as negative). Comparing would be several times slower."""
+    return ((blocks.view(torch.int32) >> 31) + 1).float()

@@ -1,7 +1,9 @@
 """Several small codes in a byte, planar: byte c of a block holds element c of each of the block's planes.
 
-Neighbouring elements go to neighbouring bytes, so packing is a few whole-row shifts instead of a reduction over an
-inner dimension of eight, which is hundreds of times slower when compiled for a CPU (measured).
+Neighbouring elements go to neighbouring bytes, so packing is a few whole-row operations instead of a reduction over an
+inner dimension of eight, which is hundreds of times slower when compiled for a CPU (measured). Codes are whole numbers
+in float32, as they come from rounding: bytes are exact in it, and one conversion at the end is cheaper than one per
+element.
 """
 
 import torch
@@ -9,18 +11,19 @@ from torch import Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack ``int32 [b, B]`` codes in [0, 2^bits) into ``uint8 [b, B·bits/8]``; ``bits`` is 1, 2, 4 or 8."""
+    """Pack ``float32 [b, B]`` codes in [0, 2^bits) into whole numbers ``float32 [b, B·bits/8]`` up to 255."""
     planes = codes.view(codes.shape[0], 8 // bits, -1)
-    packed = planes[:, 0]
-    for plane in range(1, 8 // bits):
-        packed = packed | (planes[:, plane] << (plane * bits))
-    return packed.to(torch.uint8)
+    packed = planes[:, -1]
+    for plane in range(8 // bits - 2, -1, -1):
+        packed = packed * (1 << bits) + planes[:, plane]
+    return packed
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """``uint8 [b, W]`` back to ``int32 [b, W·8/bits]``; the inverse of ``pack``."""
-    wide, mask = packed.to(torch.int32), (1 << bits) - 1
-    return torch.cat([(wide >> (plane * bits)) & mask for plane in range(8 // bits)], 1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=packed.device).view(1, -1, 1)
+    planes = (packed.to(torch.int32)[:, None] >> shifts) & ((1 << bits) - 1)
+    return planes.view(packed.shape[0], -1)
 
 
 def split_bytes(numbers: Tensor, width: int) -> Tensor:

@@ -25,6 +25,9 @@ class QSGD(BlockCodec):
         shrink: Multiply by 1/(1+ω): biased, but safe under error feedback.
     """
 
+    draws = True
+    sums = True
+
     def __init__(self, levels: int = 127, block_size: int = 256, shrink: bool = False) -> None:
         if not 1 <= levels <= 127:
             raise ValueError(f"QSGD.levels must be 1 to 127 (a code has at most 8 bits), got {levels}")
@@ -47,16 +50,21 @@ class QSGD(BlockCodec):
         """See ``BlockCodec.layout``."""
         return {"values": (block * self._bits // 8, torch.uint8), "scales": (1, torch.float32)}
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``; a NaN or Inf makes its block's norm non-finite."""
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``; a NaN or Inf makes its block's norm non-finite."""
         norm = torch.linalg.vector_norm(blocks, dim=1, keepdim=True)
-        scaled = (blocks * (self.levels / norm.clamp_min(TINY))).add_(slab.uniform(blocks)).floor_()
-        codes = scaled.clamp_(-self.levels, self.levels).to(torch.int32) + self.levels
-        out["scales"].copy_(norm)
-        out["values"].copy_(pack(codes & (1 << self._bits) - 1, self._bits))
+        scaled = blocks * (self.levels / norm.clamp_min(TINY)) + slab.uniform(blocks)
+        return {"values": scaled.floor().clamp(-self.levels, self.levels), "scales": norm}
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        block, levels = out.shape[1], self.levels
-        omega = min(block / levels**2, math.sqrt(block) / levels) if self.shrink else 0.0
-        torch.mul(unpack(payload["values"], self._bits) - levels, payload["scales"] / (levels * (1 + omega)), out=out)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        omega = min(block / self.levels**2, math.sqrt(block) / self.levels) if self.shrink else 0.0
+        return symbols["values"] * (symbols["scales"] / (self.levels * (1 + omega)))
+
+    def pack(self, symbols: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.pack``."""
+        return {**symbols, "values": pack(symbols["values"] + self.levels, self._bits)}
+
+    def unpack(self, codes: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.unpack``."""
+        return {**codes, "values": (unpack(codes["values"], self._bits) - self.levels).float()}

@@ -83,8 +83,10 @@ class RandomK(Codec):
         decoded[:, positions] = values
         return decoded
 
-    def _mean(self, received: dict[str, Tensor], size: int, unit: Unit) -> Tensor:
-        """Average the codes, which all ranks took from the same places, and decode once."""
+    def average(self, received: dict[str, Tensor], output: Tensor, unit: Unit) -> None:
+        """See ``Codec.average``: averages the codes, which all ranks took from the same places, and decodes once."""
         if not self.linear:
-            return super()._mean(received, size, unit)
-        return self.decode({role: part.mean(0, keepdim=True) for role, part in received.items()}, size, unit)[0]
+            super().average(received, output, unit)
+            return
+        codes = {role: part.mean(0, keepdim=True) for role, part in received.items()}
+        output.copy_(self.decode(codes, output.numel(), unit)[0])

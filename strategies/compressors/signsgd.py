@@ -5,8 +5,8 @@ from torch import Tensor
 
 from strategies.compressors.base import Compressor
 from strategies.compressors.blocks import BlockCodec, Slab
+from strategies.compressors.onebit import not_negative
 from strategies.compressors.packing import pack, unpack
-from strategies.units import Unit
 
 
 class SignSGD(BlockCodec):
@@ -28,6 +28,7 @@ class SignSGD(BlockCodec):
 
     planes = 8
     masked = True
+    sums = True
 
     def __init__(self, scaled: bool = False, block_size: int = 256) -> None:
         super().__init__(block_size)
@@ -51,18 +52,25 @@ class SignSGD(BlockCodec):
         """See ``BlockCodec.layout``."""
         return {"values": (block // 8, torch.uint8), "scales": (1, torch.float32)}
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``."""
-        total = blocks.shape[1] if slab.valid is None else slab.valid.sum(1, keepdim=True).clamp_min(1)
-        mean = blocks.abs().sum(1, keepdim=True) / total
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``."""
+        mean = blocks.abs().sum(1, keepdim=True) / slab.real.clamp_min(1)
         # mean − mean is 0, or NaN when the block is not finite
-        out["scales"].copy_(mean if self.scaled else (mean > 0).float() + (mean - mean))
-        out["values"].copy_(pack((blocks >= 0).to(torch.int32), 1))
+        scale = mean if self.scaled else (mean > 0).float() + (mean - mean)
+        return {"values": not_negative(blocks), "scales": scale}
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        torch.mul(2 * unpack(payload["values"], 1) - 1, payload["scales"], out=out)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        return (symbols["values"] * 2 - 1) * symbols["scales"]
 
-    def _mean(self, received: dict[str, Tensor], size: int, unit: Unit) -> Tensor:
-        mean = super()._mean(received, size, unit)
+    def pack(self, symbols: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.pack``."""
+        return {**symbols, "values": pack(symbols["values"], 1)}
+
+    def unpack(self, codes: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.unpack``."""
+        return {**codes, "values": unpack(codes["values"], 1).float()}
+
+    def conclude(self, mean: Tensor) -> Tensor:
+        """See ``BlockCodec.conclude``: the majority, where there was a vote."""
         return mean if self.scaled else torch.where(mean.isfinite(), mean.sign(), mean)

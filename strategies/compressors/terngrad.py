@@ -25,12 +25,13 @@ class TernGrad(BlockCodec):
     """
 
     planes = 4
+    draws = True
 
     def __init__(self, block_size: int = 256, clip: float = 0.0, shrink: bool = False) -> None:
         super().__init__(block_size)
         if clip < 0:
             raise ValueError(f"TernGrad.clip must be positive, or 0 for none; got {clip}")
-        self.clip, self.shrink = clip, shrink
+        self.clip, self.shrink, self.sums = clip, shrink, clip > 0
         self.unbiased, self.contractive = not (clip or shrink), shrink
 
     @classmethod
@@ -46,17 +47,23 @@ class TernGrad(BlockCodec):
         """See ``BlockCodec.layout``."""
         return {"values": (block // 4, torch.uint8), "scales": (1, torch.float32)}
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``; a NaN or Inf makes its block's scale non-finite."""
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``; a NaN or Inf makes its block's scale non-finite."""
         if self.clip:
-            limit = self.clip * blocks.square().mean(1, keepdim=True).sqrt_()
+            limit = self.clip * blocks.square().mean(1, keepdim=True).sqrt()
             blocks = torch.minimum(torch.maximum(blocks, -limit), limit)  # NaN passes through
         amax = blocks.abs().amax(1, keepdim=True)
-        out["scales"].copy_(amax)
-        signs = (blocks / amax.clamp_min(TINY)).add_(slab.uniform(blocks)).floor_().clamp_(-1, 1)
-        out["values"].copy_(pack((signs.to(torch.int32) + 1) & 3, 2))
+        signs = (blocks / amax.clamp_min(TINY) + slab.uniform(blocks)).floor().clamp(-1, 1)
+        return {"values": signs, "scales": amax}
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        shrunk = math.sqrt(out.shape[1]) if self.shrink else 1.0
-        torch.mul(unpack(payload["values"], 2) - 1, payload["scales"] / shrunk, out=out)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        return symbols["values"] * (symbols["scales"] / (math.sqrt(block) if self.shrink else 1.0))
+
+    def pack(self, symbols: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.pack``."""
+        return {**symbols, "values": pack(symbols["values"] + 1, 2)}
+
+    def unpack(self, codes: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.unpack``."""
+        return {**codes, "values": (unpack(codes["values"], 2) - 1).float()}

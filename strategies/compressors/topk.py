@@ -28,6 +28,7 @@ class TopK(BlockCodec):
 
     planes = 8
     sparsifier = True
+    compilable = False  # made of selections, which torch.compile only calls
 
     def __init__(self, density: float = 0.01, block_size: int = 1024, values: Codec | None = None) -> None:
         check_density("TopK", density)
@@ -35,6 +36,7 @@ class TopK(BlockCodec):
         check_values("TopK", values)
         self.density, self.values = density, values
         self.contractive = values is None or values.contractive
+        self.fuses = values is None
 
     @classmethod
     def examples(cls) -> list[Compressor]:
@@ -73,32 +75,58 @@ class TopK(BlockCodec):
             payload = {"values": chosen, "indices": payload["indices"]}
         return super().decode(payload, size, unit)
 
-    def encode_blocks(self, blocks: Tensor, out: dict[str, Tensor], slab: Slab) -> None:
-        """See ``BlockCodec.encode_blocks``; NaN and Inf count as largest, so they are sent."""
-        b, block = blocks.shape
-        positions = blocks.abs().topk(self.kept(block), 1, sorted=False).indices.sort(1).values
-        out["values"].copy_(self.select(blocks.gather(1, positions)))
-        width = _index_bytes(block)
-        if out["indices"].shape[1] < positions.shape[1] * width:
-            chosen = torch.zeros(b, block, dtype=torch.int32, device=blocks.device).scatter_(1, positions, 1)
-            out["indices"].copy_(pack(chosen, 1))
-        else:
-            out["indices"].copy_(split_bytes(positions, width))
+    def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
+        """See ``BlockCodec.quantise``; NaN and Inf count as largest, so they are sent."""
+        positions = largest(blocks.abs(), self.kept(blocks.shape[1])).sort(1).values
+        return {"values": self.select(blocks.gather(1, positions)), "indices": positions}
 
     def select(self, chosen: Tensor) -> Tensor:
         """What is sent of the chosen values ``[b, k]``; all of it here."""
         return chosen
 
-    def decode_blocks(self, payload: dict[str, Tensor], out: Tensor) -> None:
-        """See ``BlockCodec.decode_blocks``."""
-        values, indices = payload["values"], payload["indices"]
-        width = _index_bytes(out.shape[1])
-        if indices.shape[1] < values.shape[1] * width:
-            chosen = unpack(indices, 1)
-            place = chosen.cumsum(1).sub_(1).clamp_min_(0)
-            out.copy_(torch.where(chosen > 0, values.gather(1, place), 0.0))
-        else:
-            out.zero_().scatter_(1, join_bytes(indices, width), values)
+    def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
+        """See ``BlockCodec.reconstruct``."""
+        values = symbols["values"]
+        if "chosen" not in symbols:
+            return values.new_zeros(values.shape[0], block).scatter_(1, symbols["indices"], values)
+        place = symbols["chosen"].cumsum(1).sub_(1).clamp_min_(0)
+        return torch.where(symbols["chosen"] > 0, values.gather(1, place), 0.0)
+
+    def pack(self, symbols: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.pack``."""
+        positions = symbols["indices"]
+        if self._as_bitmap(block):
+            chosen = torch.zeros(positions.shape[0], block, device=positions.device).scatter_(1, positions, 1.0)
+            return {**symbols, "indices": pack(chosen, 1)}
+        return {**symbols, "indices": split_bytes(positions, _index_bytes(block))}
+
+    def unpack(self, codes: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+        """See ``BlockCodec.unpack``; a bitmap stays one: listing its positions would make the host wait."""
+        values, indices = codes["values"], codes["indices"]
+        if self._as_bitmap(block):
+            return {"values": values, "chosen": unpack(indices, 1)}
+        return {"values": values, "indices": join_bytes(indices, _index_bytes(block))}
+
+    def _as_bitmap(self, block: int) -> bool:
+        return block // 8 < self.kept(block) * _index_bytes(block)
+
+
+def largest(magnitudes: Tensor, k: int) -> Tensor:
+    """Positions ``int64 [b, k]`` of the k largest of ``magnitudes [b, B]``, in any order.
+
+    The k largest lie in the k groups with the largest maxima, so all but k groups are ruled out by one look each:
+    searching k groups is several times faster than searching all elements.
+    """
+    b, block = magnitudes.shape
+    group = 16
+    while group > 1 and (block % group or 2 * k * group > block):
+        group //= 2
+    if group == 1:
+        return magnitudes.topk(k, 1, sorted=False).indices
+    count = block // group  # element i is in group i % count
+    groups = magnitudes.view(b, group, count).amax(1).topk(k, 1, sorted=False).indices
+    candidates = (groups[:, None] + torch.arange(0, block, count, device=groups.device)[:, None]).view(b, -1)
+    return candidates.gather(1, magnitudes.gather(1, candidates).topk(k, 1, sorted=False).indices)
 
 
 def _index_bytes(block: int) -> int:

@@ -129,6 +129,7 @@ def fit(
         "state": {u.name: {name: part.clone() for name, part in u.state.items()} for u in built.units},
         "weights": _weights(trainer),
         "step": trainer.global_step,
+        "codec_backend": built.codec_backend,
     }
 
 
