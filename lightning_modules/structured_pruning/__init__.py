@@ -2,7 +2,8 @@
 
 from lightning_modules.structured_pruning import per_layer_models
 from lightning_modules.structured_pruning.loading import load
+from lightning_modules.structured_pruning.module import StructuredPruning
 
 per_layer_models.register()
 
-__all__ = ["load"]
+__all__ = ["StructuredPruning", "load"]

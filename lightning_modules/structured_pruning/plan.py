@@ -1,5 +1,6 @@
 """What is kept of every layer, as data: slicing, verification and reports read only this."""
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ class PruningPlan:
             raise ValueError("no layer is kept")
         for i, (layer, (groups, channels)) in enumerate(zip(self.layers, self.shapes, strict=True)):
             for name, kept, of in (("groups", layer.groups, groups), ("channels", layer.channels, channels)):
-                if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+                if any(b <= a for a, b in itertools.pairwise(kept)):
                     raise ValueError(f"layer {i}: kept {name} are not ascending")
                 if kept and not 0 <= kept[0] <= kept[-1] < of:
                     raise ValueError(f"layer {i}: kept {name} must lie in 0 … {of - 1}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lightning_modules.structured_pruning.anatomy import decoder_layers, family, rows_of, shape_of
 from lightning_modules.structured_pruning.per_layer_models import CLASSES
@@ -40,12 +40,11 @@ def slice_model(model: Any, plan: PruningPlan) -> Any:
         sizes.append(dict(zip(_PER_LAYER, (len(queries), len(layer.groups), len(layer.channels)), strict=True)))
         for name, weight in decoder_layers(model)[old].state_dict().items():
             weights[f"model.layers.{new}.{name}"] = _slice(name, weight, layer, queries, shape.head_dim)
-    config_class, model_class = CLASSES[family(model.config)]
+    config_class, _ = CLASSES[family(model.config)]
     config = config_class(**(_fields(model, shapes[0].head_dim, kept) | _layer_fields(sizes)))
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        sliced = model_class(config)
-    sliced = sliced.to(model.dtype)
+        sliced = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     # Buffers (rotary frequencies) are not in the state dict: on the meta device they would have no values.
     sliced.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     sliced.model.rotary_emb.config = config
@@ -75,9 +74,7 @@ def _slice(name: str, weight: Tensor, layer: LayerPlan, queries: list[int], head
 
 def _fields(model: Any, head_dim: int, kept: list[int]) -> dict[str, Any]:
     """The configuration without shapes of layers; layer types follow the kept layers."""
-    fields: dict[str, Any] = homogeneous(model.config).to_dict()
-    for name in _IDENTITY:
-        fields.pop(name, None)
+    fields = global_fields(model.config)
     fields["head_dim"] = head_dim  # hidden size over heads is no longer the head's width
     fields["num_hidden_layers"] = len(kept)
     if fields.get("layer_types"):
@@ -92,8 +89,9 @@ def _layer_fields(sizes: list[dict[str, int]]) -> dict[str, Any]:
     return {"per_layer_config": {i: dict(size) for i, size in enumerate(sizes)}}
 
 
-def homogeneous(config: PretrainedConfig) -> PretrainedConfig:
-    """The same configuration without ``per_layer_config``, so that its global sizes can be read."""
+def global_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """A configuration's fields without what is about single layers, and without its identity."""
     view = copy.copy(config)
-    view.per_layer_config = None
-    return view
+    view.per_layer_config = None  # on the copy: otherwise the global sizes cannot be read
+    fields: dict[str, Any] = view.to_dict()
+    return {name: value for name, value in fields.items() if name not in _IDENTITY}
