@@ -164,7 +164,7 @@ def test_activation_is_the_energy_that_reaches_the_residual_stream():
 
 def test_scores_that_cannot_rank_are_refused():
     unpredicted = [{"input_ids": b["input_ids"], "labels": torch.full_like(b["labels"], -100)} for b in batches()]
-    with pytest.raises(ValueError, match="layer 0.*no gradient"):
+    with pytest.raises(ValueError, match=r"layer 0.*no gradient"):
         checked(GateTaylor().score(tiny(), unpredicted))
     with pytest.raises(ValueError, match="not finite"):
         checked([LayerScores(torch.tensor([1.0, torch.nan]), torch.ones(3))])

@@ -157,7 +157,7 @@ def test_heads_are_padded_until_stock_llama_accepts_them():
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)).save_pretrained(tmp_path / "gpt2")
     for loader in (load, load_on_meta):
-        with pytest.raises(ValueError, match="'gpt2' is not supported.*llama, mistral, qwen2"):
+        with pytest.raises(ValueError, match=r"'gpt2' is not supported.*llama, mistral, qwen2"):
             loader(tmp_path / "gpt2")
 
 
@@ -175,7 +175,7 @@ def test_the_old_folder_survives_a_full_disk(tmp_path, tokenizer, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left.*the earlier one is still there"):
+    with pytest.raises(OSError, match=r"No space left.*the earlier one is still there"):
         save(tmp_path / "model", pruned, tokenizer, "# new")
     assert (tmp_path / "model/README.md").read_text() == "# card"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
