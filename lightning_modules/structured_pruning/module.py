@@ -1,0 +1,297 @@
+"""Structured pruning as a LightningModule: the commands prune, verify, export and validate."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
+from torch import Tensor
+
+from lightning_modules.causal_lm import CausalLM, check_vocabulary
+from lightning_modules.data.cache import cache_root
+from lightning_modules.data.progress import stage
+from lightning_modules.structured_pruning import report
+from lightning_modules.structured_pruning.allocation import Allocation
+from lightning_modules.structured_pruning.allocation.inverse import Inverse
+from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
+from lightning_modules.structured_pruning.budget import Unit, channel_multiple, removed_parameters
+from lightning_modules.structured_pruning.evaluation import first_blocks, peak_memory_bytes, ppl, training_pass_seconds
+from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
+from lightning_modules.structured_pruning.footprint import Anatomy
+from lightning_modules.structured_pruning.importance import Importance
+from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
+from lightning_modules.structured_pruning.iterative import composed, short_recovery
+from lightning_modules.structured_pruning.loading import load, load_on_meta, save
+from lightning_modules.structured_pruning.masking import masked
+from lightning_modules.structured_pruning.plan import FILE, PruningPlan
+from lightning_modules.structured_pruning.provenance import model_hash
+from lightning_modules.structured_pruning.prune import Pruner
+from lightning_modules.structured_pruning.search import largest_share
+from lightning_modules.structured_pruning.verify import compare, in_float32, proven_slice, reference_logits
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PORTABLE = 1e-5  # largest difference of logits that padding may cause, in float32
+_WIDE = 0.1  # share of padding above which the export says that the gain is going
+
+
+class StructuredPruning(CausalLM):
+    """Removes whole groups of heads and MLP channels from a Llama, Mistral or Qwen2.
+
+    ``prune`` scores, allocates, plans, slices, verifies and saves; ``verify`` proves the saved result against the dense
+    model; ``export`` writes it as a stock class; ``validate`` is its perplexity.
+
+    Args:
+        base: Hugging Face folder or hub name of the model to prune; may itself be pruned.
+        output: Folder of the pruned model; an earlier one is replaced when the new one is complete.
+        budget: For ``budget_unit`` "decoder" the share of the decoder layers' parameters to remove; for "parameters"
+            and "bytes" what the whole model may keep.
+        budget_unit: What ``budget`` counts.
+        importance: What is worth keeping within a layer; GateTaylor when not given.
+        allocation: How the budget is divided among the layers; Inverse when not given.
+        drop_layers: Layers of least damage to remove whole; they count towards the budget.
+        channel_multiple: Kept channels are a multiple of it; when not given, the largest power of two up to 64 that
+            divides every layer's width and leaves at least 8 widths to choose from.
+        calibration_blocks: Blocks of training text that layers and parts are scored on.
+        max_ppl_ratio: Search for the largest share up to ``budget`` whose perplexity is at most this many times the
+            dense model's.
+        rounds: Prune in so many rounds of equal size, with a short recovery by low-rank adapters between them.
+        recovery_steps: Optimizer steps of each short recovery, on the calibration text.
+        recovery_learning_rate: Its learning rate.
+        plan: Slice by this plan instead of making one.
+        dtype: What weights are loaded as and saved in; scores and verification are in float32.
+        verify_blocks: Blocks of validation text that logits are compared on.
+        tolerance: Largest difference of logits that rounding may cause, in float32.
+        portable: Folder of the stock export; beside ``output`` when not given.
+        measure_cost: Also time one plain forward and backward pass over the calibration text, to compare scoring with.
+        cache_dir: Folder for damages and scores. Default: $PARE_CACHE, or ~/.cache/pare.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        output: str,
+        budget: float = 0.25,
+        budget_unit: Unit = "decoder",
+        importance: Importance | None = None,
+        allocation: Allocation | None = None,
+        drop_layers: int = 0,
+        channel_multiple: int | None = None,
+        calibration_blocks: int = 128,
+        max_ppl_ratio: float | None = None,
+        rounds: int = 1,
+        recovery_steps: int = 50,
+        recovery_learning_rate: float = 1e-4,
+        plan: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        verify_blocks: int = 2,
+        tolerance: float = 1e-4,
+        portable: str | None = None,
+        measure_cost: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        positive = {"calibration_blocks": calibration_blocks, "verify_blocks": verify_blocks, "tolerance": tolerance}
+        positive |= {
+            "rounds": rounds,
+            "recovery_steps": recovery_steps,
+            "recovery_learning_rate": recovery_learning_rate,
+        }
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if max_ppl_ratio is not None and (max_ppl_ratio <= 1 or budget_unit != "decoder"):
+            raise ValueError("max_ppl_ratio must be above 1, and needs budget_unit decoder")
+        alone = max_ppl_ratio is not None or plan is not None or drop_layers or (importance and importance.control)
+        if rounds > 1 and alone:
+            raise ValueError("rounds above 1 cannot be combined with max_ppl_ratio, plan, drop_layers or a control")
+        self.base, self.output = base, Path(output)
+        self.budget, self.budget_unit = budget, budget_unit
+        self.importance, self.allocation = importance or GateTaylor(), allocation or Inverse()
+        self.drop_layers, self.multiple = drop_layers, channel_multiple
+        self.calibration_blocks, self.max_ppl_ratio = calibration_blocks, max_ppl_ratio
+        self.rounds, self.recovery_steps, self.recovery_learning_rate = rounds, recovery_steps, recovery_learning_rate
+        self.plan_path, self.dtype_name = plan, dtype
+        self.verify_blocks, self.tolerance = verify_blocks, tolerance
+        self.portable = Path(portable) if portable else self.output.with_name(f"{self.output.name}-portable")
+        self.measure_cost = measure_cost
+        self.cache = cache_root(cache_dir).with_name("structured_pruning")
+
+    def build_model(self) -> Any:
+        """See ``CausalLM.build_model``: the pruned model, so that validation is of what was saved."""
+        return load(self.output)[0]
+
+    # ---- prune ------------------------------------------------------------------------------------------------
+
+    def prune(self, datamodule: LightningDataModule, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
+        """Make and save the pruned model; fields of the run record.
+
+        Args:
+            datamodule: Calibration text (its training batches) and evaluation text (its validation batches).
+            device: Where to compute.
+            dry_run: Say what would be removed; nothing is written but measurements in the cache.
+
+        Raises:
+            ValueError: A budget, plan, architecture or calibration text that cannot be used, or a result that is not
+                what the plan says; an earlier output folder is still there.
+        """
+        block = datamodule.block_size
+        if dry_run and self._needs_no_weights():
+            counted: Any = load_on_meta(self.base)
+            anatomy = Anatomy.of(counted, _DTYPES[self.dtype_name].itemsize)
+            multiple = channel_multiple(anatomy.shapes, self.multiple)
+            plan = self._pruner(counted, [], multiple).plan(self._target(anatomy, block), self._settings())
+            return _shown(self.base, report.structure(anatomy, plan, block, {}))
+        model, tokenizer = load(self.base, device, _DTYPES[self.dtype_name])
+        check_vocabulary(model, datamodule.tokenizer)
+        anatomy = Anatomy.of(model, _DTYPES[self.dtype_name].itemsize)
+        multiple = channel_multiple(anatomy.shapes, self.multiple)
+        batches = first_blocks(datamodule.train_dataloader(), self.calibration_blocks)
+        measured: dict[str, Any] = {}
+        if not dry_run or self.max_ppl_ratio is not None:
+            measured["ppl_before"] = self._ppl(model, datamodule, "Perplexity before")
+        if self.measure_cost:
+            measured["training_pass_seconds"] = training_pass_seconds(model, batches)
+        plans: list[PruningPlan] = []
+        removed = 0
+        for number in range(1, self.rounds + 1):
+            pruner = self._pruner(model, batches, multiple)
+            part = 1.0 if dry_run else number / self.rounds
+            plans.append(self._plan(pruner, anatomy, datamodule, part, removed, measured))
+            if dry_run:
+                return _shown(self.base, report.structure(anatomy, plans[0], block, measured))
+            measured |= {"score_seconds": pruner.score_seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+            del pruner  # it holds the model that is about to be replaced
+            ids = self._verification_ids(datamodule).to(device)
+            model, verification = proven_slice(model, plans[-1], ids, self.tolerance)
+            if not self.importance.control:  # a control that fails is what it is there for; its record says so
+                verification.raise_if_failed()
+            measured |= asdict(verification)
+            removed = anatomy.footprint(block).parameters - model.num_parameters()
+            if number < self.rounds:
+                with stage(f"Recovery after round {number}", self.recovery_steps, "steps") as done:
+                    model = short_recovery(model, batches, self.recovery_steps, self.recovery_learning_rate, done)
+        measured["ppl_after"] = self._ppl(model, datamodule, "Perplexity after")
+        plan = composed(plans)
+        structure = report.structure(anatomy, plan, block, measured)
+        save(self.output, model, tokenizer, report.card(self.base, structure | {"dataset": datamodule.name}), plan)
+        structure["reload_difference"] = largest_difference(model, load(self.output, device, model.dtype)[0], ids)
+        print(f"pruned model: {self.output}")
+        return _shown(self.base, structure) | {"val_ppl": structure["ppl_after"]}
+
+    def _needs_no_weights(self) -> bool:
+        measured = self.allocation.needs_damage or self.allocation.needs_scores or self.drop_layers
+        return not measured and self.plan_path is None and self.max_ppl_ratio is None
+
+    def _pruner(self, model: Any, batches: list[dict[str, Tensor]], multiple: int) -> Pruner:
+        return Pruner(
+            model, self.base, batches, self.importance, self.allocation, multiple, self.drop_layers, self.cache, stage
+        )
+
+    def _target(self, anatomy: Anatomy, block: int) -> int:
+        return removed_parameters(self.budget, self.budget_unit, anatomy.footprint(block))
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("budget", "budget_unit", "max_ppl_ratio", "rounds", "recovery_steps", "recovery_learning_rate")
+        return {name: getattr(self, name) for name in names}
+
+    def _plan(
+        self,
+        pruner: Pruner,
+        anatomy: Anatomy,
+        datamodule: LightningDataModule,
+        part: float,
+        removed: int,
+        measured: dict[str, Any],
+    ) -> PruningPlan:
+        """The given plan; or the one for this part of the budget; or the one for the largest share under the limit."""
+        if self.plan_path is not None:
+            plan = PruningPlan.load(Path(self.plan_path))
+            plan.check_fits(pruner.shapes, pruner.hash)
+            return plan
+        target = self._target(anatomy, datamodule.block_size)
+        if self.max_ppl_ratio is None:
+            return pruner.plan(round(part * target) - removed, self._settings() | {"parameters_requested": target})
+        decoder = anatomy.footprint(datamodule.block_size).decoder_parameters
+
+        def perplexity(share: float) -> float:
+            with masked(pruner.model, pruner.plan(round(share * decoder), {})):
+                found = self._ppl(pruner.model, datamodule, f"Trying {share:.1%}")
+            rank_zero_info(f"removing {share:.2%} of the decoder's parameters: perplexity {found:.2f}")
+            return found
+
+        share = largest_share(perplexity, self.max_ppl_ratio * measured["ppl_before"], self.budget)
+        return pruner.plan(round(share * decoder), self._settings() | {"share_found": share})
+
+    # ---- verify and export --------------------------------------------------------------------------------------
+
+    def verify(self, datamodule: LightningDataModule, device: torch.device) -> dict[str, Any]:
+        """Compare the saved model with the dense one whose removed parts are zeroed; fields of the run record.
+
+        Raises:
+            FileNotFoundError: The output folder has no plan.
+            ValueError: The base is not the model that the plan was made for, or a comparison failed.
+        """
+        plan = PruningPlan.load(self.output / FILE)
+        ids = self._verification_ids(datamodule).to(device)
+        dtype = _DTYPES[self.dtype_name]
+        dense, _ = load(self.base, device, dtype)
+        plan.check_fits([shape_of(layer) for layer in decoder_layers(dense)], model_hash(dense))
+        with in_float32(dense):
+            reference = reference_logits(dense, plan, ids)
+        del dense
+        pruned, _ = load(self.output, device, dtype)
+        with in_float32(pruned):
+            verification = compare(*reference, pruned, ids, self.tolerance)
+        verification.raise_if_failed()
+        print("\n".join(f"{name}: {value:.3g}" for name, value in asdict(verification).items()))
+        return {"structure": asdict(verification)}
+
+    def export(self, datamodule: LightningDataModule, device: torch.device) -> dict[str, Any]:
+        """Write the pruned model zero-padded to its widest layer, as a stock class; fields of the run record.
+
+        Raises:
+            ValueError: The stock model's logits differ from the pruned one's; nothing is written.
+        """
+        ids = self._verification_ids(datamodule).to(device)
+        pruned, tokenizer = load(self.output, device, _DTYPES[self.dtype_name])
+        padded = pad_to_stock(pruned)
+        with in_float32(pruned), in_float32(padded.model):
+            difference = largest_difference(pruned, padded.model, ids)
+        if not difference <= _PORTABLE:
+            raise ValueError(f"export: logits differ by {difference:.3g}, more than {_PORTABLE:g}; nothing was written")
+        if padded.padding > _WIDE * padded.parameters:
+            rank_zero_warn(
+                f"{padded.padding / padded.parameters:.1%} of the export is padding, because its layers differ in "
+                "width; the allocation Uniform avoids that"
+            )
+        name = type(padded.model).__name__
+        save(self.portable, padded.model, tokenizer, f"# {self.output.name}\n\n{name}, padded from a pruned model.\n")
+        print(f"{name} in {self.portable}: logits differ by at most {difference:.3g}")
+        return {
+            "structure": {
+                "portable_class": name,
+                "portable_max_difference": difference,
+                "portable_parameters": padded.parameters,
+                "portable_padding_parameters": padded.padding,
+            }
+        }
+
+    def _verification_ids(self, datamodule: LightningDataModule) -> Tensor:
+        """Blocks of validation text, int64 ``[verify_blocks, T]``."""
+        return torch.cat([batch["input_ids"] for batch in datamodule.val_dataloader()])[: self.verify_blocks]
+
+    def _ppl(self, model: Any, datamodule: LightningDataModule, title: str) -> float:
+        loader = datamodule.val_dataloader()
+        with stage(title, len(loader), "batches") as done:
+            return ppl(model, loader, done)
+
+
+def _shown(base: str, structure: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the run record, shown on the console too."""
+    console = Console()
+    console.print(report.layer_table(structure["layers"]))
+    console.print(report.table(base, structure))
+    return {"structure": structure}
