@@ -71,7 +71,10 @@ class TierSchedule(Measurement):
             self._best = min(self._best, ppl)
         if self._gave_up():
             rank_zero_info(f"iteration {row.iteration}: no better perplexity in {self._stale} validations")
-            trainer.should_stop = self._next == len(pl_module.rows)
+        # the Trainer's limit counts epochs that earlier iterations may not have used
+        last, used = self._next == len(pl_module.rows), trainer.current_epoch + 1 - self._since
+        if last and (self._gave_up() or used >= row.epochs):
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Note the result for the run record."""

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from lightning_modules.block_sparsity import lora
 from lightning_modules.block_sparsity.demotion import Budget
@@ -163,6 +164,8 @@ class BlockSparsity(CausalLM):
         """Multiply the schedule's learning rate by ``iteration_lr_factor``; the checkpoint remembers it."""
         scheduler: Any = self.lr_schedulers()
         scheduler.base_lrs = [rate * self.iteration_lr_factor for rate in scheduler.base_lrs]
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] *= self.iteration_lr_factor
 
     def _merge(self) -> None:
         """Take the adapters into the weights they may change; nothing without adapters."""
@@ -242,6 +245,7 @@ class BlockSparsity(CausalLM):
         """Write the pruned model, its tokenizer and its tier maps to ``output``, complete or not at all."""
         self._merge()
         self.check_masks("before saving")
+        transformers_logging.disable_progress_bar()  # a bar for one file says nothing
         with new_folder(self.output) as folder:
             self.plain_model.save_pretrained(folder, state_dict=lora.plain_state(self.plain_model))
             data.tokenizer.save_pretrained(folder)
