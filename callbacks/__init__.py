@@ -7,6 +7,7 @@ from callbacks.model_card import HFExport
 from callbacks.progress import Progress
 from callbacks.run_record import RunRecord
 from callbacks.throughput import Throughput
+from callbacks.tier_schedule import TierSchedule
 from callbacks.time_to_quality import TimeToQuality
 from callbacks.trace import Trace
 from callbacks.traffic_monitor import TrafficMonitor
@@ -19,6 +20,7 @@ __all__ = [
     "Progress",
     "RunRecord",
     "Throughput",
+    "TierSchedule",
     "TimeToQuality",
     "Trace",
     "TrafficMonitor",

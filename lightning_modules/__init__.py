@@ -1,8 +1,9 @@
 """The features: models, their training, and their data."""
 
+from lightning_modules.block_sparsity import BlockSparsity
 from lightning_modules.data.embedded import EmbeddedDocs
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.structured_pruning import StructuredPruning
 
-__all__ = ["EmbeddedDocs", "Pretraining", "StructuredPruning", "TextCorpus"]
+__all__ = ["BlockSparsity", "EmbeddedDocs", "Pretraining", "StructuredPruning", "TextCorpus"]

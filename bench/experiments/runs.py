@@ -37,14 +37,14 @@ def main_py(*arguments: str) -> list[str]:
 
 
 def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = (), command: str = "fit") -> Run:
-    """Run `main.py fit` (or another command that leaves a record) in a folder of its own, with its own logs and records.
+    """Run `main.py fit`, or another command that leaves a record, in a folder of its own with its logs and records.
 
     Args:
         folder: Working folder; made when missing. A log of the output is kept in it.
         config: Path of the configuration, relative to the repository.
         overrides: Further arguments.
         prefix: What the command is started with, such as a link emulator.
-        command: The command of `main.py`.
+        command: Command of `main.py`.
 
     Raises:
         RuntimeError: The run failed; the message ends with its last output.

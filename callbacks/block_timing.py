@@ -1,0 +1,171 @@
+"""Where block sparsity meets a stopwatch: scoring and demotion of one matrix, and products with packed weights.
+
+`python -m callbacks.block_timing` prints one JSON object; `python -m bench experiment block_speed` runs it and judges.
+"""
+
+import gc
+import json
+import resource
+import sys
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.timing import interleaved, percentiles, ratio_with_spread
+from lightning_modules.block_sparsity.demotion import Ratios, demote
+from lightning_modules.block_sparsity.packed_model import PackedLinear
+from lightning_modules.block_sparsity.packing import Layout, pack
+from lightning_modules.block_sparsity.scores.wanda import Wanda
+from lightning_modules.block_sparsity.tiers import Tiers
+
+BLOCK, K = 16, 10
+BEFORE, AFTER = Ratios(0.9, 0.1, 0.0), Ratios(0.8, 0.1, 0.1)  # the second iteration moves blocks in both steps
+END = Ratios(0.35, 0.45, 0.2)
+
+
+def demotion(size: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Time one iteration on a square matrix against a loop over its blocks, and against reading the matrix once.
+
+    Returns:
+        Milliseconds (medians), the loop's time over ours, ours over the read, and the peak extra memory over the matrix
+        (host memory; None on a GPU without its allocator's figure).
+    """
+    weight, norms = torch.randn(size, size, device=device), torch.rand(size, device=device)
+    scores = partial(Wanda().score, weight, norms)
+    start = _tiers(weight)
+    demote({"m": scores}, {"m": start}, BEFORE)
+    extra = _extra_memory(weight, scores, start)
+
+    def fast() -> None:
+        demote({"m": scores}, {"m": _copy(start, weight)}, AFTER)
+
+    times = interleaved({"fast": fast, "read": lambda: weight.sum()}, repeats)
+    loop = interleaved({"loop": partial(_loop, weight, norms, _copy(start, weight))}, 1, warmup=0)["loop"]
+    fast_ms, read_ms = (percentiles(times[name])["p50"] for name in ("fast", "read"))
+    return {
+        "size": size,
+        "fast_ms": fast_ms,
+        "loop_ms": loop[0],
+        "read_ms": read_ms,
+        "over_loop": loop[0] / fast_ms,
+        "over_read": fast_ms / read_ms,
+        "extra_memory": extra,
+    }
+
+
+def products(size: int, rows: list[int], repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Time x·Wᵀ of a pruned square matrix: masked dense, packed, packed with int8 values, int8 weight-only.
+
+    Args:
+        size: Side of the matrix.
+        rows: Tokens in a product: the batch for decoding, batch × length for prefill.
+        repeats: Timed rounds.
+        device: Where.
+
+    Returns:
+        For every number of rows: speed of each arm over masked dense with its spread, and the bound that its weight
+        bytes set where reading weights is all that counts.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    weight = torch.randn(size, size, device=device, dtype=dtype)
+    tiers = _tiers(weight)
+    demote({"m": lambda part: weight[part].float().abs()}, {"m": tiers}, END)
+    weight.masked_fill_(~tiers.keep_RC, 0.0)
+    layout = Layout(size, size, BLOCK, K)
+    parts = {"packed": pack(weight, tiers, dtype), "packed int8": pack(weight, tiers, torch.int8)}
+    layers = {name: PackedLinear(found, layout, None) for name, found in parts.items()}
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    bound = {name: weight.nbytes / sum(t.nbytes for t in found.values()) for name, found in parts.items()}
+    bound["int8"] = weight.nbytes / (codes.nbytes + scale.nbytes)
+    found = []
+    for count in rows:
+        x = torch.randn(count, size, device=device, dtype=dtype)
+        arms: dict[str, Any] = {"dense": partial(F.linear, x, weight)}
+        arms |= {name: partial(layer, x) for name, layer in layers.items()}
+        arms["int8"] = partial(_int8_linear, x, codes, scale)
+        with torch.no_grad():
+            times = interleaved(arms, repeats)
+        speed = {name: ratio_with_spread(times["dense"], times[name]) for name in bound}
+        found.append(
+            {"rows": count, "dense_ms": percentiles(times["dense"])["p50"], "speed": speed, "bound": dict(bound)}
+        )
+    return found
+
+
+def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Weight-only int8 with one scale a row, expanded like the packed layers."""
+    return F.linear(x, codes.to(x.dtype) * scale)
+
+
+def _tiers(weight: Tensor) -> Tiers:
+    rows, columns = weight.shape
+    return Tiers("m", (rows, columns), BLOCK, K, weight.device)
+
+
+def _copy(tiers: Tiers, weight: Tensor) -> Tiers:
+    copied = _tiers(weight)
+    copied.map_rc.copy_(tiers.map_rc)
+    copied.keep_RC.copy_(tiers.keep_RC)
+    return copied
+
+
+def _extra_memory(weight: Tensor, scores: Any, start: Tiers) -> float:
+    """Peak memory beyond the matrix and the masks it began with, over the matrix's bytes."""
+    gc.collect()
+    tiers = _copy(start, weight)
+    if weight.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        demote({"m": scores}, {"m": tiers}, AFTER)
+        return (torch.cuda.max_memory_allocated() - before) / weight.nbytes
+    before = psutil.Process().memory_info().rss
+    demote({"m": scores}, {"m": tiers}, AFTER)
+    # the highest ever; if something earlier was higher, this is an upper bound
+    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / weight.nbytes
+
+
+def _loop(weight: Tensor, norms: Tensor, tiers: Tiers) -> None:
+    """The same iteration, one block after the other; inside a block it uses tensor operations too."""
+    scored: dict[int, list[tuple[float, int, int]]] = {0: [], 1: []}
+    rows, columns = tiers.map_rc.shape
+    dense, _, topk = AFTER.counts(rows * columns)
+    old = tiers.map_rc.tolist()
+
+    def cut(i: int, j: int) -> tuple[Tensor, Tensor]:
+        down, across = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
+        return weight[down, across].abs() * norms[across], tiers.keep_RC[down, across]
+
+    def score(i: int, j: int) -> tuple[float, int, int]:
+        values, keep = cut(i, j)
+        return values[keep].mean().item(), i, j
+
+    for i in range(rows):
+        for j in range(columns):
+            if old[i][j] < 2:
+                scored[old[i][j]].append(score(i, j))
+    for _, i, j in sorted(scored[0])[: len(scored[0]) - dense]:
+        values, keep = cut(i, j)
+        best = values.view(-1, 4).topk(2).indices
+        keep.copy_(torch.zeros(BLOCK * BLOCK // 4, 4, dtype=torch.bool).scatter_(1, best, True).view(BLOCK, BLOCK))
+        scored[1].append(score(i, j))
+    for _, i, j in sorted(scored[1])[:topk]:
+        values, keep = cut(i, j)
+        best = values.masked_fill(~keep, -1).flatten().topk(K).indices
+        keep.copy_(torch.zeros(BLOCK * BLOCK, dtype=torch.bool).scatter_(0, best, True).view(BLOCK, BLOCK))
+
+
+def main() -> None:
+    """Measure on the GPU if there is one, else on the CPU, and print JSON."""
+    size, repeats = (int(text) for text in sys.argv[1:3])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {"demotion": demotion(size, repeats, device), "products": products(size, [1, 8, 64, 512], repeats, device)}
+    print(json.dumps({"device": device.type, **found}))
+
+
+if __name__ == "__main__":
+    main()

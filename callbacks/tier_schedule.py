@@ -1,0 +1,109 @@
+"""Demotion at epoch boundaries: all iterations of block sparsity, with fine-tuning between them, as one ``fit``."""
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.measurement import Measurement
+from lightning_modules.block_sparsity import BlockSparsity
+
+
+class TierSchedule(Measurement):
+    """Runs the schedule of a BlockSparsity model: demotes when an iteration's epochs are over, checks the masks after
+    every epoch, saves the result at the end of fit. The schedule sets the Trainer's number of epochs.
+
+    Args:
+        patience: Go on to the next iteration after so many validations without a better perplexity; None fine-tunes
+            each iteration to its end.
+    """
+
+    def __init__(self, patience: int | None = None) -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f"TierSchedule.patience must be at least 1, got {patience}")
+        self.patience = patience
+        self._next, self._since, self._stale, self._best = 0, 0, 0, math.inf
+        self._finished: list[dict[str, Any]] = []
+        self._result: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Train for as many epochs as the schedule says.
+
+        Raises:
+            ValueError: The model has no schedule, or its last iteration has no epoch to start in.
+        """
+        if not isinstance(pl_module, BlockSparsity):
+            raise ValueError(f"TierSchedule needs a BlockSparsity model, not {type(pl_module).__name__}")
+        if pl_module.rows[-1].epochs < 1:
+            raise ValueError(
+                f"schedule: iteration {pl_module.rows[-1].iteration} has no epochs to fine-tune in; give it some, or "
+                "use the prune command"
+            )
+        if stage == "fit" and not trainer.fast_dev_run:
+            trainer.fit_loop.max_epochs = sum(row.epochs for row in pl_module.rows)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Demote when the current iteration's epochs are over (iterations without epochs follow at once)."""
+        while self._next < len(pl_module.rows) and self._over(trainer, pl_module):
+            row = pl_module.rows[self._next]
+            pl_module.start_iteration(row, trainer.datamodule, pl_module.device)
+            if self._next:
+                pl_module.lower_learning_rate()
+            self._next, self._since, self._stale, self._best = self._next + 1, trainer.current_epoch, 0, math.inf
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Check the masks, note the iteration's perplexity, and stop early where nothing improves.
+
+        Raises:
+            RuntimeError: A pruned weight came back.
+        """
+        violations = pl_module.check_masks(f"after epoch {trainer.current_epoch}")
+        logged = trainer.callback_metrics.get("val/ppl")
+        ppl = float(logged) if logged is not None else None
+        row = pl_module.rows[self._next - 1]
+        entry = pl_module.pruner.iteration_result(row.iteration, ppl, violations)
+        pl_module.log("sparsity/violations", float(violations), rank_zero_only=True)
+        pl_module.log("sparsity/zeros", entry["sparsity"], rank_zero_only=True)
+        self._finished = [done for done in self._finished if done["iteration"] != row.iteration] + [entry]
+        if ppl is not None:
+            self._stale = 0 if ppl < self._best else self._stale + 1
+            self._best = min(self._best, ppl)
+        if self._gave_up():
+            rank_zero_info(f"iteration {row.iteration}: no better perplexity in {self._stale} validations")
+        # the Trainer's limit counts epochs that earlier iterations may not have used
+        last, used = self._next == len(pl_module.rows), trainer.current_epoch + 1 - self._since
+        if last and (self._gave_up() or used >= row.epochs):
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Note the result for the run record."""
+        self._result = pl_module.pruner.result(self._finished)
+
+    def summary(self) -> dict[str, Any]:
+        """See ``Measurement.summary``: the ``tiers`` block."""
+        return self._result
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save model, tokenizer and tier maps."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            pl_module.save(trainer.datamodule)
+        trainer.strategy.barrier()
+
+    def _over(self, trainer: Trainer, pl_module: Any) -> bool:
+        if not self._next or self._gave_up():
+            return True
+        return trainer.current_epoch - self._since >= pl_module.rows[self._next - 1].epochs
+
+    def _gave_up(self) -> bool:
+        return self.patience is not None and self._stale >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the schedule the run is."""
+        fields = {"next": self._next, "since": self._since, "stale": self._stale, "best": self._best}
+        return {**fields, "finished": self._finished}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self._next, self._since, self._stale = state_dict["next"], state_dict["since"], state_dict["stale"]
+        self._best, self._finished = state_dict["best"], state_dict["finished"]

@@ -1,0 +1,298 @@
+"""Progressive block sparsity: masks held while fine-tuning, and the commands around it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lightning_modules.block_sparsity import lora
+from lightning_modules.block_sparsity.demotion import Budget
+from lightning_modules.block_sparsity.distillation import distilled_loss
+from lightning_modules.block_sparsity.evaluation import calibration_batches, validation_perplexity
+from lightning_modules.block_sparsity.folders import new_folder
+from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
+from lightning_modules.block_sparsity.packed_model import PACKED_FILE, load_packed, read_tiers, write_packed
+from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner
+from lightning_modules.block_sparsity.reconstruction import reconstruct
+from lightning_modules.block_sparsity.schedule import CubicSchedule, Row, Schedule
+from lightning_modules.block_sparsity.scores import Score
+from lightning_modules.block_sparsity.scores.wanda import Wanda
+from lightning_modules.block_sparsity.verification import compare
+from lightning_modules.causal_lm import CausalLM, load_pretrained
+
+_CHECKPOINT = "block_sparsity"
+
+
+class BlockSparsity(CausalLM):
+    """Prunes a model's linear layers in blocks of three tiers: dense, two of every four weights, the k best weights.
+
+    ``fit`` with the callback TierSchedule demotes blocks at epoch boundaries and fine-tunes between them with masks
+    held; ``prune`` makes one demotion without training; ``export`` packs a pruned folder, or unpacks a packed one;
+    ``verify`` proves that a packed folder is the pruned one. A model that has tier maps beside it keeps them.
+
+    Args:
+        pretrained: Hugging Face folder or hub name to start from; with tier maps in it, pruning goes on from them.
+        output: Folder for the result.
+        schedule: Iterations; by default five along a cubic curve to 35/45/20 % dense/2:4/top-k.
+        iteration: Make only this iteration of the schedule; None makes all of them in ``fit``, the last in ``prune``.
+        score: Importance of a weight; by default Wanda.
+        block: Side of a block, a multiple of 4.
+        topk: Weights that a top-k block keeps.
+        budget: Who competes for the tiers: the blocks of one "matrix", all ("global"), or one row of blocks ("band").
+        row_relative: Divide scores by the mean of their row, as Wanda compares within rows.
+        pattern: "tiers", or "unstructured" with the same share of zeros in every row (a baseline).
+        calibration_blocks: Blocks of training text that scores and reconstruction see.
+        finetune: "full" trains every weight that is kept; "lora" trains adapters that are merged under the masks.
+        lora_rank: Rank of the adapters.
+        reconstruction_steps: After each demotion, fit every layer for so many steps to its outputs before; 0 does not.
+        reconstruction_lr: Adam's learning rate for that.
+        teacher: Dense model to distil from; None trains on the text alone.
+        distill_weight: Share of the distillation loss.
+        iteration_lr_factor: The learning rate is multiplied by this at every iteration after the first.
+        export_dtype: Type of packed values; "int8" stores the tiers in 8 bits with scales, everything else in float16.
+        **kwargs: Optimizer and schedule, see ``CausalLM``.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        output: str = "runs/block_sparsity/model",
+        schedule: Schedule | None = None,
+        iteration: int | None = None,
+        score: Score | None = None,
+        block: int = 16,
+        topk: int = 10,
+        budget: Budget = "matrix",
+        row_relative: bool = False,
+        pattern: Pattern = "tiers",
+        calibration_blocks: int = 32,
+        finetune: Literal["full", "lora"] = "full",
+        lora_rank: int = 8,
+        reconstruction_steps: int = 0,
+        reconstruction_lr: float = 1e-4,
+        teacher: str | None = None,
+        distill_weight: float = 0.5,
+        iteration_lr_factor: float = 1.0,
+        export_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, value in {"calibration_blocks": calibration_blocks, "lora_rank": lora_rank}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= distill_weight <= 1:
+            raise ValueError(f"distill_weight must be between 0 and 1, got {distill_weight}")
+        self.pretrained, self.output = pretrained, Path(output)
+        self.schedule = schedule or CubicSchedule()
+        self.rows = self.schedule.rows if iteration is None else [self.schedule.row(iteration)]
+        self.score = score or Wanda()
+        self.calibration_blocks = calibration_blocks
+        self.finetune, self.lora_rank = finetune, lora_rank
+        self.reconstruction_steps, self.reconstruction_lr = reconstruction_steps, reconstruction_lr
+        self.teacher, self.distill_weight = teacher, distill_weight
+        self.iteration_lr_factor = iteration_lr_factor
+        self.export_dtype: str = export_dtype
+        self._pruning = {"block": block, "k": topk, "pattern": pattern, "budget": budget, "row_relative": row_relative}
+        self.pruner: Pruner
+        self._teacher: list[Any] = []  # in a list, so that it is no submodule and in no checkpoint
+
+    # ---- the model --------------------------------------------------------------------------------------------
+
+    def build_model(self) -> PreTrainedModel:
+        """See ``CausalLM.build_model``; masks that lie beside the model hold from the start."""
+        folder = Path(self.pretrained)
+        packed = (folder / PACKED_FILE).is_file()
+        model = load_packed(folder) if packed else load_pretrained(self.pretrained)
+        self.pruner = Pruner(model, **self._pruning)  # type: ignore[arg-type]
+        if packed:
+            self.pruner.adopt(read_tiers(folder), str(folder / PACKED_FILE))
+        elif (folder / TIERS_FILE).is_file():
+            self.pruner.load(folder)
+        check_held(self.pruner.matrices, self.pruner.keep, f"in {self.pretrained}")
+        return model.train()  # transformers loads in evaluation mode
+
+    def configure_model(self) -> None:
+        """Build the model, and adapters over it for LoRA."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        if self.finetune == "lora":
+            assert self.model is not None
+            self.model = lora.add_adapters(self.model, self.pruner.matrices, self.lora_rank)
+        if self.teacher is not None:
+            self._teacher = [load_pretrained(self.teacher).eval().requires_grad_(False)]
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The Hugging Face model, inside the adapters if there are any."""
+        return self.model.get_base_model() if self.finetune == "lora" else self.model
+
+    # ---- one iteration ----------------------------------------------------------------------------------------
+
+    def start_iteration(self, row: Row, data: Any, device: torch.device) -> None:
+        """Demote to a row's ratios by the current weights, and mask.
+
+        Args:
+            row: The iteration.
+            data: DataModule with calibration text.
+            device: Where to compute.
+
+        Raises:
+            ValueError: See ``demotion.demote``.
+        """
+        self._merge()
+        batches = calibration_batches(data, self.calibration_blocks)
+        matrices, model = self.pruner.matrices, self.plain_model
+        self.pruner.prune(model, row.ratios, self.score, batches, device)
+        if self.reconstruction_steps:
+            options = (self.reconstruction_steps, self.reconstruction_lr)
+            errors = reconstruct(model, matrices, self.pruner.keep, batches, device, *options)
+            before, after = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+            rank_zero_info(f"layer-wise reconstruction: mean relative error {before:.4f} → {after:.4f}")
+        mask_weights(matrices, self.pruner.keep)
+        rank_zero_info(
+            f"iteration {row.iteration}: {100 * self.pruner.sparsity()['sparsity']:.2f} % of the weights are zero"
+        )
+
+    def lower_learning_rate(self) -> None:
+        """Multiply the schedule's learning rate by ``iteration_lr_factor``; the checkpoint remembers it."""
+        scheduler: Any = self.lr_schedulers()
+        scheduler.base_lrs = [rate * self.iteration_lr_factor for rate in scheduler.base_lrs]
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] *= self.iteration_lr_factor
+
+    def _merge(self) -> None:
+        """Take the adapters into the weights they may change; nothing without adapters."""
+        if self.finetune != "lora":
+            return
+        changed = lora.merge_masked(self.plain_model, self.pruner.keep)
+        if self._trainer and self.trainer.optimizers:
+            for parameter in changed:  # moments of the old adapters would push the new ones
+                self.trainer.optimizers[0].state.pop(parameter, None)
+
+    # ---- fine-tuning ------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Refuse strategies that cut weights up, and bring masks and teacher to the device."""
+        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"trainer.strategy {type(self.trainer.strategy).__name__}: block sparsity needs whole matrices on "
+                "every rank; use one device or ddp"
+            )
+        self.pruner.to(self.device)
+        for model in self._teacher:
+            model.to(self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Next-token loss, mixed with the distance from the teacher where there is one."""
+        if not self._teacher:
+            return super().training_step(batch, batch_idx)
+        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        with torch.no_grad():
+            wanted = self._teacher[0](input_ids=batch["input_ids"], use_cache=False).logits
+        loss, text_loss = distilled_loss(logits, wanted, batch["labels"], self.distill_weight)
+        self.log("train/loss", text_loss, prog_bar=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Hold the masks in the gradients; this comes before clipping."""
+        mask_gradients(self.pruner.matrices, self.pruner.keep)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Hold the masks in the weights: moments from before a demotion would still move them."""
+        super().optimizer_step(*args, **kwargs)
+        if self.finetune == "full":
+            mask_weights(self.pruner.matrices, self.pruner.keep)
+
+    def on_validation_start(self) -> None:
+        """What is validated is what would be saved."""
+        self._merge()
+
+    def check_masks(self, when: str) -> int:
+        """Violations, 0.
+
+        Raises:
+            RuntimeError: A pruned weight is not zero.
+        """
+        return check_held(self.pruner.matrices, self.pruner.keep, when)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Masks go along with the weights."""
+        checkpoint[_CHECKPOINT] = self.pruner.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Masks come back with the weights.
+
+        Raises:
+            ValueError: The checkpoint has none, or another model's.
+        """
+        if _CHECKPOINT not in checkpoint:
+            raise ValueError(
+                "the checkpoint has no tier maps: it is no BlockSparsity run's; start from model.pretrained"
+            )
+        self.configure_model()
+        self.pruner.load_state(checkpoint[_CHECKPOINT], "the checkpoint")
+
+    # ---- results and commands --------------------------------------------------------------------------------
+
+    def save(self, data: Any) -> None:
+        """Write the pruned model, its tokenizer and its tier maps to ``output``, complete or not at all."""
+        self._merge()
+        self.check_masks("before saving")
+        transformers_logging.disable_progress_bar()  # a bar for one file says nothing
+        with new_folder(self.output) as folder:
+            self.plain_model.save_pretrained(folder, state_dict=lora.plain_state(self.plain_model))
+            data.tokenizer.save_pretrained(folder)
+            self.pruner.save(folder)
+
+    def prune(self, data: L.LightningDataModule, device: torch.device, dry_run: bool = False) -> dict[str, Any] | None:
+        """One iteration without training; see ``PareTrainer.prune``."""
+        row = self.rows[-1]
+        self.configure_model()
+        plan = self.pruner.plan(row.ratios)
+        print("\n".join(f"{name}: {value:.4g}" for name, value in plan.items()))
+        if dry_run:
+            return None
+        self.start_iteration(row, data, device)
+        ppl = validation_perplexity(self.plain_model, data, device)
+        print(f"validation perplexity: {ppl:.3f}")
+        self.save(data)
+        entry = self.pruner.iteration_result(row.iteration, ppl, self.check_masks("after saving"))
+        return {"val_ppl": ppl, **self.pruner.result([entry])}
+
+    def export(self, data: L.LightningDataModule, device: torch.device) -> dict[str, Any]:
+        """Pack ``pretrained`` into ``output``; or unpack it, if it is packed. See ``PareTrainer.export``."""
+        self.configure_model()
+        if (Path(self.pretrained) / PACKED_FILE).is_file():
+            self.save(data)
+            return self.pruner.result([])
+        self._need_tiers()
+        with new_folder(self.output) as folder:
+            state = self.plain_model.state_dict()
+            sizes = write_packed(folder, self.plain_model, state, self.pruner.tiers, self.export_dtype)
+            data.tokenizer.save_pretrained(folder)
+        print("\n".join(f"{name}: {value:,.4g}" for name, value in sizes.items()))
+        fields = self.pruner.result([])
+        return {"tiers": {**fields["tiers"], **sizes, "planned": self.pruner.plan(self.pruner.ratios())}}
+
+    def verify(self, data: L.LightningDataModule, device: torch.device) -> dict[str, Any]:
+        """Prove that the packed ``output`` is the pruned ``pretrained``. See ``PareTrainer.verify``.
+
+        Raises:
+            ValueError: They differ.
+        """
+        self.configure_model()
+        self._need_tiers()
+        report = compare(self.plain_model, self.pruner, self.output, data, device)
+        print("\n".join(f"{name}: {value}" for name, value in report.items()))
+        return {"tiers": {**self.pruner.result([])["tiers"], "verified": report}}
+
+    def _need_tiers(self) -> None:
+        if not (Path(self.pretrained) / TIERS_FILE).is_file() or not self.pruner.tiers:
+            raise ValueError(f"pretrained: {self.pretrained} has no tier maps ({TIERS_FILE}); prune or fit it first")

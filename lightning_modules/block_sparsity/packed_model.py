@@ -1,0 +1,167 @@
+"""Folders with a packed model: written, read back as a plain model, or run from its packed bytes."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lightning_modules.block_sparsity import sealed
+from lightning_modules.block_sparsity.packing import PARTS, Layout, pack, unpack, unpack_keep
+from lightning_modules.block_sparsity.tiers import Tiers
+
+PACKED_FILE = "packed.safetensors"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+_KIND = "packed tiers"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that keeps only packed weights and expands them for each product.
+
+    It saves memory, not arithmetic: every call writes the dense matrix once and forgets it.
+
+    Args:
+        parts: See ``packing.pack``.
+        layout: The matrix's sizes.
+        bias: ``[R]`` or None.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> None:
+        super().__init__()
+        self.layout = layout
+        self.bias: Tensor | None
+        self._names = list(parts)
+        for name, tensor in parts.items():
+            self.register_buffer(f"packed_{name.replace('.', '_')}", tensor)
+        self.register_buffer("bias", bias)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return {name: getattr(self, f"packed_{name.replace('.', '_')}") for name in self._names}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x·Wᵀ + bias, ``[…, C]`` to ``[…, R]``, in the type of ``x``."""
+        return F.linear(x, unpack(self.parts, self.layout, x.dtype), self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        """Move, but never change types: a cast of int8 codes or of indices to floats would be wrong or larger."""
+        for name, tensor in self.parts.items():
+            moved = fn(tensor)
+            setattr(self, f"packed_{name.replace('.', '_')}", moved if moved.dtype == tensor.dtype else tensor)
+        if self.bias is not None:
+            self.bias = fn(self.bias)
+        return self
+
+
+def write_packed(
+    folder: Path, model: PreTrainedModel, state: Mapping[str, Tensor], tiers: Mapping[str, Tiers], dtype: str
+) -> dict[str, float]:
+    """Write configuration and one packed file.
+
+    Args:
+        folder: An existing folder.
+        model: The architecture.
+        state: Its weights, pruned ones zero.
+        tiers: Tiers of the pruned matrices.
+        dtype: Type of all stored values: "float16", "bfloat16", "float32", or "int8" for the tiers' values (what is
+            not pruned then stays float16).
+
+    Returns:
+        ``packed_bytes`` of the file, ``packed_bits_per_weight`` of the pruned matrices, and ``packed_ratio``: the file
+        with all weights dense in 16 bits, over this one.
+
+    Raises:
+        ValueError: See ``packing.pack``.
+    """
+    tensors: dict[str, Tensor] = {}
+    layouts = {}
+    for name, matrix in tiers.items():
+        layouts[name] = vars(Layout(*matrix.shape, matrix.block, matrix.k))
+        tensors |= {f"{name}.{part}": t for part, t in pack(state[f"{name}.weight"], matrix, DTYPES[dtype]).items()}
+    bits = 8 * sum(t.nbytes for t in tensors.values()) / sum(matrix.keep_RC.numel() for matrix in tiers.values())
+    other = DTYPES["float16" if dtype == "int8" else dtype]
+    rest = {name: w for name, w in state.items() if name.removesuffix(".weight") not in tiers}
+    if model.config.tie_word_embeddings:
+        rest = {name: w for name, w in rest.items() if name not in (model._tied_weights_keys or ())}
+    tensors |= {name: w.to(other) if w.is_floating_point() else w for name, w in rest.items()}
+    sealed.write(folder / PACKED_FILE, _KIND, tensors, {"dtype": dtype, "matrices": json.dumps(layouts)})
+    model.config.save_pretrained(folder)
+    size = (folder / PACKED_FILE).stat().st_size
+    whole = sum(p.numel() for p in model.parameters()) * 2
+    return {"packed_bytes": size, "packed_bits_per_weight": bits, "packed_ratio": whole / size}
+
+
+def load_packed(folder: str | Path, dtype: torch.dtype = torch.float32, expand: bool = True) -> PreTrainedModel:
+    """Load a packed model with one call.
+
+    Args:
+        folder: What ``export`` wrote.
+        dtype: Type to compute in.
+        expand: Make plain dense layers; otherwise the weights stay packed in memory and are expanded layer by layer.
+
+    Raises:
+        FileNotFoundError: There is no packed model.
+        ValueError: The file is cut short, altered, or does not fit the configuration beside it.
+    """
+    folder = Path(folder)
+    tensors, layouts, _ = _read(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _rest(tensors, layouts).items()}
+    for name, layout in layouts.items():
+        parts = _parts(tensors, name)
+        if expand:
+            state[f"{name}.weight"] = unpack(parts, layout, dtype).contiguous()
+        else:
+            parent, _, attribute = name.rpartition(".")
+            bias = state.pop(f"{name}.bias", None)
+            setattr(model.get_submodule(parent), attribute, PackedLinear(parts, layout, bias))
+    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing or unexpected:
+        raise ValueError(f"{folder}: weights do not fit config.json: missing {missing}, unexpected {unexpected}")
+    _fill_buffers(model)
+    return model.eval()
+
+
+def read_tiers(folder: Path) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:
+    """Name, tier map, mask and layout of every matrix of a packed model."""
+    tensors, layouts, _ = _read(folder)
+    for name, layout in layouts.items():
+        yield name, *unpack_keep(_parts(tensors, name), layout), layout
+
+
+def packed_dtype(folder: Path) -> torch.dtype:
+    """Type of the tiers' values in a packed model."""
+    return DTYPES[_read(folder)[2]]
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], str]:
+    tensors, about = sealed.read(folder / PACKED_FILE, _KIND)
+    layouts = {name: Layout(**sizes) for name, sizes in json.loads(about["matrices"]).items()}
+    return tensors, layouts, about["dtype"]
+
+
+def _parts(tensors: Mapping[str, Tensor], matrix: str) -> dict[str, Tensor]:
+    known = {*PARTS, *(f"{part}.scale" for part in PARTS)}
+    return {part: tensors[f"{matrix}.{part}"] for part in known if f"{matrix}.{part}" in tensors}
+
+
+def _rest(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
+    packed = {f"{matrix}.{part}" for matrix in layouts for part in _parts(tensors, matrix)}
+    return {name: tensor for name, tensor in tensors.items() if name not in packed}
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Buffers that no file holds, such as rotary frequencies, were made on the meta device: compute them again."""
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            fresh = type(module)(model.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                setattr(module, name, buffer)

@@ -1,0 +1,138 @@
+"""Blocks of three tiers as the few bytes they need: values and indices; and back, bit for bit.
+
+Of a matrix with D dense, M 2:4 and T top-k blocks of side b, in row-major order of blocks:
+
+* ``map`` uint8: two bits a block, four blocks a byte
+* ``dense`` [D, b, b]: values
+* ``mid`` [M, b, b/2]: the two values of each group of four; ``mid_index`` uint8 [M, b·b/8]: two bits for each, the
+  group's first index lowest, two groups a byte
+* ``topk`` [T, k]: values; ``topk_index`` [T, k]: places in the block, uint8 (int16 where a block has more than 256)
+
+Kept weights are stored even where they are zero, so the masks come back too. Where a block at the edge has fewer than
+its tier's count, the first places that it does not keep stand in, with the value zero.
+With int8 values each list is int8 with one float16 scale for every row of a dense or 2:4 block, and for every
+top-k block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Tiers, pad, to_blocks
+
+PARTS = ("map", "dense", "mid", "mid_index", "topk", "topk_index")
+_SCALE = ".scale"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the bytes of a packed matrix do not say themselves."""
+
+    rows: int
+    columns: int
+    block: int
+    k: int
+
+
+def pack(weight_RC: Tensor, tiers: Tiers, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The kept weights of a matrix.
+
+    Args:
+        weight_RC: The matrix.
+        tiers: Its tiers; a kept place counts, whatever its value.
+        dtype: Type of the values: float16, bfloat16 or float32; int8 adds scales.
+
+    Returns:
+        Tensors by ``PARTS``, and for int8 their scales.
+
+    Raises:
+        ValueError: A pruned weight is not zero, or a value does not fit the type.
+    """
+    if ((weight_RC != 0) & ~tiers.keep_RC).any():
+        raise ValueError(f"{tiers.name}: a pruned weight is not zero; apply the masks before packing")
+    blocks, keep = to_blocks(pad(weight_RC, tiers.block), tiers.block), tiers.keep_rcbb
+    mid, kept_mid = blocks[tiers.map_rc == MID].unflatten(-1, (-1, 4)), keep[tiers.map_rc == MID].unflatten(-1, (-1, 4))
+    topk, kept_topk = blocks[tiers.map_rc == TOPK].flatten(1), keep[tiers.map_rc == TOPK].flatten(1)
+    pairs, places = _first(kept_mid, 2), _first(kept_topk, tiers.k)
+    nibbles = (pairs[..., 0] | pairs[..., 1] << 2).flatten(1)
+    index = torch.uint8 if tiers.block**2 <= 256 else torch.int16
+    parts = {
+        "map": _pack_map(tiers.map_rc),
+        "dense": blocks[tiers.map_rc == DENSE],
+        "mid": mid.gather(-1, pairs).flatten(-2),
+        "mid_index": (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8),
+        "topk": topk.gather(-1, places),
+        "topk_index": places.to(index),
+    }
+    for name in ("dense", "mid", "topk"):
+        parts |= _narrow(tiers.name, name, parts[name], dtype)
+    return parts
+
+
+def unpack(parts: dict[str, Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The matrix ``[R, C]`` in ``dtype``."""
+    map_rc, b = unpack_map(parts["map"], layout), layout.block
+    values = {name: _widen(name, parts, dtype) for name in ("dense", "mid", "topk")}
+    blocks = torch.zeros(*map_rc.shape, b, b, dtype=dtype, device=map_rc.device)
+    blocks[map_rc == DENSE] = values["dense"]
+    blocks[map_rc == MID] = _spread_mid(values["mid"], parts["mid_index"], b)
+    blocks[map_rc == TOPK] = _spread_topk(values["topk"], parts["topk_index"], b)
+    return _trim(blocks, layout)
+
+
+def unpack_keep(parts: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+    """Tier map ``[r, c]`` and mask bool ``[R, C]``."""
+    ones = {**parts, **{name: torch.ones_like(parts[name], dtype=torch.int8) for name in ("dense", "mid", "topk")}}
+    plain = {name: value for name, value in ones.items() if not name.endswith(_SCALE)}
+    return unpack_map(parts["map"], layout), unpack(plain, layout, torch.int8).bool()
+
+
+def unpack_map(packed: Tensor, layout: Layout) -> Tensor:
+    """The tier map ``[r, c]``."""
+    rows, columns = -(-layout.rows // layout.block), -(-layout.columns // layout.block)
+    twos = (packed[:, None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)) & 3
+    return twos.flatten()[: rows * columns].view(rows, columns)
+
+
+def _pack_map(map_rc: Tensor) -> Tensor:
+    fours = torch.nn.functional.pad(map_rc.flatten(), (0, -map_rc.numel() % 4)).view(-1, 4)
+    return fours[:, 0] | fours[:, 1] << 2 | fours[:, 2] << 4 | fours[:, 3] << 6
+
+
+def _first(keep: Tensor, count: int) -> Tensor:
+    """Places of the first ``count`` kept entries of the last dimension, ascending; others fill up."""
+    return keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
+
+
+def _spread_mid(values: Tensor, index: Tensor, b: int) -> Tensor:
+    nibbles = torch.stack([index & 15, index >> 4], -1).flatten(1).view(-1, b, b // 4)
+    pairs = torch.stack([nibbles & 3, nibbles >> 2], -1).long()
+    groups = torch.zeros(*pairs.shape[:-1], 4, dtype=values.dtype, device=values.device)
+    return groups.scatter_(-1, pairs, values.view(pairs.shape)).flatten(-2)
+
+
+def _spread_topk(values: Tensor, index: Tensor, b: int) -> Tensor:
+    flat = torch.zeros(len(values), b * b, dtype=values.dtype, device=values.device)
+    return flat.scatter_(-1, index.long(), values).view(-1, b, b)
+
+
+def _trim(blocks: Tensor, layout: Layout) -> Tensor:
+    return blocks.transpose(1, 2).flatten(2).flatten(0, 1)[: layout.rows, : layout.columns]
+
+
+def _narrow(matrix: str, name: str, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Values in their stored type, with scales for int8."""
+    if dtype != torch.int8:
+        stored = values.to(dtype)
+        if not stored.isfinite().all():
+            raise ValueError(f"{matrix}: a weight does not fit {dtype}; export in bfloat16 or float32")
+        return {name: stored}
+    # the scale as it is stored: rounding it after dividing would move every value
+    scale = (values.float().abs().amax(-1, keepdim=True) / 127).clamp_min(2**-24).half()
+    return {name: (values / scale.float()).round().clamp(-127, 127).to(torch.int8), name + _SCALE: scale}
+
+
+def _widen(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    scale = parts.get(name + _SCALE)
+    return parts[name].to(dtype) if scale is None else (parts[name] * scale.float()).to(dtype)

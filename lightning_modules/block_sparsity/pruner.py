@@ -1,0 +1,247 @@
+"""A model's matrices with their tiers and masks: what one iteration changes, and what is saved of it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.block_sparsity import sealed
+from lightning_modules.block_sparsity.demotion import Budget, Ratios, RowScores, demote, quantiles
+from lightning_modules.block_sparsity.masks import unstructured
+from lightning_modules.block_sparsity.packing import Layout
+from lightning_modules.block_sparsity.scores import Score
+from lightning_modules.block_sparsity.stream import linear_layers
+from lightning_modules.block_sparsity.tiers import Tiers, pack_bits, pad, unpack_bits
+
+TIERS_FILE = "tiers.safetensors"
+Pattern = Literal["tiers", "unstructured"]
+
+
+class Pruner:
+    """Which weights of a model stay, and how that is decided.
+
+    Args:
+        model: A Hugging Face causal language model; every linear layer of its decoder layers is pruned.
+        block: Side of a block.
+        k: Weights that a top-k block keeps.
+        pattern: "tiers", or "unstructured": the same share of zeros, wherever in a row they are (a baseline).
+        budget: Who competes, see ``demotion.demote``.
+        row_relative: Divide scores by the mean score of their row first.
+
+    Attributes:
+        matrices: The linear layers by name.
+        tiers: Their tier maps; empty for the unstructured pattern.
+        keep: Their masks, bool ``[R, C]``.
+        quantiles: Of the block scores in each tier at the last iteration; empty before it, or without tiers.
+
+    Raises:
+        ValueError: See ``Tiers`` and ``linear_layers``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block: int = 16,
+        k: int = 10,
+        pattern: Pattern = "tiers",
+        budget: Budget = "matrix",
+        row_relative: bool = False,
+    ) -> None:
+        self.block, self.k, self.pattern, self.budget, self.row_relative = block, k, pattern, budget, row_relative
+        self.matrices = linear_layers(model)
+        self.parameter_count = sum(p.numel() for p in model.parameters())
+        shapes = {name: (m.out_features, m.in_features) for name, m in self.matrices.items()}
+        tiers = {n: Tiers(n, s, block, k, self.matrices[n].weight.device) for n, s in shapes.items()}
+        self.tiers = tiers if pattern == "tiers" else {}
+        self._masks = {} if self.tiers else {n: t.keep_RC for n, t in tiers.items()}
+        self.quantiles: dict[str, list[float]] = {}
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """See the class."""
+        return {name: tiers.keep_RC for name, tiers in self.tiers.items()} or self._masks
+
+    @torch.no_grad()
+    def prune(
+        self, model: nn.Module, target: Ratios, score: Score, batches: Sequence[Tensor], device: torch.device
+    ) -> None:
+        """One iteration: new masks from the current weights. The weights themselves are not touched.
+
+        Args:
+            model: The model that the matrices belong to.
+            target: Ratios after the iteration; an unstructured mask gets the sparsity that they would have.
+            score: The criterion.
+            batches: Calibration text, token ids ``[B, T]``.
+            device: Where to compute statistics.
+
+        Raises:
+            ValueError: See ``demotion.demote``.
+        """
+        statistics = score.statistics(model, self.matrices, batches, device)
+        rows = {name: self._rows(name, score, statistics.get(name)) for name in self.matrices}
+        if self.tiers:
+            self.quantiles = quantiles(demote(rows, self.tiers, target, self.budget), self.tiers)
+            return
+        sparsity = target.sparsity(self.block, self.k)
+        self._masks = {
+            name: unstructured(rows[name](slice(None)), sparsity, mask) for name, mask in self._masks.items()
+        }
+
+    def _rows(self, name: str, score: Score, statistic: Tensor | None) -> RowScores:
+        of_rows = partial(score.score, self.matrices[name].weight.detach(), statistic)
+        if not self.row_relative:
+            return of_rows
+
+        def relative(rows: slice) -> Tensor:
+            scores, keep = of_rows(rows), self.keep[name][rows]
+            means = (scores * keep).sum(1) / keep.sum(1).clamp_min(1)
+            return scores / means.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+
+        return relative
+
+    # ---- figures ----------------------------------------------------------------------------------------------
+
+    def ratios(self) -> Ratios:
+        """Shares of all blocks in each tier as they are."""
+        counts = torch.tensor([tiers.counts() for tiers in self.tiers.values()] or [(1, 0, 0)]).sum(0)
+        return Ratios(*(counts / counts.sum()).tolist())
+
+    def sparsity(self) -> dict[str, float]:
+        """Shares of zeros: "sparsity" of the decoder's linear layers, "model_sparsity" of all parameters."""
+        zeros = sum(mask.numel() - int(mask.sum()) for mask in self.keep.values())
+        return {
+            "sparsity": zeros / sum(mask.numel() for mask in self.keep.values()),
+            "model_sparsity": zeros / self.parameter_count,
+        }
+
+    def maps(self) -> list[dict[str, Any]]:
+        """Every tier map for the run record: digits row by row."""
+        return [
+            {"name": n, "rows": t.map_rc.shape[0], "columns": t.map_rc.shape[1], "map": _digits(t.map_rc)}
+            for n, t in self.tiers.items()
+        ]
+
+    def result(self, iterations: list[dict[str, Any]]) -> dict[str, Any]:
+        """The record's ``tiers`` block.
+
+        Args:
+            iterations: What ``iteration_result`` said after each.
+        """
+        block = {"iterations": iterations, "matrices": self.maps(), "quantiles": self.quantiles}
+        return {"tiers": {**block, **self.sparsity()}}
+
+    def iteration_result(self, iteration: int, ppl: float | None, violations: int) -> dict[str, Any]:
+        """One entry of the record's ``tiers.iterations``; an unstructured mask has no shares of tiers."""
+        shares = vars(self.ratios()) if self.tiers else dict.fromkeys(("dense", "mid_2_4", "topk"))
+        return {"iteration": iteration, **shares, **self.sparsity(), "ppl": ppl, "violations": violations}
+
+    def plan(self, target: Ratios) -> dict[str, Any]:
+        """What an iteration would leave: ratios, sparsity, and bits per weight when packed in fp16."""
+        sparsity = target.sparsity(self.block, self.k)
+        weights = sum(mask.numel() for mask in self.keep.values())
+        bits = packed_bits(target, self.block, self.k)
+        return {
+            **asdict(target),
+            "sparsity": sparsity,
+            "model_sparsity": sparsity * weights / self.parameter_count,
+            "packed_bits_per_weight": bits,
+            "packed_ratio": 16 / bits,
+        }
+
+    # ---- saving -----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Maps and masks as plain values and small tensors, for checkpoints."""
+        if self.tiers:
+            tensors = {f"{n}.{part}": t for n, tiers in self.tiers.items() for part, t in tiers.state().items()}
+        else:
+            tensors = {f"{name}.keep": pack_bits(mask.cpu()) for name, mask in self._masks.items()}
+        sizes = {"pattern": self.pattern, "block": self.block, "k": self.k}
+        return {**sizes, "quantiles": self.quantiles, "tensors": tensors}
+
+    def load_state(self, state: Mapping[str, Any], source: str) -> None:
+        """Take over what ``state`` gave.
+
+        Args:
+            state: The state.
+            source: Where it comes from, for messages.
+
+        Raises:
+            ValueError: It belongs to another model, pattern, block size or k.
+        """
+        for field in ("pattern", "block", "k"):
+            if state[field] != getattr(self, field):
+                name = {"k": "topk"}.get(field, field)
+                here = getattr(self, field)
+                raise ValueError(
+                    f"{source} has {name} {state[field]}, this run has {here}: set {name} to {state[field]}"
+                )
+        self.quantiles = state.get("quantiles", {})
+        names = {name.rpartition(".")[0] for name in state["tensors"]}
+        if names != set(self.matrices):
+            other = sorted(names ^ set(self.matrices))
+            raise ValueError(f"{source} belongs to another model: {other[0]} is in one of the two only")
+        for name, matrix in self.matrices.items():
+            tensors = {part: state["tensors"].get(f"{name}.{part}") for part in ("map", "keep")}
+            if self.tiers:
+                self.tiers[name].load_state(tensors)
+            else:
+                mask = unpack_bits(tensors["keep"], matrix.weight.numel()).view(matrix.weight.shape)
+                self._masks[name] = mask.to(matrix.weight.device)
+
+    def save(self, folder: Path) -> None:
+        """Write maps and masks into a model's folder."""
+        state = self.state()
+        about = {field: str(state[field]) for field in ("pattern", "block", "k")}
+        sealed.write(folder / TIERS_FILE, "tier maps", state["tensors"], about)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: The folder has no tier maps.
+            ValueError: They are damaged, or see ``load_state``.
+        """
+        tensors, about = sealed.read(folder / TIERS_FILE, "tier maps")
+        sizes = {"pattern": about["pattern"], "block": int(about["block"]), "k": int(about["k"])}
+        self.load_state({**sizes, "tensors": tensors}, str(folder / TIERS_FILE))
+
+    def adopt(self, packed: Iterable[tuple[str, Tensor, Tensor, Layout]], source: str) -> None:
+        """Take over the tier maps and masks of a packed model.
+
+        Args:
+            packed: Name, tier map, mask and layout of every matrix.
+            source: Where they come from, for messages.
+
+        Raises:
+            ValueError: See ``load_state``.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, map_rc, keep_RC, layout in packed:
+            tensors |= {f"{name}.map": map_rc, f"{name}.keep": pack_bits(pad(keep_RC, layout.block))}
+        sizes = {"pattern": "tiers", "block": layout.block, "k": layout.k}
+        self.load_state({**sizes, "tensors": tensors}, source)
+
+    def to(self, device: torch.device) -> None:
+        """Move maps and masks."""
+        for tiers in self.tiers.values():
+            tiers.to(device)
+        self._masks = {name: mask.to(device) for name, mask in self._masks.items()}
+
+
+def packed_bits(target: Ratios, block: int, k: int, bits: int = 16) -> float:
+    """Bits per weight of the packed form: values, 2-bit and 8- or 16-bit indices, 2 bits a block for the map.
+
+    With 16-bit values, blocks of 16 and k = 10 this is 16d + 9m + 0.94t + 0.008.
+    """
+    index = 8 if block * block <= 256 else 16
+    mid, topk = bits / 2 + 1, k * (bits + index) / block**2
+    return bits * target.dense + mid * target.mid_2_4 + topk * target.topk + 2 / block**2
+
+
+def _digits(map_rc: Tensor) -> str:
+    return "".join(map(str, map_rc.flatten().tolist()))

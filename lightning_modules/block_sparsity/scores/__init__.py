@@ -1,0 +1,8 @@
+"""One score, one file: subclassing `Score` in a new file of this folder is all it takes to add one."""
+
+from lightning_modules.block_sparsity.scores.base import Score
+from lightning_modules.extensions import import_siblings
+
+__all__ = ["Score"]
+
+import_siblings(__name__, __path__)

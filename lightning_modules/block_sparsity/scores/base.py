@@ -1,0 +1,40 @@
+"""What a weight score is.
+
+Shape legend: R, C rows (outputs) and columns (inputs) of a matrix; B sequences, T tokens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Score(ABC):
+    """How important each weight of a matrix is, from the weight and one statistic of its matrix.
+
+    Scores are compared inside one matrix (or row, or, under a global budget, over all matrices).
+    """
+
+    def statistics(
+        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """What the score needs to know of each matrix besides its weights, by name; nothing by default.
+
+        Args:
+            model: A Hugging Face causal language model with its current weights.
+            matrices: The linear layers to score.
+            batches: Calibration text, token ids ``[B, T]``.
+            device: Where to compute.
+        """
+        return {}
+
+    @abstractmethod
+    def score(self, weight: Tensor, statistic: Tensor | None, rows: slice) -> Tensor:
+        """Scores ``float32 [rows, C]`` of some rows of a matrix, not negative, freshly made.
+
+        Args:
+            weight: The whole matrix ``[R, C]``.
+            statistic: What ``statistics`` says of it.
+            rows: Which rows.
+        """

@@ -1,0 +1,57 @@
+"""Weights times their gradients."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.block_sparsity.scores.base import Score
+from lightning_modules.perplexity import next_token_nll
+
+
+class Gradient(Score):
+    """|W·g|: the first-order change of the loss when the weight becomes zero. Molchanov et al., arXiv 1906.10771.
+
+    |g| is averaged over calibration batches, so that signs do not cancel. Takes a backward pass over the calibration
+    text and one float32 copy of the matrices; each weight's gradient is reduced and freed as soon as it is there.
+    """
+
+    def statistics(
+        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Mean absolute gradients ``float32 [R, C]``."""
+        home, training = next(model.parameters()).device, model.training
+        model.to(device).eval()
+        found = {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in matrices.items()}
+        wanted = {m.weight: found[name] for name, m in matrices.items()}
+        required = {p: p.requires_grad for p in model.parameters()}
+        kept = {p: p.grad for p in model.parameters()}
+
+        def reduce(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            wanted[parameter].add_(parameter.grad.float().abs(), alpha=1 / len(batches))
+            parameter.grad = None
+
+        for p in required:
+            p.requires_grad_(p in wanted)
+            p.grad = None
+        hooks = [p.register_post_accumulate_grad_hook(reduce) for p in wanted]
+        try:
+            with torch.enable_grad():
+                for ids_BT in batches:
+                    ids_BT = ids_BT.to(device)
+                    nll, tokens = next_token_nll(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+                    (nll / tokens).backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for p, needed in required.items():
+                p.requires_grad_(needed)
+                p.grad = kept[p]
+            model.to(home).train(training)
+        return {name: total.to(home) for name, total in found.items()}
+
+    def score(self, weight: Tensor, statistic: Tensor | None, rows: slice) -> Tensor:
+        """See ``Score.score``."""
+        assert statistic is not None
+        return weight[rows].float().abs().mul_(statistic[rows])

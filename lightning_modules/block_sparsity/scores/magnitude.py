@@ -1,0 +1,13 @@
+"""The size of the weight alone."""
+
+from torch import Tensor
+
+from lightning_modules.block_sparsity.scores.base import Score
+
+
+class Magnitude(Score):
+    """|W|. Han et al., arXiv 1506.02626. No calibration."""
+
+    def score(self, weight: Tensor, statistic: Tensor | None, rows: slice) -> Tensor:
+        """See ``Score.score``."""
+        return weight[rows].float().abs()

@@ -1,0 +1,55 @@
+"""Whether a packed model is the pruned one it was made from."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_modules.block_sparsity.masks import violations
+from lightning_modules.block_sparsity.packed_model import load_packed, packed_dtype, read_tiers
+from lightning_modules.block_sparsity.pruner import Pruner
+
+
+@torch.no_grad()
+def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.device) -> dict[str, Any]:
+    """Compare tier maps, masks, every weight, and the logits of one validation batch.
+
+    Weights are compared as the packed type rounds them: bit for bit for floats, within half a step of their scale's for
+    int8. Packed and expanded layers must give the same logits.
+
+    Returns:
+        What was compared, and how far apart the logits are from the unrounded model's.
+
+    Raises:
+        ValueError: Something differs, with its name.
+    """
+    kept = {name: (tier_map, keep) for name, tier_map, keep, _ in read_tiers(folder)}
+    if set(kept) != set(pruner.tiers):
+        raise ValueError(f"{folder} packs other matrices than the pruned model has")
+    for name, tiers in pruner.tiers.items():
+        if not (torch.equal(kept[name][0], tiers.map_rc) and torch.equal(kept[name][1], tiers.keep_RC)):
+            raise ValueError(f"{name}: the packed tier map or mask differs from the pruned model's")
+    dtype = packed_dtype(folder)
+    expanded: Any = load_packed(folder)
+    packed: Any = load_packed(folder, expand=False)
+    for name, weight in model.state_dict().items():
+        wanted = weight if dtype == torch.int8 else weight.to(dtype).float()
+        found = expanded.state_dict()[name]
+        matrix = name.removesuffix(".weight")
+        tolerance = found.abs().max() / 100 if dtype == torch.int8 else 0.0
+        if ((found - wanted).abs() > tolerance).any():
+            raise ValueError(f"{name}: the packed weights differ from the pruned model's")
+        if matrix in kept and (found[~kept[matrix][1]] != 0).any():
+            raise ValueError(f"{name}: a pruned weight is not zero after unpacking")
+    batch = next(iter(data.val_dataloader()))["input_ids"].to(device)
+    logits = model.to(device)(input_ids=batch, use_cache=False).logits
+    plain = expanded.to(device)(input_ids=batch, use_cache=False).logits
+    if not torch.equal(plain, packed.to(device)(input_ids=batch, use_cache=False).logits):
+        raise ValueError("layers that stay packed give other logits than expanded ones")
+    return {
+        "matrices": len(kept),
+        "weights_equal": True,
+        "logits_equal": True,
+        "logits_change": float((plain - logits).abs().max()),
+        "violations": violations(pruner.matrices, pruner.keep),
+    }

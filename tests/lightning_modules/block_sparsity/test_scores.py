@@ -1,0 +1,100 @@
+"""Every score, and the calibration that streams through the layers."""
+
+import pytest
+import torch
+
+from lightning_modules.block_sparsity.scores.base import Score
+from lightning_modules.block_sparsity.scores.gradient import Gradient
+from lightning_modules.block_sparsity.scores.wanda import Wanda
+from lightning_modules.block_sparsity.stream import LayerInputs, decoder_layers, input_norms, linear_layers
+from lightning_modules.extensions import variants
+from tests.lightning_modules.block_sparsity.toy import batches, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", variants(Score), ids=lambda kind: kind.__name__)
+def test_scores_are_finite_not_negative_repeatable_and_leave_the_model_alone(kind):
+    model, text = tiny_llama(), batches()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    matrices = linear_layers(model)
+    score = kind()
+    statistics = score.statistics(model, matrices, text, CPU)
+    for name, matrix in matrices.items():
+        whole = score.score(matrix.weight, statistics.get(name), slice(None))
+        assert whole.shape == matrix.weight.shape and whole.dtype == torch.float32
+        assert (whole >= 0).all() and whole.isfinite().all()
+        assert torch.equal(whole, score.score(matrix.weight, statistics.get(name), slice(0, len(whole))))
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_four_scores_are_there():
+    assert [kind.__name__ for kind in variants(Score)] == ["Gradient", "Magnitude", "Random", "Wanda"]
+
+
+def test_streamed_norms_are_those_of_a_whole_forward_pass():
+    model, text = tiny_llama(), batches()
+    matrices, seen = linear_layers(model), {}
+
+    def add(name):
+        def hook(_, args):
+            seen[name] = seen.get(name, 0) + args[0].double().pow(2).flatten(0, -2).sum(0)
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(add(name)) for name, m in matrices.items()]
+    with torch.no_grad():
+        for ids in text:
+            model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    for name, norms in input_norms(model, matrices, text, CPU).items():
+        torch.testing.assert_close(norms.double(), seen[name].sqrt(), rtol=1e-5, atol=1e-6)
+
+
+def test_wanda_is_weight_times_norm_of_the_current_weights():
+    model, text = tiny_llama(), batches()
+    matrices = linear_layers(model)
+    first = Wanda().statistics(model, matrices, text, CPU)
+    name = "model.layers.0.mlp.down_proj"
+    expected = matrices[name].weight.abs() * first[name][None]
+    torch.testing.assert_close(Wanda().score(matrices[name].weight, first[name], slice(0, 32)), expected)
+    with torch.no_grad():
+        matrices["model.layers.0.mlp.up_proj"].weight.mul_(2)
+    torch.testing.assert_close(Wanda().statistics(model, matrices, text, CPU)[name], 2 * first[name])
+
+
+def test_gradient_is_weight_times_mean_absolute_gradient():
+    model, text = tiny_llama(), batches(2)
+    matrices = linear_layers(model)
+    name = "model.layers.1.self_attn.o_proj"
+    wanted = torch.zeros_like(matrices[name].weight)
+    for ids in text:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        wanted += matrices[name].weight.grad.abs() / 2
+    model.zero_grad()
+    found = Gradient().statistics(model, matrices, text, CPU)[name]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_only_one_layers_inputs_are_held():
+    model, text = tiny_llama(), batches()
+    inputs = LayerInputs(model, text, CPU)
+    with torch.no_grad():
+        for layer in decoder_layers(model).values():
+            inputs.advance(layer)
+            assert len(inputs.hidden) == len(text)
+        logits = model.lm_head(model.model.norm(inputs.hidden[0]))
+        torch.testing.assert_close(logits, model(input_ids=text[0]).logits)
+
+
+def test_models_without_linear_layers_and_no_text_are_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(ValueError, match="llama"):
+        linear_layers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32)))
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="calibration"):
+        input_norms(model, linear_layers(model), [], CPU)
