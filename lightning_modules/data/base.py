@@ -213,6 +213,11 @@ class TextDataModule(L.LightningDataModule, ABC):
         sampler = FixedOrderSampler(len(self.val), **self._ranks())
         return DataLoader(Blocks(self.val), sampler=sampler, **self._loading())
 
+    def predict_dataloader(self) -> DataLoader:
+        """The training split in fixed order, equally many batches on every rank."""
+        sampler = FixedOrderSampler(len(self.train), **self._ranks())
+        return DataLoader(Blocks(self.train), sampler=sampler, **self._loading())
+
     def test_dataloader(self) -> DataLoader:
         """The validation split: a language-modelling corpus has no other held-out text."""
         return self.val_dataloader()
