@@ -83,7 +83,7 @@ class Anatomy:
     """
 
     family: str
-    decoder: nn.Module
+    decoder: Any
     layers: Sequence[nn.Module]
     norm: nn.Module
     arguments: tuple[str, ...]
@@ -133,7 +133,7 @@ def _rotate(heads_BAND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: Any) -> Anatomy:
     """Find the parts of a causal language model (or of its decoder alone).
 
     Raises:
