@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_modules.token_pruning.pruner import TokenPruner
-from tests.lightning_modules.token_pruning.toy import tiny_model
+from tests.lightning_modules.token_pruning.models import build
 
 
 def test_scores_are_the_formula():
@@ -21,7 +21,7 @@ def test_scores_are_the_formula():
 
 
 def test_default_size_is_a_few_megabytes(tmp_path):
-    model = tiny_model(hidden=256)
+    model = build(hidden_size=256)
     TokenPruner.for_model(model, [1, 3]).save(tmp_path / "pruner")
     size = sum(f.stat().st_size for f in (tmp_path / "pruner").iterdir())
     assert size < 3e6
@@ -29,7 +29,7 @@ def test_default_size_is_a_few_megabytes(tmp_path):
 
 
 def test_saved_and_loaded_with_one_call(tmp_path):
-    model = tiny_model()
+    model = build()
     pruner = TokenPruner.for_model(model, [1, 2], width=16)
     pruner.notes["target"] = "gate"
     for _ in range(2):  # the second replaces the first
@@ -37,19 +37,20 @@ def test_saved_and_loaded_with_one_call(tmp_path):
     assert sorted(f.name for f in (tmp_path / "pruner").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert [f.name for f in tmp_path.iterdir()] == ["pruner"]
     again = TokenPruner.load(tmp_path / "pruner", model)
-    hidden = torch.randn(1, 5, 32)
+    hidden = torch.randn(1, 5, 64)
     assert torch.equal(again(hidden, 2), pruner(hidden, 2))
     assert again.config() == pruner.config()
 
 
 def test_rounding_the_base_model_is_no_other_model_but_a_step_of_training_is(tmp_path):
-    model = tiny_model()
+    model = build()
     TokenPruner.for_model(model, [1], width=4).save(tmp_path / "p")
-    TokenPruner.load(tmp_path / "p", tiny_model().bfloat16())
-    TokenPruner.load(tmp_path / "p", tiny_model().half())
-    trained = tiny_model()
-    for parameter in trained.parameters():
-        parameter.add_(1e-4)
+    TokenPruner.load(tmp_path / "p", build().bfloat16())
+    TokenPruner.load(tmp_path / "p", build().half())
+    trained = build()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1e-4)
     with pytest.raises(ValueError, match="another base model: the values of"):
         TokenPruner.load(tmp_path / "p", trained)
 
@@ -57,23 +58,22 @@ def test_rounding_the_base_model_is_no_other_model_but_a_step_of_training_is(tmp
 @pytest.mark.parametrize(
     ("other", "names"),
     [
-        ({"hidden": 64}, "hidden_size is 64, not 32"),
-        ({"layers": 6}, "num_hidden_layers is 6, not 4"),
-        ({"kind": "qwen2"}, "model_type is qwen2, not llama"),
-        ({"seed": 1}, "values of"),
+        (lambda: build(hidden_size=32), "hidden_size is 32, not 64"),
+        (lambda: build(layers=4), "num_hidden_layers is 4, not 6"),
+        (lambda: build("qwen2"), "model_type is qwen2, not llama"),
     ],
 )
 def test_another_base_model_is_refused_with_the_reason(tmp_path, other, names):
-    TokenPruner.for_model(tiny_model(), [1], width=4).save(tmp_path / "p")
+    TokenPruner.for_model(build(), [1], width=4).save(tmp_path / "p")
     with pytest.raises(ValueError, match=names):
-        TokenPruner.load(tmp_path / "p", tiny_model(**other))
+        TokenPruner.load(tmp_path / "p", other())
 
 
 def test_a_broken_or_foreign_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         TokenPruner.load(tmp_path / "nothing")
     folder = tmp_path / "p"
-    TokenPruner.for_model(tiny_model(), [1], width=4).save(folder)
+    TokenPruner.for_model(build(), [1], width=4).save(folder)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-40])
     with pytest.raises(ValueError, match="no usable token pruner"):
