@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.token_pruning.identity import identity_of
-from lightning_modules.token_pruning.samples import split_batch
+from lightning_modules.token_pruning.samples import refuse_packing, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.store import SaliencyStore
 from lightning_modules.token_pruning.targets import Target
@@ -68,6 +68,7 @@ class TokenSaliency(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Stop after the samples asked for."""
         data = self.trainer.datamodule
+        refuse_packing(data)
         batches = ceil(self.num_samples / (data.batch_size * self.trainer.world_size))
         limit = self.trainer.limit_predict_batches
         self.trainer.limit_predict_batches = batches if isinstance(limit, float) else min(limit, batches)
@@ -93,7 +94,6 @@ class TokenSaliency(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> int:
         """Store the samples of a batch that are not there yet; returns how many were."""
-        # Lightning predicts in inference mode, whose tensors cannot take part in a backward pass, clones can
         with torch.inference_mode(False):
             samples = split_batch(batch, self.response)
             self.skipped["without a response or a prompt"] += len(batch["input_ids"]) - len(samples.input_ids)

@@ -27,10 +27,10 @@ class Samples(NamedTuple):
     real: Tensor
     prompt: Tensor
 
-    @property
-    def attention_mask(self) -> Tensor:
-        """``real`` as models take it, int64 [B, N]."""
-        return self.real.long()
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model takes: ids, padding mask, and positions that begin at the first real token."""
+        positions = (self.real.cumsum(1) - 1).clamp_min(0)
+        return {"input_ids": self.input_ids, "attention_mask": self.real.long(), "position_ids": positions}
 
     def keys(self) -> list[str]:
         """One name per sample that follows from its tokens and from where its response begins.
@@ -47,36 +47,36 @@ class Samples(NamedTuple):
 
 
 def split_batch(batch: dict[str, Tensor], response: int) -> Samples:
-    """Divide a batch into prompts and responses, and leave out rows that have none.
+    """Divide a batch into prompts and responses, and leave out rows that have not both.
 
-    Batches with an ``attention_mask`` say by their labels what is response. In blocks of plain text the last
-    ``response`` tokens are it.
+    Labels say what is response, except in rows without a prompt, which are plain text: there it is the last
+    ``response`` tokens.
 
     Args:
-        batch: ``input_ids`` and ``labels`` int64 [B, N], perhaps ``attention_mask``.
-        response: Tokens of a text block that count as response.
+        batch: ``input_ids`` and ``labels`` int64 [B, N], and where rows are padded ``attention_mask``.
+        response: Tokens of a plain text that count as response.
 
     Returns:
-        At most B samples: rows without a label (padding of the last batch, responses cut off) are left out, and so are
-        those whose response begins with the first token.
-
-    Raises:
-        ValueError: text blocks that are not longer than ``response``.
+        At most B samples. Left out are rows without a label (those that fill up the last batch, responses cut off) and
+        plain texts of no more than ``response`` tokens.
     """
+    # clones: Lightning predicts and validates in inference mode, whose tensors cannot take part in a backward pass
     ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
-    length = ids.shape[1]
+    real = torch.ones_like(ids, dtype=torch.bool)
     if "attention_mask" in batch:
-        real = batch["attention_mask"].bool()
-    else:
-        if response >= length:
-            raise ValueError(f"response: {response} tokens leave no prompt in blocks of {length}; set a smaller one")
-        labels[:, : length - response] = IGNORED
-        real = torch.ones_like(ids, dtype=torch.bool)
+        real = batch["attention_mask"].bool().clone()
     labels = labels.masked_fill(~real, IGNORED)
-    answered = labels != IGNORED
-    before = answered.cumsum(1) == 0
-    samples = Samples(ids, labels, real, real & before)
-    return samples.pick(answered.any(1) & samples.prompt.any(1))
+    usable = (labels != IGNORED).any(1)
+    # a text's labels begin with its first or (after a start token) second token
+    text = _before(labels, real).sum(1) <= 1
+    from_end = real.flip(1).cumsum(1).flip(1)
+    labels = torch.where(text[:, None] & (from_end > response), IGNORED, labels)
+    samples = Samples(ids, labels, real, _before(labels, real))
+    return samples.pick(usable & (samples.prompt.sum(1) > 1))
+
+
+def _before(labels: Tensor, real: Tensor) -> Tensor:
+    return real & ((labels != IGNORED).cumsum(1) == 0)
 
 
 def response_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,3 +94,13 @@ def response_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
     )
     return nll.sum(1), (targets != IGNORED).sum(1)
+
+
+def refuse_packing(data: object) -> None:
+    """Refuse data that put several samples into one row.
+
+    Raises:
+        ValueError: ``data.packing`` is on.
+    """
+    if getattr(data, "packing", False):
+        raise ValueError("data.packing: token pruning needs one sample a row; set it to false")

@@ -92,7 +92,7 @@ def gate_gradients(model: PreTrainedModel, samples: Samples, layers: Sequence[in
 
 def _loss(model: PreTrainedModel, samples: Samples) -> tuple[float, Tensor]:
     """Scale, and the scaled sum over samples of their mean response loss: no sample's gradient sees another's."""
-    logits = model(input_ids=samples.input_ids, attention_mask=samples.attention_mask, use_cache=False).logits
+    logits = model(**samples.inputs(), use_cache=False).logits
     nll, tokens = response_nll(logits, samples.labels)
     scale = _HALF_SCALE if model.dtype == torch.float16 else 1.0
     return scale, (nll / tokens.clamp_min(1)).sum() * scale

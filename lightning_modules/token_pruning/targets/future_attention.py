@@ -24,8 +24,7 @@ class FutureAttention(Target):
         model.set_attn_implementation("eager")  # the only one that returns probabilities
         try:
             attentions_BANN = model(
-                input_ids=samples.input_ids,
-                attention_mask=samples.attention_mask,
+                **samples.inputs(),
                 use_cache=False,
                 output_attentions=True,
             ).attentions
