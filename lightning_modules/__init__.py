@@ -1,7 +1,8 @@
 """The features: models, their training, and their data."""
 
 from lightning_modules.data.embedded import EmbeddedDocs
+from lightning_modules.data.instruct import InstructData
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.pretraining import Pretraining
 
-__all__ = ["EmbeddedDocs", "Pretraining", "TextCorpus"]
+__all__ = ["EmbeddedDocs", "InstructData", "Pretraining", "TextCorpus"]
