@@ -53,7 +53,7 @@ def scoring(model: PreTrainedModel, samples: Samples, budget: Budget, scorer: To
     positions = torch.arange(samples.real.shape[1], device=samples.real.device).expand_as(samples.real)
 
     def score(layer: int, hidden_BNH: Tensor) -> Tensor:
-        tokens = tuple(budget.tokens[budget.stages.index(layer)].tolist())
+        tokens = tuple(budget.tokens[budget.stages.index(layer)])
         context = Context(parts, positions, samples.prompt, budget.protected, tokens, None)
         return scorer.score(hidden_BNH, layer, context)
 

@@ -184,7 +184,7 @@ class TokenPruning(L.LightningModule):
             target = losses.normalise(targets[layer], known)
             totals["mse"] = totals["mse"] + losses.regression(scores, target, known)
             totals["ranking"] = totals["ranking"] + losses.ranking(scores, target, known, self.pairs)
-            left = budget.tokens[stage] - budget.protected.sum(1)
+            left = torch.tensor(budget.tokens[stage], device=scores.device) - budget.protected.sum(1)
             share = left / free.sum(1).clamp_min(1)
             totals["ratio"] = totals["ratio"] + losses.kept_share(scores, free, share)
             before = pruning.alive[layer]

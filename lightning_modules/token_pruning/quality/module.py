@@ -126,4 +126,5 @@ class TokenQuality(L.LightningModule):
 def _line(row: dict[str, Any]) -> str:
     keep = "whole" if row["keep"] is None else f"keep {row['keep']:g}"
     rise = f"{row['nll_rise']:+.4f} [{row['nll_rise_low']:+.4f}, {row['nll_rise_high']:+.4f}] nats"
-    return f"{row['task']:10s} {row['scorer']:14s} {keep:9s} {rise}  accuracy {row['accuracy']:.3f}  kept {row['kept']:.2f}"
+    what = f"{row['task']:10s} {row['scorer']:14s} {keep:9s}"
+    return f"{what} {rise}  accuracy {row['accuracy']:.3f}  kept {row['kept']:.2f}"

@@ -37,9 +37,7 @@ def _predict(base, data, folder, target=None, **options):
     module = TokenSaliency(
         base, str(folder), SCHEDULE, target or GateGradient(), **{"num_samples": 20, "response": 8, **options}
     )
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
-    )
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.predict(module, data)
     return module
 
@@ -110,9 +108,8 @@ def test_overflow_and_underflow_are_counted_and_left_out(base, data, tmp_path):
 
 
 def test_half_precision_overflow_is_noticed(base, data, tmp_path, monkeypatch):
-    """Activations of a float16 model that leave its range make values that are not finite, not values that are wrong."""
     monkeypatch.setattr("lightning_modules.token_pruning.targets.base._HALF_SCALE", 1e8)
-    with pytest.raises(ValueError, match="no sample could be used.*overflowed"):
+    with pytest.raises(ValueError, match=r"no sample could be used.*overflowed"):
         _predict(base, data, tmp_path / "s", dtype="float16", num_samples=4)
 
 

@@ -124,7 +124,7 @@ def test_the_best_stay_and_of_equals_the_earlier():
     scores = torch.tensor([[5.0, 1.0, 4.0, 4.0, 0.0], [0.0, 0.0, 0.0, 9.0, 9.0]])
     candidates = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 1]], dtype=torch.bool)
     protected = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    kept, cut = keep_best(scores, candidates, protected, torch.tensor([3, 2]))
+    kept, cut = keep_best(scores, candidates, protected, [3, 2])
     assert kept.int().tolist() == [[1, 0, 1, 0, 1], [1, 0, 0, 0, 1]]
     assert cut.tolist() == [4.0, 0.0]
 
