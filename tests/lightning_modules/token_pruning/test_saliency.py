@@ -16,6 +16,8 @@ from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from tests.lightning_modules.data.toy import Toy
 from tests.lightning_modules.token_pruning.models import build
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning 2.6 with torch 2.13
+
 SCHEDULE = Schedule(layers=[1, 3], keep=0.6, sinks=1, tail=0.0, min_tail=2)
 
 

@@ -86,7 +86,8 @@ def test_padding_changes_nothing():
 
 def test_gradient_is_that_of_the_policy_softmax_even_for_dropped_tokens():
     """d loss / d mask at a hard 0 against a finite difference of the attention with exp(a)·m."""
-    model, samples = build("gpt2").double()  # whose norms compute in double.requires_grad_(False), _samples(rows=1)
+    # GPT-2, whose norms compute in double precision
+    model, samples = build("gpt2").double().requires_grad_(False), _samples(rows=1)
 
     def loss(mask):
         def change(index, hidden):

@@ -14,6 +14,8 @@ from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from tests.lightning_modules.token_pruning.test_saliency import SCHEDULE, base, data  # noqa: F401 (fixtures)
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning 2.6 with torch 2.13
+
 
 @pytest.fixture(scope="module")
 def saliency(base, data, tmp_path_factory):  # noqa: F811
