@@ -123,19 +123,19 @@ class TokenPruning(L.LightningModule):
         rank_zero_info(f"scorers after layers {layers}: {trained / 1e6:.2f} M parameters")
 
     def setup(self, stage: str) -> None:
-        """Check the data, and read the saliency."""
+        """Check the data."""
         refuse_packing(self.trainer.datamodule)
-        if stage == "fit" and self.saliency_path is not None:
+
+    def on_fit_start(self) -> None:
+        """Read the saliency, and put the base model beside the scorers."""
+        self.model.to(self.device)
+        if self.saliency_path is not None:
             expect = {
                 "layers": self.schedule.resolve(self.model.config.num_hidden_layers),
                 "tokenizer": fingerprint(self.trainer.datamodule.tokenizer),
                 "base": identity_of(self.model),
             }
             self.saliency = Saliency(self.saliency_path, expect)
-
-    def on_fit_start(self) -> None:
-        """Put the base model beside the scorers."""
-        self.model.to(self.device)
 
     def on_validation_start(self) -> None:
         """Put the base model beside the scorers."""

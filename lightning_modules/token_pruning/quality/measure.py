@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality.tasks import Window, answered
+from lightning_modules.token_pruning.scorers.oracle import Oracle
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Arm:
     milliseconds: list[float] = field(default_factory=list)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(model: Any, window: Window, pruner: PromptPruner | None, arm: Arm) -> None:
     """Prefill the prompts, pruned or not, read the suffixes from the cache, and add what came out to ``arm``.
 
@@ -49,6 +50,8 @@ def read(model: Any, window: Window, pruner: PromptPruner | None, arm: Arm) -> N
     """
     rows, length = window.prompt.shape
     cache = DynamicCache(config=model.config)
+    if pruner is not None and isinstance(pruner.scorer, Oracle):
+        pruner.scorer.look(model, window.samples(), pruner.schedule.resolve(model.config.num_hidden_layers))
     pruning: AbstractContextManager[Any] = nullcontext() if pruner is None else pruner.prefill(model)
     with pruning:
         _wait(window.prompt.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.perplexity import IGNORED
-from lightning_modules.token_pruning.samples import split_batch
+from lightning_modules.token_pruning.samples import Samples, split_batch
 
 
 class Window(NamedTuple):
@@ -28,6 +28,14 @@ class Window(NamedTuple):
     prompt: Tensor
     suffix: Tensor
     labels: Tensor
+
+    def samples(self) -> Samples:
+        """Prompts and suffixes in one row, as oracles look at them."""
+        ids = torch.cat([self.prompt, self.suffix], 1)
+        prompt = torch.zeros_like(ids, dtype=torch.bool)
+        prompt[:, : self.prompt.shape[1]] = True
+        labels = torch.cat([torch.full_like(self.prompt, IGNORED), self.labels], 1)
+        return Samples(ids, labels, torch.ones_like(prompt), prompt)
 
 
 def suffix_windows(ids: Tensor, suffix: int) -> Window:

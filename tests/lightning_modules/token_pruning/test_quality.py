@@ -121,7 +121,12 @@ def test_the_command_measures_every_scorer_on_every_task(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "names"),
-    [({"windows": 0}, "windows"), ({"keep": [0.0]}, "keep"), ({"tasks": ["longbench"]}, "longbench"), ({"scorers": []}, "scorers")],
+    [
+        ({"windows": 0}, "windows"),
+        ({"keep": [0.0]}, "keep"),
+        ({"tasks": ["longbench"]}, "longbench"),
+        ({"scorers": []}, "scorers"),
+    ],
 )
 def test_what_is_wrong_is_named(options, names):
     with pytest.raises(ValueError, match=names):
