@@ -18,7 +18,7 @@ from tests.lightning_modules.token_pruning.oracle import masked_logits
 
 AFTER, N = [1, 3], 96
 everywhere = pytest.mark.parametrize(("family", "kernel"), FAMILIES)
-GREEDY = {"max_new_tokens": 8, "do_sample": False}
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
 def _pruner(keep=0.7, scorer=None, **fields):
@@ -74,7 +74,6 @@ def test_padded_batch_equals_masked_and_single_prompts(family, kernel):
     ids, mask = _padded(ROWS)
     with _pruner().prefill(model) as run:
         text = model.generate(ids, attention_mask=mask, **GREEDY)
-        logits = model(text, attention_mask=F.pad(mask, (0, 8), value=1)).logits  # another prompt, for the run below
         alone = [model.generate(row[None], **GREEDY)[0, len(row) :] for row in ROWS]
         cache = DynamicCache()
         places = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -87,7 +86,6 @@ def test_padded_batch_equals_masked_and_single_prompts(family, kernel):
         second = model(
             turn, attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True
         ).logits[:, -1]
-    assert logits.isfinite().all()
     assert [torch.equal(text[row, N:], alone[row]) for row in range(3)] == [True] * 3
     assert (kept[-1] & ~mask.bool()).sum() == 0
     wanted = masked_logits(model, torch.cat([ids, turn], dim=1), AFTER, kept, whole)
@@ -176,7 +174,7 @@ def test_a_conversation_through_generate_keeps_its_cache():
         longer = torch.cat([said, tokens(1, 10, seed=4)], dim=1)
         answer = model.generate(longer, past_key_values=cache, **GREEDY)
         kept = run.kept()
-    assert isinstance(cache, PrunedCache) and cache.get_seq_length() == N + 8 + 10 + 7
+    assert isinstance(cache, PrunedCache) and cache.get_seq_length() == N + 5 + 10 + 4
     for step in range(longer.shape[1], answer.shape[1]):
         wanted = masked_logits(model, answer[:, :step], AFTER, kept)[:, -1].argmax(-1)
         assert answer[0, step] == wanted
