@@ -66,6 +66,7 @@ _FAMILIES = {
     "gpt_neox": _Family("layers", "final_layer_norm", "attention", "input_layernorm", _fused_by_head),
     "gpt2": _Family("h", "ln_f", "attn", "ln_1", _fused_thirds),
 }
+_OUTPUTS = ("o_proj", "dense", "c_proj")  # the projection of what attention found
 SUPPORTED = tuple(_FAMILIES)
 
 
@@ -97,6 +98,14 @@ class Anatomy:
     def attention(self, layer: int) -> Any:
         """The attention module of a layer."""
         return getattr(self.layers[layer], _FAMILIES[self.family].attention)
+
+    def query_width(self, layer: int) -> int:
+        """Channels of a layer's queries, all heads together."""
+        attention = self.attention(layer)
+        output = next(getattr(attention, name) for name in _OUTPUTS if hasattr(attention, name))
+        # a Linear holds its weight as [out, in], GPT-2's Conv1D as [in, out]
+        rows, columns = output.weight.shape
+        return int(rows if self.family == "gpt2" else columns)
 
     def queries(self, layer: int, hidden_BNH: Tensor, rotary: Rotary | None) -> Tensor:
         """What `layer` would ask with, were `hidden_BNH` its input: rotated queries `[B, A, N, D]`.

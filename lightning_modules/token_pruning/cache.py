@@ -79,7 +79,9 @@ class PrunedCache(DynamicCache):
             ValueError: Another kind of cache (static, quantised, encoder-decoder, …).
         """
         if type(cache) not in (DynamicCache, cls):
-            raise ValueError(f"token pruning needs a DynamicCache, not {type(cache).__name__}: its layers grow unequally")
+            raise ValueError(
+                f"token pruning needs a DynamicCache, not {type(cache).__name__}: its layers grow unequally"
+            )
         cache.__class__ = cls
         assert isinstance(cache, cls)
         cache.stages, cache.prompt_length, cache.permit = stages, prompt_length, permit

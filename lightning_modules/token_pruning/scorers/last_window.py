@@ -51,5 +51,5 @@ def _mean_attention(logits_BGRWN: Tensor, real_BN: Tensor | None) -> Tensor:
     hidden_keys = ~real_BN[:, None, None, None, :]
     attention = logits_BGRWN.masked_fill(hidden_keys, torch.finfo(torch.float32).min).softmax(-1)
     asking = real_BN[:, None, None, -window:, None]  # padding inside the window of a short row asks nothing
-    total = (attention * asking).sum((1, 2, 3))
+    total = (attention * asking).mean((1, 2)).sum(1)
     return total / real_BN[:, -window:].sum(-1, keepdim=True).clamp_min(1)
