@@ -223,9 +223,11 @@ class TokenPruning(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Compare scores with saliency, and prune by them, by chance and by recency."""
-        samples = split_batch(batch, self.response)
-        if len(samples.input_ids):
-            self.quality.update(self.model, self.pruner, self.schedule, self.target, samples)
+        # saliency needs gradients, in which tensors made in Lightning's inference mode cannot take part
+        with torch.inference_mode(False), torch.no_grad():
+            samples = split_batch(batch, self.response)
+            if len(samples.input_ids):
+                self.quality.update(self.model, self.pruner, self.schedule, self.target, samples)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/ppl`` (unpruned), ``val/ppl_SCORER_KEEP`` and ``val/spearman_LAYER``."""
