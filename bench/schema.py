@@ -104,6 +104,7 @@ OPTIONAL: dict[str, Field] = {
     "bound_step_time_ms": Field("number", "ms", "ideal step: compute without communication, and bytes over bandwidth"),
     "trace": Field("object", "", "summary of the profiled steps, see bench/trace_summary.py"),
     "prefill": Field("object", "", "token-pruning block"),
+    "token_quality": Field("list", "", "task, scorer and share kept: loss, accuracy, tokens kept, prefill time"),
     "structure": Field("object", "", "structured-pruning block"),
     "tiers": Field("object", "", "block-sparsity block"),
     "survival": Field("object", "", "tokens of a prompt and the stage at which each was dropped"),

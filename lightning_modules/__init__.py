@@ -2,8 +2,24 @@
 
 from lightning_modules.block_sparsity import BlockSparsity
 from lightning_modules.data.embedded import EmbeddedDocs
+from lightning_modules.data.instruct import InstructData
+from lightning_modules.data.recall import Recall
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.structured_pruning import StructuredPruning
+from lightning_modules.token_pruning.module import TokenPruning
+from lightning_modules.token_pruning.quality.module import TokenQuality
+from lightning_modules.token_pruning.saliency import TokenSaliency
 
-__all__ = ["BlockSparsity", "EmbeddedDocs", "Pretraining", "StructuredPruning", "TextCorpus"]
+__all__ = [
+    "BlockSparsity",
+    "EmbeddedDocs",
+    "InstructData",
+    "Pretraining",
+    "Recall",
+    "StructuredPruning",
+    "TextCorpus",
+    "TokenPruning",
+    "TokenQuality",
+    "TokenSaliency",
+]

@@ -85,16 +85,20 @@ class CausalLM(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean next-token loss of ``input_ids [B, T]`` against ``labels [B, T]``."""
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-        nll, tokens = next_token_nll(logits, batch["labels"])
+        nll, tokens = next_token_nll(self.logits(batch), batch["labels"])
         loss = nll / tokens.clamp_min(1)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Scores ``[B, T, V]`` of a batch. No attention mask: padding is on the right, or set apart by positions."""
+        positions = batch.get("position_ids")
+        given = {} if positions is None else {"position_ids": positions}
+        return self.model(input_ids=batch["input_ids"], use_cache=False, **given).logits
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accumulate the token-weighted loss."""
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-        nll, tokens = next_token_nll(logits, batch["labels"])
+        nll, tokens = next_token_nll(self.logits(batch), batch["labels"])
         self.val_nll.update(nll.double() / tokens.clamp_min(1), weight=tokens)
 
     def on_validation_epoch_end(self) -> None:

@@ -1,8 +1,9 @@
-"""Batches from memory-mapped blocks."""
+"""Batches from memory-mapped blocks and samples."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset as ArrowDataset
 from torch import Tensor
@@ -39,6 +40,67 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": input_ids, "labels": input_ids.masked_fill(padding[:, None], IGNORED)}
 
 
+class Samples(Dataset[dict[str, Tensor]]):
+    """Rows of one sample each, or of several packed into one.
+
+    Args:
+        samples: Memory-mapped dataset in numpy format with ``input_ids``, ``prompt`` (tokens) and ``sample_id``.
+        groups: The samples of every row, or None for one sample a row.
+        pad_id: Token that fills short rows.
+        padding_side: Where it fills them.
+    """
+
+    def __init__(
+        self, samples: ArrowDataset, groups: list[list[int]] | None, pad_id: int, padding_side: Literal["left", "right"]
+    ) -> None:
+        self.samples, self.groups = samples, groups
+        self.pad_id, self.padding_side = pad_id, padding_side
+
+    def __len__(self) -> int:
+        return len(self.samples if self.groups is None else self.groups)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One row as a batch of one."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch, see ``InstructData``.
+
+        Rows asked for as ``FixedOrderSampler.PADDING`` hold the first row, with labels that do not count and -1 as id.
+        """
+        rows = [max(index, 0) for index in indices]
+        members = [[row] if self.groups is None else self.groups[row] for row in rows]
+        read = self.samples[[sample for row in members for sample in row]]
+        ids, prompts = iter(read["input_ids"]), iter(read["prompt"])
+        pieces = [[(next(ids), next(prompts)) for _ in row] for row in members]
+        width = max(sum(len(tokens) for tokens, _ in row) for row in pieces)
+
+        input_ids = np.full((len(rows), width), self.pad_id, np.int64)
+        labels, mask, positions = (np.full_like(input_ids, fill) for fill in (IGNORED, 0, 0))
+        for i, row in enumerate(pieces):
+            used = sum(len(tokens) for tokens, _ in row)
+            start = width - used if self.padding_side == "left" else 0
+            empty = slice(0, start) if start else slice(used, width)
+            positions[i, empty] = np.arange(width - used)
+            for tokens, prompt in row:
+                end = start + len(tokens)
+                input_ids[i, start:end] = tokens
+                mask[i, start:end] = 1
+                positions[i, start:end] = np.arange(len(tokens))
+                # The first token of a sample is nobody's next token, even where there is no prompt.
+                learnt = max(int(prompt), 1)
+                if indices[i] != FixedOrderSampler.PADDING:
+                    labels[i, start + learnt : end] = tokens[learnt:]
+                start = end
+        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+        if self.groups is not None or self.padding_side == "left":
+            batch["position_ids"] = positions
+        if self.groups is None:
+            padding = np.asarray(indices) == FixedOrderSampler.PADDING
+            batch["sample_id"] = np.where(padding, -1, read["sample_id"])
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
 class ResumableLoader(DataLoader):
     """A loader that counts as resumable for Lightning, because the DataModule keeps its position."""
 
@@ -50,11 +112,11 @@ class ResumableLoader(DataLoader):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: see ``TextDataModule.state_dict``."""
+        """Nothing: see ``PreparedData.state_dict``."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see ``TextDataModule.load_state_dict``."""
+        """Nothing: see ``PreparedData.load_state_dict``."""
 
 
 def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Stream documents from JSON arrays, JSON lines and plain text. Memory does not grow with the size of the file.
 
-Every reader yields ``(text, bytes_read)``: a document, and how far into the file the reader is, for a progress bar.
-Bad input raises ValueError with the file, the place in it, and what to do.
+Every reader yields ``(record, where, bytes_read)``: a decoded record, how to call it in an error, and how far into the
+file the reader is, for a progress bar. A document is the text of a record, below its title if it has one. Bad input
+raises ValueError with the file, the place in it, and what to do.
 """
 
 import codecs
@@ -10,11 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ijson
 
 Document = tuple[str, int]
+Record = tuple[Any, str, int]
 
 TEXT_DOCUMENT = 16_384
 """A plain text file longer than twice this many characters counts as several documents of about this length."""
@@ -46,18 +48,21 @@ def corpus_files(path: Path) -> list[Path]:
 
 def read_documents(files: Sequence[Path]) -> Iterator[Document]:
     """Documents of several files in order; ``bytes_read`` counts on from file to file."""
+    for record, where, position in read_records(files):
+        yield document_text(record, where), position
+
+
+def read_records(files: Sequence[Path]) -> Iterator[Record]:
+    """Records of several files in order; ``bytes_read`` counts on from file to file."""
     before = 0
     for file in files:
-        for text, position in READERS[file.suffix.lower()](file):
-            yield text, before + position
+        for record, where, position in READERS[file.suffix.lower()](file):
+            yield record, where, before + position
         before += file.stat().st_size
 
 
-def read_json_array(path: Path) -> Iterator[Document]:
-    """Documents of a JSON array of ``{"id", "title", "text"}`` records (the layout of Wikipedia dumps).
-
-    A document is the title, a newline and the text, or the text alone where there is no title.
-    """
+def read_json_array(path: Path) -> Iterator[Record]:
+    """Records of a JSON array, such as the ``{"id", "title", "text"}`` of Wikipedia dumps."""
     count = 0
     with path.open("rb") as file:
         _skip_byte_order_mark(file)
@@ -65,7 +70,7 @@ def read_json_array(path: Path) -> Iterator[Document]:
         try:
             for record in ijson.items(file, "item", use_float=True):
                 count += 1
-                yield document_text(record, f"{path}: record {count}"), file.tell()
+                yield record, f"{path}: record {count}", file.tell()
         except ijson.JSONError as error:
             _raise_if_not_utf8(path)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "broken JSON"
@@ -77,8 +82,8 @@ def read_json_array(path: Path) -> Iterator[Document]:
         raise ValueError(f"{path}: the JSON array holds no records")
 
 
-def read_json_lines(path: Path) -> Iterator[Document]:
-    """Documents of a file with one JSON record a line; blank lines are passed over."""
+def read_json_lines(path: Path) -> Iterator[Record]:
+    """Records of a file with one JSON record a line; blank lines are passed over."""
     position = count = 0
     with path.open("rb") as file:
         position = _skip_byte_order_mark(file)
@@ -93,13 +98,13 @@ def read_json_lines(path: Path) -> Iterator[Document]:
                 raise _not_utf8(path, position - len(line) + error.start) from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: line {number} is not a JSON record ({error}); one record a line") from error
-            yield document_text(record, f"{path}: record {count} (line {number})"), position
+            yield record, f"{path}: record {count} (line {number})", position
     if count == 0:
         raise ValueError(f"{path}: the file holds no records")
 
 
-def read_text(path: Path) -> Iterator[Document]:
-    """Documents of a plain UTF-8 text file.
+def read_text(path: Path) -> Iterator[Record]:
+    """A plain UTF-8 text file as records ``{"text"}``.
 
     A short file is one document. A long one is cut at blank lines (or line ends, or spaces) into documents of about
     ``TEXT_DOCUMENT`` characters, so that it can be streamed and divided into training and validation text.
@@ -116,11 +121,11 @@ def read_text(path: Path) -> Iterator[Document]:
                 piece, waiting = waiting[:cut], waiting[cut:]
                 if piece.strip():
                     count += 1
-                    yield piece.replace("\r\n", "\n"), position
+                    yield {"text": piece.replace("\r\n", "\n")}, f"{path}: text {count}", position
         waiting += _decode(path, decoder, b"", position)
     if waiting.strip():
         count += 1
-        yield waiting.replace("\r\n", "\n"), position
+        yield {"text": waiting.replace("\r\n", "\n")}, f"{path}: text {count}", position
     if count == 0:
         raise ValueError(f"{path}: the file holds only white space")
 
@@ -149,17 +154,25 @@ def document_text(record: object, where: str) -> str:
         raise ValueError(f'{where} is a {type(record).__name__}; records look like {{"id", "title", "text"}}')
     if "text" not in record:
         raise ValueError(f"{where} has no field 'text' (its fields: {', '.join(map(str, record)) or 'none'})")
-    text, title = record["text"], record.get("title")
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: 'text' is {type(text).__name__}, not a string")
-    if title is not None and not isinstance(title, str):
-        raise ValueError(f"{where}: 'title' is {type(title).__name__}, not a string")
-    document = f"{title}\n{text}" if title else text
+    text, title = check_text(record["text"], "text", where), record.get("title")
+    return f"{check_text(title, 'title', where)}\n{text}" if title else text
+
+
+def check_text(value: object, field: str, where: str) -> str:
+    """A field's text.
+
+    Raises:
+        ValueError: it is no string, or none that UTF-8 can hold.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: '{field}' is {type(value).__name__}, not a string")
     try:
-        document.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: 'text' has half a surrogate pair at character {error.start}; remove it") from error
-    return document
+        raise ValueError(
+            f"{where}: '{field}' has half a surrogate pair at character {error.start}; remove it"
+        ) from error
+    return value
 
 
 def text_digest(text: str) -> bytes:

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
+
+_WINDOW = 1024  # samples that are sorted by length together
+_RUN = 32  # samples of similar length that stay together
 
 
 class Position(NamedTuple):
@@ -34,14 +38,24 @@ class ResumableSampler(DistributedSampler[int]):
         rank: This rank.
         position: Says where to start; asked whenever iteration starts, because a Trainer makes its loaders before it
             has read the checkpoint to resume from.
+        lengths: Length of every sample. If given, samples of similar length follow each other, so that a batch needs
+            little padding: every 1,024 samples of the shuffled order are sorted by length and taken in runs of 32, and
+            the runs shuffled.
 
     One iteration yields ``length // num_replicas`` samples (a Trainer's epoch). The samples that do not fill the last
     global batch of a Trainer's epoch are not dropped: they come first in the next.
     """
 
-    def __init__(self, length: int, num_replicas: int, rank: int, position: Callable[[], Position]) -> None:
+    def __init__(
+        self,
+        length: int,
+        num_replicas: int,
+        rank: int,
+        position: Callable[[], Position],
+        lengths: NDArray[np.integer] | None = None,
+    ) -> None:
         super().__init__(range(length), num_replicas, rank, drop_last=True)  # type: ignore[arg-type]
-        self.length, self.position = length, position
+        self.length, self.position, self.lengths = length, position, lengths
 
     def __len__(self) -> int:
         """Samples of this rank in one iteration."""
@@ -54,8 +68,22 @@ class ResumableSampler(DistributedSampler[int]):
         for k in range(len(self)):
             epoch, place = divmod(start + self.rank + k * self.num_replicas, self.length)
             if epoch != drawn:
-                drawn, order = epoch, np.random.default_rng((seed, epoch)).permutation(self.length)
+                drawn, order = epoch, self._order(seed, epoch)
             yield int(order[place])
+
+    def _order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """One pass over all samples. Runs are of a fixed size: the order must not depend on batch size or ranks."""
+        generator = np.random.default_rng((seed, epoch))
+        order = generator.permutation(self.length)
+        if self.lengths is None:
+            return order
+        runs: list[NDArray[np.int64]] = []
+        for start in range(0, self.length, _WINDOW):
+            window = order[start : start + _WINDOW]
+            window = window[np.argsort(self.lengths[window], kind="stable")]
+            pieces = [window[i : i + _RUN] for i in range(0, len(window), _RUN)]
+            runs += [pieces[i] for i in generator.permutation(len(pieces))]
+        return np.concatenate(runs)
 
 
 class FixedOrderSampler(DistributedSampler[int]):

@@ -50,12 +50,12 @@ class TextCorpus(TextDataModule):
     ) -> None:
         super().__init__(**kwargs)
         check_percent(val_percent)
-        self.name = (Path(train).expanduser().name if _is_path(train) else train.replace("/", "--")) or "text"
+        self.name = (Path(train).expanduser().name if is_path(train) else train.replace("/", "--")) or "text"
         self.train_source, self.val_source, self.val_percent = train, val, val_percent
         self.hub_config, self.train_split, self.val_split = hub_config, train_split, val_split
         for field, source in (("train", train), ("val", val)):
-            if source is not None and _is_path(source):
-                _files(field, source)
+            if source is not None and is_path(source):
+                source_files(field, source)
 
     def source_key(self) -> Any:
         """Path, size and time of change of every file, or name and splits of the Hub dataset."""
@@ -81,15 +81,15 @@ class TextCorpus(TextDataModule):
         yield "train", self.train_source, self.train_split
 
     def _identity(self, field: str, source: str, split: str) -> Any:
-        if not _is_path(source):
+        if not is_path(source):
             return [source, self.hub_config, split]
-        return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in _files(field, source)]
+        return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(field, source)]
 
     def _read(self, field: str, source: str, split: str) -> Iterator[str]:
-        if not _is_path(source):
+        if not is_path(source):
             yield from hub_documents(field, source, self.hub_config, split)
             return
-        files = _files(field, source)
+        files = source_files(field, source)
         size = sum(file.stat().st_size for file in files)
         with stage(f"Reading {Path(source).name}", size, "bytes") as done:
             for text, position in read_documents(files):
@@ -97,7 +97,7 @@ class TextCorpus(TextDataModule):
                 done(position)
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
     """Whether a source names a file or folder: it exists, or it cannot be the name of a Hub dataset."""
     path = Path(source).expanduser()
     return (
@@ -105,7 +105,17 @@ def _is_path(source: str) -> bool:
     )
 
 
-def _files(field: str, source: str) -> list[Path]:
+def source_files(field: str, source: str) -> list[Path]:
+    """The files of a source that is a path.
+
+    Args:
+        field: Argument the source was named in, for errors.
+        source: File or folder.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a file or folder that cannot be read.
+    """
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{field}: no such file or folder: {source}")

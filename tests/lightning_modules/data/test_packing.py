@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lightning_modules.data.packing import pack_blocks
+from lightning_modules.data.packing import pack_blocks, pack_whole
 
 
 def arrays(*lengths):
@@ -38,3 +38,15 @@ def test_too_few_tokens_make_no_block():
 def test_block_size_must_be_positive():
     with pytest.raises(ValueError, match="block_size"):
         pack_blocks([], 0)
+
+
+def test_whole_sequences_fill_blocks_without_being_cut():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 33, 500).tolist()
+    blocks = pack_whole(lengths, 64)
+    assert sorted(index for block in blocks for index in block) == list(range(500))
+    assert all(sum(lengths[i] for i in block) <= 64 for block in blocks)
+    assert len(blocks) <= 1.02 * sum(lengths) / 64 + 1
+    assert pack_whole([], 4) == []
+    with pytest.raises(ValueError, match="a sequence of 5 tokens does not fit a block of 4"):
+        pack_whole([1, 5], 4)

@@ -7,6 +7,7 @@ from lightning_modules.data import readers
 from lightning_modules.data.readers import (
     check_percent,
     corpus_files,
+    document_text,
     in_validation,
     read_documents,
     read_json_array,
@@ -22,7 +23,7 @@ def write(path, content):
 
 
 def texts(reader, path):
-    return [text for text, _ in reader(path)]
+    return [document_text(record, where) for record, where, _ in reader(path)]
 
 
 def test_json_array_puts_the_title_above_the_text(tmp_path):
@@ -94,7 +95,7 @@ def test_text_without_blank_lines_is_cut_all_the_same(tmp_path, content):
 def test_bad_json_array(tmp_path, content, message):
     path = write(tmp_path / "bad.json", content)
     with pytest.raises(ValueError, match=message) as caught:
-        list(read_json_array(path))
+        texts(read_json_array, path)
     assert str(path) in str(caught.value)
 
 
@@ -108,7 +109,7 @@ def test_bad_json_array(tmp_path, content, message):
 def test_bad_json_lines(tmp_path, content, message):
     path = write(tmp_path / "bad.jsonl", content)
     with pytest.raises(ValueError, match=message) as caught:
-        list(read_json_lines(path))
+        texts(read_json_lines, path)
     assert str(path) in str(caught.value)
 
 
@@ -119,7 +120,7 @@ def test_bad_json_lines(tmp_path, content, message):
 ])  # fmt: skip
 def test_bad_text_file(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        list(read_text(write(tmp_path / "bad.txt", content)))
+        texts(read_text, write(tmp_path / "bad.txt", content))
 
 
 def test_folder_is_read_in_a_fixed_order_and_only_known_files(tmp_path):
@@ -154,6 +155,6 @@ def test_val_percent_must_leave_both_splits(percent):
 
 def test_json_reader_does_not_hold_the_file(tmp_path):
     path = write(tmp_path / "big.json", json.dumps([{"text": os.urandom(500).hex()} for _ in range(3000)]))
-    first, position = next(read_json_array(path))
-    assert len(first) == 1000
+    first, _, position = next(read_json_array(path))
+    assert len(first["text"]) == 1000
     assert position < path.stat().st_size / 10

@@ -1,11 +1,14 @@
+import numpy as np
 import pytest
 
 from lightning_modules.data.sampler import FixedOrderSampler, Position, ResumableSampler
 
 
-def stream(length, start, count, seed=3, world=1, batch=1):
+def stream(length, start, count, seed=3, world=1, batch=1, lengths=None):
     """The next ``count`` samples in global order, as ``world`` ranks with batches of ``batch`` consume them."""
-    ranks = [iter(ResumableSampler(length, world, rank, lambda: Position(seed, start))) for rank in range(world)]
+    ranks = [
+        iter(ResumableSampler(length, world, rank, lambda: Position(seed, start), lengths)) for rank in range(world)
+    ]
     consumed = []
     while len(consumed) < count:
         step = [[next(rank) for _ in range(batch)] for rank in ranks]
@@ -54,3 +57,18 @@ def test_validation_is_complete_unrepeated_and_even(length, world):
     samples = [sample for rank in ranks for sample in rank if sample != FixedOrderSampler.PADDING]
     assert sorted(samples) == list(range(length))
     assert all(rank == sorted(rank, key=lambda sample: sample % (length + 1)) for rank in ranks)
+
+
+def test_samples_of_similar_length_follow_each_other_in_an_order_that_any_ranks_can_continue():
+    lengths = np.random.default_rng(0).integers(10, 500, 3000)
+    straight = stream(3000, 0, 3000, lengths=lengths)
+    assert sorted(straight) == list(range(3000))
+    assert stream(3000, 3000, 3000, lengths=lengths) != straight
+
+    def padded(order):
+        return sum(8 * lengths[order[i : i + 8]].max() for i in range(0, 3000, 8)) / lengths.sum() - 1
+
+    assert padded(straight) < 0.15 < 0.5 < padded(stream(3000, 0, 3000))
+    first, second = np.array(straight[:1024]), np.array(straight[1024:2048])
+    assert abs(lengths[first].mean() - lengths[second].mean()) < 30, "no drift from short to long"
+    assert stream(3000, 600, 300, world=3, batch=5, lengths=lengths)[:300] == straight[600:900]

@@ -1,0 +1,180 @@
+"""Instructions with responses, for tuning and calibration: Dolly, Alpaca, GSM8K, and plain text."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_modules.data.hub import hub_rows
+from lightning_modules.data.instructions import Instruction, Template, recognise
+from lightning_modules.data.loading import Samples
+from lightning_modules.data.packing import pack_whole
+from lightning_modules.data.prepared import PreparedData
+from lightning_modules.data.progress import stage
+from lightning_modules.data.readers import check_percent, read_records
+from lightning_modules.data.samples import FORMAT, SampleEncoder, open_samples, prepare_samples, split_of, summary
+from lightning_modules.data.text import is_path, source_files
+
+
+class InstructData(PreparedData):
+    """Prompts and responses, tokenised once; only the response is learnt.
+
+    Records are recognised by their fields: Dolly (``instruction, context, response``), Alpaca (``instruction, input,
+    output``), GSM8K (``question, answer``), or plain text (``text``, and text files), which is all response and is cut
+    into several samples where it is long. Samples without a response are left out and counted.
+
+    Batches hold ``input_ids``, ``labels`` and ``attention_mask``, int64[batch, T], padded to the longest row, with
+    labels -100 on prompts and padding; and ``sample_id``, int64[batch], a hash of the sample's text. Batches that need
+    it (packed ones, and those padded on the left) also hold ``position_ids``, which begin at 0 with every sample and
+    every stretch of padding: transformers then lets no token see another sample's, as long as it is given neither
+    ``attention_mask`` nor a cache (eager, sdpa and flex attention; flash attention only at batch_size 1).
+
+    Args:
+        train: File (.json, .jsonl, .txt), folder, or name of a Hub dataset. Only a named Hub dataset is downloaded.
+        tokenizer: Folder or Hub name of the model's tokenizer.
+        val: The same as ``train`` for validation. None takes ``val_percent`` of the training samples.
+        val_percent: Share of the samples used for validation when ``val`` is None, chosen by a hash of their prompt.
+        hub_config: Configuration of the Hub dataset.
+        train_split: Split of the Hub dataset to train on.
+        val_split: Split of the Hub dataset to validate on when ``val`` is None; None takes ``val_percent`` instead.
+        template: "alpaca" writes Stanford Alpaca's prompt, "chat" the tokenizer's own chat template.
+        max_length: Most tokens of a sample. Longer ones lose the beginning of their context, then the end of the
+            response (of which half of ``max_length`` stays), then the beginning of the prompt.
+        batch_size: Samples (or packed rows) in a batch of one rank.
+        packing: Put several samples into one row of ``max_length``, isolated from each other, instead of padding each.
+        padding_side: Where shorter rows are padded.
+        cache_dir: Folder for prepared data. Default: $PARE_CACHE, or ~/.cache/pare.
+        num_workers: Loader processes of a rank. 0 loads in the training process, which is fast enough.
+        max_train_samples: Use only the first so many training samples.
+        max_val_samples: Use only the first so many validation samples.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: an argument out of range, or a file or folder that cannot be read.
+    """
+
+    length_field = "max_length"
+    rows_are = "samples"
+
+    def __init__(
+        self,
+        train: str,
+        tokenizer: str,
+        val: str | None = None,
+        val_percent: float = 5.0,
+        hub_config: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        template: Template = "alpaca",
+        max_length: int = 512,
+        batch_size: int = 8,
+        packing: bool = False,
+        padding_side: Literal["left", "right"] = "right",
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        max_train_samples: int | None = None,
+        max_val_samples: int | None = None,
+    ) -> None:
+        super().__init__(max_length, batch_size, tokenizer, cache_dir, num_workers)
+        limits = {"max_train_samples": max_train_samples, "max_val_samples": max_val_samples}
+        for field, value in {"max_length": max_length, "batch_size": batch_size, **limits}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1, got {value}")
+        check_percent(val_percent)
+        self.name = (Path(train).expanduser().name if is_path(train) else train.replace("/", "--")) or "instructions"
+        self.packing, self.padding_side, self.template = packing, padding_side, template
+        self.val_percent, self.hub_config, self._limits = val_percent, hub_config, limits
+        self.sources = [("train", train, train_split)]
+        self._divides = val is None and val_split is None
+        if not self._divides:
+            self.sources.insert(0, ("val", val or train, val_split or train_split))
+        for field, source, _ in self.sources:
+            if is_path(source):
+                source_files(field, source)
+
+    def source_key(self) -> Any:
+        """Path, size and time of change of every file, or name and splits of the Hub dataset."""
+        key = {field: self._identity(field, source, split) for field, source, split in self.sources}
+        return key | {"val_percent": self.val_percent if self._divides else None}
+
+    def _identity(self, field: str, source: str, split: str) -> Any:
+        if not is_path(source):
+            return [source, self.hub_config, split]
+        return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(field, source)]
+
+    def instructions(self) -> Iterator[tuple[str, Instruction]]:
+        """Pairs of split and sample, always in the same order, validation first.
+
+        Raises:
+            ValueError: a record of no known format.
+        """
+        for field, source, split in self.sources:
+            for record, where in self._records(field, source, split):
+                sample = recognise(record, where)
+                yield split_of(sample, self.val_percent) if self._divides else field, sample
+
+    def _records(self, field: str, source: str, split: str) -> Iterator[tuple[Any, str]]:
+        if not is_path(source):
+            for number, row in enumerate(hub_rows(source, self.hub_config, split), 1):
+                yield row, f"{field}: {source}, row {number}"
+            return
+        files = source_files(field, source)
+        with stage(f"Reading {Path(source).name}", sum(file.stat().st_size for file in files), "bytes") as done:
+            for record, where, position in read_records(files):
+                yield record, where
+                done(position)
+
+    @cached_property
+    def _encoder(self) -> SampleEncoder:
+        assert self._source_tokenizer is not None  # ``tokenizer`` is required
+        return SampleEncoder(self._source_tokenizer, self.template, self.block_size)
+
+    def _key(self) -> str:
+        key = [FORMAT, "instruct", self.source_key(), self._encoder.identity(), self.block_size]
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+    def _prepare(self, folder: Path) -> None:
+        prepare_samples(folder, self.instructions(), self._encoder)
+
+    def _open(self, folder: Path) -> None:
+        self.tokenizer = self._encoder.tokenizer
+        self._counts = summary(folder)
+        self.train = self._first(open_samples(folder, "train"), self._limits["max_train_samples"])
+        self.val = self._first(open_samples(folder, "val"), self._limits["max_val_samples"])
+        self._rows: dict[str, Samples] = {}
+        pad = self.tokenizer.pad_token_id
+        for split, samples in (("train", self.train), ("val", self.val)):
+            groups = pack_whole(_lengths(samples).tolist(), self.block_size) if self.packing else None
+            end = self.tokenizer.eos_token_id
+            self._rows[split] = Samples(samples, groups, end if pad is None else pad, self.padding_side)
+
+    def _dataset(self, split: str) -> Samples:
+        return self._rows[split]
+
+    def _row_lengths(self) -> NDArray[np.int64] | None:
+        return None if self.packing else _lengths(self.train)
+
+    def describe(self) -> dict[str, Any]:
+        """The data in numbers, for records: samples and tokens of both splits, what was left out, tokenizer, hash."""
+        return {
+            "name": self.name,
+            "prepared": self._counts,
+            "samples": {"val": len(self.val), "train": len(self.train)},
+            "rows": {split: len(rows) for split, rows in self._rows.items()},
+            "template": self.template,
+            "packing": self.packing,
+            "padding_side": self.padding_side,
+            "max_length": self.block_size,
+            "tokenizer": self._tokenizer_name,
+            "vocab_size": len(self.tokenizer),
+            "hash": self._hash,
+        }
+
+
+def _lengths(samples: Any) -> NDArray[np.int64]:
+    return np.asarray(samples["length"][:], np.int64)

@@ -1,0 +1,152 @@
+"""Instructions and their responses: recognise a record's format, and write the prompt around it."""
+
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_modules.data.readers import check_text, document_text
+
+Template = Literal["alpaca", "chat"]
+
+
+class Instruction(NamedTuple):
+    """One sample; plain text is a sample without an instruction, and is all response."""
+
+    instruction: str | None
+    context: str
+    response: str
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a response, and (unless it is plain text) something that it responds to."""
+        return bool(self.response.strip()) and (self.instruction is None or bool(self.instruction.strip()))
+
+
+class _Format(NamedTuple):
+    name: str
+    instruction: str
+    context: str | None
+    response: str
+
+
+_FORMATS = (
+    _Format("Dolly", "instruction", "context", "response"),
+    _Format("Alpaca", "instruction", "input", "output"),
+    _Format("GSM8K", "question", None, "answer"),
+)
+_KNOWN = "; ".join(
+    f"{f.name}: {', '.join(field for field in (f.instruction, f.context, f.response) if field)}" for f in _FORMATS
+)
+
+
+class Prompt(NamedTuple):
+    """The text before the response, and after it."""
+
+    text: str
+    context: slice
+    """Characters of ``text`` that may be shortened: the input that the instruction is about."""
+    special: bool
+    """Whether special tokens are written in ``text`` and ``end`` (by a chat template)."""
+    end: str = ""
+    """What closes the response; empty stands for the end-of-text token."""
+
+
+def recognise(record: Any, where: str) -> Instruction:
+    """Read a record of Dolly, Alpaca or GSM8K, or plain text, by the fields that it has.
+
+    A field that is null counts as empty; ``context`` and ``input`` may be missing.
+
+    Args:
+        record: A decoded JSON record.
+        where: How to call the record in an error.
+
+    Raises:
+        ValueError: the record has the fields of no known format, or a field that is not text.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is a {type(record).__name__}; a record with named fields is expected")
+    for form in _FORMATS:
+        if form.instruction in record and form.response in record:
+            return Instruction(*(_field(record, field, where) for field in form[1:]))
+    if "text" in record:
+        return Instruction(None, "", document_text(record, where))
+    fields = ", ".join(map(str, record)) or "none"
+    raise ValueError(
+        f"{where} has the fields of no known format (its fields: {fields}; known are {_KNOWN}; text: text)"
+    )
+
+
+def _field(record: dict[str, Any], field: str | None, where: str) -> str:
+    value = record.get(field) if field else None
+    return "" if field is None or value is None else check_text(value, field, where)
+
+
+def write_prompt(sample: Instruction, template: Template, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """What precedes a response.
+
+    ``alpaca`` is the template that Stanford Alpaca was trained with, in the form of alpaca-lora and LLM-Pruner (a line
+    break after "### Response:"). ``chat`` is the tokenizer's own chat template, with instruction and context as the
+    user's message.
+
+    Raises:
+        ValueError: ``chat`` with a tokenizer without a chat template, or one that rewrites the question when it is
+            answered.
+    """
+    if sample.instruction is None:
+        return Prompt("", slice(0, 0), False)
+    if template == "chat":
+        return _chat(sample, tokenizer)
+    given = ", paired with an input that provides further context" if sample.context else ""
+    head = (
+        f"Below is an instruction that describes a task{given}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{sample.instruction}\n\n"
+    )
+    tail = "### Response:\n"
+    if not sample.context:
+        return Prompt(head + tail, slice(0, 0), False)
+    head += "### Input:\n"
+    return Prompt(f"{head}{sample.context}\n\n{tail}", slice(len(head), len(head) + len(sample.context)), False)
+
+
+def _chat(sample: Instruction, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    if not tokenizer.chat_template:
+        raise ValueError("template: this tokenizer has no chat template; use template: alpaca")
+    message = f"{sample.instruction}\n\n{sample.context}" if sample.context else str(sample.instruction)
+    question = [{"role": "user", "content": message}]
+    answer = {"role": "assistant", "content": sample.response}
+    prompt = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template([*question, answer], tokenize=False))
+    response = sample.response.strip()
+    if not whole.startswith(prompt) or response not in whole[len(prompt) :]:
+        raise ValueError(
+            "template: what this tokenizer's chat template writes for a question is not how it begins a question with "
+            "its answer, so prompt and response cannot be told apart; use template: alpaca"
+        )
+    end = whole[whole.index(response, len(prompt)) + len(response) :]
+    start = prompt.rfind(sample.context) if sample.context else -1
+    context = slice(start, start + len(sample.context)) if start >= 0 else slice(0, 0)
+    return Prompt(prompt, context, True, end)
+
+
+def shorten(prompt: list[int], context: slice, response: list[int], room: int) -> tuple[list[int], list[int]]:
+    """Cut a sample that is too long; the response is never emptied.
+
+    The context loses its beginning first. If that is not enough, the response loses its end, but keeps at least half of
+    the room; and last, the prompt loses its beginning.
+
+    Args:
+        prompt: Tokens of the prompt.
+        context: Which of them are context.
+        response: Tokens of the response.
+        room: Tokens there may be in all, at least 2.
+
+    Returns:
+        What is left of the prompt and of the response.
+    """
+    before, middle, after = prompt[: context.start], prompt[context], prompt[context.stop :]
+    bare = len(before) + len(after)
+    response = response[: max(room - bare, room - room // 2)]
+    spare = room - bare - len(response)
+    if spare < 0:
+        return (before + after)[-spare:], response
+    return before + middle[max(len(middle) - spare, 0) :] + after, response

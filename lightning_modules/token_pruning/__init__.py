@@ -1,0 +1,1 @@
+"""Token pruning: learn which prompt tokens matter and skip the rest during prefill."""

@@ -1,0 +1,187 @@
+"""Where a Hugging Face decoder keeps what token pruning touches.
+
+The only file of the feature that knows attribute names of transformers' model classes; `tests/…/test_anatomy.py` fails
+when an upgrade moves one of them.
+
+Shape legend: B rows, N tokens, H hidden width, A attention heads (keys: key-value heads), D head width, R rotary width.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class UnsupportedModelError(ValueError):
+    """Token pruning cannot be exact on this model."""
+
+
+@dataclass(frozen=True)
+class _Family:
+    layers: str
+    norm: str
+    attention: str
+    input_norm: str
+    split: Callable[[Any, Tensor, bool], Tensor]
+    """(attention module, normed hidden [B, N, H], keys?) → queries or keys [B, N, A, D], not yet rotated."""
+
+
+def _separate(attention: Any, normed_BNH: Tensor, keys: bool) -> Tensor:
+    """Llama, Mistral, Qwen: one projection each; Qwen3 normalises every head."""
+    heads_BNAD = (attention.k_proj if keys else attention.q_proj)(normed_BNH).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, "k_norm" if keys else "q_norm", None)
+    return heads_BNAD if norm is None else norm(heads_BNAD)
+
+
+def _fused_grouped(attention: Any, normed_BNH: Tensor, keys: bool) -> Tensor:
+    """Phi-3: queries of all heads, then keys, then values."""
+    heads_BNAD = attention.qkv_proj(normed_BNH).unflatten(-1, (-1, attention.head_dim))
+    groups = attention.num_key_value_heads
+    queries_BNAD, keys_BNAD, _ = heads_BNAD.split([heads_BNAD.shape[2] - 2 * groups, groups, groups], dim=2)
+    return keys_BNAD if keys else queries_BNAD
+
+
+def _fused_by_head(attention: Any, normed_BNH: Tensor, keys: bool) -> Tensor:
+    """GPT-NeoX: each head's query, key and value side by side."""
+    return attention.query_key_value(normed_BNH).unflatten(-1, (-1, 3, attention.head_size))[..., int(keys), :]
+
+
+def _fused_thirds(attention: Any, normed_BNH: Tensor, keys: bool) -> Tensor:
+    """GPT-2: a third each."""
+    return attention.c_attn(normed_BNH).chunk(3, dim=-1)[int(keys)].unflatten(-1, (-1, attention.head_dim))
+
+
+_LLAMA = _Family("layers", "norm", "self_attn", "input_layernorm", _separate)
+_FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": _Family("layers", "norm", "self_attn", "input_layernorm", _fused_grouped),
+    "gpt_neox": _Family("layers", "final_layer_norm", "attention", "input_layernorm", _fused_by_head),
+    "gpt2": _Family("h", "ln_f", "attn", "ln_1", _fused_thirds),
+}
+_OUTPUTS = ("o_proj", "dense", "c_proj")  # the projection of what attention found
+SUPPORTED = tuple(_FAMILIES)
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """The parts of one model; make it with `anatomy(model)`.
+
+    Attributes:
+        family: Its `model_type`.
+        decoder: The module whose forward runs the layers; it takes `input_ids`, `attention_mask`, `past_key_values`.
+        layers: The decoder layers, first to last.
+        norm: The norm after the last layer.
+        arguments: Names of a layer's forward arguments, in order, `self` left out.
+        cache_argument: The one that carries the key-value cache.
+    """
+
+    family: str
+    decoder: Any
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+    arguments: tuple[str, ...]
+    cache_argument: str
+
+    @property
+    def hidden_size(self) -> int:
+        """Width H of the hidden states."""
+        return int(self.decoder.config.hidden_size)
+
+    def attention(self, layer: int) -> Any:
+        """The attention module of a layer."""
+        return getattr(self.layers[layer], _FAMILIES[self.family].attention)
+
+    def query_width(self, layer: int) -> int:
+        """Channels of a layer's queries, all heads together."""
+        attention = self.attention(layer)
+        output = next(getattr(attention, name) for name in _OUTPUTS if hasattr(attention, name))
+        # a Linear holds its weight as [out, in], GPT-2's Conv1D as [in, out]
+        rows, columns = output.weight.shape
+        return int(rows if self.family == "gpt2" else columns)
+
+    def queries(self, layer: int, hidden_BNH: Tensor, rotary: Rotary | None) -> Tensor:
+        """What `layer` would ask with, were `hidden_BNH` its input: rotated queries `[B, A, N, D]`.
+
+        Args:
+            layer: Index of the layer.
+            hidden_BNH: Its input, before the input norm.
+            rotary: cos and sin `[1 or B, N, R]` of these tokens; None where positions are not rotary (GPT-2).
+        """
+        return self._heads(layer, hidden_BNH, rotary, keys=False)
+
+    def keys(self, layer: int, hidden_BNH: Tensor, rotary: Rotary | None) -> Tensor:
+        """What `layer` would be found by: rotated keys `[B, A, N, D]` of the key-value heads. See `queries`."""
+        return self._heads(layer, hidden_BNH, rotary, keys=True)
+
+    def _heads(self, layer: int, hidden_BNH: Tensor, rotary: Rotary | None, keys: bool) -> Tensor:
+        family, module = _FAMILIES[self.family], self.layers[layer]
+        norm = getattr(module, family.input_norm)
+        device = norm.weight.device
+        if device.type == "meta":
+            raise UnsupportedModelError(f"layer {layer} is offloaded: scorers that need its attention cannot read it")
+        heads_BAND = family.split(self.attention(layer), norm(hidden_BNH.to(device)), keys).transpose(1, 2)
+        if rotary is None:
+            return heads_BAND
+        cos, sin = (part.to(device)[:, None] for part in rotary)
+        return _rotate(heads_BAND, cos, sin)
+
+
+def _rotate(heads_BAND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first R channels, halves rotated against each other (as all rotary families here do)."""
+    rotary = cos.shape[-1]
+    turned, rest = heads_BAND[..., :rotary], heads_BAND[..., rotary:]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+def anatomy(model: Any) -> Anatomy:
+    """Find the parts of a causal language model (or of its decoder alone).
+
+    Raises:
+        UnsupportedModelError: Its architecture is not one of `SUPPORTED`, or layers see only a sliding window.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    supported = f"supported: {', '.join(SUPPORTED)} with full attention"
+    if kind not in _FAMILIES:
+        raise UnsupportedModelError(f"token pruning does not know {kind!r} models; {supported}")
+    if _slides(config):
+        raise UnsupportedModelError(
+            f"this {kind!r} model has sliding-window attention: a window counts cache entries, and once tokens between "
+            f"two entries are dropped it would reach further back than the model ever saw; {supported}"
+        )
+    family = _FAMILIES[kind]
+    decoder = model.get_decoder()
+    layers = getattr(decoder, family.layers)
+    arguments = tuple(inspect.signature(type(layers[0]).forward).parameters)[1:]
+    cache = "past_key_values" if "past_key_values" in arguments else "layer_past"
+    return Anatomy(kind, decoder, layers, getattr(decoder, family.norm), arguments, cache)
+
+
+def _slides(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    if types is not None:  # Qwen keeps a window's size even where no layer uses it
+        return any(kind != "full_attention" for kind in types)
+    return getattr(config, "sliding_window", None) is not None
+
+
+def placement(model: nn.Module) -> dict[str, list[str]]:
+    """Where `device_map` put a model.
+
+    Returns:
+        `devices`: all devices that compute, in order of first use; `offloaded`: parts that live on the CPU or disk
+        while others are on an accelerator, so that every forward pass copies them over.
+    """
+    places = getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+    named = {part: f"cuda:{place}" if isinstance(place, int) else str(place) for part, place in places.items()}
+    compute = [place for place in dict.fromkeys(named.values()) if place not in ("cpu", "disk")]
+    offloaded = [part or "model" for part, place in named.items() if place == "disk" or (compute and place == "cpu")]
+    return {"devices": compute or ["cpu"], "offloaded": offloaded}

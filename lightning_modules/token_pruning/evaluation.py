@@ -1,0 +1,145 @@
+"""What pruning costs on held-out text, and how well scores agree with saliency."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.functional.regression import spearman_corrcoef
+from transformers import PreTrainedModel
+
+from lightning_modules.perplexity import perplexity
+from lightning_modules.token_pruning.anatomy import anatomy
+from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.samples import Samples, response_nll
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers import Context, Scorer
+from lightning_modules.token_pruning.scorers.random import Random
+from lightning_modules.token_pruning.scorers.recency import Recency
+from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
+from lightning_modules.token_pruning.targets import Target
+
+Score = Callable[[int, Tensor], Tensor]
+
+
+def pruned_nll(
+    model: PreTrainedModel, samples: Samples, schedule: Schedule, scorer: TokenPruner | Scorer
+) -> tuple[Tensor, Tensor, Pruning]:
+    """Negative log-likelihood of the responses after prompts pruned for good, in one forward pass.
+
+    Args:
+        model: A causal language model with an attention that takes masks.
+        samples: Prompts and responses.
+        schedule: Where and how much to prune.
+        scorer: A trained pruner, or a scorer that needs neither queries nor keys.
+
+    Returns:
+        Sums in nats [B], numbers of response tokens [B], and what was pruned.
+    """
+    budget = Budget.of(schedule, model.config.num_hidden_layers, samples.prompt)
+    pruning = Pruning(scoring(model, samples, budget, scorer), samples.prompt, budget)
+    with layer_inputs(model, samples.real, pruning):
+        logits = model(**samples.inputs(), use_cache=False).logits
+    return *response_nll(logits, samples.labels), pruning
+
+
+def scoring(model: PreTrainedModel, samples: Samples, budget: Budget, scorer: TokenPruner | Scorer) -> Score:
+    """A scorer as ``Pruning`` calls it."""
+    if isinstance(scorer, TokenPruner):
+        return lambda layer, hidden: scorer(hidden, layer)
+    parts = anatomy(model)
+    positions = torch.arange(samples.real.shape[1], device=samples.real.device).expand_as(samples.real)
+
+    def score(layer: int, hidden_BNH: Tensor) -> Tensor:
+        tokens = tuple(budget.tokens[budget.stages.index(layer)])
+        context = Context(parts, positions, samples.prompt, budget.protected, tokens, None)
+        return scorer.score(hidden_BNH, layer, context)
+
+    return score
+
+
+class PruningQuality(nn.Module):
+    """Perplexity of responses by scorer and share kept, and rank correlation with saliency by layer.
+
+    Args:
+        keep: Shares per stage to prune to.
+    """
+
+    def __init__(self, keep: list[float]) -> None:
+        super().__init__()
+        self.keep = keep
+        self.baselines: dict[str, Scorer] = {"random": Random(), "recency": Recency()}
+        self.means: Any = nn.ModuleDict()
+
+    def update(
+        self,
+        model: PreTrainedModel,
+        pruner: TokenPruner,
+        schedule: Schedule,
+        target: Target | None,
+        samples: Samples,
+    ) -> None:
+        """Measure on one batch; outside of inference mode, if there is a target."""
+        logits = model(**samples.inputs(), use_cache=False).logits
+        self._nll("unpruned", *response_nll(logits, samples.labels))
+        scorers: dict[str, TokenPruner | Scorer] = {"learned": pruner, **self.baselines}
+        for keep in self.keep:
+            pruned = copy.copy(schedule)
+            pruned.keep, pruned.tokens = keep, None
+            for name, scorer in scorers.items():
+                nll, tokens, _ = pruned_nll(model, samples, pruned, scorer)
+                self._nll(f"{name}_{keep:g}", nll, tokens)
+        if target is not None:
+            self._correlate(model, pruner, schedule, target, samples)
+
+    def _nll(self, name: str, nll: Tensor, tokens: Tensor) -> None:
+        self._mean(f"nll {name}", nll.sum().double() / tokens.sum().clamp_min(1), tokens.sum())
+
+    def _correlate(
+        self, model: PreTrainedModel, pruner: TokenPruner, schedule: Schedule, target: Target, samples: Samples
+    ) -> None:
+        """Spearman's rank correlation over the tokens of each prompt that may be dropped; unpruned hidden states."""
+        budget = Budget.of(schedule, model.config.num_hidden_layers, samples.prompt)
+        values = target.values(model, samples, budget.stages)
+        scores: dict[int, Tensor] = {}
+
+        def watch(index: int, hidden_BNH: Tensor) -> tuple[Tensor, None]:
+            if index - 1 in budget.stages:
+                scores[index - 1] = pruner(hidden_BNH, index - 1)
+            return hidden_BNH, None
+
+        with layer_inputs(model, samples.real, watch):
+            model(**samples.inputs(), use_cache=False)
+        free = samples.prompt & ~budget.protected
+        for layer in budget.stages:
+            for row in range(len(free)):
+                if free[row].sum() > 2:
+                    found = spearman_corrcoef(scores[layer][row, free[row]], values[layer][row, free[row]])
+                    self._mean(f"spearman {layer}", found.double(), torch.ones(()))
+
+    def _mean(self, name: str, value: Tensor, weight: Tensor) -> None:
+        key = name.replace(".", "_")
+        if key not in self.means:
+            self.means[key] = MeanMetric(nan_strategy="ignore").set_dtype(torch.float64).to(value.device)
+        self.means[key].update(value, weight=weight)
+
+    def compute(self) -> dict[str, Any]:
+        """Metrics by the name they are logged under."""
+        found = {}
+        for key, mean in self.means.items():
+            kind, _, name = key.partition(" ")
+            value = mean.compute().item()
+            if kind == "spearman":
+                found[f"val/spearman_{name}"] = value
+            elif name == "unpruned":
+                found |= {"val/loss": value, "val/ppl": perplexity(value)}
+            else:
+                found[f"val/ppl_{name}"] = perplexity(value)
+        return found
+
+    def reset(self) -> None:
+        """Start again."""
+        for mean in self.means.values():
+            mean.reset()

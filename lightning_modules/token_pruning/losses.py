@@ -1,0 +1,67 @@
+"""What the scorers are trained on.
+
+Shape legend: B sequences, N tokens, V vocabulary, P sampled pairs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def normalise(target_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """Each row to mean 0 and standard deviation 1 over its valid tokens; 0 elsewhere, and where all are equal."""
+    count = valid_BN.sum(1, keepdim=True).clamp_min(1)
+    target = target_BN.masked_fill(~valid_BN, 0.0)
+    centred = (target - target.sum(1, keepdim=True) / count).masked_fill(~valid_BN, 0.0)
+    deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    return torch.where(deviation > 0, centred / deviation.clamp_min(1e-30), 0.0)
+
+
+def regression(scores_BN: Tensor, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """Mean squared error over valid tokens (SDTP's MSE loss), 0 where there are none."""
+    squared = (scores_BN - target_BN).square().masked_fill(~valid_BN, 0.0)
+    return squared.sum() / valid_BN.sum().clamp_min(1)
+
+
+def ranking(scores_BN: Tensor, target_BN: Tensor, valid_BN: Tensor, pairs: int) -> Tensor:
+    """Logistic ranking loss of SDTP on sampled pairs: mean of log(1 + exp(−(sᵢ − sⱼ)·sign(tᵢ − tⱼ))).
+
+    Args:
+        scores_BN: Predicted.
+        target_BN: Saliency; ties say nothing and are skipped.
+        valid_BN: Tokens that pairs are drawn from.
+        pairs: Pairs per row, drawn with replacement from torch's generator.
+
+    Returns:
+        0-d; 0 where every pair is a tie.
+    """
+    rows = valid_BN.any(1)
+    if not rows.any():
+        return scores_BN.sum() * 0
+    first, second = torch.multinomial(valid_BN[rows].float(), 2 * pairs, replacement=True).chunk(2, dim=1)
+    scores, target = scores_BN[rows], target_BN[rows]
+    order = (target.gather(1, first) - target.gather(1, second)).sign()
+    gap = scores.gather(1, first) - scores.gather(1, second)
+    told = order != 0
+    return (F.softplus(-gap * order) * told).sum() / told.sum().clamp_min(1)
+
+
+def kept_share(scores_BN: Tensor, valid_BN: Tensor, share_B: Tensor) -> Tensor:
+    """Ratio loss of DynamicViT (arXiv 2106.02034): squared distance of the mean of sigmoid(score) from a row's share.
+
+    It places the cut at score 0, so that a score means the same in every prompt.
+    """
+    mean = torch.sigmoid(scores_BN).masked_fill(~valid_BN, 0.0).sum(1) / valid_BN.sum(1).clamp_min(1)
+    return (mean - share_B).square().mean()
+
+
+def divergence(logits_BNV: Tensor, unpruned_BNV: Tensor, where_BN: Tensor) -> Tensor:
+    """Mean KL(unpruned ‖ pruned) in nats of the predictions at some positions.
+
+    Args:
+        logits_BNV: With pruning.
+        unpruned_BNV: Without.
+        where_BN: Positions that predict a response token.
+    """
+    pruned, unpruned = logits_BNV[where_BN].float(), unpruned_BNV[where_BN].float()
+    return F.kl_div(F.log_softmax(pruned, -1), F.log_softmax(unpruned, -1), log_target=True, reduction="batchmean")

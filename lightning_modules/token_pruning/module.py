@@ -1,0 +1,243 @@
+"""Stage 2: train the scorers inside the real model, whose weights stay as they are."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import get_scheduler
+
+from lightning_modules.causal_lm import load_pretrained
+from lightning_modules.data.tokenizer import fingerprint
+from lightning_modules.perplexity import IGNORED
+from lightning_modules.randomness import run_seed, step_seed
+from lightning_modules.token_pruning import losses
+from lightning_modules.token_pruning.evaluation import PruningQuality
+from lightning_modules.token_pruning.identity import identity_of
+from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.samples import Samples, refuse_packing, response_nll, split_batch
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
+from lightning_modules.token_pruning.store import Saliency
+from lightning_modules.token_pruning.targets import Target
+
+
+class TokenPruning(L.LightningModule):
+    """Trains a token pruner: loss of the pruned model + distance from saliency + order of saliency.
+
+    The base model is frozen, is not part of the checkpoint, and prunes by an attention mask that gives exactly what
+    dropping the tokens would. Each loss is summed over the pruning layers. With every weight but one at 0, that one
+    alone trains the scorers.
+
+    Args:
+        base: Hugging Face folder or hub name of the model to prune.
+        schedule: Where and how much to prune while training.
+        output: The trained pruner is saved here at the end of fit.
+        pruner: Start from this saved pruner (``validate`` measures it) instead of random weights.
+        saliency: Folder that ``predict`` wrote; None trains without saliency.
+        target: Saliency that validation compares scores with; the one that was collected.
+        width: Inner width of the scorers.
+        lm_weight: Weight of the pruned model's loss on the responses.
+        mse_weight: Weight of the squared distance from saliency, which has mean 0 and deviation 1 in each prompt.
+        ranking_weight: Weight of the logistic ranking loss.
+        kl_weight: Weight of the divergence from the unpruned model; costs a forward pass.
+        ratio_weight: Weight of the squared distance of the mean sigmoid score from the share to keep.
+        pairs: Token pairs per prompt and layer in the ranking loss.
+        temperature: Of the Gumbel noise on scores and of the sigmoid that gradients pass.
+        response: Tokens at the end of a block of plain text that count as response.
+        eval_keep: Shares per stage that validation prunes to.
+        learning_rate: Peak learning rate of AdamW.
+        warmup_steps: Optimizer steps of linear warm-up, before a cosine to 0.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        schedule: Schedule,
+        output: str = "runs/token_pruner",
+        pruner: str | None = None,
+        saliency: str | None = None,
+        target: Target | None = None,
+        width: int = 1024,
+        lm_weight: float = 1.0,
+        mse_weight: float = 1.0,
+        ranking_weight: float = 1.0,
+        kl_weight: float = 0.0,
+        ratio_weight: float = 0.0,
+        pairs: int = 512,
+        temperature: float = 1.0,
+        response: int = 64,
+        eval_keep: list[float] = [0.9, 0.8, 0.7, 0.5],  # noqa: B006 (jsonargparse shows it)
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 20,
+    ) -> None:
+        super().__init__()
+        self.weights = {"lm": lm_weight, "mse": mse_weight, "ranking": ranking_weight}
+        self.weights |= {"kl": kl_weight, "ratio": ratio_weight}
+        if min(self.weights.values()) < 0 or not any(self.weights.values()):
+            raise ValueError(f"loss weights must not be negative, nor all 0; got {self.weights}")
+        if temperature <= 0 or learning_rate <= 0 or pairs < 1 or response < 1:
+            raise ValueError("temperature and learning_rate must be positive, pairs and response at least 1")
+        if saliency is None and mse_weight + ranking_weight > 0 and pruner is None:
+            raise ValueError("mse_weight and ranking_weight need saliency: give its folder, or set both to 0")
+        self.base, self.schedule, self.output, self.pruner_path = base, schedule, Path(output), pruner
+        self.saliency_path, self.target, self.width = saliency, target, width
+        self.pairs, self.temperature, self.response, self.eval_keep = pairs, temperature, response, eval_keep
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+        self.pruner: Any = None
+        self.saliency: Saliency | None = None
+        self._outside: list[Any] = []  # in a list, so that it is neither moved, trained nor saved
+        self.quality = PruningQuality(eval_keep)
+        self.supervised = MeanMetric()
+
+    @property
+    def model(self) -> Any:
+        """The frozen base model."""
+        return self._outside[0]
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the base model."""
+        return int(self.model.num_parameters())
+
+    def configure_model(self) -> None:
+        """Load the base model, and make or load the scorers."""
+        if self.pruner is not None:
+            return
+        model = load_pretrained(self.base).requires_grad_(False).eval()
+        self._outside.append(model)
+        layers = self.schedule.resolve(model.config.num_hidden_layers)
+        if self.pruner_path is None:
+            self.pruner = TokenPruner.for_model(model, layers, self.width)
+        else:
+            self.pruner = TokenPruner.load(self.pruner_path, model)
+            if list(self.pruner.layers) != layers:
+                raise ValueError(f"{self.pruner_path} scores layers {self.pruner.layers}, the schedule {layers}")
+        trained = sum(p.numel() for p in self.pruner.parameters())
+        rank_zero_info(f"scorers after layers {layers}: {trained / 1e6:.2f} M parameters")
+
+    def setup(self, stage: str) -> None:
+        """Check the data."""
+        refuse_packing(self.trainer.datamodule)
+
+    def on_fit_start(self) -> None:
+        """Read the saliency, and put the base model beside the scorers."""
+        self.model.to(self.device)
+        if self.saliency_path is not None:
+            expect = {
+                "layers": self.schedule.resolve(self.model.config.num_hidden_layers),
+                "tokenizer": fingerprint(self.trainer.datamodule.tokenizer),
+                "base": identity_of(self.model),
+            }
+            self.saliency = Saliency(self.saliency_path, expect)
+
+    def on_validation_start(self) -> None:
+        """Put the base model beside the scorers."""
+        self.model.to(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Derive this micro-batch's noise, so that it does not depend on what ran before."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.started
+        torch.manual_seed(step_seed(run_seed(), done, self.global_rank))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The weighted sum of losses over prompts pruned by noisy scores."""
+        samples = split_batch(batch, self.response)
+        parts = self.losses(samples) if len(samples.input_ids) else {}
+        loss: Tensor = sum((self.weights[name] * part for name, part in parts.items()), self._nothing())
+        for name, part in parts.items():
+            self.log(f"train/{name}", part)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def losses(self, samples: Samples) -> dict[str, Tensor]:
+        """Every loss whose weight is not 0, by name; those of the scores are sums over layers."""
+        model, prompt = self.model, samples.prompt
+        budget = Budget.of(self.schedule, model.config.num_hidden_layers, prompt)
+        pruning = Pruning(lambda layer, hidden: self.pruner(hidden, layer), prompt, budget, self.temperature)
+        with layer_inputs(model, samples.real, pruning):
+            logits = model(**samples.inputs(), use_cache=False).logits
+        nll, tokens = response_nll(logits, samples.labels)
+        found = {"lm": nll.sum() / tokens.sum().clamp_min(1)}
+        if self.weights["kl"]:
+            with torch.no_grad():
+                unpruned = model(**samples.inputs(), use_cache=False).logits
+            predicts = torch.roll(samples.labels != IGNORED, -1, dims=1)
+            found["kl"] = losses.divergence(logits, unpruned, predicts)
+        found |= self._score_losses(samples, budget, pruning)
+        return {name: loss for name, loss in found.items() if self.weights[name]}
+
+    def _score_losses(self, samples: Samples, budget: Budget, pruning: Pruning) -> dict[str, Tensor]:
+        """Losses on the scores of tokens that reached each stage and may be dropped there."""
+        targets, has_target = self._targets(samples, budget.stages)
+        totals = {"mse": self._nothing(), "ranking": self._nothing(), "ratio": self._nothing()}
+        before = samples.prompt
+        for stage, layer in enumerate(budget.stages):
+            scores, free = pruning.scores[layer], before & samples.prompt & ~budget.protected
+            known = free & has_target[:, None]
+            target = losses.normalise(targets[layer], known)
+            totals["mse"] = totals["mse"] + losses.regression(scores, target, known)
+            totals["ranking"] = totals["ranking"] + losses.ranking(scores, target, known, self.pairs)
+            left = torch.tensor(budget.tokens[stage], device=scores.device) - budget.protected.sum(1)
+            share = left / free.sum(1).clamp_min(1)
+            totals["ratio"] = totals["ratio"] + losses.kept_share(scores, free, share)
+            before = pruning.alive[layer]
+        return totals
+
+    def _targets(self, samples: Samples, layers: list[int]) -> tuple[dict[int, Tensor], Tensor]:
+        """Collected saliency [B, N] by layer, and which samples have any, bool [B]."""
+        shape, device = samples.prompt.shape, samples.prompt.device
+        has_target = torch.zeros(shape[0], dtype=torch.bool)
+        targets = {layer: torch.zeros(shape) for layer in layers}
+        if self.saliency is not None:
+            for row, (key, prompt) in enumerate(zip(samples.keys(), samples.prompt.cpu(), strict=True)):
+                values = self.saliency.get(key)
+                if values is not None:
+                    has_target[row] = True
+                    for layer in layers:
+                        targets[layer][row, prompt] = values[layer]
+            self.supervised.update(has_target.float().mean())
+        return {layer: target.to(device) for layer, target in targets.items()}, has_target.to(device)
+
+    def _nothing(self) -> Tensor:
+        """0, with a gradient of 0 for every weight (ranks without a sample must still take part)."""
+        return torch.stack([p.sum() for p in self.pruner.parameters()]).sum() * 0.0
+
+    def on_fit_end(self) -> None:
+        """Save the pruner on the first rank, and say how much of the data had saliency."""
+        if self.saliency is not None:
+            share = self.supervised.compute().item()
+            say = rank_zero_info if share == 1 else rank_zero_warn
+            say(f"{share:.0%} of the training samples had saliency")
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            target = self.saliency.index["target"] if self.saliency is not None else None
+            self.pruner.notes = {"schedule": vars(self.schedule), "target": target, "weights": self.weights}
+            self.pruner.notes |= {"steps": self.trainer.global_step, "data": self.trainer.datamodule.name}
+            self.pruner.save(self.output)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Compare scores with saliency, and prune by them, by chance and by recency."""
+        # saliency needs gradients, in which tensors made in Lightning's inference mode cannot take part
+        with torch.inference_mode(False), torch.no_grad():
+            samples = split_batch(batch, self.response)
+            if len(samples.input_ids):
+                self.quality.update(self.model, self.pruner, self.schedule, self.target, samples)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/ppl`` (unpruned), ``val/ppl_SCORER_KEEP`` and ``val/spearman_LAYER``."""
+        for name, value in self.quality.compute().items():
+            self.log(name, value, prog_bar=name == "val/ppl", sync_dist=True)
+        self.quality.reset()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on the scorers, linear warm-up and a cosine to 0."""
+        optimizer = torch.optim.AdamW(self.pruner.parameters(), lr=self.learning_rate, weight_decay=0.01)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

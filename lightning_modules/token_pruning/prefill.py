@@ -1,0 +1,264 @@
+"""Pruned prefill: a stock model reads a prompt, and tokens drop out on the way.
+
+Forward pre-hooks do all of it. Between two layers a stage scores the hidden states, keeps the best and gathers them
+with their rotary embeddings, so every token keeps its original position. Layers after a stage get a mask for the tokens
+that are left, in the prefill and in every later step. Before the final norm the survivors return to their places, so
+that `logits[:, -1]`, `labels=` and `logits_to_keep` mean what they always did; logits of dropped tokens mean nothing.
+Attention kernels, cache layout and `generate` are untouched.
+
+Shape legend: B rows, N tokens of the padded prompt, K that are left, H hidden width.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from lightning_modules.token_pruning.anatomy import Anatomy, anatomy
+from lightning_modules.token_pruning.cache import Permit, PrunedCache, Stage
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.base import Context, Scorer
+from lightning_modules.token_pruning.selection import put, select, take
+
+_pruned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # decoders that have hooks now
+
+
+class PromptPruner:
+    """A scorer and a schedule, ready to prune the prompts of any supported model.
+
+    Args:
+        scorer: Says which tokens to keep.
+        schedule: Says after which layers and how many.
+    """
+
+    def __init__(self, scorer: Scorer, schedule: Schedule | None = None) -> None:
+        self.scorer, self.schedule = scorer, schedule or Schedule()
+
+    @contextmanager
+    def prefill(self, model: Any) -> Iterator["Prefill"]:
+        """Within this context the model prunes every prompt that it reads.
+
+        `model.generate(…)` and plain forward calls work as ever, batches padded on the left included. A prompt is what
+        the model reads into an empty cache; later turns on the same cache see the pruned prompt and are not pruned
+        themselves. Leaving the context leaves the model as it was.
+
+        Args:
+            model: A causal language model of a supported architecture.
+
+        Yields:
+            What happened to the latest prompt.
+
+        Raises:
+            UnsupportedModelError: See `anatomy`.
+            ValueError: Stages that do not fit the model, or a scorer made for another one.
+            RuntimeError: The model is being pruned already.
+        """
+        parts = anatomy(model)
+        stages = self.schedule.resolve(len(parts.layers))
+        self.scorer.prepare(model, stages)
+        if parts.decoder in _pruned:
+            raise RuntimeError("this model is being pruned already: contexts cannot be nested")
+        run = Prefill(parts, self.scorer, self.schedule, stages)
+        handles = [
+            parts.decoder.register_forward_pre_hook(run.begin, with_kwargs=True),
+            parts.norm.register_forward_pre_hook(run.end),
+        ]
+        # layers up to the first stage work on the whole prompt: they need no hook
+        for index in range(stages[0] + 1, len(parts.layers)):
+            handles.append(parts.layers[index].register_forward_pre_hook(run.at_layer(index), with_kwargs=True))
+        _pruned.add(parts.decoder)
+        try:
+            yield run
+        finally:
+            _pruned.discard(parts.decoder)
+            run.permit.open = False
+            for handle in handles:
+                handle.remove()
+
+
+class Prefill:
+    """What pruning does in one context, and what it did to the latest prompt.
+
+    Attributes:
+        input_ids: The latest prompt `[B, N]`, None when it was given as embeddings.
+        length: Its columns N.
+        stages: What each pruning point left of it; empty when nothing was pruned.
+    """
+
+    def __init__(self, parts: Anatomy, scorer: Scorer, schedule: Schedule, layers: list[int]) -> None:
+        self.parts, self.scorer, self.schedule, self.layers = parts, scorer, schedule, layers
+        self.permit = Permit()
+        self.input_ids: Tensor | None = None
+        self.length = 0
+        self.stages: list[Stage] = []
+        self._mode: Literal["prompt", "later", "plain"] = "plain"
+        self._budgets: list[list[int]] = []
+        self._masks: dict[int, Any] = {}
+        self._warned = False
+        self._protected = self._positions = torch.empty(0)
+        self._real: Tensor | None = None
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def kept(self) -> Tensor:
+        """Tokens of the latest prompt that every stage left, bool `[stages, B, N]`."""
+        return torch.stack([stage.kept(self.length).cpu() for stage in self.stages])
+
+    # ---- the start of a forward pass --------------------------------------------------------------------------
+
+    def begin(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the decoder: is this a prompt, a later step, or nothing to do with pruning?"""
+        call = {"input_ids": args[0]} | kwargs if args else kwargs
+        given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        cache, mask = call.get("past_key_values"), call.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise ValueError("token pruning makes the attention masks itself: give attention_mask as [batch, tokens]")
+        assert given is not None
+        width, past = given.shape[1], 0 if cache is None else cache.get_seq_length()
+        self._masks = {}
+        if past == 0 and width > 1:
+            if cache is None and mask is None:
+                _refuse_packed(call.get("position_ids"))
+            self.input_ids, self.length, self.stages, self._rotary = call.get("input_ids"), width, [], None
+            self._mode = "prompt" if self._plan(given, mask) else "plain"
+        elif isinstance(cache, PrunedCache) and cache.stages:
+            self._mode, cache.permit = "later", self.permit
+            self._grow(cache, mask, width)
+        else:
+            self._mode = "plain"
+
+    def _plan(self, given: Tensor, mask: Tensor | None) -> bool:
+        """Budgets and protected tokens of every row; whether there is anything to drop."""
+        rows, width = given.shape[:2]
+        lengths = [width]
+        self._real = None
+        if mask is not None:
+            # the one time that the host waits for the device: sizes must be known to cut tensors
+            real = mask.bool()
+            ends_early = (real[:, :-1] & ~real[:, 1:]).sum()
+            *lengths, not_on_the_left = torch.cat([real.sum(-1), ends_early[None]]).tolist()
+            if not_on_the_left:
+                raise ValueError("pad prompts on the left: generation goes on from the last column")
+            if min(lengths) < width:
+                self._real = real
+        protected = torch.zeros(len(lengths), width, dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            protected[row, width - length :] = self.schedule.protected(length)
+        if not self._worth_it(lengths, protected):
+            return False
+        stages = range(len(self.layers))
+        self._budgets = [[self.schedule.budget(stage, length) for length in lengths] for stage in stages]
+        if len(lengths) < rows:
+            self._budgets = [budgets * rows for budgets in self._budgets]
+        self._protected = protected.to(given.device, non_blocking=True)
+        self._positions = torch.arange(width, device=given.device).expand(rows, width)
+        return True
+
+    def _worth_it(self, lengths: list[int], protected: Tensor) -> bool:
+        if any(count < length for count, length in zip(protected.sum(-1).tolist(), lengths, strict=True)):
+            return True
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"nothing pruned: a prompt of {max(lengths)} tokens is no longer than what the schedule protects "
+                "(sinks, tail, spans)",
+                stacklevel=2,
+            )
+        return False
+
+    def _grow(self, cache: PrunedCache, mask: Tensor | None, new: int) -> None:
+        """Note the entries that this step appends to every stage."""
+        real = None
+        # a single new token is never padding, and asking would make the host wait at every step
+        if mask is not None and new > 1 and not bool(mask[:, -new:].all()):
+            real = mask[:, -new:].bool()
+        for stage in cache.stages:
+            stage.grow(real, new, cache.get_seq_length(stage.after + 1))
+
+    # ---- the layers -------------------------------------------------------------------------------------------
+
+    def at_layer(self, index: int) -> Callable[..., Any]:
+        """Pre-hook of one decoder layer."""
+        names, prune = self.parts.arguments, index - 1 in self.layers
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if self._mode == "plain":
+                return None
+            call = dict(zip(names, args, strict=False)) | kwargs
+            hidden = call.pop("hidden_states")
+            cache = call.get(self.parts.cache_argument)
+            if self._mode == "later":
+                # one query sees every key: where the kernel needed no mask for layer 0 it needs none here
+                if hidden.shape[1] > 1 or call.get("attention_mask") is not None:
+                    call["attention_mask"] = self._mask(hidden, cache, index)
+                return (hidden,), call
+            if prune:
+                hidden = self._prune(index - 1, hidden, call, cache)
+            if "position_embeddings" in call:
+                call["position_embeddings"] = self._rotary
+            # gaps between positions would be taken for the borders of packed sequences
+            call["position_ids"] = None
+            call["attention_mask"] = self._mask(hidden, None, None)
+            return (hidden,), call
+
+        return hook
+
+    def _prune(self, layer: int, hidden_BNH: Tensor, call: dict[str, Any], cache: Any) -> Tensor:
+        """Drop tokens from the output of a layer."""
+        if not self.stages:
+            self._rotary = call.get("position_embeddings")
+            if cache is not None:
+                PrunedCache.adopt(cache, self.length, self.stages, self.permit)
+        device, budgets = hidden_BNH.device, self._budgets[len(self.stages)]
+        real = None if self._real is None else self._real.to(device)
+        protected, positions = self._protected.to(device), self._positions.to(device)
+        context = Context(self.parts, positions, real, protected, tuple(budgets), self._rotary)
+        with torch.no_grad():
+            scores = self.scorer.score(hidden_BNH, layer, context)
+        if scores.shape != hidden_BNH.shape[:2]:
+            raise ValueError(
+                f"{self.scorer!r} returned scores {tuple(scores.shape)} for tokens {tuple(hidden_BNH.shape[:2])}"
+            )
+        index, self._real = select(scores.to(device), budgets, protected, real)
+        self._positions = positions.gather(1, index)
+        self._protected = protected.expand(len(index), -1).gather(1, index)
+        if self._rotary is not None:
+            cos, sin = self._rotary
+            self._rotary = take(cos, index), take(sin, index)
+        self.stages.append(Stage(layer, self._positions, self._real))
+        self._masks.clear()
+        return take(hidden_BNH, index)
+
+    def _mask(self, hidden: Tensor, cache: Any, layer: int | None) -> Any:
+        """The attention mask of this layer's stage, made once for all layers that share it."""
+        stages = self.stages if layer is None else cache.stages
+        number = len(stages) if layer is None else cache.stage_of(layer)
+        if number not in self._masks:
+            self._masks[number] = create_causal_mask(
+                config=self.parts.decoder.config,
+                inputs_embeds=hidden,
+                attention_mask=stages[number - 1].mask,
+                past_key_values=cache,
+                position_ids=None,
+                layer_idx=layer,
+            )
+        return self._masks[number]
+
+    # ---- the end ----------------------------------------------------------------------------------------------
+
+    def end(self, _: nn.Module, args: tuple) -> Any:
+        """Pre-hook of the final norm: survivors back to their places, zeros where tokens were dropped."""
+        if self._mode != "prompt":
+            return None
+        hidden_BKH, last = args[0], self.stages[-1]
+        return (put(hidden_BKH, last.index, last.mask, self.length),)
+
+
+def _refuse_packed(position_ids: Tensor | None) -> None:
+    """Several texts in one row need masks that pruning does not make."""
+    if position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any()):
+        raise ValueError("position_ids jump: packed sequences cannot be pruned, give one text a row")

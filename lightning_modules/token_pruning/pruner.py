@@ -1,0 +1,187 @@
+"""The trained part of token pruning: one small MLP per pruning layer that scores hidden states.
+
+SDTP (arXiv 2504.04514) uses a two-layer GELU perceptron per pruning point. Here it has an input norm, because hidden
+states differ by orders of magnitude between layers and tokens, and one output: a higher score means keep.
+
+Shape legend: B sequences, N tokens, H hidden size.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_modules.token_pruning.identity import differences, identity_of
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FORMAT = "pare-token-pruner"
+
+
+class TokenPruner(nn.Module):
+    """Scores tokens at several decoder layers: input norm, hidden size → ``width``, GELU, → 1.
+
+    Args:
+        hidden_size: Width of the base model's hidden states.
+        layers: Decoder layers (from 0) whose output is scored.
+        width: Inner width of the MLPs.
+        base: Identity of the model that it is trained for, see ``identity_of``; None until it is known.
+        notes: How it was trained (schedule, target, data), kept in the configuration; JSON-able.
+
+    Raises:
+        ValueError: no layers, a layer twice, or a width below 1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        width: int = 1024,
+        base: dict[str, Any] | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+            raise ValueError(f"layers: need at least one decoder layer, each once, from 0 up; got {list(layers)}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        self.hidden_size, self.layers, self.width = hidden_size, tuple(sorted(layers)), width
+        self.base, self.notes = base, dict(notes or {})
+        self.scorers = nn.ModuleDict({str(layer): _mlp(hidden_size, width) for layer in self.layers})
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, layers: Sequence[int], width: int = 1024) -> Self:
+        """An untrained pruner that belongs to ``model``."""
+        base = identity_of(model)
+        return cls(base["hidden_size"], layers, width, base)
+
+    def forward(self, hidden_BNH: Tensor, layer: int) -> Tensor:
+        """Scores of a layer's output, computed in the precision of the MLPs.
+
+        Args:
+            hidden_BNH: Output of decoder layer ``layer``.
+            layer: One of ``layers``.
+
+        Returns:
+            float32 [B, N]; higher means keep.
+
+        Raises:
+            ValueError: a layer that has no scorer, or hidden states of another width.
+        """
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} has no trained scorer; there are scorers for {list(self.layers)}")
+        if hidden_BNH.shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden states are {hidden_BNH.shape[-1]} wide, the scorers take {self.hidden_size}")
+        scorer: nn.Module = self.scorers[str(layer)]
+        weight = next(scorer.parameters())
+        return scorer(hidden_BNH.to(weight.device, weight.dtype)).squeeze(-1).float()
+
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Refuse a model other than the one that this pruner was trained for.
+
+        Raises:
+            ValueError: naming the first difference.
+        """
+        found = differences(self.base, model) if self.base is not None else []
+        if found:
+            raise ValueError(
+                f"this token pruner was trained for another base model: {'; '.join(found)}. Load the model that it was "
+                "trained for, or train a pruner for this one (configs/token_pruning/train.yaml)"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``model.safetensors``, ``config.json`` and ``README.md``; the folder appears complete or not at all.
+
+        Raises:
+            ValueError: the folder holds something else than an earlier pruner.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+            raise ValueError(f"{folder} is not empty and holds no token pruner: give a new folder")
+        beside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+        for leftover in (beside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir(parents=True)
+        weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+        (beside / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n")
+        (beside / "README.md").write_text(self._card())
+        if folder.exists():
+            folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` holds: the constructor's arguments."""
+        return {
+            "format": _FORMAT,
+            "hidden_size": self.hidden_size,
+            "layers": list(self.layers),
+            "width": self.width,
+            "base": self.base,
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Self:
+        """Load a saved pruner.
+
+        Args:
+            path: Folder, or a name on the Hugging Face hub.
+            model: The base model that it is to prune; checked where given.
+
+        Raises:
+            FileNotFoundError: neither such a folder nor such a name.
+            ValueError: the folder holds no (whole) token pruner, or it was trained for another model.
+        """
+        folder = _folder(path)
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+            if config.pop("format", None) != _FORMAT:
+                raise ValueError(f"{CONFIG} is not that of a token pruner")
+            pruner = cls(**config)
+            pruner.load_state_dict(load_file(folder / WEIGHTS))
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no usable token pruner: {error}") from error
+        if model is not None:
+            pruner.check_base(model)
+        return pruner.eval()
+
+    def _card(self) -> str:
+        base = f" for a {self.base['model_type']} of hidden size {self.hidden_size}" if self.base else ""
+        rows = "".join(f"| {name} | {value} |\n" for name, value in self.notes.items())
+        notes = f"\n| trained with | |\n|---|---|\n{rows}" if rows else ""
+        return (
+            "---\nlibrary_name: pare\ntags: [token-pruning]\n---\n\n# Token pruner\n\n"
+            f"Scores prompt tokens after decoder layers {', '.join(map(str, self.layers))}{base}.\n{notes}\n"
+            "```python\nfrom lightning_modules.token_pruning.pruner import TokenPruner\n\n"
+            'pruner = TokenPruner.load("path/to/this/folder", model)\n```\n'
+        )
+
+
+def _mlp(hidden_size: int, width: int) -> nn.Sequential:
+    mlp = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1))
+    last = mlp[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        # all scores start near 0, so that soft masks start equal for all tokens and move by what is learned
+        last.weight.mul_(0.1)
+        last.bias.zero_()
+    return mlp
+
+
+def _folder(path: str | Path) -> Path:
+    """The local folder of a path or hub name."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[WEIGHTS, CONFIG]))
+    except (OSError, ValueError) as error:  # offline, no such repository, or a path that is no repository's name
+        raise FileNotFoundError(f"no such folder, nor a pruner of this name on the hub: {path}") from error

@@ -1,0 +1,106 @@
+"""What is prompt and what is response, for batches of every kind of data.
+
+Shape legend: B sequences, N tokens.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_modules.perplexity import IGNORED
+
+
+class Samples(NamedTuple):
+    """A batch of prompts with their responses.
+
+    Attributes:
+        input_ids: int64 [B, N].
+        labels: int64 [B, N]; ``IGNORED`` except on response tokens.
+        real: bool [B, N]; False on padding.
+        prompt: bool [B, N]; the real tokens before the first response token. Only these can be pruned.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    real: Tensor
+    prompt: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model takes: ids, padding mask, and positions that begin at the first real token."""
+        positions = (self.real.cumsum(1) - 1).clamp_min(0)
+        return {"input_ids": self.input_ids, "attention_mask": self.real.long(), "position_ids": positions}
+
+    def keys(self) -> list[str]:
+        """One name per sample that follows from its tokens and from where its response begins.
+
+        Saliency is stored under it, so that it can only ever meet the text that it was computed on.
+        """
+        rows = zip(self.input_ids.cpu(), self.real.cpu(), self.prompt.sum(1).tolist(), strict=True)
+        contents = [f"{length}:{row[real].tolist()}" for row, real, length in rows]
+        return [hashlib.sha256(content.encode()).hexdigest()[:16] for content in contents]
+
+    def pick(self, rows: Tensor) -> "Samples":
+        """The samples at these places (bool or int64 [K])."""
+        return Samples(*(part[rows] for part in self))
+
+
+def split_batch(batch: dict[str, Tensor], response: int) -> Samples:
+    """Divide a batch into prompts and responses, and leave out rows that have not both.
+
+    Labels say what is response, except in rows without a prompt, which are plain text: there it is the last
+    ``response`` tokens.
+
+    Args:
+        batch: ``input_ids`` and ``labels`` int64 [B, N], and where rows are padded ``attention_mask``.
+        response: Tokens of a plain text that count as response.
+
+    Returns:
+        At most B samples. Left out are rows without a label (those that fill up the last batch, responses cut off) and
+        plain texts of no more than ``response`` tokens.
+    """
+    # clones: Lightning predicts and validates in inference mode, whose tensors cannot take part in a backward pass
+    ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if "attention_mask" in batch:
+        real = batch["attention_mask"].bool().clone()
+    labels = labels.masked_fill(~real, IGNORED)
+    usable = (labels != IGNORED).any(1)
+    # a text's labels begin with its first or (after a start token) second token
+    text = _before(labels, real).sum(1) <= 1
+    from_end = real.flip(1).cumsum(1).flip(1)
+    labels = torch.where(text[:, None] & (from_end > response), IGNORED, labels)
+    samples = Samples(ids, labels, real, _before(labels, real))
+    return samples.pick(usable & (samples.prompt.sum(1) > 1))
+
+
+def _before(labels: Tensor, real: Tensor) -> Tensor:
+    return real & ((labels != IGNORED).cumsum(1) == 0)
+
+
+def response_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every sample's response.
+
+    Args:
+        logits: [B, N, V]; position n predicts token n + 1.
+        labels: int64 [B, N], ``IGNORED`` where nothing is to be predicted.
+
+    Returns:
+        Sums in nats, float32 [B], and numbers of predicted tokens, int64 [B].
+    """
+    targets = labels[:, 1:]
+    nll = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
+    )
+    return nll.sum(1), (targets != IGNORED).sum(1)
+
+
+def refuse_packing(data: object) -> None:
+    """Refuse data that put several samples into one row.
+
+    Raises:
+        ValueError: ``data.packing`` is on.
+    """
+    if getattr(data, "packing", False):
+        raise ValueError("data.packing: token pruning needs one sample a row; set it to false")

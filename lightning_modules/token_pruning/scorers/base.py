@@ -1,0 +1,88 @@
+"""What a token scorer is.
+
+Shape legend: B rows, N tokens that are still there, H hidden width, D rotary width.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_modules.token_pruning.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a scorer may look at besides hidden states.
+
+    Attributes:
+        anatomy: The model that is being pruned.
+        positions: Places of these tokens in the padded prompt, int64 `[B, N]`, ascending.
+        real: False on padding, bool `[B, N]`; None when there is none.
+        protected: Tokens that stay whatever their score, bool `[B or 1, N]`.
+        budgets: Tokens that will stay in each row, protected ones included.
+        rotary: cos and sin `[B or 1, N, D]` of these tokens; None without rotary positions.
+    """
+
+    anatomy: Anatomy
+    positions: Tensor
+    real: Tensor | None
+    protected: Tensor
+    budgets: tuple[int, ...]
+    rotary: tuple[Tensor, Tensor] | None
+
+
+class Scorer(ABC):
+    """Says which prompt tokens to keep.
+
+    Attributes (of the class):
+        repeatable: Equal prompts get equal scores, alone or in a padded batch.
+        oracle: Looks at what comes after the prompt: a ceiling, not a method.
+    """
+
+    repeatable: bool = True
+    oracle: bool = False
+
+    @abstractmethod
+    def score(self, hidden_BNH: Tensor, layer: int, context: Context) -> Tensor:
+        """Score tokens by the output of a layer.
+
+        Args:
+            hidden_BNH: Output of `layer` for the tokens that are still there.
+            layer: The layer after which is pruned.
+            context: See `Context`.
+
+        Returns:
+            `[B, N]` of any floating type; higher means keep. What it says of padding and protected tokens is not read.
+        """
+
+    def prepare(self, model: Any, layers: list[int]) -> None:  # noqa: B027 - most scorers need nothing
+        """Get ready for a model; called before it is pruned after `layers`.
+
+        Raises:
+            ValueError: This scorer cannot serve this model or these layers.
+        """
+
+    def flops(self, tokens: int, hidden_size: int) -> float:
+        """Floating-point operations to score so many tokens once; 0 where it is beneath counting."""
+        return 0.0
+
+    @property
+    def name(self) -> str:
+        """The scorer's name in records and tables: its file's."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, for records."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        """The constructor call that makes an equal scorer."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config().items())})"
+
+    @classmethod
+    def examples(cls) -> "list[Scorer]":
+        """Instances that the law tests run."""
+        return [cls()]

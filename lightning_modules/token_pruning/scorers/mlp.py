@@ -1,0 +1,55 @@
+"""Keep what a trained scorer says matters."""
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.scorers.base import Context, Scorer
+
+
+class MLP(Scorer):
+    """The trained token pruner (SDTP, arXiv 2504.04514): one small MLP per pruning layer.
+
+    It runs on the model's first device and in the model's precision.
+
+    Args:
+        pruner: A saved pruner's folder or hub name, or the pruner itself.
+    """
+
+    def __init__(self, pruner: str | TokenPruner) -> None:
+        self.pruner = pruner
+        self._loaded = TokenPruner.load(pruner) if isinstance(pruner, str) else pruner
+
+    def config(self) -> dict[str, Any]:
+        """See `Scorer.config`; of a pruner in memory, how it was trained."""
+        return {"pruner": self.pruner if isinstance(self.pruner, str) else self._loaded.notes}
+
+    @classmethod
+    def examples(cls) -> list[Scorer]:
+        """None: scorers are trained for one model."""
+        return []
+
+    def prepare(self, model: Any, layers: list[int]) -> None:
+        """See `Scorer.prepare`.
+
+        Raises:
+            ValueError: Trained for another model, or not for one of these layers.
+        """
+        self._loaded.check_base(model)
+        missing = [layer for layer in layers if layer not in self._loaded.layers]
+        if missing:
+            raise ValueError(
+                f"no trained scorer for layers {missing}; there are scorers for {list(self._loaded.layers)}: "
+                "set schedule.layers to these"
+            )
+        self._ready = copy.deepcopy(self._loaded).to(model.device, model.dtype).eval()
+
+    def flops(self, tokens: int, hidden_size: int) -> float:
+        """See `Scorer.flops`: hidden → width → 1."""
+        return 2.0 * tokens * self._loaded.width * (hidden_size + 1)
+
+    def score(self, hidden_BNH: Tensor, layer: int, context: Context) -> Tensor:
+        """See `Scorer.score`."""
+        return self._ready(hidden_BNH, layer)

@@ -1,0 +1,36 @@
+"""Keep what a gradient of the response's loss says matters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_modules.token_pruning.samples import Samples
+from lightning_modules.token_pruning.scorers.base import Scorer
+from lightning_modules.token_pruning.scorers.oracle import Oracle
+from lightning_modules.token_pruning.targets import Target
+from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
+
+
+class SaliencyOracle(Oracle):
+    """The saliency that scorers are trained towards, computed from the response itself.
+
+    Args:
+        target: Which saliency; by default the gradient of a gate on the token's key.
+    """
+
+    def __init__(self, target: Target | None = None) -> None:
+        self.target = target or GateGradient()
+
+    @classmethod
+    def examples(cls) -> list[Scorer]:
+        """See `Scorer.examples`."""
+        return [cls()]
+
+    def config(self) -> dict[str, Any]:
+        """See `Scorer.config`."""
+        return {"target": repr(self.target)}
+
+    def measure(self, model: Any, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
+        """See `Oracle.measure`."""
+        return self.target.values(model, samples, layers)

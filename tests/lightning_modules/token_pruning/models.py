@@ -1,0 +1,46 @@
+"""Tiny random models of every supported family."""
+
+import functools
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_modules.token_pruning.anatomy import SUPPORTED
+
+VOCABULARY, LAYERS, HIDDEN = 199, 6, 64
+FAMILIES = [(family, kernel) for family in SUPPORTED for kernel in ("sdpa", "eager")]
+
+
+def build(family: str = "llama", kernel: str = "sdpa", layers: int = LAYERS, **fields: Any) -> Any:
+    """A model with sharp enough attention that dropping a token shows; equal weights for equal arguments."""
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    if family == "gpt2":
+        common |= {"n_embd": HIDDEN, "n_layer": layers, "n_head": 4, "n_positions": 512}
+    else:
+        common |= {"hidden_size": HIDDEN, "num_hidden_layers": layers, "num_attention_heads": 4}
+        common |= {"intermediate_size": 2 * HIDDEN, "max_position_embeddings": 512}
+    if family not in ("gpt2", "gpt_neox"):
+        common |= {"num_key_value_heads": 2}
+    if family == "mistral":
+        common |= {"sliding_window": None}
+    if family == "qwen3":
+        common |= {"head_dim": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **{**common, **fields})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model
+
+
+shared = functools.cache(build)
+"""`build`, once per test session; for tests that leave the model as it is."""
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, the padding token excluded."""
+    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))

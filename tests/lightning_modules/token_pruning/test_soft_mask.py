@@ -1,0 +1,137 @@
+"""Pruning by mask is pruning: against layers run by hand on the tokens that are left."""
+
+import pytest
+import torch
+
+from lightning_modules.token_pruning.samples import split_batch
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.soft_mask import FLOOR, Budget, Pruning, keep_best, layer_inputs
+from tests.lightning_modules.token_pruning.models import LAYERS, build, shared, tokens
+
+SCHEDULE = Schedule(layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3)
+
+
+def _norm(layer, hidden):
+    return hidden.norm(dim=-1) * (1 + layer)
+
+
+def _samples(rows=2, length=40, response=6):
+    ids = tokens(rows, length)
+    return split_batch({"input_ids": ids, "labels": ids}, response)
+
+
+def _masked(model, samples, temperature=None, score=_norm):
+    pruning = Pruning(score, samples.prompt, Budget.of(SCHEDULE, LAYERS, samples.prompt), temperature)
+    with layer_inputs(model, samples.real, pruning):
+        return model(**samples.inputs(), use_cache=False).logits, pruning
+
+
+def _by_hand(model, ids):
+    """Logits of a Llama whose layers get only the tokens that are left, and the places of these tokens."""
+    decoder, places = model.model, torch.arange(ids.shape[1])
+    hidden = decoder.embed_tokens(ids)
+    prompt = ids.shape[1] - 6
+    for index, layer in enumerate(decoder.layers):
+        if index - 1 in (1, 3):
+            stage = (1, 3).index(index - 1)
+            scores = _norm(index - 1, hidden)[0].clone()
+            scores[places >= prompt] = torch.inf  # the response is not pruned, nor are sinks and tail
+            scores[(places < 2) | (places >= prompt - 3)] = torch.inf
+            count = SCHEDULE.budget(stage, prompt) + 6
+            left = scores.topk(count).indices.sort().values
+            hidden, places = hidden[:, left], places[left]
+        rotary = decoder.rotary_emb(hidden, places[None])
+        hidden = layer(hidden, position_embeddings=rotary, attention_mask=None)
+    return model.lm_head(decoder.norm(hidden)), places
+
+
+@torch.no_grad()
+def test_masked_equals_layers_run_by_hand_on_the_tokens_left():
+    model, samples = shared("llama"), _samples(rows=1)
+    masked, pruning = _masked(model, samples)
+    dropped, places = _by_hand(model, samples.input_ids)
+    assert len(places) == SCHEDULE.budget(1, 34) + 6 < 40
+    assert pruning.alive[3][0].nonzero()[:, 0].tolist() == places.tolist()
+    torch.testing.assert_close(masked[:, places], dropped, rtol=1e-4, atol=1e-4)
+    whole = model(samples.input_ids).logits
+    assert (whole[:, -1] - dropped[:, -1]).abs().max() > 0.1  # the tokens dropped do matter here
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_straight_through_mask_computes_what_its_hard_choice_does(family, kernel):
+    model, samples = shared(family, kernel), _samples()
+    torch.manual_seed(3)
+    soft, chosen = _masked(model, samples, temperature=1.0)
+    again, hard = _masked(model, samples, score=lambda layer, _: chosen.alive[layer].float())
+    assert all(torch.equal(chosen.alive[layer], hard.alive[layer]) for layer in (1, 3))
+    torch.testing.assert_close(soft, again, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(chosen.alive[3], _masked(model, samples)[1].alive[3])  # noise changed the choice
+
+
+@torch.no_grad()
+def test_padding_changes_nothing():
+    model, single = shared("llama"), _samples(rows=1, length=34)
+    pad = torch.zeros(1, 9, dtype=torch.long)
+    ids = torch.cat([pad, single.input_ids], 1)
+    labels = torch.cat([pad - 100, single.labels], 1)
+    padded = split_batch({"input_ids": ids, "labels": labels, "attention_mask": (ids != 0).long()}, 6)
+    expected, _ = _masked(model, single)
+    logits, pruning = _masked(model, padded)
+    assert logits.isfinite().all()
+    alive = pruning.alive[3][0, 9:] & single.prompt[0]
+    torch.testing.assert_close(logits[:, 9:][:, alive], expected[:, alive], rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_is_that_of_the_policy_softmax_even_for_dropped_tokens():
+    """d loss / d mask at a hard 0 against a finite difference of the attention with exp(a)·m."""
+    # GPT-2, whose norms compute in double precision
+    model, samples = build("gpt2").double().requires_grad_(False), _samples(rows=1)
+
+    def loss(mask):
+        def change(index, hidden):
+            return hidden, torch.log(FLOOR + (1 - FLOOR) * mask) if index > 1 else None
+
+        with layer_inputs(model, samples.real, change):
+            return model(**samples.inputs(), use_cache=False).logits[0, -1].logsumexp(0)
+
+    mask = torch.ones(1, 40, dtype=torch.double)
+    mask[0, [5, 9]] = 0
+    mask.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(mask), mask)
+    for place in (5, 9, 12):
+        step = torch.zeros_like(mask)
+        step[0, place] = 1e-8 if place != 12 else -1e-8
+        difference = (loss(mask.detach() + step) - loss(mask.detach())) / step[0, place]
+        assert gradient[0, place] == pytest.approx(difference.item(), rel=0.05, abs=1e-6)
+        assert gradient[0, place] != 0
+
+
+def test_gradients_reach_the_scores_of_dropped_and_kept_tokens():
+    model, samples = shared("llama").requires_grad_(False), _samples(rows=1)
+    offset = torch.zeros(1, 40, requires_grad=True)
+    torch.manual_seed(0)
+    logits, pruning = _masked(model, samples, 1.0, lambda layer, hidden: hidden.norm(dim=-1) + offset)
+    logits[0, -6:].logsumexp(-1).sum().backward()
+    kept, prompt = pruning.alive[1][0], samples.prompt[0]
+    protected = Budget.of(SCHEDULE, LAYERS, samples.prompt).protected[0]
+    assert (offset.grad[0][kept & prompt & ~protected] != 0).all()
+    assert (offset.grad[0][~kept] != 0).any()
+    assert not offset.grad[0][protected | ~prompt].any()
+
+
+def test_the_best_stay_and_of_equals_the_earlier():
+    scores = torch.tensor([[5.0, 1.0, 4.0, 4.0, 0.0], [0.0, 0.0, 0.0, 9.0, 9.0]])
+    candidates = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 1]], dtype=torch.bool)
+    protected = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    kept, cut = keep_best(scores, candidates, protected, [3, 2])
+    assert kept.int().tolist() == [[1, 0, 1, 0, 1], [1, 0, 0, 0, 1]]
+    assert cut.tolist() == [4.0, 0.0]
+
+
+def test_an_attention_without_masks_is_refused():
+    model = build("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2"), layer_inputs(model, torch.ones(1, 4).bool(), None):
+        pass

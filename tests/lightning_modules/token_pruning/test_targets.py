@@ -1,0 +1,123 @@
+"""Saliency against what it claims to be the derivative of."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_modules.token_pruning.samples import split_batch
+from lightning_modules.token_pruning.soft_mask import FLOOR, layer_inputs
+from lightning_modules.token_pruning.targets import known_targets
+from lightning_modules.token_pruning.targets.future_attention import FutureAttention
+from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
+from lightning_modules.token_pruning.targets.gradient_norm import GradientNorm
+from lightning_modules.token_pruning.targets.gradient_times_hidden import GradientTimesHidden
+from lightning_modules.token_pruning.targets.signed_gradient_times_hidden import SignedGradientTimesHidden
+from tests.lightning_modules.token_pruning.models import build, shared, tokens
+
+RESPONSE, LENGTH, LAYER = 6, 30, 1
+
+
+def _samples(rows=2):
+    ids = tokens(rows, LENGTH, seed=1)
+    return split_batch({"input_ids": ids, "labels": ids}, RESPONSE)
+
+
+@torch.no_grad()
+def _losses(model, samples, change):
+    with layer_inputs(model, samples.real, change):
+        logits = model(**samples.inputs(), use_cache=False).logits
+    # in double, so that small differences are not lost
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), samples.labels[:, 1:], reduction="none").sum(1) / RESPONSE
+
+
+def _gated(model, samples, token, gate):
+    log_mask = torch.zeros(samples.real.shape, dtype=model.dtype)
+    log_mask[:, token] = torch.log(torch.tensor(gate, dtype=model.dtype))
+    return _losses(model, samples, lambda index, hidden: (hidden, log_mask if index > LAYER else None))
+
+
+@pytest.fixture(scope="module")
+def double():
+    return build("gpt2").double().requires_grad_(False)  # its norms compute in double too
+
+
+def test_gate_gradient_is_the_derivative_by_the_gate(double):
+    samples = _samples()
+    found = GateGradient().values(double, samples, [LAYER])[LAYER]
+    for token in (0, 7, 20):
+        difference = (_gated(double, samples, token, 1 - 1e-5) - _gated(double, samples, token, 1.0)) / 1e-5
+        torch.testing.assert_close(found[:, token], difference.float(), rtol=1e-3, atol=1e-5)
+    size = GateGradient(signed=False).values(double, samples, [LAYER])[LAYER]
+    torch.testing.assert_close(size, found.abs())
+
+
+def test_gradient_times_hidden_is_the_derivative_by_the_scale_of_a_token(double):
+    samples = _samples()
+    signed = SignedGradientTimesHidden().values(double, samples, [LAYER])[LAYER]
+    torch.testing.assert_close(GradientTimesHidden().values(double, samples, [LAYER])[LAYER], signed.abs())
+    for token in (2, 15):
+
+        def scaled(index, hidden, token=token):
+            if index == LAYER + 1:
+                hidden = hidden.clone()
+                hidden[:, token] *= 1 + 1e-6
+            return hidden, None
+
+        difference = (_losses(double, samples, scaled) - _losses(double, samples, lambda i, h: (h, None))) / 1e-6
+        torch.testing.assert_close(signed[:, token], difference.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_norm_is_the_length_of_the_slopes_along_every_axis(double):
+    one = _samples(1)
+    norm = GradientNorm().values(double, one, [LAYER])[LAYER]
+    each = one.pick(torch.zeros(64, dtype=torch.long))
+    start = _losses(double, one, lambda i, h: (h, None))
+
+    def moved(index, hidden):
+        if index == LAYER + 1:
+            hidden = hidden.clone()
+            hidden[:, 9] += 1e-6 * torch.eye(64, dtype=torch.double)
+        return hidden, None
+
+    slopes = (_losses(double, each, moved) - start) / 1e-6
+    assert norm[0, 9].item() == pytest.approx(slopes.norm().item(), rel=1e-3)
+
+
+def test_future_attention_sums_to_1_over_what_the_response_sees():
+    model, samples = shared("llama"), _samples()
+    found = FutureAttention().values(model, samples, [LAYER])[LAYER]
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
+    assert not found[:, -1].any() and (found[:, : -RESPONSE - 1] > 0).all()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_gate_gradient_points_where_leaving_a_token_out_does():
+    model, samples = shared("llama"), _samples(1)
+    found = GateGradient().values(model, samples, [LAYER])[LAYER][0, : LENGTH - RESPONSE]
+    whole = _gated(model, samples, 0, 1.0)
+    removed = torch.stack([_gated(model, samples, token, FLOOR)[0] - whole[0] for token in range(LENGTH - RESPONSE)])
+    assert F.cosine_similarity(found, removed, dim=0) > 0.5
+
+
+OURS = [target for target in known_targets() if target.__module__.startswith("lightning_modules.")]
+
+
+@pytest.mark.parametrize("target", OURS, ids=lambda t: t.__name__)
+def test_every_target_ignores_padding_other_samples_and_the_prompt_s_own_labels(target):
+    model, both = shared("llama"), _samples()
+    together = target().values(model, both, [0, 3])
+    alone = target().values(model, both.pick(torch.tensor([1])), [0, 3])
+    ids, pad = both.input_ids[1:], torch.zeros(1, 7, dtype=torch.long)
+    labels = torch.cat([both.labels[1:], pad - 100], 1)
+    mask = torch.cat([torch.ones_like(ids), pad], 1)
+    padded = split_batch({"input_ids": torch.cat([ids, pad], 1), "labels": labels, "attention_mask": mask}, 3)
+    padded_values = target().values(model, padded, [0, 3])
+    for layer in (0, 3):
+        assert together[layer].shape == (2, LENGTH) and together[layer].dtype == torch.float32
+        torch.testing.assert_close(together[layer][1:], alone[layer], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(padded_values[layer][:, :LENGTH], alone[layer], rtol=1e-3, atol=1e-6)
+    assert not any(p.requires_grad and p.grad is not None for p in model.parameters())
+
+
+def test_the_one_known_to_be_wrong_is_labelled():
+    assert [t.__name__ for t in OURS if t.control] == ["SignedGradientTimesHidden"]
