@@ -180,7 +180,7 @@ def report(
     print(reports.build(results, output, tables, figures))
 
 
-def config(results: Path, run: str) -> None:
+def configuration(results: Path, run: str) -> None:
     """Print the configuration that a recorded run was started with, to start it again.
 
     Args:
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
     commands: dict[str, Any] = {"env": env, "compare": compare, "table": table, "trace": trace, "link": link}
     commands |= {"experiment": experiment, "sweep": sweep, "collectives": collectives, "bounds": bounds}
-    commands |= {"report": report, "config": config}
+    commands |= {"report": report, "configuration": configuration}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
     except (ValueError, OSError, links.LinkUnavailableError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from bench.report import drawing, palette
@@ -97,7 +98,7 @@ def _iterations(index: int, name: str, rows: list[list[float | None]]) -> Chart:
         right.set_ylabel("validation PPL")
         for axes in (left, right):
             axes.set_xlabel("iteration")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     last = f"Last: {sparsity[-1][1]:.1%} sparsity" if sparsity else "Sparsity not recorded"
     last += f", PPL {ppl[-1][1]:.4g}." if ppl else ", PPL not recorded."
