@@ -54,6 +54,7 @@ def parse(block: Any) -> Tiers:
     iterations = [[entry.get(name) for name in _FIELDS] for entry in block.get("iterations") or []]
     maps = [_map(entry) for entry in block.get("matrices") or []]
     quantiles = {str(tier): [float(q) for q in values] for tier, values in (block.get("quantiles") or {}).items()}
+    quantiles = {tier: values for tier, values in quantiles.items() if values}  # a tier without blocks has none
     if any(len(values) != 5 for values in quantiles.values()):
         raise ValueError("quantiles must be minimum, quartiles and maximum of each tier")
     return Tiers(iterations, maps, quantiles)
