@@ -225,7 +225,7 @@ def report(
     print(reports.build(results, output, tables, figures))
 
 
-def config(results: Path, run: str) -> None:
+def configuration(results: Path, run: str) -> None:
     """Print the configuration that a recorded run was started with, to start it again.
 
     Args:
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
     # --dry-run is as good as --dry_run
     arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
-    known = (env, compare, table, pivot, trace, link, experiment, sweep, collectives, bounds, report, config)
+    known = (env, compare, table, pivot, trace, link, experiment, sweep, collectives, bounds, report, configuration)
     commands: dict[str, Any] = {command.__name__: command for command in known}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0

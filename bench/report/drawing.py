@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from bench.report.content import Chart
 from bench.report.palette import DARK, GRID, TEXT
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib names each key in its type
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
     "svg.hashsalt": "pare",  # equal input, equal bytes
     "font.size": 9.0,

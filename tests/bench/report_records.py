@@ -44,7 +44,7 @@ TIERS = {
     ],
     "quantiles": {"dense": [0.5, 1, 2, 4, 9], "2:4": [0.2, 0.4, 0.6, 0.8, 1.1], "topk": [0.01, 0.05, 0.1, 0.2, 0.3]},
 }  # fmt: skip
-WORDS = ["The", "old", "<b>house", "&", "the", "sea", ":", "nobody", "knew", "who", "had", "lived", "there", "before", "the", "war"]
+WORDS = ["The", "old", "<b>house", "&", "the", "sea", ":", "nobody", "knew", "who", "had", "lived", "there"]
 SURVIVAL = {
     "tokens": [f"{word} " for word in WORDS],
     "dropped_at": [0 if i % 5 == 1 else 1 if i % 5 == 2 else 2 if i % 5 == 4 else None for i in range(len(WORDS))],

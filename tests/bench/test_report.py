@@ -134,7 +134,8 @@ def test_one_real_run(tmp_path):
     assert sections(page) == ["headline", "step-time", "bytes", "runs"]
     shown = " ".join(page.text)
     assert (
-        "python -m bench config RESULTS.jsonl profile_2_ranks > run.yaml" in shown and "git checkout d9c748c" in shown
+        "python -m bench configuration RESULTS.jsonl profile_2_ranks > run.yaml" in shown
+        and "git checkout d9c748c" in shown
     )
 
 
@@ -179,6 +180,6 @@ def test_a_thousand_records_stay_under_five_megabytes(tmp_path):
 def test_the_recorded_configuration_comes_back(tmp_path, capsys):
     run = synthetic.template()
     results = synthetic.write(tmp_path / "r.jsonl", [run])
-    assert main(["config", str(results), run["run_name"]]) == 0
+    assert main(["configuration", str(results), run["run_name"]]) == 0
     assert capsys.readouterr().out == run["config"]
-    assert main(["config", str(results), "other"]) == 1
+    assert main(["configuration", str(results), "other"]) == 1

@@ -55,8 +55,8 @@ def test_arguments_appear_in_a_name_only_where_they_differ():
 
 
 def test_speed_up_is_against_the_uncompressed_run_of_the_same_setting():
-    records = [run(method, link_rate=link, step_time_ms_p50=ms) for method, link, ms in
-               (("int8", "1gbit", 50.0), ("none", "1gbit", 100.0), ("int8", "10gbit", 45.0), ("none", "10gbit", 40.0))]  # fmt: skip
+    times = (("int8", "1gbit", 50.0), ("none", "1gbit", 100.0), ("int8", "10gbit", 45.0), ("none", "10gbit", 40.0))
+    records = [run(method, link_rate=link, step_time_ms_p50=ms) for method, link, ms in times]
     panels = groups.panels(groups.group(records))
     assert [p.groups[0].method for p in panels] == ["none", "none"]
     assert [p.speedup(p.groups[1]).mean for p in panels] == [2.0, pytest.approx(8 / 9)]
@@ -138,8 +138,9 @@ def test_tier_maps_must_have_a_digit_a_block():
 
 
 def test_bounds_and_suspicions_reach_the_report():
-    fast = run(link_rate="1gbit", steps_measured=1, step_time_ms_p50=100.0, bytes_compressed_total=125_000_000,
-               bytes_parameters_total=0, comm_time_ms_total=10.0, compress_time_ms=0.0, decompress_time_ms=0.0)  # fmt: skip
+    times = {"step_time_ms_p50": 100.0, "comm_time_ms_total": 10.0, "compress_time_ms": 0.0, "decompress_time_ms": 0.0}
+    sent = {"bytes_compressed_total": 125_000_000, "bytes_parameters_total": 0}
+    fast = run(link_rate="1gbit", steps_measured=1, **times, **sent)
     (record,) = sort([fast]).runs
     assert (
         record["bound_step_time_ms"] == pytest.approx(1090.0)

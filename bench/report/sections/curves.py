@@ -55,7 +55,7 @@ def section(evidence: Evidence) -> Section | None:
         by_time = _lines(panels(evidence.groups))
         blocks.append(_chart(evidence, by_time, "ppl-by-time", "training time (s)", lambda p: p.seconds.mean))
     targets = _targets(evidence.groups)
-    return Section("curves", "Training curves", _LEAD, blocks + targets) if blocks or targets else None
+    return Section("curves", "Training curves", _LEAD, [*blocks, *targets]) if blocks or targets else None
 
 
 def _lines(found: Sequence[Panel]) -> list[tuple[str, list[tuple[Group, list[Point]]]]]:
@@ -87,11 +87,9 @@ def _targets(groups: Sequence[Group]) -> list[Sheet]:
         "fixed time (s)",
         "PPL then",
     ]
-    return (
-        [Sheet("time-to-quality", "Time to a perplexity, and perplexity at a time", Table(headers, rows))]
-        if rows
-        else []
-    )
+    title = "Time to a perplexity, and perplexity at a time"
+    note = "Times are means over the runs that reached the target; read them with the column that counts those."
+    return [Sheet("time-to-quality", title, Table(headers, rows), note)] if rows else []
 
 
 def _chart(evidence: Evidence, found: Sequence, name: str, axis: str, across: Callable[[Point], float]) -> Chart:

@@ -89,7 +89,7 @@ def _chart(index: int, name: str, points: list[Point]) -> Chart:
         axes = drawing.grid(figure, 2 if memory else 1)
         axes[0].axhline(1.0, color=palette.TEXT, linewidth=0.9)
         for place, arm in enumerate(arms):
-            look = {"color": palette.hue(place), "label": drawing.label(arm)}
+            look: dict[str, Any] = {"color": palette.hue(place), "label": drawing.label(arm)}
             lengths, speedups = _line(points, arm, "speedup")
             errors = [_speedup_error(p) for p in points if p.arm == arm and p.speedup is not None]
             axes[0].errorbar(lengths, speedups, yerr=errors, marker="o", **look)

@@ -59,7 +59,7 @@ def command(run: Record) -> tuple[str, str]:
     if not isinstance(run.get("config"), str):
         return "Neither command nor configuration is recorded.", "not recorded"
     name = shlex.quote(run_name(run))
-    lines = [*checkout, f"python -m bench config RESULTS.jsonl {name} > run.yaml"]
+    lines = [*checkout, f"python -m bench configuration RESULTS.jsonl {name} > run.yaml"]
     lines.append(f"python main.py {'fit' if run.get('steps_measured') else 'validate'} --config run.yaml")
     origin = "No command is recorded; these lines start the recorded configuration again."
     nodes = _nodes(run["config"])

@@ -6,10 +6,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bench.report import drawing, palette
 from bench.report.content import Chart, Section, Sheet
 from bench.report.evidence import Evidence
+from bench.report.values import number
 from bench.tables import Table, percent
 
 _LEAD = (
@@ -56,9 +58,8 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def _share(single: Mapping[str, Any]) -> str | None:
-    before, after = single.get("parameters_before"), single.get("parameters_after")
-    known = isinstance(before, int | float) and isinstance(after, int | float) and before
-    return percent(after / before) if known else None
+    before, after = number(single, "parameters_before"), number(single, "parameters_after")
+    return percent(after / before) if before and after is not None else None
 
 
 def _chart(index: int, name: str, layers: list[Layer]) -> Chart:
@@ -92,5 +93,5 @@ def _bars(axes: Axes, layers: list[Layer], what: str, colour: str) -> None:
     axes.set_ylabel("query-head groups" if what == "groups" else "feed-forward channels")
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.2)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right", ncols=2)

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from bench.report import drawing, palette
@@ -53,6 +54,7 @@ def parse(block: Any) -> Tiers:
     iterations = [[entry.get(name) for name in _FIELDS] for entry in block.get("iterations") or []]
     maps = [_map(entry) for entry in block.get("matrices") or []]
     quantiles = {str(tier): [float(q) for q in values] for tier, values in (block.get("quantiles") or {}).items()}
+    quantiles = {tier: values for tier, values in quantiles.items() if values}  # a tier without blocks has none
     if any(len(values) != 5 for values in quantiles.values()):
         raise ValueError("quantiles must be minimum, quartiles and maximum of each tier")
     return Tiers(iterations, maps, quantiles)
@@ -97,7 +99,7 @@ def _iterations(index: int, name: str, rows: list[list[float | None]]) -> Chart:
         right.set_ylabel("validation PPL")
         for axes in (left, right):
             axes.set_xlabel("iteration")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     last = f"Last: {sparsity[-1][1]:.1%} sparsity" if sparsity else "Sparsity not recorded"
     last += f", PPL {ppl[-1][1]:.4g}." if ppl else ", PPL not recorded."

@@ -4,7 +4,7 @@ from markupsafe import Markup
 
 from bench.report.content import Block, Markings, Section, Sheet
 from bench.report.evidence import Evidence, run_name
-from bench.report.values import count, text
+from bench.report.values import Record, count, text
 from bench.tables import Table
 
 _MAX_PROBLEMS = 100
@@ -33,7 +33,7 @@ def section(evidence: Evidence) -> Section | None:
     return Section("trouble", "Failures and skipped lines", lead, blocks)
 
 
-def _error(failure: dict) -> str | None:
+def _error(failure: Record) -> str | None:
     """The error's text as it was, line breaks included."""
     error = failure.get("error")
     return None if error is None else error if isinstance(error, str) else text(error)
