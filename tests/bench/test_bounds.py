@@ -32,11 +32,8 @@ def test_parts_of_a_known_step():
 
 
 def test_compute_time_comes_from_the_same_work_on_one_rank():
-    others = [
-        _run(run_name="larger", world_size=1, batch_size=4),
-        _run(run_name="there", world_size=1, machine={}),
-        ALONE,
-    ]
+    larger = _run(run_name="larger", world_size=1, batch_size=4)
+    others = [larger, _run(run_name="there", world_size=1, machine={}), ALONE]
     limits = bounds.bounds(_run(), others)
     assert limits.compute_ms == 90 and limits.compute_from == "one" and limits.serial_ms == 170
     assert bounds.bounds(_run(), others[:2]).compute_from == ""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_two_nodes_train_together(script, tmp_path):
     (tmp_path / "bin/srun").write_text(SRUN)
     (tmp_path / "bin/srun").chmod(0o755)
     (tmp_path / "bin/python").symlink_to(sys.executable)
-    path = f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     nodes = {"NNODES": "2", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "1234", "CI": "true"}
     config = ROOT / "configs/bench/base.yaml"
     arguments = ["fit", "--config", str(config), *(f"--{name}={value}" for name, value in SMALL.items())]
@@ -46,8 +47,7 @@ def test_two_nodes_train_together(script, tmp_path):
     (line,) = (tmp_path / "runs/results.jsonl").read_text().splitlines()
     entry = json.loads(line)
     assert entry["world_size"] == 2 and entry["steps"] == 3
-    environment = {"torchrun.sh": "MEMBER: 2/2", "slurm.sh": "MEMBER: 2/2"}[script]
-    assert environment in done.stdout + done.stderr
+    assert "MEMBER: 2/2" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
