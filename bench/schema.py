@@ -55,7 +55,7 @@ OPTIONAL: dict[str, Field] = {
     "step_time_ms_p95": Field("number", "ms", "optimizer step time, 95th percentile"),
     "compress_time_ms": Field("number", "ms", "time spent encoding over the measured steps"),
     "decompress_time_ms": Field("number", "ms", "time spent decoding over the measured steps"),
-    "extra_collectives": Field("int", "calls", "collectives the method adds beyond its payload exchange"),
+    "extra_collectives": Field("int", "calls", "gradient collectives after the first of each reduction"),
     "extra_collective_time_ms": Field("number", "ms", "time in those extra collectives"),
     "index_bytes": Field("int", "bytes", "part of bytes_compressed_total that encodes positions"),
     "density": Field("number", "fraction", "share of gradient elements sent"),

@@ -138,7 +138,7 @@ def _sole_writer(results: Path) -> Iterator[None]:
 
 def _work(results: Path) -> Path:
     """Where runs work and leave their logs, one folder a run, named after its key."""
-    return results.resolve().with_suffix("")
+    return results.resolve().with_suffix(".runs")
 
 
 def _run_all(

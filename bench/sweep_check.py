@@ -1,6 +1,6 @@
 """Try the arguments of many runs in one process, so that a sweep refuses what cannot run before its first run.
 
-`python -m bench.sweep_check` reads a JSON list of argument lists of `main.py fit` and writes a JSON list with, for each,
+`python -m bench.sweep_check` reads a JSON list of argument lists of `main.py fit` and writes a JSON list of, for each,
 null or the error. Everything but the callbacks is built (a callback may want a network interface that exists only on an
 emulated host); nothing runs.
 """

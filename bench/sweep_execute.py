@@ -1,5 +1,6 @@
 """One run of a sweep, in a folder and session of its own: started, watched, stopped, and turned into a record."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -84,10 +85,8 @@ def _started(pid: int) -> float:
 
 def _kill_session(pid: int) -> None:
     """End ranks that outlived the process which started them."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _end_leftover(note: Path) -> None:

@@ -127,6 +127,8 @@ class TrafficMonitor(Measurement):
         self._totals["native"] += sum(step.native.values())
         self._totals["encode"] += step.phase_ms("encode")
         self._totals["decode"] += step.phase_ms("decode")
+        self._totals["extra_calls"] += step.extra_calls
+        self._totals["extra_ms"] += step.extra_ms
         for collective, ms in step.collective_ms().items():
             self._collective_ms[collective] += ms
         for role, nbytes in step.bytes_by("role").items():
@@ -177,6 +179,8 @@ class TrafficMonitor(Measurement):
             "compression_ratio": self._totals["ideal"] / sent if sent else None,
             "compress_time_ms": self._totals["encode"],
             "decompress_time_ms": self._totals["decode"],
+            "extra_collectives": round(self._totals["extra_calls"]),
+            "extra_collective_time_ms": self._totals["extra_ms"],
             "index_bytes": self._role_bytes.get("indices", 0),
             "effective_bandwidth": (sent + self._totals["parameters"]) / (wire_ms / 1e3) if wire_ms else None,
             "monitor_ms_per_step": self._totals["monitor_ms"] / self.steps,

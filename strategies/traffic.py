@@ -31,6 +31,8 @@ class StepTraffic:
         ideal: Bytes of an ideal (ring) fp32 reduction of the gradients, by unit.
         native: Bytes that torch's own reduction sends on this backend, by unit.
         ms: Milliseconds by ``(unit, phase, collective)``; the collective is "" for encode and decode.
+        extra_calls: Collectives of the gradient path after the first of each reduction.
+        extra_ms: Milliseconds in those; part of ``ms``.
     """
 
     sent: dict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
@@ -38,6 +40,8 @@ class StepTraffic:
     ideal: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     native: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ms: dict[tuple[str, str, str], float] = field(default_factory=lambda: defaultdict(float))
+    extra_calls: int = 0
+    extra_ms: float = 0.0
 
     def bytes_by(self, part: Literal["unit", "collective", "role"], *, gradients: bool = True) -> dict[str, int]:
         """Bytes sent, summed by one part of the key; ``gradients=False`` gives the parameter traffic instead."""
@@ -55,6 +59,11 @@ class StepTraffic:
     def parameter_bytes(self) -> int:
         """Bytes sent to gather parameters."""
         return sum(self.bytes_by("unit", gradients=False).values())
+
+    def add(self, key: tuple[str, str, str], extra: bool, ms: float) -> None:
+        """Count ``ms`` under ``(unit, phase, collective)``, and as extra too if it is."""
+        self.ms[key] += ms
+        self.extra_ms += ms if extra else 0.0
 
     def phase_ms(self, phase: Phase) -> float:
         """Milliseconds in one phase, all units together."""
@@ -110,7 +119,8 @@ class Traffic:
         self.step = StepTraffic()
         self.sampling = False
         self.fidelity: Fidelity | None = None
-        self._pending: list[tuple[tuple[str, str, str], torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: list[tuple[tuple[str, str, str], bool, torch.cuda.Event, torch.cuda.Event]] = []
+        self._exchanged = False  # whether the reduction under way has had its first collective
 
     def sent(self, unit: str, collective: str, role: str, nbytes: int) -> None:
         """Count ``nbytes`` that leave this rank."""
@@ -121,14 +131,21 @@ class Traffic:
         self.step.calls[unit, collective] += 1
 
     def baseline(self, unit: str, ideal: float, native: float) -> None:
-        """Count what an uncompressed reduction would have sent for this call, in bytes."""
+        """A reduction begins: count what it would have sent uncompressed, in bytes."""
+        self._exchanged = False
         self.step.ideal[unit] += ideal
         self.step.native[unit] += native
 
     @contextmanager
-    def timed(self, unit: str, phase: Phase, device: torch.device, collective: str = "") -> Iterator[None]:
-        """Time a phase on ``device``; the name appears in profiler traces."""
+    def timed(
+        self, unit: str, phase: Phase, device: torch.device, collective: str = "", parameters: bool = False
+    ) -> Iterator[None]:
+        """Time a phase on ``device``; the name appears in profiler traces. ``parameters``: no part of a reduction."""
         key = (unit, phase, collective)
+        exchange = phase == "wire" and not parameters
+        extra = exchange and self._exchanged
+        self._exchanged |= exchange
+        self.step.extra_calls += extra
         label = f"pare::{phase}" + (f"::{collective}" if collective else "")
         with torch.profiler.record_function(label):
             if device.type == "cuda":
@@ -136,11 +153,11 @@ class Traffic:
                 begin.record()
                 yield
                 end.record()
-                self._pending.append((key, begin, end))
+                self._pending.append((key, extra, begin, end))
             else:
                 start = time.perf_counter()
                 yield
-                self.step.ms[key] += (time.perf_counter() - start) * 1e3
+                self.step.add(key, extra, (time.perf_counter() - start) * 1e3)
 
     def take(self) -> StepTraffic:
         """Return the counters since the last call and start afresh.
@@ -149,11 +166,11 @@ class Traffic:
         waits.
         """
         waiting = []
-        for key, begin, end in self._pending:
+        for key, extra, begin, end in self._pending:
             if end.query():
-                self.step.ms[key] += begin.elapsed_time(end)
+                self.step.add(key, extra, begin.elapsed_time(end))
             else:
-                waiting.append((key, begin, end))
+                waiting.append((key, extra, begin, end))
         self._pending = waiting
         step, self.step = self.step, StepTraffic()
         return step

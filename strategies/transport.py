@@ -86,7 +86,7 @@ def gather_parameters(shard: Tensor, output: Tensor, unit: Unit, async_op: bool 
     Returns:
         The pending work if ``async_op``, whose time on the wire is then not known.
     """
-    with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather"):
+    with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather", parameters=True):
         work = _all_gather(output, shard, group=unit.group, async_op=async_op)
     unit.traffic.called(unit.name, "all_gather")
     unit.traffic.sent(unit.name, "all_gather", "parameters", shard.nbytes * (unit.world_size - 1))
@@ -107,7 +107,7 @@ def gather_encoded_parameters(payload: dict[str, Tensor], unit: Unit) -> dict[st
     """
     buffer, spans = _pack(payload, 1, unit)
     gathered = torch.empty(unit.world_size, buffer.shape[1], dtype=torch.uint8, device=buffer.device)
-    with unit.traffic.timed(unit.name, "wire", buffer.device, "all_gather"):
+    with unit.traffic.timed(unit.name, "wire", buffer.device, "all_gather", parameters=True):
         _all_gather(gathered.view(-1), buffer.view(-1), group=unit.group)
     unit.traffic.called(unit.name, "all_gather")
     for role, (_, width) in spans.items():

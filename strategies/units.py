@@ -157,7 +157,7 @@ def count_parameter_gathers(module: FSDP, unit: Unit) -> None:
     gather = handle._all_gather_flat_param
 
     def counted(unsharded: Tensor) -> Tensor:
-        with unit.traffic.timed(unit.name, "wire", unsharded.device, "all_gather"):
+        with unit.traffic.timed(unit.name, "wire", unsharded.device, "all_gather", parameters=True):
             result = gather(unsharded)
         unit.traffic.called(unit.name, "all_gather")
         sent = unsharded.nbytes // unit.world_size * (unit.world_size - 1)

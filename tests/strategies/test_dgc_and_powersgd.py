@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from strategies import transport
 from strategies.compressors.dgc import DGC
 from strategies.compressors.error_feedback import ErrorFeedback
+from strategies.compressors.int8 import Int8
 from strategies.compressors.powersgd import PowerSGD
+from strategies.compressors.sketch import Sketch
 from tests.strategies.reductions import gradient, make_unit
 
 _SIZE = 2048
@@ -68,6 +71,25 @@ def test_powersgd_is_exact_on_matrices_of_its_rank(two_ranks):
 def test_powersgd_warm_start_finds_the_largest_directions(two_ranks):
     once, often = (min(two_ranks.run(_same_step_again, PowerSGD(rank=2), count)) for count in (1, 20))
     assert often < once
+
+
+def _extra(compressor):
+    """Extra collectives and their time in two reductions, each beside a gather of parameters; and all wire time."""
+    n = dist.get_world_size()
+    unit = make_unit(n * _SIZE)
+    for step in range(2):
+        unit.step = step
+        unit.traffic.baseline("unit", 0, 0)
+        compressor.reduce_scatter(gradient(dist.get_rank(), n * _SIZE), torch.empty(_SIZE), unit)
+        transport.gather_parameters(torch.ones(_SIZE), torch.empty(n * _SIZE), unit)
+    step = unit.traffic.take()
+    return step.extra_calls, step.extra_ms, step.phase_ms("wire")
+
+
+@pytest.mark.parametrize(("method", "expected"), [(Int8(), 0), (PowerSGD(), 2), (Sketch(), 4)], ids=repr)
+def test_collectives_after_the_first_of_a_reduction_are_extra(method, expected, two_ranks):
+    for calls, extra_ms, wire_ms in two_ranks.run(_extra, method):
+        assert calls == expected and (0 < extra_ms < wire_ms if expected else extra_ms == 0)
 
 
 def _all_reduced(compressor):
