@@ -1,8 +1,8 @@
 """Steps of codecs as Triton kernels, for CUDA. Importing this needs the package triton.
 
-Each kernel repeats its step's reference (in ``strategies.compressors``) bit by bit, sums up to their order: arithmetic in
-the same order, divisions rounded correctly, multiplications and additions apart (no fused multiply-add). Magnitudes are
-compared as integers, which order like floats, with NaN above all.
+Each kernel repeats its step's reference (in ``strategies.compressors``) bit by bit, sums up to their order: arithmetic
+in the same order, divisions rounded correctly, multiplications and additions apart (no fused multiply-add). Magnitudes
+are compared as integers, which order like floats, with NaN above all.
 
 Shape legend: b blocks, B elements of a block, n ranks, NB blocks of one program.
 """
