@@ -37,12 +37,8 @@ def store(unit: Unit, name: str, owed: Tensor, storage: Storage = "float32") -> 
 
 
 def settle(left: Tensor, owed: Tensor) -> Tensor:
-    """What remains owed: ``left``, or what was owed before where ``left`` is NaN or Inf.
-
-    A selection by arithmetic: comparisons on a CPU, which write booleans, take several times as long.
-    """
-    bad = torch.nan_to_num(left * 0, nan=1.0)
-    return torch.nan_to_num(left, 0.0, 0.0, 0.0) + owed * bad
+    """What remains owed: ``left``, or what was owed before where ``left`` is NaN or Inf."""
+    return torch.where(left.abs() < torch.inf, left, owed)  # isfinite takes four times as long on a CPU
 
 
 def norm(units: Iterable[Unit]) -> Tensor | None:

@@ -1,5 +1,7 @@
 """Symmetric 4-bit quantisation with one scale per block, two elements in a byte."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from strategies.compressors.base import Compressor
 from strategies.compressors.blocks import BlockCodec, Slab
 from strategies.compressors.int8 import to_levels
 from strategies.compressors.packing import pack, unpack
+from strategies.kernels import triton_kernel
 
 _LEVELS = 7.0
 
@@ -43,6 +46,10 @@ class Int4(BlockCodec):
     def layout(self, block: int) -> dict[str, tuple[int, torch.dtype]]:
         """See ``BlockCodec.layout``."""
         return {"values": (block // 2, torch.uint8), "scales": (1, torch.float32)}
+
+    def kernel(self, name: str) -> Callable[..., None] | None:
+        """See ``BlockCodec.kernel``."""
+        return None if self.stochastic else triton_kernel("int4", name, self.block_size)
 
     def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
         """See ``BlockCodec.quantise``; a NaN or Inf makes its block's scale non-finite."""

@@ -1,10 +1,13 @@
 """Symmetric 8-bit quantisation with one scale per block."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from strategies.compressors.base import Compressor
 from strategies.compressors.blocks import TINY, BlockCodec, Slab
+from strategies.kernels import triton_kernel
 
 _LEVELS = 127.0
 
@@ -40,6 +43,10 @@ class Int8(BlockCodec):
     def layout(self, block: int) -> dict[str, tuple[int, torch.dtype]]:
         """See ``BlockCodec.layout``."""
         return {"values": (block, torch.int8), "scales": (1, torch.float32)}
+
+    def kernel(self, name: str) -> Callable[..., None] | None:
+        """See ``BlockCodec.kernel``."""
+        return None if self.stochastic else triton_kernel("int8", name, self.block_size)
 
     def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
         """See ``BlockCodec.quantise``; a NaN or Inf makes its block's scale non-finite."""

@@ -1,9 +1,12 @@
 """Natural compression: sign and exponent, the mantissa rounded away at random."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from strategies.compressors.blocks import BlockCodec, Slab
+from strategies.kernels import triton_kernel
 
 _LOWEST = 27  # biased float32 exponent that code 0 stands for: 2⁻¹⁰⁰ and below are sent as zero
 _INFINITY = 0x7F800000  # bits of float32 Inf; a NaN has more
@@ -27,6 +30,10 @@ class NaturalCompression(BlockCodec):
     def layout(self, block: int) -> dict[str, tuple[int, torch.dtype]]:
         """See ``BlockCodec.layout``."""
         return {"values": (block, torch.uint8)}
+
+    def kernel(self, name: str) -> Callable[..., None] | None:
+        """See ``BlockCodec.kernel``."""
+        return triton_kernel("natural", name, self.block_size)
 
     def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
         """See ``BlockCodec.quantise``."""

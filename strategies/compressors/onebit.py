@@ -1,11 +1,14 @@
 """1-bit SGD: a bit per element, two means per block."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from strategies.compressors.base import Compressor
 from strategies.compressors.blocks import BlockCodec, Slab
 from strategies.compressors.packing import pack, unpack
+from strategies.kernels import triton_kernel
 
 
 class OneBit(BlockCodec):
@@ -37,6 +40,10 @@ class OneBit(BlockCodec):
     def layout(self, block: int) -> dict[str, tuple[int, torch.dtype]]:
         """See ``BlockCodec.layout``."""
         return {"values": (block // 8, torch.uint8), "scales": (2, torch.float32)}
+
+    def kernel(self, name: str) -> Callable[..., None] | None:
+        """See ``BlockCodec.kernel``."""
+        return triton_kernel("onebit", name, self.block_size)
 
     def quantise(self, blocks: Tensor, slab: Slab) -> dict[str, Tensor]:
         """See ``BlockCodec.quantise``; a NaN or Inf makes its block's means non-finite."""
