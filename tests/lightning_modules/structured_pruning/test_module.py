@@ -32,8 +32,15 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tokenizer) -> Path:
+    """A model that has learnt its text by heart, so that pruning hurts."""
     folder = tmp_path_factory.mktemp("base")
-    tiny(vocab_size=320).save_pretrained(folder)
+    model = tiny(vocab_size=320)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(60):
+        model(**batches(2)[step % 2]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -162,9 +169,9 @@ def test_rounds_with_recovery_remove_the_whole_budget(make, data, tmp_path):
 
 
 def test_the_largest_budget_under_a_limit_is_found(make, data):
-    structure = make(max_ppl_ratio=1.05, budget=0.6).prune(data, CPU)["structure"]
+    structure = make(max_ppl_ratio=3, budget=0.6, allocation=Inverse(cap=0.8)).prune(data, CPU)["structure"]
     share = structure["settings"]["share_found"]
-    assert 0 < share < 0.6 and structure["ppl_after"] <= 1.05 * structure["ppl_before"] * 1.0001
+    assert 0 < share < 0.6 and structure["ppl_after"] <= 3.001 * structure["ppl_before"]
 
 
 def test_a_given_plan_is_followed(make, data, tmp_path):
