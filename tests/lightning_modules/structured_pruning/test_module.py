@@ -32,15 +32,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tokenizer) -> Path:
-    """A model that has learnt its text by heart, so that pruning hurts."""
     folder = tmp_path_factory.mktemp("base")
-    model = tiny(vocab_size=320)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for step in range(60):
-        model(**batches(2)[step % 2]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
+    tiny(vocab_size=320).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -168,10 +161,13 @@ def test_rounds_with_recovery_remove_the_whole_budget(make, data, tmp_path):
         make().verify(data, CPU)
 
 
-def test_the_largest_budget_under_a_limit_is_found(make, data):
-    structure = make(max_ppl_ratio=3, budget=0.6, allocation=Inverse(cap=0.8)).prune(data, CPU)["structure"]
-    share = structure["settings"]["share_found"]
-    assert 0 < share < 0.6 and structure["ppl_after"] <= 3.001 * structure["ppl_before"]
+def test_the_largest_budget_under_a_limit_is_found(make, data, base):
+    # What the model itself finds likeliest: any pruning makes it less likely.
+    text = load(base)[0].generate(batches(1)[0]["input_ids"][:, :2], max_new_tokens=18, do_sample=False)
+    data.val_dataloader = lambda: [{"input_ids": text, "labels": text}]
+    structure = make(max_ppl_ratio=1.2, budget=0.6, allocation=Inverse(cap=0.8)).prune(data, CPU)["structure"]
+    assert 0 < structure["settings"]["share_found"] < 0.6
+    assert structure["ppl_after"] <= 1.2001 * structure["ppl_before"]
 
 
 def test_a_given_plan_is_followed(make, data, tmp_path):
