@@ -69,7 +69,7 @@ class CausalLM(L.LightningModule):
         if self.model is not None:
             return
         self.model = self.build_model()
-        self._check_vocabulary()
+        check_vocabulary(self.model, getattr(self.trainer.datamodule, "tokenizer", None) if self._trainer else None)
         # After sharding every parameter is a flat slice, so what is a matrix must be noted now.
         self._decayed = {f"model.{name}" for name, p in self.model.named_parameters() if p.ndim >= 2}
         self.parameter_count = self.model.num_parameters()
@@ -82,15 +82,6 @@ class CausalLM(L.LightningModule):
             for block in self.model.modules():
                 if type(block).__name__ in (self.model._no_split_modules or ()):
                     block.compile()
-
-    def _check_vocabulary(self) -> None:
-        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None) if self._trainer else None
-        rows: int = self.model.get_input_embeddings().num_embeddings
-        if tokenizer is not None and len(tokenizer) > rows:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: use the model's own "
-                "tokenizer (data.tokenizer), or train a model for this one"
-            )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean next-token loss of ``input_ids [B, T]`` against ``labels [B, T]``."""
@@ -159,6 +150,24 @@ def load_pretrained(path: str) -> PreTrainedModel:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: give the folder that fit exported, or a hub name")
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse text whose tokens the model does not embed.
+
+    Args:
+        model: A ``PreTrainedModel``.
+        tokenizer: The data's tokenizer; None where the data have none.
+
+    Raises:
+        ValueError: The tokenizer has more tokens than the model embeds.
+    """
+    rows: int = model.get_input_embeddings().num_embeddings
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: use the model's own "
+            "tokenizer (data.tokenizer), or train a model for this one"
+        )
 
 
 def clean_name(name: str) -> str:

@@ -170,6 +170,11 @@ class PreparedData(L.LightningDataModule, ABC):
         sampler = FixedOrderSampler(len(rows), **self._ranks())
         return DataLoader(rows, sampler=sampler, **self._loading())
 
+    def predict_dataloader(self) -> DataLoader:
+        """The training split in fixed order, equally many batches on every rank."""
+        rows = self._dataset("train")
+        return DataLoader(rows, sampler=FixedOrderSampler(len(rows), **self._ranks()), **self._loading())
+
     def test_dataloader(self) -> DataLoader:
         """The validation split: a language-modelling corpus has no other held-out text."""
         return self.val_dataloader()

@@ -1,12 +1,13 @@
 """A trained model as a Hugging Face folder."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+
+from lightning_modules.folders import replacing
 
 
 def export(
@@ -39,14 +40,7 @@ def export(
     still_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if still_meta or unexpected:
         raise ValueError(f"weights do not fit the architecture: missing {still_meta}, unexpected {list(unexpected)}")
-    beside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (beside / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        (beside / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,70 @@
+"""Loss and perplexity of a model over batches of token ids."""
+
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.perplexity import next_token_nll, perplexity
+
+
+@torch.no_grad()
+def mean_nll(
+    model: Any, batches: Iterable[dict[str, Tensor]], done: Callable[[int], None] = lambda count: None
+) -> float:
+    """Token-weighted mean negative log-likelihood, in nats per token.
+
+    Args:
+        model: A causal language model.
+        batches: ``{"input_ids": [B, T], "labels": [B, T]}``.
+        done: Told the number of batches done, for progress.
+
+    Raises:
+        ValueError: There is nothing to predict.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    for number, batch in enumerate(batches, 1):
+        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+        nll, tokens = next_token_nll(logits, batch["labels"].to(device))
+        total += nll.double()
+        count += tokens
+        done(number)
+    if not count:
+        raise ValueError("data: no token to predict; give more text, or a smaller block_size")
+    return float(total / count)
+
+
+def ppl(model: Any, batches: Iterable[dict[str, Tensor]], done: Callable[[int], None] = lambda count: None) -> float:
+    """Perplexity: exp of ``mean_nll``."""
+    return perplexity(mean_nll(model, batches, done))
+
+
+def training_pass_seconds(model: Any, batches: Sequence[dict[str, Tensor]]) -> float:
+    """Wall-clock seconds of one plain forward and backward pass with gradients of all weights, over all batches."""
+    started = time.perf_counter()
+    for batch in batches:
+        backward(model, batch)
+        model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory this process has used so far: of the GPU where one computes, else resident host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def backward(model: Any, batch: dict[str, Tensor]) -> None:
+    """One forward and backward pass of the mean next-token loss."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+    nll, tokens = next_token_nll(logits, batch["labels"].to(device))
+    (nll / tokens.clamp_min(1)).backward()

@@ -1,0 +1,30 @@
+"""Chance: what a method must beat."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
+from lightning_modules.structured_pruning.importance.base import Importance, LayerScores
+
+
+class Random(Importance):
+    """Uniform random importances.
+
+    Args:
+        seed: Where the random numbers start.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:
+        """See ``Importance.score``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = [shape_of(layer) for layer in decoder_layers(model)]
+        return [
+            LayerScores(torch.rand(s.groups, generator=generator), torch.rand(s.channels, generator=generator))
+            for s in shapes
+        ]

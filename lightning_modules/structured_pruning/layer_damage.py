@@ -1,0 +1,76 @@
+"""What each decoder layer is worth: the loss of the model without it.
+
+A layer is skipped by making it the identity, so the residual stream passes on (Shortened LLaMA, arXiv 2402.02834).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_modules.structured_pruning.anatomy import decoder_layers
+from lightning_modules.structured_pruning.evaluation import mean_nll
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """Losses in nats per token: of the whole model, and with each layer skipped."""
+
+    dense: float
+    without: list[float]
+
+
+def measure(
+    model: Any, batches: list[dict[str, Tensor]], cache: Path, done: Callable[[int], None] = lambda count: None
+) -> LayerDamage:
+    """Measure every layer's damage, one pass over the batches for each.
+
+    Args:
+        model: The model to be pruned.
+        batches: Text to measure on.
+        cache: JSON file that grows with every layer, so that an interrupted measurement goes on where it was; its name
+            must depend on the weights and on the text.
+        done: Told the number of layers done, for progress.
+    """
+    layers = decoder_layers(model)
+    losses: list[float] = _read(cache)
+    for index in range(len(losses), len(layers) + 1):
+        if index == 0:
+            losses.append(mean_nll(model, batches))
+        else:
+            with skipped(layers[index - 1]):
+                losses.append(mean_nll(model, batches))
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        beside = cache.with_name(f".{cache.name}.partial")
+        beside.write_text(json.dumps(losses), encoding="utf-8")
+        beside.replace(cache)
+        done(index)
+    return LayerDamage(losses[0], losses[1 : len(layers) + 1])
+
+
+@contextmanager
+def skipped(layer: nn.Module) -> Iterator[None]:
+    """Within the block, a decoder layer returns its input."""
+
+    def identity(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = layer.register_forward_hook(identity, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _read(cache: Path) -> list[float]:
+    """Losses measured so far; a damaged file counts as none."""
+    try:
+        losses = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return losses if isinstance(losses, list) else []

@@ -1,0 +1,124 @@
+"""What is kept of every layer, as data: slicing, verification and reports read only this."""
+
+import itertools
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.structured_pruning.anatomy import LayerShape, query_heads_of
+
+FILE = "pruning_plan.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is kept of one layer.
+
+    Attributes:
+        groups: Kept key-value heads, ascending; none, with no channels, removes the whole layer.
+        channels: Kept MLP channels, ascending.
+        query_heads: Kept query heads where they are not simply those of ``groups``: only the labelled control that
+            breaks the pairing says so.
+    """
+
+    groups: list[int]
+    channels: list[int]
+    query_heads: list[int] | None = None
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the whole layer goes."""
+        return not self.groups and not self.channels
+
+    def queries(self, n_rep: int) -> list[int]:
+        """The kept query heads."""
+        return query_heads_of(self.groups, n_rep) if self.query_heads is None else self.query_heads
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What is kept of a model, and where that decision came from.
+
+    Attributes:
+        layers: One entry a layer of the model as it was.
+        shapes: ``[groups, channels]`` of every layer as it was; a plan for another model is refused by them.
+        base: Folder or hub name of the model that the plan is for.
+        base_hash: Hash of that model's weights, see ``provenance.model_hash``.
+        settings: Importance, allocation, budget, calibration and their hashes, for the reader.
+    """
+
+    layers: list[LayerPlan]
+    shapes: list[list[int]]
+    base: str
+    base_hash: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the plan, complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "PruningPlan":
+        """Read a plan.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a pruning plan, or is damaged; the message names the entry.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"no pruning plan at {path}: run prune first, or give the plan's path")
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            if read.pop("format") != _FORMAT:
+                raise ValueError(f"not of format {_FORMAT}")
+            layers = [LayerPlan(**entry) for entry in read.pop("layers")]
+            plan = cls(layers=layers, **read)
+            plan.check()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a pruning plan of this version, or is damaged: {error}") from error
+        return plan
+
+    def check(self) -> None:
+        """Refuse a plan that contradicts itself.
+
+        Raises:
+            ValueError: The message names the layer and what is wrong with it.
+        """
+        if len(self.layers) != len(self.shapes):
+            raise ValueError(f"{len(self.layers)} layers but {len(self.shapes)} shapes")
+        if all(layer.dropped for layer in self.layers):
+            raise ValueError("no layer is kept")
+        for i, (layer, (groups, channels)) in enumerate(zip(self.layers, self.shapes, strict=True)):
+            for name, kept, of in (("groups", layer.groups, groups), ("channels", layer.channels, channels)):
+                if any(b <= a for a, b in itertools.pairwise(kept)):
+                    raise ValueError(f"layer {i}: kept {name} are not ascending")
+                if kept and not 0 <= kept[0] <= kept[-1] < of:
+                    raise ValueError(f"layer {i}: kept {name} must lie in 0 … {of - 1}")
+            if bool(layer.groups) != bool(layer.channels):
+                missing = "groups" if not layer.groups else "channels"
+                raise ValueError(f"layer {i}: no {missing} are kept; keep at least one, or drop the whole layer")
+
+    def check_fits(self, shapes: list[LayerShape], model_hash: str | None = None) -> None:
+        """Refuse a plan that was made for another model.
+
+        Args:
+            shapes: The layers of the model at hand.
+            model_hash: Its hash; None where weights are not at hand (on the meta device).
+
+        Raises:
+            ValueError: Layers or weights are not those that the plan was made for.
+        """
+        if self.shapes != [[shape.groups, shape.channels] for shape in shapes]:
+            raise ValueError(
+                f"plan: made for {self.base}, with layers of other numbers of groups or channels than this model's"
+            )
+        if model_hash is not None and model_hash != self.base_hash:
+            raise ValueError(
+                f"plan: made for {self.base} with weights {self.base_hash[:12]}, but this model's are "
+                f"{model_hash[:12]}; prune the model again, or give the model that the plan was made for"
+            )

@@ -1,0 +1,40 @@
+"""Hashes that tie scores, plans, adapters and checkpoints to the weights they were made from."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 26  # bytes moved to the CPU at a time
+
+
+def model_hash(model: Any) -> str:
+    """SHA-256 of all weights, in order of name, with their shapes and dtypes; the device does not matter.
+
+    Tied weights count once, under the name that sorts first, so that a reloaded model has the same hash.
+    """
+    digest, seen = hashlib.sha256(), set()
+    for name, weight in sorted(model.state_dict().items()):
+        if weight.data_ptr() in seen:
+            continue
+        seen.add(weight.data_ptr())
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().contiguous().view(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), _CHUNK):
+            digest.update(flat[start : start + _CHUNK].cpu().numpy())
+    return digest.hexdigest()
+
+
+def tokens_hash(batches: list[Tensor]) -> str:
+    """SHA-256 of calibration token ids ``int64 [B, T]``."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(str(tuple(batch.shape)).encode() + batch.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def settings_hash(settings: Any) -> str:
+    """SHA-256 of JSON-able values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

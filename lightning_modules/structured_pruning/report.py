@@ -1,0 +1,82 @@
+"""What pruning does to a model, as a table for people and as fields for records."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from lightning_modules.structured_pruning.anatomy import LayerShape
+from lightning_modules.structured_pruning.footprint import Footprint
+from lightning_modules.structured_pruning.plan import LayerPlan
+
+
+def layer_fields(shapes: Sequence[LayerShape], kept: Sequence[LayerPlan]) -> list[dict[str, int]]:
+    """One entry a layer: groups and channels, all and kept."""
+    return [
+        {
+            "layer": i,
+            "groups": shape.groups,
+            "groups_kept": len(layer.groups),
+            "channels": shape.channels,
+            "channels_kept": len(layer.channels),
+        }
+        for i, (shape, layer) in enumerate(zip(shapes, kept, strict=True))
+    ]
+
+
+def table(name: str, block_size: int, before: Footprint, after: Footprint, fields: dict[str, Any]) -> Table:
+    """Costs and perplexity before and after; what is not known yet is left out."""
+    shown = Table(title=f"{name}: what is kept", title_style="")
+    for column in ("what", "before", "after", "kept"):
+        shown.add_column(column, justify="left" if column == "what" else "right")
+
+    def row(what: str, old: float, new: float, form: str) -> None:
+        shown.add_row(what, form.format(old), form.format(new), f"{new / old:.1%}")
+
+    row("parameters of the model", before.parameters, after.parameters, "{:,}")
+    row("parameters of the decoder", before.decoder_parameters, after.decoder_parameters, "{:,}")
+    row("KV cache per token, bytes", before.kv_bytes_per_token, after.kv_bytes_per_token, "{:,}")
+    row(f"MFLOP per token at {block_size} tokens", before.flops_per_token / 1e6, after.flops_per_token / 1e6, "{:,.2f}")
+    row("weights on disk, MB", before.weight_bytes / 1e6, after.weight_bytes / 1e6, "{:,.1f}")
+    if fields.get("ppl_after") is not None:
+        row(
+            f"perplexity ({block_size} tokens, no overlap, no BOS)", fields["ppl_before"], fields["ppl_after"], "{:.2f}"
+        )
+    return shown
+
+
+def layer_table(layers: Sequence[dict[str, int]]) -> Table:
+    """Kept groups and channels of each layer, with bars."""
+    shown = Table(title="layer by layer", title_style="")
+    for column in ("layer", "groups", "", "channels", " "):
+        shown.add_column(column, justify="right" if column in ("layer", "groups", "channels") else "left")
+    for entry in layers:
+        cells = [str(entry["layer"])]
+        for kind in ("groups", "channels"):
+            kept, of = entry[f"{kind}_kept"], entry[kind]
+            bar = round(12 * kept / of)
+            cells += [f"{kept}/{of}", "█" * bar + "░" * (12 - bar)]
+        shown.add_row(*cells)
+    return shown
+
+
+def card(base: str, fields: dict[str, Any]) -> str:
+    """Markdown of the pruned folder, with the metadata that the hub reads."""
+    rows = {
+        "perplexity before": f"{fields['ppl_before']:.3f}",
+        "perplexity after, not recovered": f"{fields['ppl_after']:.3f}",
+        "parameters": f"{fields['parameters_after']:,} of {fields['parameters_before']:,}",
+        "decoder parameters": f"{fields['decoder_parameters_after']:,} of {fields['decoder_parameters_before']:,}",
+        "KV bytes per token": f"{fields['kv_bytes_per_token_after']:,} of {fields['kv_bytes_per_token_before']:,}",
+        "importance, allocation": f"{fields['importance']}, {fields['allocation']}",
+        "perplexity measured on": f"{fields['dataset']}, blocks of {fields['block_size']} tokens, no overlap, no BOS",
+    }
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"base_model: {base}\ntags: [pare, pruned]\n---\n"
+        f"\n# {base.rstrip('/').rpartition('/')[2]}, structurally pruned\n\n"
+        "Whole groups of heads and MLP channels are gone; layers differ in shape. `pruning_plan.json` says what is "
+        "left.\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)\n```\n\n'
+        "| what | value |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in rows.items())
+    )

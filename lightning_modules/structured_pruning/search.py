@@ -1,0 +1,44 @@
+"""The largest budget whose perplexity stays under a limit, and budgets of several rounds."""
+
+from collections.abc import Callable
+
+_STEPS = 7  # bisections: the share is found to 1/128 of the range
+
+
+def largest_share(perplexity: Callable[[float], float], limit: float, most: float) -> float:
+    """The largest share to remove whose perplexity is at most ``limit``, by bisection.
+
+    Args:
+        perplexity: Perplexity after removing this share of the decoder's parameters.
+        limit: Largest perplexity allowed.
+        most: Largest share to try.
+
+    Raises:
+        ValueError: Even the smallest share tried is too much.
+    """
+    if perplexity(most) <= limit:
+        return most
+    low, high, found = 0.0, most, 0.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if perplexity(middle) <= limit:
+            low = found = middle
+        else:
+            high = middle
+    if not found:
+        raise ValueError(f"no share down to {high:.2%} keeps the perplexity at or under {limit:.2f}; raise the limit")
+    return found
+
+
+def rounds(share: float, count: int) -> list[float]:
+    """Shares to remove in each of ``count`` rounds, of what is left then, that remove ``share`` of the whole.
+
+    Equal amounts in every round: round k removes share/count of the whole, which is more of the less that is left.
+
+    Raises:
+        ValueError: ``count`` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"rounds must be at least 1, got {count}")
+    step = share / count
+    return [step / (1 - k * step) for k in range(count)]
