@@ -1,6 +1,7 @@
 """`python -m bench COMMAND`: check the environment, emulate links, run experiments, publish records."""
 
 import importlib
+import inspect
 import json
 import sys
 import tempfile
@@ -142,19 +143,29 @@ def env(full: bool = False, json: bool = False) -> int:
     return 1 if report["missing"] else 0
 
 
-def experiment(name: str, records: Path = Path("bench/results/pretraining.jsonl"), folder: Path | None = None) -> None:
+def experiment(
+    name: str,
+    records: Path = Path("bench/results/pretraining.jsonl"),
+    folder: Path | None = None,
+    model: Path | None = None,
+) -> None:
     """Run one experiment and append its figures to a records' file.
 
     Args:
         name: Name of a file in bench/experiments.
         records: Where the figures go; `python -m bench table` shows them.
         folder: Working folder of the runs; by default a temporary one that is removed.
+        model: Hugging Face folder of the model to experiment on, for experiments that need one.
     """
     if name not in experiments.names():
         raise ValueError(f"no experiment {name!r}; there are: {', '.join(experiments.names())}")
     module = importlib.import_module(f"bench.experiments.{name}")
+    wanted = "model" in inspect.signature(module.run).parameters
+    if wanted != (model is not None):
+        raise ValueError(f"experiment {name} needs --model FOLDER" if wanted else f"experiment {name} takes no --model")
+    options = {"model": model.resolve()} if model is not None else {}
     with tempfile.TemporaryDirectory() as temporary:
-        module.run(records.resolve(), (folder or Path(temporary)).resolve())
+        module.run(records.resolve(), (folder or Path(temporary)).resolve(), **options)
     table(records)
 
 

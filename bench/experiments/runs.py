@@ -36,30 +36,31 @@ def main_py(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "main.py"), *arguments]
 
 
-def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = ()) -> Run:
-    """Run `main.py fit` in a folder of its own, so that its logs and records are separate.
+def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = (), command: str = "fit") -> Run:
+    """Run `main.py fit` (or another command that leaves a record) in a folder of its own, with its own logs and records.
 
     Args:
         folder: Working folder; made when missing. A log of the output is kept in it.
         config: Path of the configuration, relative to the repository.
         overrides: Further arguments.
         prefix: What the command is started with, such as a link emulator.
+        command: The command of `main.py`.
 
     Raises:
         RuntimeError: The run failed; the message ends with its last output.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*prefix, *main_py("fit", "--config", str(ROOT / config), *overrides)]
+    started_as = [*prefix, *main_py(command, "--config", str(ROOT / config), *overrides)]
     started = time.monotonic()
     with open(folder / "output.log", "w") as log:
         environment = {**os.environ, "CI": "true", "PYTHONPATH": str(ROOT)}
         code = subprocess.call(
-            command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            started_as, cwd=folder, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
         )
     wall = time.monotonic() - started
     if code:
         tail = (folder / "output.log").read_text()[-2000:]
-        raise RuntimeError(f"exit status {code} of {' '.join(command)}\n{tail}")
+        raise RuntimeError(f"exit status {code} of {' '.join(started_as)}\n{tail}")
     records, _ = record.read(next(folder.glob("runs/*.jsonl")))
     return Run(records[-1], losses(folder), wall)
 

@@ -68,3 +68,22 @@ def backward(model: Any, batch: dict[str, Tensor]) -> None:
     logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
     nll, tokens = next_token_nll(logits, batch["labels"].to(device))
     (nll / tokens.clamp_min(1)).backward()
+
+
+def first_blocks(batches: Iterable[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+    """Batches that hold the first ``count`` blocks.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    found: list[dict[str, Tensor]] = []
+    blocks = 0
+    for batch in batches:
+        found.append({name: part[: count - blocks] for name, part in batch.items()})
+        blocks += len(found[-1]["input_ids"])
+        if blocks == count:
+            return found
+    raise ValueError(
+        f"calibration_blocks is {count}, but the training text fills only {blocks} blocks in whole batches; give more "
+        "text, or lower calibration_blocks or the data's block_size or batch_size"
+    )

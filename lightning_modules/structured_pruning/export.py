@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from lightning_modules.structured_pruning.anatomy import LayerShape, decoder_layers, family, shape_of
+from lightning_modules.structured_pruning.anatomy import decoder_layers, family, shape_of
 from lightning_modules.structured_pruning.slicing import global_fields
 
 _STOCK: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
@@ -38,9 +38,6 @@ def pad_to_stock(model: Any) -> Padded:
 
     Args:
         model: A model of a per-layer class, or any supported one.
-
-    Raises:
-        ValueError: Llama with biases whose heads cannot be padded to divide the hidden size.
     """
     shapes = [shape_of(layer) for layer in decoder_layers(model)]
     fields = global_fields(model.config)
@@ -50,7 +47,7 @@ def pad_to_stock(model: Any) -> Padded:
         fields["sliding_window"] = None
     groups, channels = max(s.groups for s in shapes), max(s.channels for s in shapes)
     if target == "llama":
-        groups = _dividing(groups, shapes[0], fields["hidden_size"])
+        groups = _dividing(groups, shapes[0].n_rep, fields["hidden_size"])
     fields |= {
         "num_key_value_heads": groups,
         "num_attention_heads": groups * shapes[0].n_rep,
@@ -74,15 +71,9 @@ def _pad(weight: Tensor, shape: torch.Size) -> Tensor:
     return padded
 
 
-def _dividing(groups: int, shape: LayerShape, hidden: int) -> int:
-    """The next number of groups whose query heads divide the hidden size."""
-    for more in range(groups, hidden + 1):
-        if hidden % (more * shape.n_rep) == 0:
-            return more
-    raise ValueError(
-        f"export: no number of query heads from {groups * shape.n_rep} on divides the hidden size {hidden}, which "
-        "stock Llama with biases demands; use the pruned folder itself"
-    )
+def _dividing(groups: int, n_rep: int, hidden: int) -> int:
+    """The next number of groups whose query heads divide the hidden size; the model before pruning had such a one."""
+    return next(more for more in range(groups, hidden + 1) if hidden % (more * n_rep) == 0)
 
 
 @torch.no_grad()

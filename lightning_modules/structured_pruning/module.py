@@ -1,6 +1,5 @@
 """Structured pruning as a LightningModule: the commands prune, verify, export and validate."""
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +18,19 @@ from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
 from lightning_modules.structured_pruning.budget import Unit, channel_multiple, removed_parameters
-from lightning_modules.structured_pruning.evaluation import peak_memory_bytes, ppl, training_pass_seconds
+from lightning_modules.structured_pruning.evaluation import first_blocks, peak_memory_bytes, ppl, training_pass_seconds
 from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
 from lightning_modules.structured_pruning.footprint import Anatomy
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
+from lightning_modules.structured_pruning.iterative import composed, short_recovery
 from lightning_modules.structured_pruning.loading import load, load_on_meta, save
 from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.prune import Pruner
 from lightning_modules.structured_pruning.search import largest_share
-from lightning_modules.structured_pruning.slicing import slice_model
-from lightning_modules.structured_pruning.verify import compare, in_float32, reference_logits
+from lightning_modules.structured_pruning.verify import compare, in_float32, proven_slice, reference_logits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PORTABLE = 1e-5  # largest difference of logits that padding may cause, in float32
@@ -58,6 +57,9 @@ class StructuredPruning(CausalLM):
         calibration_blocks: Blocks of training text that layers and parts are scored on.
         max_ppl_ratio: Search for the largest share up to ``budget`` whose perplexity is at most this many times the
             dense model's.
+        rounds: Prune in so many rounds of equal size, with a short recovery by low-rank adapters between them.
+        recovery_steps: Optimizer steps of each short recovery, on the calibration text.
+        recovery_learning_rate: Its learning rate.
         plan: Slice by this plan instead of making one.
         dtype: What weights are loaded as and saved in; scores and verification are in float32.
         verify_blocks: Blocks of validation text that logits are compared on.
@@ -79,6 +81,9 @@ class StructuredPruning(CausalLM):
         channel_multiple: int | None = None,
         calibration_blocks: int = 128,
         max_ppl_ratio: float | None = None,
+        rounds: int = 1,
+        recovery_steps: int = 50,
+        recovery_learning_rate: float = 1e-4,
         plan: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         verify_blocks: int = 2,
@@ -89,16 +94,25 @@ class StructuredPruning(CausalLM):
     ) -> None:
         super().__init__()
         positive = {"calibration_blocks": calibration_blocks, "verify_blocks": verify_blocks, "tolerance": tolerance}
+        positive |= {
+            "rounds": rounds,
+            "recovery_steps": recovery_steps,
+            "recovery_learning_rate": recovery_learning_rate,
+        }
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if max_ppl_ratio is not None and (max_ppl_ratio <= 1 or budget_unit != "decoder"):
             raise ValueError("max_ppl_ratio must be above 1, and needs budget_unit decoder")
+        alone = max_ppl_ratio is not None or plan is not None or drop_layers or (importance and importance.control)
+        if rounds > 1 and alone:
+            raise ValueError("rounds above 1 cannot be combined with max_ppl_ratio, plan, drop_layers or a control")
         self.base, self.output = base, Path(output)
         self.budget, self.budget_unit = budget, budget_unit
         self.importance, self.allocation = importance or GateTaylor(), allocation or Inverse()
         self.drop_layers, self.multiple = drop_layers, channel_multiple
         self.calibration_blocks, self.max_ppl_ratio = calibration_blocks, max_ppl_ratio
+        self.rounds, self.recovery_steps, self.recovery_learning_rate = rounds, recovery_steps, recovery_learning_rate
         self.plan_path, self.dtype_name = plan, dtype
         self.verify_blocks, self.tolerance = verify_blocks, tolerance
         self.portable = Path(portable) if portable else self.output.with_name(f"{self.output.name}-portable")
@@ -125,88 +139,81 @@ class StructuredPruning(CausalLM):
         """
         block = datamodule.block_size
         if dry_run and self._needs_no_weights():
-            dense: Any = load_on_meta(self.base)
-            anatomy = Anatomy.of(dense, _DTYPES[self.dtype_name].itemsize)
-            plan = self._pruner(dense, []).plan(self._target(anatomy, block), self._settings())
-            return self._finish({}, anatomy, plan, block)
-        dense, tokenizer = load(self.base, device, _DTYPES[self.dtype_name])
-        check_vocabulary(dense, datamodule.tokenizer)
-        anatomy = Anatomy.of(dense, _DTYPES[self.dtype_name].itemsize)
-        pruner = self._pruner(dense, self._calibration(datamodule))
-        fields: dict[str, Any] = {}
+            counted: Any = load_on_meta(self.base)
+            anatomy = Anatomy.of(counted, _DTYPES[self.dtype_name].itemsize)
+            multiple = channel_multiple(anatomy.shapes, self.multiple)
+            plan = self._pruner(counted, [], multiple).plan(self._target(anatomy, block), self._settings())
+            return _shown(self.base, report.structure(anatomy, plan, block, {}))
+        model, tokenizer = load(self.base, device, _DTYPES[self.dtype_name])
+        check_vocabulary(model, datamodule.tokenizer)
+        anatomy = Anatomy.of(model, _DTYPES[self.dtype_name].itemsize)
+        multiple = channel_multiple(anatomy.shapes, self.multiple)
+        batches = first_blocks(datamodule.train_dataloader(), self.calibration_blocks)
+        measured: dict[str, Any] = {}
         if not dry_run or self.max_ppl_ratio is not None:
-            fields["ppl_before"] = self._ppl(dense, datamodule, "Perplexity before")
-        started = time.perf_counter()
-        plan = self._plan(pruner, anatomy, datamodule, fields)
-        fields["plan_seconds"] = time.perf_counter() - started
-        fields["score_seconds"] = pruner.score_seconds
-        fields["score_peak_memory_bytes"] = peak_memory_bytes(device)
-        if dry_run:
-            return self._finish(fields, anatomy, plan, block)
+            measured["ppl_before"] = self._ppl(model, datamodule, "Perplexity before")
         if self.measure_cost:
-            fields["training_pass_seconds"] = training_pass_seconds(dense, pruner.batches)
-        ids = self._verification_ids(datamodule).to(device)
-        with in_float32(dense):
-            reference = reference_logits(dense, plan, ids)
-        pruned = slice_model(dense, plan)
-        del dense, pruner
-        with in_float32(pruned):
-            verification = compare(*reference, pruned, ids, self.tolerance)
-        if not self.importance.control:
-            verification.raise_if_failed()
-        fields |= asdict(verification)
-        fields["ppl_after"] = self._ppl(pruned, datamodule, "Perplexity after")
-        fields = self._finish(fields, anatomy, plan, block)
-        card = report.card(self.base, fields["structure"] | {"dataset": datamodule.name})
-        save(self.output, pruned, tokenizer, card, plan)
+            measured["training_pass_seconds"] = training_pass_seconds(model, batches)
+        plans: list[PruningPlan] = []
+        removed = 0
+        for number in range(1, self.rounds + 1):
+            pruner = self._pruner(model, batches, multiple)
+            part = 1.0 if dry_run else number / self.rounds
+            plans.append(self._plan(pruner, anatomy, datamodule, part, removed, measured))
+            if dry_run:
+                return _shown(self.base, report.structure(anatomy, plans[0], block, measured))
+            measured |= {"score_seconds": pruner.score_seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+            del pruner  # it holds the model that is about to be replaced
+            ids = self._verification_ids(datamodule).to(device)
+            model, verification = proven_slice(model, plans[-1], ids, self.tolerance)
+            if not self.importance.control:  # a control that fails is what it is there for; its record says so
+                verification.raise_if_failed()
+            measured |= asdict(verification)
+            removed = anatomy.footprint(block).parameters - model.num_parameters()
+            if number < self.rounds:
+                with stage(f"Recovery after round {number}", self.recovery_steps, "steps") as done:
+                    model = short_recovery(model, batches, self.recovery_steps, self.recovery_learning_rate, done)
+        measured["ppl_after"] = self._ppl(model, datamodule, "Perplexity after")
+        plan = composed(plans)
+        structure = report.structure(anatomy, plan, block, measured)
+        save(self.output, model, tokenizer, report.card(self.base, structure | {"dataset": datamodule.name}), plan)
+        structure["reload_difference"] = largest_difference(model, load(self.output, device, model.dtype)[0], ids)
         print(f"pruned model: {self.output}")
-        return fields | {"val_ppl": fields["structure"]["ppl_after"]}
+        return _shown(self.base, structure) | {"val_ppl": structure["ppl_after"]}
 
     def _needs_no_weights(self) -> bool:
         measured = self.allocation.needs_damage or self.allocation.needs_scores or self.drop_layers
         return not measured and self.plan_path is None and self.max_ppl_ratio is None
 
-    def _pruner(self, model: Any, batches: list[dict[str, Tensor]]) -> Pruner:
-        multiple = channel_multiple([shape_of(layer) for layer in decoder_layers(model)], self.multiple)
+    def _pruner(self, model: Any, batches: list[dict[str, Tensor]], multiple: int) -> Pruner:
         return Pruner(
             model, self.base, batches, self.importance, self.allocation, multiple, self.drop_layers, self.cache, stage
-        )
-
-    def _calibration(self, datamodule: LightningDataModule) -> list[dict[str, Tensor]]:
-        """The first so many blocks in the training order, which follows from the run's seed.
-
-        Raises:
-            ValueError: There are fewer.
-        """
-        batches: list[dict[str, Tensor]] = []
-        blocks = 0
-        for batch in datamodule.train_dataloader():
-            batches.append({name: part[: self.calibration_blocks - blocks] for name, part in batch.items()})
-            blocks += len(batches[-1]["input_ids"])
-            if blocks == self.calibration_blocks:
-                return batches
-        raise ValueError(
-            f"calibration_blocks is {self.calibration_blocks}, but the training text fills only {blocks} blocks in "
-            "whole batches; give more text, or lower calibration_blocks or the data's block_size or batch_size"
         )
 
     def _target(self, anatomy: Anatomy, block: int) -> int:
         return removed_parameters(self.budget, self.budget_unit, anatomy.footprint(block))
 
     def _settings(self) -> dict[str, Any]:
-        return {"budget": self.budget, "budget_unit": self.budget_unit, "max_ppl_ratio": self.max_ppl_ratio}
+        names = ("budget", "budget_unit", "max_ppl_ratio", "rounds", "recovery_steps", "recovery_learning_rate")
+        return {name: getattr(self, name) for name in names}
 
     def _plan(
-        self, pruner: Pruner, anatomy: Anatomy, datamodule: LightningDataModule, fields: dict[str, Any]
+        self,
+        pruner: Pruner,
+        anatomy: Anatomy,
+        datamodule: LightningDataModule,
+        part: float,
+        removed: int,
+        measured: dict[str, Any],
     ) -> PruningPlan:
-        """The given plan; or the one for the budget; or the one for the largest share that the limit allows."""
+        """The given plan; or the one for this part of the budget; or the one for the largest share under the limit."""
         if self.plan_path is not None:
             plan = PruningPlan.load(Path(self.plan_path))
             plan.check_fits(pruner.shapes, pruner.hash)
             return plan
         target = self._target(anatomy, datamodule.block_size)
         if self.max_ppl_ratio is None:
-            return pruner.plan(target, self._settings())
+            return pruner.plan(round(part * target) - removed, self._settings() | {"parameters_requested": target})
         decoder = anatomy.footprint(datamodule.block_size).decoder_parameters
 
         def perplexity(share: float) -> float:
@@ -215,28 +222,8 @@ class StructuredPruning(CausalLM):
             rank_zero_info(f"removing {share:.2%} of the decoder's parameters: perplexity {found:.2f}")
             return found
 
-        share = largest_share(perplexity, self.max_ppl_ratio * fields["ppl_before"], self.budget)
+        share = largest_share(perplexity, self.max_ppl_ratio * measured["ppl_before"], self.budget)
         return pruner.plan(round(share * decoder), self._settings() | {"share_found": share})
-
-    def _finish(self, fields: dict[str, Any], anatomy: Anatomy, plan: PruningPlan, block: int) -> dict[str, Any]:
-        """Show the costs, and complete the record's block."""
-        before, after = anatomy.footprint(block), anatomy.footprint(block, plan.layers)
-        structure = {
-            "layers": report.layer_fields(anatomy.shapes, plan.layers),
-            **before.fields("before"),
-            **after.fields("after"),
-            "block_size": block,
-            "importance": plan.settings.get("importance", {}).get("name"),
-            "allocation": plan.settings.get("allocation", {}).get("name"),
-            "budget_requested": plan.settings.get("parameters_requested"),
-            "budget_obtained": before.parameters - after.parameters,
-            "settings": plan.settings,
-            **fields,
-        }
-        console = Console()
-        console.print(report.layer_table(structure["layers"]))
-        console.print(report.table(self.base, block, before, after, fields))
-        return {"structure": structure}
 
     # ---- verify and export --------------------------------------------------------------------------------------
 
@@ -292,8 +279,6 @@ class StructuredPruning(CausalLM):
             }
         }
 
-    # ---- shared -------------------------------------------------------------------------------------------------
-
     def _verification_ids(self, datamodule: LightningDataModule) -> Tensor:
         """Blocks of validation text, int64 ``[verify_blocks, T]``."""
         return torch.cat([batch["input_ids"] for batch in datamodule.val_dataloader()])[: self.verify_blocks]
@@ -302,3 +287,11 @@ class StructuredPruning(CausalLM):
         loader = datamodule.val_dataloader()
         with stage(title, len(loader), "batches") as done:
             return ppl(model, loader, done)
+
+
+def _shown(base: str, structure: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the run record, shown on the console too."""
+    console = Console()
+    console.print(report.layer_table(structure["layers"]))
+    console.print(report.table(base, structure))
+    return {"structure": structure}

@@ -155,7 +155,7 @@ class Pruner:
         target -= sum(self.shapes[i].parameters for i in dropped)
         if target < 0:
             raise ValueError(
-                f"budget: dropping {self.drop_layers} layers removes {-target:,} parameters more than it asks for; "
+                f"budget: dropping {self.drop_layers} layers removes {-target:,} parameters too many; "
                 "lower drop_layers or remove more"
             )
         removals = [Removal(0, 0)] * len(stay)

@@ -6,8 +6,8 @@ from typing import Any
 from rich.table import Table
 
 from lightning_modules.structured_pruning.anatomy import LayerShape
-from lightning_modules.structured_pruning.footprint import Footprint
-from lightning_modules.structured_pruning.plan import LayerPlan
+from lightning_modules.structured_pruning.footprint import Anatomy
+from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 
 
 def layer_fields(shapes: Sequence[LayerShape], kept: Sequence[LayerPlan]) -> list[dict[str, int]]:
@@ -24,24 +24,49 @@ def layer_fields(shapes: Sequence[LayerShape], kept: Sequence[LayerPlan]) -> lis
     ]
 
 
-def table(name: str, block_size: int, before: Footprint, after: Footprint, fields: dict[str, Any]) -> Table:
+def structure(anatomy: Anatomy, plan: PruningPlan, block_size: int, measured: dict[str, Any]) -> dict[str, Any]:
+    """The record's block: layers, costs before and after, where the plan comes from, and what was measured.
+
+    ``budget_requested`` and ``budget_obtained`` are parameters removed.
+    """
+    before, after = anatomy.footprint(block_size), anatomy.footprint(block_size, plan.layers)
+    return {
+        "layers": layer_fields(anatomy.shapes, plan.layers),
+        **before.fields("before"),
+        **after.fields("after"),
+        "block_size": block_size,
+        "importance": plan.settings.get("importance", {}).get("name"),
+        "allocation": plan.settings.get("allocation", {}).get("name"),
+        "budget_requested": plan.settings.get("parameters_requested"),
+        "budget_obtained": before.parameters - after.parameters,
+        "settings": plan.settings,
+        **measured,
+    }
+
+
+def table(base: str, fields: dict[str, Any]) -> Table:
     """Costs and perplexity before and after; what is not known yet is left out."""
-    shown = Table(title=f"{name}: what is kept", title_style="")
+    block = fields["block_size"]
+    shown = Table(title=f"{base}: what is kept", title_style="")
     for column in ("what", "before", "after", "kept"):
         shown.add_column(column, justify="left" if column == "what" else "right")
-
-    def row(what: str, old: float, new: float, form: str) -> None:
-        shown.add_row(what, form.format(old), form.format(new), f"{new / old:.1%}")
-
-    row("parameters of the model", before.parameters, after.parameters, "{:,}")
-    row("parameters of the decoder", before.decoder_parameters, after.decoder_parameters, "{:,}")
-    row("KV cache per token, bytes", before.kv_bytes_per_token, after.kv_bytes_per_token, "{:,}")
-    row(f"MFLOP per token at {block_size} tokens", before.flops_per_token / 1e6, after.flops_per_token / 1e6, "{:,.2f}")
-    row("weights on disk, MB", before.weight_bytes / 1e6, after.weight_bytes / 1e6, "{:,.1f}")
-    if fields.get("ppl_after") is not None:
-        row(
-            f"perplexity ({block_size} tokens, no overlap, no BOS)", fields["ppl_before"], fields["ppl_after"], "{:.2f}"
-        )
+    rows = {
+        "parameters": ("parameters of the model", 1, "{:,}"),
+        "decoder_parameters": ("parameters of the decoder", 1, "{:,}"),
+        "kv_bytes_per_token": ("KV cache per token, bytes", 1, "{:,}"),
+        "flops_per_token": (f"MFLOP per token at {block} tokens", 1e6, "{:,.2f}"),
+        "weight_bytes": ("weights on disk, MB", 1e6, "{:,.2f}"),
+        "ppl": (f"perplexity ({block} tokens, no overlap, no BOS)", 1, "{:.2f}"),
+    }
+    for name, (what, unit, form) in rows.items():
+        old, new = (fields.get(f"{name}_{when}") for when in ("before", "after"))
+        if old is not None and new is not None:
+            shown.add_row(
+                what,
+                form.format(old / unit if unit > 1 else old),
+                form.format(new / unit if unit > 1 else new),
+                f"{new / old:.1%}",
+            )
     return shown
 
 

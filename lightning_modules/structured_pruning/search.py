@@ -1,4 +1,4 @@
-"""The largest budget whose perplexity stays under a limit, and budgets of several rounds."""
+"""The largest budget whose perplexity stays under a limit."""
 
 from collections.abc import Callable
 
@@ -28,17 +28,3 @@ def largest_share(perplexity: Callable[[float], float], limit: float, most: floa
     if not found:
         raise ValueError(f"no share down to {high:.2%} keeps the perplexity at or under {limit:.2f}; raise the limit")
     return found
-
-
-def rounds(share: float, count: int) -> list[float]:
-    """Shares to remove in each of ``count`` rounds, of what is left then, that remove ``share`` of the whole.
-
-    Equal amounts in every round: round k removes share/count of the whole, which is more of the less that is left.
-
-    Raises:
-        ValueError: ``count`` is not positive.
-    """
-    if count < 1:
-        raise ValueError(f"rounds must be at least 1, got {count}")
-    step = share / count
-    return [step / (1 - k * step) for k in range(count)]

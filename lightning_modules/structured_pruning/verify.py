@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_modules.structured_pruning.anatomy import decoder_layers, rows_of, shape_of
 from lightning_modules.structured_pruning.plan import PruningPlan
+from lightning_modules.structured_pruning.slicing import slice_model
 
 _CONTROL = 10.0  # the negative control must differ by so many tolerances
 
@@ -52,6 +53,15 @@ class Verification:
             )
         if problems:
             raise ValueError("verify: " + "; ".join(problems))
+
+
+def proven_slice(model: Any, plan: PruningPlan, ids_BT: Tensor, tolerance: float) -> tuple[Any, Verification]:
+    """The slice of a model, and how it compares, in float32, with the zeroed model."""
+    with in_float32(model):
+        reference = reference_logits(model, plan, ids_BT)
+    pruned = slice_model(model, plan)
+    with in_float32(pruned):
+        return pruned, compare(*reference, pruned, ids_BT, tolerance)
 
 
 @torch.no_grad()

@@ -42,8 +42,7 @@ class WeightTaylor(Importance):
 def saliences(model: Any, batches: Sequence[dict[str, Tensor]], layers: Sequence[int]) -> list[Salience]:
     """Sums of |w · g| of these layers, float32 on the CPU, in one pass over the batches."""
     found: list[Salience] = []
-    handles: list[Any] = []
-    wanted: set[int] = set()
+    reduced: dict[nn.Parameter, tuple[Tensor, int | None]] = {}
     for layer in (decoder_layers(model)[i] for i in layers):
         sums: Salience = {}
         found.append(sums)
@@ -51,19 +50,17 @@ def saliences(model: Any, batches: Sequence[dict[str, Tensor]], layers: Sequence
             linear = getattr(layer.self_attn if name in ATTENTION else layer.mlp, name)
             axis = 0 if name in ("o_proj", "down_proj") else 1
             sums[name] = torch.zeros(linear.weight.shape[1 - axis], device=linear.weight.device)
-            parameters: list[tuple[nn.Parameter, int | None]] = [(linear.weight, axis)]
+            reduced[linear.weight] = (sums[name], axis)
             if linear.bias is not None and axis == 1:  # an output bias belongs to no part
-                parameters.append((linear.bias, None))
-            for parameter, over in parameters:
-                wanted.add(id(parameter))
-                handles.append(parameter.register_post_accumulate_grad_hook(_reduce(sums[name], over)))
-    try:
-        with gradients_of(model, wanted):
+                reduced[linear.bias] = (sums[name], None)
+    with gradients_of(model, {id(parameter) for parameter in reduced}):
+        handles = [p.register_post_accumulate_grad_hook(_reduce(*into)) for p, into in reduced.items()]
+        try:
             for batch in batches:
                 backward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     return [{name: total.cpu() for name, total in sums.items()} for sums in found]
 
 

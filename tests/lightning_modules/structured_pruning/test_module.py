@@ -1,0 +1,225 @@
+"""The commands, on a small model and a stand-in for the data: prune, verify, export, and what they refuse."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_modules.data.tokenizer import train_bpe
+from lightning_modules.structured_pruning import StructuredPruning, load
+from lightning_modules.structured_pruning.allocation.global_ranking import Global
+from lightning_modules.structured_pruning.allocation.inverse import Inverse
+from lightning_modules.structured_pruning.allocation.uniform import Uniform
+from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
+from lightning_modules.structured_pruning.importance.per_tensor_truncation import PerTensorTruncation
+from lightning_modules.structured_pruning.importance.random import Random
+from lightning_modules.structured_pruning.importance.sequential_taylor import SequentialTaylor
+from lightning_modules.structured_pruning.plan import FILE, PruningPlan
+from tests.lightning_modules.structured_pruning.toy import batches, tiny
+
+CPU = torch.device("cpu")
+# peft 0.21 still asks transformers by the old name
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(iter([["the quick brown fox jumps over the lazy dog " * 20]]), 300)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny(vocab_size=320).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tokenizer):
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        block_size=20,
+        name="toy",
+        train_dataloader=lambda: iter(batches(4)),
+        val_dataloader=lambda: batches(2),
+    )
+
+
+@pytest.fixture
+def make(base, tmp_path):
+    def module(**arguments) -> StructuredPruning:
+        given = {"base": str(base), "output": str(tmp_path / "pruned"), "calibration_blocks": 6}
+        return StructuredPruning(**(given | {"cache_dir": str(tmp_path / "cache")} | arguments))
+
+    return module
+
+
+def _measured(monkeypatch) -> list[str]:
+    """Names of what is measured and not taken from a file."""
+    calls: list[str] = []
+    for cls in (GateTaylor,):
+        score = cls.score
+        monkeypatch.setattr(cls, "score", lambda self, *a, score=score: calls.append(self.name) or score(self, *a))
+    from lightning_modules.structured_pruning import layer_damage
+
+    nll = layer_damage.mean_nll
+    monkeypatch.setattr(layer_damage, "mean_nll", lambda *a: calls.append("loss") or nll(*a))
+    return calls
+
+
+def test_prune_verify_and_export(make, data, tmp_path):
+    fields = make().prune(data, CPU)
+    structure = fields["structure"]
+    assert structure["importance"] == "gate_taylor" and structure["allocation"] == "inverse"
+    assert structure["zeroed_and_sliced"] <= 1e-4 < structure["pruned_and_dense"]
+    assert structure["reload_difference"] == 0
+    assert fields["val_ppl"] == structure["ppl_after"] != structure["ppl_before"]
+    requested, obtained = structure["budget_requested"], structure["budget_obtained"]
+    assert requested == round(0.25 * structure["decoder_parameters_before"])
+    assert abs(requested - obtained) <= 0.005 * structure["decoder_parameters_before"]
+    model, _ = load(tmp_path / "pruned")
+    assert model.num_parameters() == structure["parameters_after"]
+    assert [entry["groups_kept"] for entry in structure["layers"]] == [
+        layer.num_key_value_heads for layer in model.config.per_layer_config
+    ]
+    assert (tmp_path / "pruned/model.safetensors").stat().st_size == pytest.approx(
+        structure["weight_bytes_after"], rel=0.1
+    )
+    assert "base_model" in (tmp_path / "pruned/README.md").read_text()
+    json.dumps(fields, allow_nan=False)
+
+    verified = make().verify(data, CPU)["structure"]
+    assert verified["zeroed_and_sliced"] <= 1e-4 and verified["rolled_head"] > 1e-3
+    with pytest.warns(UserWarning, match="padding"):
+        exported = make().export(data, CPU)["structure"]
+    assert exported["portable_class"] == "MistralForCausalLM" and exported["portable_max_difference"] <= 1e-5
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned-portable")
+    assert stock.num_parameters() == exported["portable_parameters"]
+
+
+def test_measurements_are_kept_and_an_interrupted_one_goes_on(make, data, tmp_path, monkeypatch):
+    calls = _measured(monkeypatch)
+    make().prune(data, CPU)
+    assert calls == ["loss"] * 5 + ["gate_taylor"]
+    plan = PruningPlan.load(tmp_path / "pruned" / FILE)
+    make(budget=0.3).prune(data, CPU)
+    assert len(calls) == 6
+    (damage,) = (tmp_path / "cache/structured_pruning").glob("*/damage-*.json")
+    (scores,) = (tmp_path / "cache/structured_pruning").glob("*/scores-*.safetensors")
+    damage.write_text(json.dumps(json.loads(damage.read_text())[:3]))
+    scores.write_bytes(b"not safetensors")
+    make().prune(data, CPU)
+    assert calls[6:] == ["loss"] * 2 + ["gate_taylor"]
+    assert PruningPlan.load(tmp_path / "pruned" / FILE) == plan
+
+
+def test_dry_run_writes_no_model_and_counts_as_the_real_run_does(make, data, tmp_path, capsys):
+    planned = make().prune(data, CPU, dry_run=True)["structure"]
+    assert not (tmp_path / "pruned").exists() and "KV cache per token" in capsys.readouterr().out
+    real = make().prune(data, CPU)["structure"]
+    assert planned["layers"] == real["layers"]
+    assert all(real[name] == value for name, value in planned.items() if name.endswith(("before", "after")))
+
+
+def test_a_uniform_dry_run_reads_no_weights(make, data, base, tmp_path):
+    (tmp_path / "config_only").mkdir()
+    (tmp_path / "config_only/config.json").write_text((base / "config.json").read_text())
+    module = make(base=str(tmp_path / "config_only"), allocation=Uniform())
+    structure = module.prune(data, CPU, dry_run=True)["structure"]
+    assert structure["layers"] == make(allocation=Uniform()).prune(data, CPU)["structure"]["layers"]
+
+
+@pytest.mark.parametrize("importance", [SequentialTaylor(), Random(seed=3)], ids=lambda i: i.name)
+@pytest.mark.parametrize("allocation", [Uniform(), Global()], ids=lambda a: a.name)
+def test_methods_combine(importance, allocation, make, data):
+    structure = make(importance=importance, allocation=allocation, budget=0.4).prune(data, CPU)["structure"]
+    assert (structure["importance"], structure["allocation"]) == (importance.name, allocation.name)
+    assert structure["zeroed_and_sliced"] <= 1e-4
+
+
+def test_whole_layers_can_go(make, data, tmp_path):
+    structure = make(drop_layers=1, budget=0.4, allocation=Inverse(cap=0.9)).prune(data, CPU)["structure"]
+    assert [entry["groups_kept"] > 0 for entry in structure["layers"]].count(False) == 1
+    assert load(tmp_path / "pruned")[0].config.num_hidden_layers == 3
+    make().verify(data, CPU)
+    with pytest.raises(ValueError, match="dropping 2 layers removes"):
+        make(drop_layers=2, budget=0.3).prune(data, CPU)
+    with pytest.raises(ValueError, match="drop_layers must lie between 0 and 3"):
+        make(drop_layers=4).prune(data, CPU)
+
+
+def test_rounds_with_recovery_remove_the_whole_budget(make, data, tmp_path):
+    module = make(rounds=2, recovery_steps=2, recovery_learning_rate=1e-2, budget=0.4)
+    structure = module.prune(data, CPU)["structure"]
+    assert abs(structure["budget_obtained"] - structure["budget_requested"]) <= 0.01 * structure["budget_requested"]
+    assert load(tmp_path / "pruned")[0].num_parameters() == structure["parameters_after"]
+    with pytest.raises(ValueError, match="weights were changed after pruning"):
+        make().verify(data, CPU)
+
+
+def test_the_largest_budget_under_a_limit_is_found(make, data):
+    structure = make(max_ppl_ratio=1.05, budget=0.6).prune(data, CPU)["structure"]
+    share = structure["settings"]["share_found"]
+    assert 0 < share < 0.6 and structure["ppl_after"] <= 1.05 * structure["ppl_before"] * 1.0001
+
+
+def test_a_given_plan_is_followed(make, data, tmp_path):
+    first = make(importance=Random(seed=1)).prune(data, CPU)["structure"]
+    again = make(output=str(tmp_path / "again"), plan=str(tmp_path / "pruned" / FILE)).prune(data, CPU)["structure"]
+    assert again["layers"] == first["layers"] and again["importance"] == "random"
+    plan = json.loads((tmp_path / "pruned" / FILE).read_text())
+    (tmp_path / "other.json").write_text(json.dumps(plan | {"base_hash": "0" * 64}))
+    with pytest.raises(ValueError, match="plan: made for"):
+        make(plan=str(tmp_path / "other.json")).prune(data, CPU)
+
+
+def test_the_truncating_control_is_saved_but_says_it_is_no_slice(make, data):
+    structure = make(importance=PerTensorTruncation(), budget=0.5).prune(data, CPU)["structure"]
+    assert structure["zeroed_and_sliced"] > 1e-2
+    with pytest.raises(ValueError, match="query heads do not belong"):
+        make().verify(data, CPU)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(make, data, base, tmp_path):
+    for arguments, message in (
+        ({"calibration_blocks": 9}, "calibration_blocks is 9, but the training text fills only 8"),
+        ({"budget": 0.95}, "the nearest possible"),
+        ({"budget": 1.5}, "budget: a share"),
+        ({"budget": 100.0, "budget_unit": "bytes"}, "budget: 100 bytes cannot be met"),
+        ({"channel_multiple": 64}, "channel_multiple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**arguments).prune(data, CPU)
+    with pytest.raises(ValueError, match="max_ppl_ratio"):
+        make(max_ppl_ratio=0.9)
+    with pytest.raises(ValueError, match="verify_blocks"):
+        make(verify_blocks=0)
+    with pytest.raises(FileNotFoundError, match="run prune first"):
+        make().verify(data, CPU)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_text_of_another_tokenizer_is_refused(make, data):
+    data.tokenizer = range(400)
+    with pytest.raises(ValueError, match="use the model's own tokenizer"):
+        make().prune(data, CPU)
+
+
+def test_verify_refuses_another_base(make, data, base, tmp_path, tokenizer):
+    make().prune(data, CPU)
+    tiny(vocab_size=320, seed=9).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"plan: made for .* with weights"):
+        make(base=str(tmp_path / "other")).verify(data, CPU)
+
+
+def test_the_module_validates_what_was_saved(make, data, tmp_path):
+    make().prune(data, CPU)
+    module = make()
+    module._trainer = SimpleNamespace(datamodule=data)
+    module.configure_model()
+    assert type(module.model).__name__ == "PerLayerLlamaForCausalLM"

@@ -1,0 +1,62 @@
+"""Models so small that everything about them can be computed twice."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
+from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
+from lightning_modules.structured_pruning.provenance import model_hash
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 6},
+    "qwen2": {"head_dim": 6},
+    "mistral": {"head_dim": 6, "sliding_window": 7},
+}
+
+
+def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> Any:
+    """A random model of a family; its biases are not zero."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **(SIZES | FAMILIES[name] | fields))
+    model: Any = AutoModelForCausalLM.from_config(config)
+    for parameter in (p for n, p in model.named_parameters() if n.endswith("bias")):
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.to(dtype).eval()
+
+
+def ids(rows: int = 2, tokens: int = 20, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def batches(count: int = 2, rows: int = 2) -> list[dict[str, torch.Tensor]]:
+    found = [ids(rows, seed=seed) for seed in range(count)]
+    return [{"input_ids": one, "labels": one} for one in found]
+
+
+KEPT = [
+    LayerPlan([0, 1, 2, 3], list(range(48))),
+    LayerPlan([0, 2], list(range(0, 48, 2))),
+    LayerPlan([1, 2, 3], list(range(16))),
+    LayerPlan([3], list(range(40, 48))),
+]
+DROPPED = [KEPT[1], LayerPlan([], []), KEPT[2], KEPT[0]]
+
+
+def plan_for(model: Any, kept: list[LayerPlan] = KEPT) -> PruningPlan:
+    shapes = [shape_of(layer) for layer in decoder_layers(model)]
+    return PruningPlan(list(kept), [[s.groups, s.channels] for s in shapes], "toy", model_hash(model))
