@@ -48,6 +48,7 @@ REQUIRED: dict[str, Field] = {
 }
 
 OPTIONAL: dict[str, Field] = {
+    "val_stride": Field("int", "tokens", "distance of the overlapping windows validated on; null: blocks, no overlap"),
     "kind": Field("str", "", "what the record is: 'run' when absent, or 'figure'", nullable=False),
     "steps_measured": Field("int", "steps", "steps the timings and totals cover, warm-up excluded"),
     "step_time_ms_p95": Field("number", "ms", "optimizer step time, 95th percentile"),
@@ -92,6 +93,7 @@ OPTIONAL: dict[str, Field] = {
     "trace": Field("object", "", "summary of the profiled steps, see bench/trace_summary.py"),
     "prefill": Field("object", "", "token-pruning block"),
     "structure": Field("object", "", "structured-pruning block"),
+    "inference": Field("object", "", "latency and memory of a pruned model beside the dense one, by phase and batch"),
     "tiers": Field("object", "", "block-sparsity block"),
     "suspicious": Field("list", "", "reasons to distrust the record, such as a speed-up above its bound"),
     "config": Field("any", "", "full configuration the run was started with"),
