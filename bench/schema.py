@@ -51,6 +51,7 @@ OPTIONAL: dict[str, Field] = {
     "kind": Field(
         "str", "", "what the record is: 'run' when absent, 'figure', 'failure' or 'collectives'", nullable=False
     ),
+    "val_stride": Field("int", "tokens", "distance of the overlapping windows validated on; null: blocks, no overlap"),
     "steps_measured": Field("int", "steps", "steps the timings and totals cover, warm-up excluded"),
     "step_time_ms_p95": Field("number", "ms", "optimizer step time, 95th percentile"),
     "compress_time_ms": Field("number", "ms", "time spent encoding over the measured steps"),
@@ -106,6 +107,7 @@ OPTIONAL: dict[str, Field] = {
     "prefill": Field("object", "", "token-pruning block"),
     "token_quality": Field("list", "", "task, scorer and share kept: loss, accuracy, tokens kept, prefill time"),
     "structure": Field("object", "", "structured-pruning block"),
+    "inference": Field("object", "", "latency and memory of a pruned model beside the dense one, by phase and batch"),
     "tiers": Field("object", "", "block-sparsity block"),
     "survival": Field("object", "", "tokens of a prompt and the stage at which each was dropped"),
     "suspicious": Field("list", "", "reasons to distrust the record, such as a speed-up above its bound"),

@@ -2,6 +2,7 @@
 
 from callbacks.graceful_stop import GracefulStop
 from callbacks.gradient_guard import GradientGuard
+from callbacks.inference_timing import InferenceTiming
 from callbacks.log_config import LogConfig
 from callbacks.model_card import HFExport
 from callbacks.progress import Progress
@@ -16,6 +17,7 @@ __all__ = [
     "GracefulStop",
     "GradientGuard",
     "HFExport",
+    "InferenceTiming",
     "LogConfig",
     "Progress",
     "RunRecord",

@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-from lightning_modules.pretraining.export import export
 
 _CARD_FIELDS = (
     "dataset",
@@ -37,21 +35,22 @@ class HFExport(Callback):
     def __init__(self, dirpath: str) -> None:
         self.dirpath = Path(dirpath)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Gather the weights on every rank, write them on rank 0."""
         if trainer.fast_dev_run:
             return
         on_cpu = trainer.strategy.root_device.type == "cpu"
         # Offloading from CPU to CPU crashes torch 2.13's FSDP1 (pytorch-lightning issue 21804).
-        options = StateDictOptions(full_state_dict=True, cpu_offload=not on_cpu)
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=not on_cpu, ignore_frozen_params=pl_module.trained_only
+        )
         module: Any = trainer.strategy.model
         weights: dict[str, Any] = get_model_state_dict(module, options=options)
         if trainer.is_global_zero:
             prefix = "model."
             state = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            config: Any = pl_module.model.config
-            tokenizer = trainer.datamodule.tokenizer
-            export(self.dirpath, state, config, tokenizer, self._card(trainer, config.model_type))
+            card = self._card(trainer, pl_module.model.config.model_type)
+            pl_module.write_export(self.dirpath, state, trainer.datamodule.tokenizer, card)
         trainer.strategy.barrier()
 
     def _card(self, trainer: Trainer, model_type: str) -> str:

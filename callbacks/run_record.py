@@ -92,6 +92,7 @@ class RunRecord(Measurement):
             "model_parameters": getattr(pl_module, "parameter_count", None),
             "dataset": getattr(data, "name", None),
             "max_length": getattr(data, "block_size", None),
+            "val_stride": getattr(data, "val_stride", None),
             "batch_size": getattr(data, "batch_size", None),
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),

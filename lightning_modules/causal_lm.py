@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from lightning_modules.export import export
 from lightning_modules.perplexity import next_token_nll, perplexity
 from lightning_modules.randomness import run_seed, step_seed
 
@@ -33,6 +34,9 @@ class CausalLM(L.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         compile: Compile every transformer block with ``torch.compile``.
     """
+
+    trained_only = False
+    """Whether ``write_export`` needs the trained weights alone."""
 
     def __init__(
         self,
@@ -90,11 +94,14 @@ class CausalLM(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Scores ``[B, T, V]`` of a batch. No attention mask: padding is on the right, or set apart by positions."""
+    def logits(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
+        """Scores ``[B, T, V]`` of a batch, by this model or another.
+
+        No attention mask is needed: padding is on the right, or set apart by positions.
+        """
         positions = batch.get("position_ids")
         given = {} if positions is None else {"position_ids": positions}
-        return self.model(input_ids=batch["input_ids"], use_cache=False, **given).logits
+        return (model or self.model)(input_ids=batch["input_ids"], use_cache=False, **given).logits
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accumulate the token-weighted loss."""
@@ -133,6 +140,19 @@ class CausalLM(L.LightningModule):
             num_training_steps=int(self.trainer.estimated_stepping_batches),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def write_export(
+        self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
+    ) -> None:
+        """Write the trained model as a Hugging Face folder, on one rank.
+
+        Args:
+            folder: Destination; an earlier export is replaced once the new one is complete.
+            state: Weights of ``self.model``, whole; only the trained ones where ``trained_only``.
+            tokenizer: Saved beside the weights.
+            card: README.md of the folder.
+        """
+        export(folder, state, self.model.config, tokenizer, card)
 
     def meta_model(self) -> nn.Module:
         """The same architecture on the meta device: costs no memory; for counting FLOPs and for export."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lightning_modules.data.loading import Blocks
+from lightning_modules.data.loading import Blocks, Windows
 from lightning_modules.data.prepare import FORMAT, open_blocks, prepare, summary
 from lightning_modules.data.prepared import PreparedData
 from lightning_modules.data.tokenizer import SMALLEST_VOCAB, Encoder
@@ -34,6 +34,8 @@ class TextDataModule(PreparedData):
         num_workers: Loader processes of a rank. 0 loads in the training process, which is fast enough.
         max_train_blocks: Use only the first so many training blocks.
         max_val_blocks: Use only the first so many validation blocks.
+        val_stride: Validate on overlapping windows of ``block_size`` tokens that begin this many tokens apart; a token
+            is predicted once, from more text before it. None validates on the blocks as they are.
 
     Raises:
         ValueError: an argument that must be positive is not.
@@ -50,6 +52,7 @@ class TextDataModule(PreparedData):
         num_workers: int = 0,
         max_train_blocks: int | None = None,
         max_val_blocks: int | None = None,
+        val_stride: int | None = None,
     ) -> None:
         super().__init__(block_size, batch_size, tokenizer, cache_dir, num_workers)
         limits = {"max_train_blocks": max_train_blocks, "max_val_blocks": max_val_blocks}
@@ -57,6 +60,9 @@ class TextDataModule(PreparedData):
         for field, value in {**sizes, **limits}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, got {value}")
+        if val_stride is not None and not 1 <= val_stride <= block_size:
+            raise ValueError(f"val_stride must lie between 1 and block_size {block_size}, got {val_stride}")
+        self.val_stride = val_stride
         if tokenizer is None and vocab_size < SMALLEST_VOCAB:
             raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB} (256 bytes, end of text), got {vocab_size}")
         self._vocab_size, self._num_proc, self._limits = vocab_size, num_proc, limits
@@ -81,7 +87,9 @@ class TextDataModule(PreparedData):
         self.train = self._first(open_blocks(folder, "train"), self._limits["max_train_blocks"])
         self.val = self._first(open_blocks(folder, "val"), self._limits["max_val_blocks"])
 
-    def _dataset(self, split: str) -> Blocks:
+    def _dataset(self, split: str) -> Blocks | Windows:
+        if split == "val" and self.val_stride is not None:
+            return Windows(self.val, self.block_size, self.val_stride)
         return Blocks(self.train if split == "train" else self.val)
 
     def describe(self) -> dict[str, Any]:

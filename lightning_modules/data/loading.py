@@ -40,6 +40,43 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": input_ids, "labels": input_ids.masked_fill(padding[:, None], IGNORED)}
 
 
+class Windows(Dataset[dict[str, Tensor]]):
+    """Overlapping windows over the text of consecutive blocks, in which every token is predicted once.
+
+    Window i begins ``stride`` tokens after window i − 1; only its last ``stride`` tokens count (all of the first), so
+    each is predicted from at least ``length - stride`` tokens before it.
+
+    Args:
+        rows: Memory-mapped dataset in torch format with a column ``input_ids`` of blocks that follow each other.
+        length: Tokens in a block, and in a window.
+        stride: Tokens that a window adds.
+    """
+
+    def __init__(self, rows: ArrowDataset, length: int, stride: int) -> None:
+        self.rows, self.length, self.stride = rows, length, stride
+
+    def __len__(self) -> int:
+        return (len(self.rows) - 1) * self.length // self.stride + 1
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One window as a batch of one."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch as ``Blocks`` gives it."""
+        input_ids = torch.stack([self._window(max(index, 0)) for index in indices])
+        labels = input_ids.clone()
+        for row, index in enumerate(indices):
+            seen = self.length if index == FixedOrderSampler.PADDING else self.length - self.stride if index else 0
+            labels[row, :seen] = IGNORED
+        return {"input_ids": input_ids, "labels": labels}
+
+    def _window(self, index: int) -> Tensor:
+        block, offset = divmod(index * self.stride, self.length)
+        last = min(block + 2, len(self.rows))
+        return self.rows[list(range(block, last))]["input_ids"].flatten()[offset : offset + self.length]
+
+
 class Samples(Dataset[dict[str, Tensor]]):
     """Rows of one sample each, or of several packed into one.
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.data.cache import cache_root, explain_unwritable, lock_of, locked, remove_leftovers
-from lightning_modules.data.loading import Blocks, ResumableLoader, Samples, as_is
+from lightning_modules.data.loading import Blocks, ResumableLoader, Samples, Windows, as_is
 from lightning_modules.data.prepare import finished
 from lightning_modules.data.sampler import FixedOrderSampler, Position, ResumableSampler
 from lightning_modules.data.tokenizer import fingerprint, load_tokenizer
@@ -82,7 +82,7 @@ class PreparedData(L.LightningDataModule, ABC):
         """Set ``tokenizer``, ``train`` and ``val`` from the finished cache folder."""
 
     @abstractmethod
-    def _dataset(self, split: str) -> Blocks | Samples:
+    def _dataset(self, split: str) -> Blocks | Windows | Samples:
         """Whole batches of a split, by index (see ``Blocks``)."""
 
     def _row_lengths(self) -> NDArray[np.int64] | None:
@@ -173,8 +173,7 @@ class PreparedData(L.LightningDataModule, ABC):
     def predict_dataloader(self) -> DataLoader:
         """The training split in fixed order, equally many batches on every rank."""
         rows = self._dataset("train")
-        sampler = FixedOrderSampler(len(rows), **self._ranks())
-        return DataLoader(rows, sampler=sampler, **self._loading())
+        return DataLoader(rows, sampler=FixedOrderSampler(len(rows), **self._ranks()), **self._loading())
 
     def test_dataloader(self) -> DataLoader:
         """The validation split: a language-modelling corpus has no other held-out text."""

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_modules import generation
 from lightning_modules.causal_lm import clean_name
 from lightning_modules.data.tokenizer import train_bpe
+from lightning_modules.export import export
 from lightning_modules.pretraining import Pretraining
-from lightning_modules.pretraining.export import export
 from tests.conftest import ROOT
 
 GPT2 = {"n_layer": 2, "n_embd": 16, "n_head": 2}

@@ -243,3 +243,25 @@ def test_lightning_would_divide_any_other_sampler_again(toy):
     assert connector._requires_distributed_sampler(DataLoader(toy.train, sampler=list(range(4))))
     assert not connector._requires_distributed_sampler(toy.train_dataloader())
     assert not connector._requires_distributed_sampler(toy.val_dataloader())
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_windows_predict_every_token_once_from_the_text_before_it(cache, stride):
+    data = Toy(cache_dir=str(cache), max_val_blocks=4, val_stride=stride)
+    data.setup("fit")
+    text = data.val[:]["input_ids"].flatten()
+    predicted = []
+    for number, batch in enumerate(data._dataset("val")[i] for i in range(len(data._dataset("val")))):
+        window, labels, start = batch["input_ids"][0], batch["labels"][0], number * stride
+        assert torch.equal(window, text[start : start + 16])
+        predicted += [start + t for t in range(1, 16) if labels[t] != -100]
+    missed = set(range(1, 64)) - set(predicted)
+    assert len(predicted) == len(set(predicted))
+    assert missed == ({16, 32, 48} if stride == 16 else set(range(max(predicted) + 1, 64))) and len(missed) < 16
+    assert (data._dataset("val").__getitems__([0, -1])["labels"][1] == -100).all()
+
+
+def test_stride_is_checked():
+    for stride in (0, 17):
+        with pytest.raises(ValueError, match="val_stride must lie between 1 and block_size 16"):
+            Toy(val_stride=stride)

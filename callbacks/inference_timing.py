@@ -1,0 +1,125 @@
+"""What pruning buys at inference: latency of prefill and decode beside the dense model's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from bench.inference import compare_models, decode_work, prefill_work
+from callbacks.measurement import Measurement
+from lightning_modules.structured_pruning.footprint import Anatomy
+from lightning_modules.structured_pruning.loading import load
+
+
+class InferenceTiming(Measurement):
+    """Times the dense and the pruned model in turns after ``validate``, at several batch sizes.
+
+    Both run in the run's device and dtype on the same prompts, which are drawn at random: latency does not depend on
+    what they say. Memory is counted (weights and cached keys and values) and, on a GPU, also measured.
+
+    Args:
+        dense: Hugging Face folder or hub name of the dense model.
+        pruned: The same of the pruned model; merge adapters first, they cost time of their own.
+        prompt_tokens: Tokens of every prompt.
+        new_tokens: Decoding steps of one timed call.
+        batch_sizes: Prompts computed together.
+        repeats: Timed rounds.
+    """
+
+    during_validate = True
+
+    def __init__(
+        self,
+        dense: str,
+        pruned: str,
+        prompt_tokens: int = 512,
+        new_tokens: int = 16,
+        batch_sizes: list[int] = [1, 8, 64],  # noqa: B006 (jsonargparse shows it)
+        repeats: int = 5,
+    ) -> None:
+        sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+        for name, value in {**sizes, "batch_sizes": min(batch_sizes, default=0)}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.folders = {"dense": dense, "pruned": pruned}
+        self.prompt_tokens, self.new_tokens, self.batch_sizes, self.repeats = (
+            prompt_tokens, new_tokens, batch_sizes, repeats,
+        )  # fmt: skip
+        self.rows: list[dict[str, Any]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, on rank 0 and only in ``validate``."""
+        if trainer.state.fn != "validate" or not trainer.is_global_zero:
+            return
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        device = trainer.strategy.root_device
+        models = {name: load(folder, device, dtype)[0] for name, folder in self.folders.items()}
+        self.rows = []
+        for batch in self.batch_sizes:
+            for phase in ("prefill", "decode"):
+                row = self._measure(models, phase, batch)
+                self.rows.append({"phase": phase, "batch": batch, **row})
+                rank_zero_info(
+                    f"{phase}, batch {batch}: {row['speedup']:.2f} × as fast (bounds: FLOPs {row['flop_bound']:.2f}, "
+                    f"bytes {row['byte_bound']:.2f})"
+                )
+
+    @torch.no_grad()
+    def _measure(self, models: dict[str, Any], phase: str, batch: int) -> dict[str, Any]:
+        vocabulary = min(model.config.vocab_size for model in models.values())
+        device = next(iter(models.values())).device
+        ids = torch.randint(vocabulary, (batch, self.prompt_tokens), generator=torch.Generator().manual_seed(0))
+        arms = {name: _arm(model, ids.to(device), phase, self.new_tokens) for name, model in models.items()}
+        works, memory = [], {}
+        for name, model in models.items():
+            item = model.dtype.itemsize
+            anatomy = Anatomy.of(model, item)
+            cost = anatomy.footprint(self.prompt_tokens)
+            read = (cost.decoder_parameters + anatomy.head_parameters) * item
+            head = 2 * anatomy.head_parameters
+            if phase == "prefill":
+                works.append(prefill_work(cost.flops_per_token - head, head, read, batch, self.prompt_tokens))
+            else:
+                context = self.prompt_tokens + self.new_tokens // 2
+                weights = 2 * read / item
+                works.append(decode_work(weights, read, cost.kv_bytes_per_token, batch, context))
+            memory[f"{name}_weight_bytes"] = cost.weight_bytes
+            memory[f"{name}_kv_bytes"] = batch * (self.prompt_tokens + self.new_tokens) * cost.kv_bytes_per_token
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                arms[name]()
+                memory[f"{name}_peak_bytes_above_weights"] = torch.cuda.max_memory_allocated(device) - before
+        steps = self.new_tokens if phase == "decode" else 1
+        timed = compare_models(arms["dense"], arms["pruned"], (works[0], works[1]), self.repeats, steps)
+        return timed | memory
+
+    def summary(self) -> dict[str, Any]:
+        """See ``Measurement.summary``."""
+        if not self.rows:
+            return {}
+        return {"inference": {**self.folders, "prompt_tokens": self.prompt_tokens, "rows": self.rows}}
+
+
+def _arm(model: Any, ids: torch.Tensor, phase: str, new_tokens: int) -> Callable[[], None]:
+    """A call that reads the prompts, or that decodes after them and then forgets what it decoded."""
+
+    def prefill() -> Any:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    if phase == "prefill":
+        return prefill
+    cache = prefill()
+
+    def decode() -> None:
+        token = ids[:, -1:]
+        with torch.no_grad():
+            for _ in range(new_tokens):
+                logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+                token = logits[:, -1:].argmax(-1)
+            cache.crop(ids.shape[1])
+
+    return decode

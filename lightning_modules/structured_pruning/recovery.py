@@ -1,0 +1,193 @@
+"""Recovery of a pruned model by low-rank adapters, with or without the dense model as a teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_modules.causal_lm import CausalLM, check_vocabulary
+from lightning_modules.folders import replacing
+from lightning_modules.perplexity import next_token_nll
+from lightning_modules.structured_pruning import adapter as adapters
+from lightning_modules.structured_pruning.loading import load
+from lightning_modules.structured_pruning.provenance import model_hash
+
+_ADAPTER = "adapter"  # folder of the adapter within the merged model's
+
+
+class LoraRecovery(CausalLM):
+    """Trains low-rank adapters on a pruned model, whose weights stay as they are; ``HFExport`` merges them at the end.
+
+    Checkpoints hold the adapters alone, with a hash of the base's weights; on another base they are refused. The merged
+    folder also holds the adapter, which ``export`` merges again.
+
+    Args:
+        base: Hugging Face folder or hub name of the pruned model.
+        rank: Rank of the adapters.
+        alpha: Adapters are scaled by alpha / rank.
+        dropout: Dropout on the adapters' input.
+        target_modules: Projections that get an adapter.
+        adapter: Go on from (``fit``), measure (``validate``) or merge (``export``) this saved adapter.
+        merged: Folder that ``export`` writes.
+        teacher: Folder or hub name of the dense model to learn from too.
+        distill_weight: Share of the teacher in the loss; the rest is the text's next token.
+        temperature: Softens the distributions of teacher and student.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled decay of the adapters.
+        lr_schedule: See ``CausalLM``.
+        warmup_steps: Optimizer steps of linear warm-up.
+        **kwargs: See ``CausalLM``.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        rank: int = 8,
+        alpha: int = 16,
+        dropout: float = 0.05,
+        target_modules: list[str] = [  # noqa: B006 (jsonargparse shows it)
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+        ],
+        adapter: str | None = None,
+        merged: str | None = None,
+        teacher: str | None = None,
+        distill_weight: float = 0.5,
+        temperature: float = 2.0,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.0,
+        lr_schedule: str = "linear",
+        warmup_steps: int = 100,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(learning_rate, weight_decay, lr_schedule=lr_schedule, warmup_steps=warmup_steps, **kwargs)
+        if not 0 < distill_weight <= 1:
+            raise ValueError(f"distill_weight must be above 0 and at most 1, got {distill_weight}")
+        for name, value in (("rank", rank), ("alpha", alpha), ("temperature", temperature)):
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.base, self.adapter, self.merged, self.teacher_path = base, adapter, merged, teacher
+        self.distill_weight, self.temperature = distill_weight, temperature
+        self.lora = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+        )
+        self.teacher: Any = None
+        self.base_hash = ""
+        self.strict_loading = False  # checkpoints hold no base; what they must hold is checked on loading
+
+    trained_only = True
+
+    # ---- the model ------------------------------------------------------------------------------------------------
+
+    def build_model(self) -> Any:
+        """See ``CausalLM.build_model``: the base, frozen, with adapters.
+
+        Raises:
+            ValueError: ``adapter`` was trained on another base.
+        """
+        model, _ = load(self.base)
+        self.base_hash = model_hash(model)
+        weights = None
+        if self.adapter is not None:
+            self.lora, weights = adapters.read_adapter(Path(self.adapter), self.base, self.base_hash)
+        return adapters.attach(model, self.lora, weights).train()
+
+    def configure_model(self) -> None:
+        """Build the model, and the teacher where there is one."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.parameter_count -= trained  # of the model that comes of merging
+        rank_zero_info(f"adapters of rank {self.lora.r}: {trained:,} parameters to train")
+        if self.teacher_path is not None:
+            self.teacher = load(self.teacher_path)[0].requires_grad_(False)
+            if self.teacher.config.vocab_size != self.model.config.vocab_size:
+                raise ValueError(
+                    f"teacher: its vocabulary has {self.teacher.config.vocab_size} tokens, the base's has "
+                    f"{self.model.config.vocab_size}; give the model that the base was pruned from"
+                )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean next-token loss, mixed with the divergence from the teacher."""
+        if self.teacher is None:
+            return super().training_step(batch, batch_idx)
+        logits = self.logits(batch)
+        nll, tokens = next_token_nll(logits, batch["labels"])
+        with torch.no_grad():
+            wanted = self.logits(batch, self.teacher)
+        divergence = adapters.distillation_loss(logits, wanted, batch["labels"], self.temperature)
+        text = nll / tokens.clamp_min(1)
+        self.log_dict({"train/text_loss": text, "train/divergence": divergence})
+        loss = (1 - self.distill_weight) * text + self.distill_weight * divergence
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapters alone, and say what they belong to."""
+        checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if ".lora_" in n}
+        checkpoint["recovery"] = {"base": self.base, "base_hash": self.base_hash}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base, or of other adapters.
+
+        Raises:
+            ValueError: It is one.
+        """
+        made_on = checkpoint.get("recovery")
+        if made_on is None:
+            raise ValueError("the checkpoint is not one of LoraRecovery")
+        adapters.refuse_other_base("the checkpoint", made_on["base"], made_on["base_hash"], self.base, self.base_hash)
+        own = {n for n, _ in self.named_parameters() if ".lora_" in n}
+        if "state_dict" in checkpoint and (others := own ^ set(checkpoint["state_dict"])):
+            raise ValueError(f"target_modules: the checkpoint has other adapters than this run, e.g. {min(others)}")
+
+    # ---- the result -----------------------------------------------------------------------------------------------
+
+    def write_export(
+        self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
+    ) -> None:
+        """See ``CausalLM.write_export``: adapters merged into a fresh copy of the base, and the adapter beside."""
+        weights = {name: weight.detach().cpu() for name, weight in adapters.adapter_weights(state).items()}
+        self._merge(folder, self.lora, weights, tokenizer, card)
+
+    def export(self, datamodule: LightningDataModule, device: torch.device) -> dict[str, Any]:
+        """Merge the saved ``adapter`` into ``base`` and write ``merged``.
+
+        Raises:
+            ValueError: The adapter was trained on another base, or an argument is missing.
+        """
+        if self.adapter is None or self.merged is None:
+            raise ValueError("export needs the adapter to merge (adapter) and the folder to write (merged)")
+        name = Path(self.merged).name
+        card = f"# {name}\n\n{self.base} with the adapter {self.adapter} merged into it.\n"
+        self._merge(Path(self.merged), None, None, datamodule.tokenizer, card)
+        print(f"merged model: {self.merged}")
+        return {}
+
+    def _merge(
+        self,
+        folder: Path,
+        config: LoraConfig | None,
+        weights: dict[str, Tensor] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        card: str,
+    ) -> None:
+        """Merge these adapters, or the saved ones, into a fresh copy of the base; write both."""
+        base, _ = load(self.base)
+        check_vocabulary(base, tokenizer)
+        base_hash = model_hash(base)
+        if config is None:
+            config, weights = adapters.read_adapter(Path(str(self.adapter)), self.base, base_hash)
+        adapted = adapters.attach(base, config, weights)
+        with replacing(folder) as beside:
+            adapters.save_adapter(beside / _ADAPTER, adapted, self.base, base_hash)
+            adapted.merge_and_unload().save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            (beside / "README.md").write_text(card, encoding="utf-8")

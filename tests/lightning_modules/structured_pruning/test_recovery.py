@@ -1,0 +1,232 @@
+"""Recovery: what is trained, what is saved, and that nothing lands on the wrong base."""
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from peft import PeftModel
+from torch.distributions import Categorical, kl_divergence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from callbacks import HFExport
+from lightning_modules.perplexity import IGNORED
+from lightning_modules.structured_pruning import LoraRecovery
+from lightning_modules.structured_pruning.adapter import distillation_loss
+from lightning_modules.structured_pruning.loading import load, save
+from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
+from lightning_modules.structured_pruning.slicing import slice_model
+from strategies import CompressedFSDP
+from strategies.compressors.int8 import Int8
+from tests.lightning_modules.data.toy import Toy
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning 2.6 with torch 2.13
+    pytest.mark.filterwarnings("ignore:.*(_get_pg_default_device|Multiple backends)"),  # torch's FSDP1 internals
+]
+KEPT = [LayerPlan([0, 2], list(range(0, 48, 2))), LayerPlan([1, 2, 3], list(range(16)))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense model, it pruned, and another model pruned alike; all with the data's tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    data = Toy(cache_dir=str(root / "cache"))
+    data.prepare_data()
+    data.setup("fit")
+    config = AutoConfig.for_model(
+        "llama", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=6, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    plan = PruningPlan(KEPT, [[4, 48]] * 2, "toy", "")
+    for name, seed in (("base", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        dense = AutoModelForCausalLM.from_config(config)
+        save(root / f"{name}-dense", dense, data.tokenizer, "# dense")
+        save(root / name, slice_model(dense, plan), data.tokenizer, "# pruned", plan)
+    return root
+
+
+def recovery(folders, base="base", **arguments):
+    defaults = {"learning_rate": 1e-2, "warmup_steps": 0, "dropout": 0.0, "lr_schedule": "constant"}
+    return LoraRecovery(str(folders / base), **defaults | arguments)
+
+
+def fit(
+    folders, steps, module=None, export=None, checkpoint=None, strategy="auto", devices=1, batch_size=4, save_to=None
+):
+    L.seed_everything(3, verbose=False)
+    module = module or recovery(folders)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, max_steps=steps, limit_val_batches=0,
+        num_sanity_val_steps=0, callbacks=[HFExport(str(export))] if export else [], **quiet,
+    )  # fmt: skip
+    data = Toy(cache_dir=str(folders / "cache"), batch_size=batch_size)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if save_to:
+        trainer.save_checkpoint(save_to)
+    return module
+
+
+def adapters(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if ".lora_" in name}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(60).view(3, 20), use_cache=False).logits
+
+
+def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(folders):
+    module = recovery(folders, rank=3)
+    module.configure_model()
+    base, _ = load(folders / "base")
+    assert torch.equal(logits(module.model), logits(base))
+    shapes = [p.weight.shape for n, p in base.named_modules() if n.endswith("_proj")]
+    assert len(shapes) == 2 * 7
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trained == sum(3 * (rows + columns) for rows, columns in shapes)
+    assert module.parameter_count == base.num_parameters()
+    assert module.model.training, "or dropout would be off"
+
+
+def test_fit_trains_merges_and_saves_what_loads_in_one_call(folders, tmp_path):
+    module = fit(folders, 5, export=tmp_path / "recovered")
+    base, _ = load(folders / "base")
+    frozen = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in module.model.named_parameters()
+    }
+    assert all(torch.equal(frozen[name], p) for name, p in base.named_parameters())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    assert type(merged).__name__ == "PerLayerLlamaForCausalLM"
+    adapted = PeftModel.from_pretrained(load(folders / "base")[0], str(tmp_path / "recovered/adapter")).eval()
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(merged), logits(module.model.eval()), atol=1e-5, rtol=1e-4)
+    assert (logits(merged) - logits(base)).abs().max() > 0.01
+    assert "auto_map" in json.loads((tmp_path / "recovered/config.json").read_text())
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "recovered")) <= 300
+    assert (tmp_path / "recovered/README.md").read_text().startswith("---")
+
+
+def test_export_merges_a_saved_adapter_and_refuses_another_base(folders, tmp_path):
+    fit(folders, 2, export=tmp_path / "recovered")
+    data = Toy(cache_dir=str(folders / "cache"))
+    data.setup("fit")
+    adapter = tmp_path / "recovered/adapter"
+    merging = recovery(folders, adapter=str(adapter), merged=str(tmp_path / "again"))
+    merging.export(data, torch.device("cpu"))
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("recovered", "again"))
+    assert torch.equal(logits(one), logits(two))
+    with pytest.raises(ValueError, match="export needs the adapter to merge"):
+        recovery(folders, adapter=str(adapter)).export(data, torch.device("cpu"))
+
+    wrong = recovery(folders, "other", adapter=str(adapter), merged=str(tmp_path / "wrong"))
+    for use in (lambda: wrong.export(data, torch.device("cpu")), wrong.configure_model):
+        with pytest.raises(
+            ValueError, match=r"was trained on .*/base \(weights \w{12}\), and .*/other has other weights"
+        ):
+            use()
+    assert not (tmp_path / "wrong").exists()
+    (adapter / "base.json").unlink()
+    with pytest.raises(ValueError, match="nothing says which base it was trained on"):
+        recovery(folders, adapter=str(adapter)).configure_model()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+        recovery(folders, adapter=str(folders / "base")).configure_model()
+
+
+def test_training_can_go_on_from_an_adapter(folders, tmp_path):
+    first = fit(folders, 2, export=tmp_path / "recovered")
+    second = recovery(folders, adapter=str(tmp_path / "recovered/adapter"), rank=2)
+    second.configure_model()
+    assert all(torch.equal(p, adapters(second)[name]) for name, p in adapters(first).items())
+    assert all(p.requires_grad for n, p in second.named_parameters() if ".lora_" in n)
+
+
+def test_an_interrupted_run_continues_bit_for_bit_from_a_checkpoint_of_adapters_alone(folders, tmp_path):
+    straight = fit(folders, 6, recovery(folders, dropout=0.1))
+    fit(folders, 3, recovery(folders, dropout=0.1), save_to=tmp_path / "c.ckpt")
+    saved = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in saved["state_dict"]) and len(saved["state_dict"]) == 2 * 7 * 2
+    resumed = fit(folders, 6, recovery(folders, dropout=0.1), checkpoint=tmp_path / "c.ckpt")
+    assert all(torch.equal(p, adapters(resumed)[name]) for name, p in adapters(straight).items())
+    with pytest.raises(ValueError, match=r"base: the checkpoint was trained on .*/base"):
+        fit(folders, 6, recovery(folders, "other"), checkpoint=tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match="target_modules: the checkpoint has other adapters"):
+        fit(folders, 6, recovery(folders, target_modules=["q_proj"]), checkpoint=tmp_path / "c.ckpt")
+
+
+def test_recomputed_activations_give_the_same_adapters(folders):
+    plain, recomputed = (fit(folders, 3, recovery(folders, gradient_checkpointing=flag)) for flag in (False, True))
+    for name, p in adapters(plain).items():
+        torch.testing.assert_close(p, adapters(recomputed)[name])
+
+
+def test_distillation_loss_is_the_mean_divergence_of_the_predicted_positions():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 11, requires_grad=True), torch.randn(2, 5, 11)
+    labels = torch.tensor([[1, IGNORED, 3, 4, 5], [IGNORED, 2, IGNORED, IGNORED, 1]])
+    expected = [  # position t counts where label t + 1 does
+        kl_divergence(Categorical(logits=teacher[b, t] / 2), Categorical(logits=student[b, t] / 2))
+        for b, t in [(0, 1), (0, 2), (0, 3), (1, 0), (1, 3)]
+    ]
+    loss = distillation_loss(student, teacher, labels, 2.0)
+    torch.testing.assert_close(loss, 4 * sum(expected) / 5)
+    loss.backward()
+    assert (student.grad[0, 0] == 0).all() and (student.grad[1, 3] != 0).any()
+    assert distillation_loss(teacher, teacher, labels, 2.0) == 0
+    assert distillation_loss(student, teacher, torch.full_like(labels, IGNORED), 2.0) == 0
+
+
+def test_the_teacher_is_followed_and_never_trained_or_saved(folders, tmp_path):
+    dense, _ = load(folders / "base-dense")
+    module = recovery(folders, teacher=str(folders / "base-dense"), distill_weight=1.0, temperature=1.0)
+    fit(folders, 30, module, export=tmp_path / "recovered", save_to=tmp_path / "c.ckpt")
+    assert all(torch.equal(p, q) for p, q in zip(module.teacher.parameters(), dense.parameters(), strict=True))
+    assert not any("teacher" in name for name in torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"])
+    data = Toy(cache_dir=str(folders / "cache"))
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+
+    def divergence(model):
+        with torch.no_grad():
+            scores = (m(input_ids=batch["input_ids"], use_cache=False).logits for m in (model, dense))
+            return distillation_loss(*scores, batch["labels"], 1.0).item()
+
+    recovered = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    assert divergence(recovered) < 0.8 * divergence(load(folders / "base")[0])
+
+
+def test_arguments_are_checked(folders, tmp_path):
+    for arguments, message in (
+        ({"rank": 0}, "rank must be positive"),
+        ({"temperature": 0}, "temperature must be positive"),
+        ({"distill_weight": 0}, "distill_weight must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recovery(folders, **arguments)
+    with pytest.raises(ValueError, match=r"Target modules .* not found"):
+        recovery(folders, target_modules=["c_attn"]).configure_model()
+    config = AutoConfig.from_pretrained(folders / "base-dense", vocab_size=299)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(folders / "base").save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="teacher: its vocabulary has 299 tokens, the base's has 300"):
+        recovery(folders, teacher=str(tmp_path / "teacher")).configure_model()
+
+
+def _sharded(folders: Path, out: Path, compressed: bool) -> None:
+    strategy = CompressedFSDP(compressor=Int8() if compressed else None, state_dict_type="full")
+    module = recovery(folders, gradient_checkpointing=True)
+    fit(folders, 4, module, out / "recovered", strategy=strategy, devices=2, batch_size=2, save_to=out / "c.ckpt")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_two_sharded_ranks_train_the_same_adapters_as_one(folders, tmp_path, two_ranks, compressed):
+    two_ranks.run(_sharded, folders, tmp_path, compressed)
+    fit(folders, 4, recovery(folders), tmp_path / "alone", batch_size=4)
+    sharded, alone = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("recovered", "alone"))
+    difference = (logits(sharded) - logits(alone)).abs().max()
+    changed = (logits(alone) - logits(load(folders / "base")[0])).abs().max()
+    assert difference < (0.2 if compressed else 1e-3) * changed
+    assert all(".lora_" in name for name in torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"])
