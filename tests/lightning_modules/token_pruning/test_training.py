@@ -38,9 +38,10 @@ def _module(base, tmp_path, **options):  # noqa: F811
 
 
 def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tmp_path):  # noqa: F811
-    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True, every_n_train_steps=3)
     module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), kl_weight=1.0, ratio_weight=1.0)
-    trainer = _trainer(max_steps=6, limit_val_batches=2, callbacks=[checkpoint], enable_checkpointing=True)
+    often = {"val_check_interval": 6, "check_val_every_n_epoch": None, "limit_val_batches": 2}
+    trainer = _trainer(max_steps=6, callbacks=[checkpoint], enable_checkpointing=True, **often)
     trainer.fit(module, data)
     before = load_pretrained(base).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
