@@ -18,7 +18,7 @@ from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.evaluation import PruningQuality
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.pruner import TokenPruner
-from lightning_modules.token_pruning.samples import Samples, refuse_packing, response_nll, split_batch
+from lightning_modules.token_pruning.samples import Samples, check_data, response_nll, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
 from lightning_modules.token_pruning.store import Saliency
@@ -122,12 +122,9 @@ class TokenPruning(L.LightningModule):
         trained = sum(p.numel() for p in self.pruner.parameters())
         rank_zero_info(f"scorers after layers {layers}: {trained / 1e6:.2f} M parameters")
 
-    def setup(self, stage: str) -> None:
-        """Check the data."""
-        refuse_packing(self.trainer.datamodule)
-
     def on_fit_start(self) -> None:
         """Read the saliency, and put the base model beside the scorers."""
+        check_data(self.trainer.datamodule, self.model)
         self.model.to(self.device)
         if self.saliency_path is not None:
             expect = {
@@ -139,6 +136,7 @@ class TokenPruning(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Put the base model beside the scorers."""
+        check_data(self.trainer.datamodule, self.model)
         self.model.to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.token_pruning.identity import identity_of
-from lightning_modules.token_pruning.samples import refuse_packing, split_batch
+from lightning_modules.token_pruning.samples import check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.store import SaliencyStore
 from lightning_modules.token_pruning.targets import Target
@@ -68,13 +68,13 @@ class TokenSaliency(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Stop after the samples asked for."""
         data = self.trainer.datamodule
-        refuse_packing(data)
         batches = ceil(self.num_samples / (data.batch_size * self.trainer.world_size))
         limit = self.trainer.limit_predict_batches
         self.trainer.limit_predict_batches = batches if isinstance(limit, float) else min(limit, batches)
 
     def on_predict_start(self) -> None:
         """Open the store, and see what an earlier run has left in it."""
+        check_data(self.trainer.datamodule, self.model)
         self.store = SaliencyStore(self.folder, self.depends(), self.global_rank)
         if self.store.done:
             rank_zero_info(f"{len(self.store.done)} samples are in {self.folder} already")

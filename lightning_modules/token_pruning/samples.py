@@ -4,7 +4,7 @@ Shape legend: B sequences, N tokens.
 """
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,11 +96,14 @@ def response_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll.sum(1), (targets != IGNORED).sum(1)
 
 
-def refuse_packing(data: object) -> None:
-    """Refuse data that put several samples into one row.
+def check_data(data: Any, model: Any) -> None:
+    """Refuse data that a model cannot be pruned on.
 
     Raises:
-        ValueError: ``data.packing`` is on.
+        ValueError: several samples in one row, or rows longer than the model has positions.
     """
     if getattr(data, "packing", False):
         raise ValueError("data.packing: token pruning needs one sample a row; set it to false")
+    positions = getattr(model.config, "max_position_embeddings", data.block_size)
+    if data.block_size > positions:
+        raise ValueError(f"data.block_size {data.block_size} exceeds the {positions} positions of the base model")

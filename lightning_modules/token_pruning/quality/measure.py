@@ -91,7 +91,7 @@ def interval(values: Sequence[float] | Tensor, seed: int = 0, resamples: int = 2
     """
     array = np.asarray(values, np.float64)
     draw = np.random.default_rng(seed)
-    means = [array[draw.integers(len(array), size=len(array))].mean() for _ in range(resamples)]
+    means = array[draw.integers(len(array), size=(resamples, len(array)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(array.mean()), float(low), float(high)
 

@@ -91,7 +91,7 @@ def test_longbench_files_keep_their_contexts(tmp_path):
 
 def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     draw = np.random.default_rng(0)
-    found = [interval(draw.normal(1.0, 2.0, size=60), seed, 400)[1:] for seed in range(200)]
+    found = [interval(draw.normal(1.0, 2.0, size=60), seed, 200)[1:] for seed in range(200)]
     covered = sum(low <= 1.0 <= high for low, high in found) / 200
     assert 0.89 <= covered <= 0.99
 

@@ -30,7 +30,8 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    made = Toy(documents=60, block_size=32, cache_dir=str(tmp_path_factory.mktemp("cache")), num_proc=1)
+    few = {"documents": 60, "block_size": 32, "max_train_blocks": 48, "max_val_blocks": 12, "num_proc": 1}
+    made = Toy(**few, cache_dir=str(tmp_path_factory.mktemp("cache")))
     made.prepare_data()
     return made
 

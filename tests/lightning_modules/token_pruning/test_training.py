@@ -1,5 +1,7 @@
 """Stage 2 as a user runs it: only the scorers learn, and they learn what they are told."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.token_pruning.module import TokenPruning
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.saliency import TokenSaliency
-from lightning_modules.token_pruning.samples import split_batch
+from lightning_modules.token_pruning.samples import check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from tests.lightning_modules.token_pruning.test_saliency import SCHEDULE, base, data  # noqa: F401 (fixtures)
@@ -36,9 +38,10 @@ def _module(base, tmp_path, **options):  # noqa: F811
 
 
 def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tmp_path):  # noqa: F811
-    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True, every_n_train_steps=3)
     module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), kl_weight=1.0, ratio_weight=1.0)
-    trainer = _trainer(max_steps=6, limit_val_batches=2, callbacks=[checkpoint], enable_checkpointing=True)
+    often = {"val_check_interval": 6, "check_val_every_n_epoch": None, "limit_val_batches": 2}
+    trainer = _trainer(max_steps=6, callbacks=[checkpoint], enable_checkpointing=True, **often)
     trainer.fit(module, data)
     before = load_pretrained(base).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
@@ -80,8 +83,8 @@ def test_supervision_teaches_the_order_of_saliency(base, data, saliency, tmp_pat
     untrained = _trainer(limit_val_batches=3)
     fresh = _module(base, tmp_path, saliency=saliency, target=GateGradient())
     untrained.validate(fresh, data, verbose=False)
-    module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), lm_weight=0.0, learning_rate=3e-3)
-    trainer = _trainer(max_steps=60, limit_val_batches=3, val_check_interval=60, check_val_every_n_epoch=None)
+    module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), lm_weight=0.0, learning_rate=1e-2)
+    trainer = _trainer(max_steps=40, limit_val_batches=3, val_check_interval=40, check_val_every_n_epoch=None)
     trainer.fit(module, data)
     for layer in (1, 3):
         name = f"val/spearman_{layer}"
@@ -110,12 +113,11 @@ def test_what_is_wrong_is_named(options, names, tmp_path):
         _module("base", tmp_path, **options)
 
 
-def test_a_schedule_for_other_layers_and_packed_data_are_refused(base, data, saliency, tmp_path):  # noqa: F811
+def test_data_that_does_not_fit_is_refused(base, data, saliency):  # noqa: F811
     with pytest.raises(ValueError, match="another layers"):
         _trainer(max_steps=1).fit(TokenPruning(base, Schedule(layers=[2]), saliency=saliency), data)
-    data.packing = True
-    try:
-        with pytest.raises(ValueError, match="packing"):
-            _trainer(max_steps=1).fit(_module(base, tmp_path, saliency=saliency), data)
-    finally:
-        del data.packing
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16))
+    with pytest.raises(ValueError, match="exceeds the 16 positions"):
+        check_data(data, model)
+    with pytest.raises(ValueError, match="packing"):
+        check_data(SimpleNamespace(packing=True), model)
