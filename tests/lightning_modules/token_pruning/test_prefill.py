@@ -222,8 +222,9 @@ def test_positions_stay_the_original_ones():
         model(ids)
         handle.remove()
     index = run.stages[0].index
-    for got, whole in zip(seen["position_embeddings"], model.model.rotary_emb(torch.zeros(1), torch.arange(N)[None])):
-        assert torch.equal(got, whole[:, index[0]])
+    whole = model.model.rotary_emb(torch.zeros(1), torch.arange(N)[None])
+    for got, table in zip(seen["position_embeddings"], whole, strict=True):
+        assert torch.equal(got, table[:, index[0]])
 
 
 @torch.no_grad()
