@@ -93,6 +93,7 @@ OPTIONAL: dict[str, Field] = {
     "prefill": Field("object", "", "token-pruning block"),
     "prefill_memory": Field("object", "", "longest prompts that fit, with and without token pruning"),
     "survival": Field("object", "", "which prompt token was dropped at which stage"),
+    "token_quality": Field("list", "", "task, scorer and share kept: loss, accuracy, tokens kept, prefill time"),
     "structure": Field("object", "", "structured-pruning block"),
     "tiers": Field("object", "", "block-sparsity block"),
     "suspicious": Field("list", "", "reasons to distrust the record, such as a speed-up above its bound"),

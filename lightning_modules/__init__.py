@@ -6,6 +6,7 @@ from lightning_modules.data.recall import Recall
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.token_pruning.module import TokenPruning
+from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.saliency import TokenSaliency
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "Recall",
     "TextCorpus",
     "TokenPruning",
+    "TokenQuality",
     "TokenSaliency",
 ]

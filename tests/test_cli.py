@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,11 +22,11 @@ import main
 from callbacks.commands import PareTrainer
 from strategies.compressors import known_compressors
 
-# Configurations of main.py by the command that their header names.
+# Configurations of main.py, each with the arguments that its header names.
 COMMANDS = {
-    path: command[1]
+    path: shlex.split(command[1])
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
-    if (command := re.search(r"# run: .*?main\.py (\w+)", path.read_text()))
+    if (command := re.search(r"# run: .*?main\.py (.*)", path.read_text()))
 }
 # A model and corpus so small that starting Python is most of the time.
 TINY = [
@@ -57,8 +58,9 @@ def _parse(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda p: p.relative_to(ROOT / "configs").as_posix())
-def test_every_configuration_is_accepted(path, capsys):
-    code, out, err = _parse(capsys, COMMANDS[path], "--config", str(path), "--print_config")
+def test_every_configuration_is_accepted(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, out, err = _parse(capsys, *COMMANDS[path], "--print_config")
     assert code == 0, err
     assert yaml.safe_load(out)["model"]["class_path"].startswith("lightning_modules.")
 

@@ -48,8 +48,19 @@ def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = ()) 
     Raises:
         RuntimeError: The run failed; the message ends with its last output.
     """
+    wall = run_main(folder, "fit", config, *overrides, prefix=prefix)
+    records, _ = record.read(next(folder.glob("runs/*.jsonl")))
+    return Run(records[-1], losses(folder), wall)
+
+
+def run_main(folder: Path, name: str, config: str, *overrides: str, prefix: Sequence[str] = ()) -> float:
+    """Run a command of `main.py` in a folder; see `fit`.
+
+    Returns:
+        Seconds from the command's start to its end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*prefix, *main_py("fit", "--config", str(ROOT / config), *overrides)]
+    command = [*prefix, *main_py(name, "--config", str(ROOT / config), *overrides)]
     started = time.monotonic()
     with open(folder / "output.log", "w") as log:
         environment = {**os.environ, "CI": "true", "PYTHONPATH": str(ROOT)}
@@ -60,8 +71,7 @@ def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = ()) 
     if code:
         tail = (folder / "output.log").read_text()[-2000:]
         raise RuntimeError(f"exit status {code} of {' '.join(command)}\n{tail}")
-    records, _ = record.read(next(folder.glob("runs/*.jsonl")))
-    return Run(records[-1], losses(folder), wall)
+    return wall
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -107,9 +107,9 @@ class Recall(L.LightningDataModule):
 
     def __init__(
         self,
-        context: int = 96,
-        pairs: int = 10,
-        questions: int = 10,
+        context: int = 64,
+        pairs: int = 8,
+        questions: int = 8,
         words: int = 16,
         batch_size: int = 32,
         max_train_blocks: int = _EPOCH,

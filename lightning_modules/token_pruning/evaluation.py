@@ -53,7 +53,7 @@ def scoring(model: PreTrainedModel, samples: Samples, budget: Budget, scorer: To
     positions = torch.arange(samples.real.shape[1], device=samples.real.device).expand_as(samples.real)
 
     def score(layer: int, hidden_BNH: Tensor) -> Tensor:
-        tokens = tuple(budget.tokens[budget.stages.index(layer)].tolist())
+        tokens = tuple(budget.tokens[budget.stages.index(layer)])
         context = Context(parts, positions, samples.prompt, budget.protected, tokens, None)
         return scorer.score(hidden_BNH, layer, context)
 
@@ -70,6 +70,7 @@ class PruningQuality(nn.Module):
     def __init__(self, keep: list[float]) -> None:
         super().__init__()
         self.keep = keep
+        self.baselines: dict[str, Scorer] = {"random": Random(), "recency": Recency()}
         self.means: Any = nn.ModuleDict()
 
     def update(
@@ -80,20 +81,18 @@ class PruningQuality(nn.Module):
         target: Target | None,
         samples: Samples,
     ) -> None:
-        """Measure on one batch."""
-        # a target needs gradients, and tensors made in Lightning's inference mode could have none
-        with torch.inference_mode(False), torch.no_grad():
-            logits = model(**samples.inputs(), use_cache=False).logits
-            self._nll("unpruned", *response_nll(logits, samples.labels))
-            scorers: dict[str, TokenPruner | Scorer] = {"learned": pruner, "random": Random(), "recency": Recency()}
-            for keep in self.keep:
-                pruned = copy.copy(schedule)
-                pruned.keep, pruned.tokens = keep, None
-                for name, scorer in scorers.items():
-                    nll, tokens, _ = pruned_nll(model, samples, pruned, scorer)
-                    self._nll(f"{name}_{keep:g}", nll, tokens)
-            if target is not None:
-                self._correlate(model, pruner, schedule, target, samples)
+        """Measure on one batch; outside of inference mode, if there is a target."""
+        logits = model(**samples.inputs(), use_cache=False).logits
+        self._nll("unpruned", *response_nll(logits, samples.labels))
+        scorers: dict[str, TokenPruner | Scorer] = {"learned": pruner, **self.baselines}
+        for keep in self.keep:
+            pruned = copy.copy(schedule)
+            pruned.keep, pruned.tokens = keep, None
+            for name, scorer in scorers.items():
+                nll, tokens, _ = pruned_nll(model, samples, pruned, scorer)
+                self._nll(f"{name}_{keep:g}", nll, tokens)
+        if target is not None:
+            self._correlate(model, pruner, schedule, target, samples)
 
     def _nll(self, name: str, nll: Tensor, tokens: Tensor) -> None:
         self._mean(f"nll {name}", nll.sum().double() / tokens.sum().clamp_min(1), tokens.sum())

@@ -123,19 +123,19 @@ class TokenPruning(L.LightningModule):
         rank_zero_info(f"scorers after layers {layers}: {trained / 1e6:.2f} M parameters")
 
     def setup(self, stage: str) -> None:
-        """Check the data, and read the saliency."""
+        """Check the data."""
         refuse_packing(self.trainer.datamodule)
-        if stage == "fit" and self.saliency_path is not None:
+
+    def on_fit_start(self) -> None:
+        """Read the saliency, and put the base model beside the scorers."""
+        self.model.to(self.device)
+        if self.saliency_path is not None:
             expect = {
                 "layers": self.schedule.resolve(self.model.config.num_hidden_layers),
                 "tokenizer": fingerprint(self.trainer.datamodule.tokenizer),
                 "base": identity_of(self.model),
             }
             self.saliency = Saliency(self.saliency_path, expect)
-
-    def on_fit_start(self) -> None:
-        """Put the base model beside the scorers."""
-        self.model.to(self.device)
 
     def on_validation_start(self) -> None:
         """Put the base model beside the scorers."""
@@ -184,7 +184,7 @@ class TokenPruning(L.LightningModule):
             target = losses.normalise(targets[layer], known)
             totals["mse"] = totals["mse"] + losses.regression(scores, target, known)
             totals["ranking"] = totals["ranking"] + losses.ranking(scores, target, known, self.pairs)
-            left = budget.tokens[stage] - budget.protected.sum(1)
+            left = torch.tensor(budget.tokens[stage], device=scores.device) - budget.protected.sum(1)
             share = left / free.sum(1).clamp_min(1)
             totals["ratio"] = totals["ratio"] + losses.kept_share(scores, free, share)
             before = pruning.alive[layer]
@@ -223,9 +223,11 @@ class TokenPruning(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Compare scores with saliency, and prune by them, by chance and by recency."""
-        samples = split_batch(batch, self.response)
-        if len(samples.input_ids):
-            self.quality.update(self.model, self.pruner, self.schedule, self.target, samples)
+        # saliency needs gradients, in which tensors made in Lightning's inference mode cannot take part
+        with torch.inference_mode(False), torch.no_grad():
+            samples = split_batch(batch, self.response)
+            if len(samples.input_ids):
+                self.quality.update(self.model, self.pruner, self.schedule, self.target, samples)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/ppl`` (unpruned), ``val/ppl_SCORER_KEEP`` and ``val/spearman_LAYER``."""

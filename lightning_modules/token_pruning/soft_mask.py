@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.selection import select
 
 FLOOR = 1e-6
 """What a hard 0 is in the forward pass. The gradient of log m at m = FLOOR is large, the attention it multiplies is as
@@ -75,12 +76,12 @@ class Budget:
 
     Attributes:
         stages: The layers after which tokens are dropped.
-        tokens: int64 [S, B].
+        tokens: By stage and row.
         protected: bool [B, N].
     """
 
     stages: list[int]
-    tokens: Tensor
+    tokens: list[list[int]]
     protected: Tensor
 
     @classmethod
@@ -88,11 +89,11 @@ class Budget:
         """The schedule, applied to the prompts of a batch (of any length and place in their rows)."""
         stages = schedule.resolve(model_layers)
         lengths = prompt_BN.sum(1).tolist()
-        tokens = torch.tensor([[schedule.budget(stage, n) for n in lengths] for stage in range(len(stages))])
+        tokens = [[schedule.budget(stage, n) for n in lengths] for stage in range(len(stages))]
         protected = torch.zeros_like(prompt_BN)
         for row, n in enumerate(lengths):
             protected[row, prompt_BN[row]] = schedule.protected(n).to(prompt_BN.device)
-        return cls(stages, tokens.to(prompt_BN.device), protected)
+        return cls(stages, tokens, protected)
 
 
 class Pruning:
@@ -148,23 +149,22 @@ class Pruning:
         self._log_mask = log_mask if self._log_mask is None else self._log_mask + log_mask
 
 
-def keep_best(scores: Tensor, candidates: Tensor, protected: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the protected and then the best-scored tokens; of equal ones the earlier.
+def keep_best(scores: Tensor, candidates: Tensor, protected: Tensor, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """Keep what the pruned prefill keeps.
 
     Args:
         scores: [B, N].
         candidates: bool [B, N]; tokens that are still there.
         protected: bool [B, N]; tokens that always stay.
-        tokens: int64 [B]; how many stay.
+        tokens: How many stay in each row.
 
     Returns:
         What stays, bool [B, N], and the value that divides kept from dropped scores, [B].
     """
-    ranked = scores.float().masked_fill(protected, torch.inf).masked_fill(~candidates, -torch.inf)
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    place = torch.empty_like(order).scatter_(1, order, places)
-    kept = (place < tokens[:, None]) & candidates
+    index, chosen = select(scores, tokens, protected, candidates)
+    chosen = torch.ones_like(index, dtype=torch.bool) if chosen is None else chosen
+    kept = torch.zeros_like(candidates).scatter(1, index, chosen)
+    ranked = scores.float().masked_fill(protected, torch.inf)
     last_in = ranked.masked_fill(~kept, torch.inf).amin(1)
     first_out = ranked.masked_fill(kept | ~candidates, -torch.inf).amax(1)
     cut = torch.where(first_out.isfinite() & last_in.isfinite(), (last_in + first_out) / 2, 0.0)

@@ -26,14 +26,16 @@ class SaliencyStore:
         folder: Shared by all ranks.
         depends: What the values depend on (target, layers, tokenizer, base model), JSON-able.
         rank: This rank; part of its files' names.
-        samples_per_part: A killed run loses fewer samples than this per rank.
 
     Raises:
         ValueError: the folder holds saliency that depends on something else, naming it.
     """
 
-    def __init__(self, folder: Path, depends: dict[str, Any], rank: int, samples_per_part: int = 64) -> None:
-        self.folder, self.rank, self.samples_per_part = folder, rank, samples_per_part
+    samples_per_part = 64
+    """A killed run loses fewer samples than this per rank."""
+
+    def __init__(self, folder: Path, depends: dict[str, Any], rank: int) -> None:
+        self.folder, self.rank = folder, rank
         self._pending: list[tuple[str, dict[int, Tensor]]] = []
         if (folder / INDEX).is_file():
             _refuse_differences(folder, depends, "set another folder, or delete this one")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
+import torch.nn.functional as F
 
-from lightning_modules.token_pruning.samples import response_nll, split_batch
+from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.soft_mask import FLOOR, layer_inputs
 from lightning_modules.token_pruning.targets import known_targets
 from lightning_modules.token_pruning.targets.future_attention import FutureAttention
@@ -25,8 +25,9 @@ def _samples(rows=2):
 @torch.no_grad()
 def _losses(model, samples, change):
     with layer_inputs(model, samples.real, change):
-        nll, count = response_nll(model(**samples.inputs(), use_cache=False).logits, samples.labels)
-    return nll / count
+        logits = model(**samples.inputs(), use_cache=False).logits
+    # in double, so that small differences are not lost
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), samples.labels[:, 1:], reduction="none").sum(1) / RESPONSE
 
 
 def _gated(model, samples, token, gate):
@@ -37,7 +38,7 @@ def _gated(model, samples, token, gate):
 
 @pytest.fixture(scope="module")
 def double():
-    return build("llama").double().requires_grad_(False)
+    return build("gpt2").double().requires_grad_(False)  # its norms compute in double too
 
 
 def test_gate_gradient_is_the_derivative_by_the_gate(double):
@@ -45,7 +46,7 @@ def test_gate_gradient_is_the_derivative_by_the_gate(double):
     found = GateGradient().values(double, samples, [LAYER])[LAYER]
     for token in (0, 7, 20):
         difference = (_gated(double, samples, token, 1 - 1e-5) - _gated(double, samples, token, 1.0)) / 1e-5
-        torch.testing.assert_close(found[:, token].double(), difference, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[:, token], difference.float(), rtol=1e-3, atol=1e-5)
     size = GateGradient(signed=False).values(double, samples, [LAYER])[LAYER]
     torch.testing.assert_close(size, found.abs())
 
@@ -63,29 +64,23 @@ def test_gradient_times_hidden_is_the_derivative_by_the_scale_of_a_token(double)
             return hidden, None
 
         difference = (_losses(double, samples, scaled) - _losses(double, samples, lambda i, h: (h, None))) / 1e-6
-        torch.testing.assert_close(signed[:, token].double(), difference, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(signed[:, token], difference.float(), rtol=1e-3, atol=1e-5)
 
 
-def test_gradient_norm_is_the_steepest_change(double):
-    samples = _samples(1)
-    norm = GradientNorm().values(double, samples, [LAYER])[LAYER]
-    start = _losses(double, samples, lambda i, h: (h, None))
-    directions = torch.randn(400, 64, dtype=torch.double)
-    directions /= directions.norm(dim=1, keepdim=True)
-    slopes = []
-    for direction in directions:
+def test_gradient_norm_is_the_length_of_the_slopes_along_every_axis(double):
+    one = _samples(1)
+    norm = GradientNorm().values(double, one, [LAYER])[LAYER]
+    each = one.pick(torch.zeros(64, dtype=torch.long))
+    start = _losses(double, one, lambda i, h: (h, None))
 
-        def moved(index, hidden, direction=direction):
-            if index == LAYER + 1:
-                hidden = hidden.clone()
-                hidden[:, 9] += 1e-6 * direction
-            return hidden, None
+    def moved(index, hidden):
+        if index == LAYER + 1:
+            hidden = hidden.clone()
+            hidden[:, 9] += 1e-6 * torch.eye(64, dtype=torch.double)
+        return hidden, None
 
-        slopes.append((_losses(double, samples, moved) - start).item() / 1e-6)
-    # the mean square slope over random directions is ‖grad‖² / H
-    measured = (sum(s * s for s in slopes) / len(slopes) * 64) ** 0.5
-    assert norm[0, 9].item() == pytest.approx(measured, rel=0.25)
-    assert max(map(abs, slopes)) <= norm[0, 9].item() * 1.001
+    slopes = (_losses(double, each, moved) - start) / 1e-6
+    assert norm[0, 9].item() == pytest.approx(slopes.norm().item(), rel=1e-3)
 
 
 def test_future_attention_sums_to_1_over_what_the_response_sees():
@@ -101,10 +96,13 @@ def test_gate_gradient_points_where_leaving_a_token_out_does():
     found = GateGradient().values(model, samples, [LAYER])[LAYER][0, : LENGTH - RESPONSE]
     whole = _gated(model, samples, 0, 1.0)
     removed = torch.stack([_gated(model, samples, token, FLOOR)[0] - whole[0] for token in range(LENGTH - RESPONSE)])
-    assert cosine_similarity(found, removed, dim=0) > 0.5
+    assert F.cosine_similarity(found, removed, dim=0) > 0.5
 
 
-@pytest.mark.parametrize("target", known_targets(), ids=lambda t: t.__name__)
+OURS = [target for target in known_targets() if target.__module__.startswith("lightning_modules.")]
+
+
+@pytest.mark.parametrize("target", OURS, ids=lambda t: t.__name__)
 def test_every_target_ignores_padding_other_samples_and_the_prompt_s_own_labels(target):
     model, both = shared("llama"), _samples()
     together = target().values(model, both, [0, 3])
@@ -122,4 +120,4 @@ def test_every_target_ignores_padding_other_samples_and_the_prompt_s_own_labels(
 
 
 def test_the_one_known_to_be_wrong_is_labelled():
-    assert [t.__name__ for t in known_targets() if t.control] == ["SignedGradientTimesHidden"]
+    assert [t.__name__ for t in OURS if t.control] == ["SignedGradientTimesHidden"]

@@ -1,0 +1,1 @@
+"""What dropping prompt tokens costs in quality, scorer by scorer, at the same budget."""

@@ -1,0 +1,137 @@
+"""Tasks: a prompt that is pruned, and a suffix that shows what was lost with it.
+
+Shape legend: B samples, N prompt tokens, M suffix tokens.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_modules.perplexity import IGNORED
+from lightning_modules.token_pruning.samples import Samples, split_batch
+
+
+class Window(NamedTuple):
+    """Prompts of one length and what follows each.
+
+    Attributes:
+        prompt: int64 [B, N].
+        suffix: int64 [B, M].
+        labels: int64 [B, M]; ``IGNORED`` where the suffix only asks.
+    """
+
+    prompt: Tensor
+    suffix: Tensor
+    labels: Tensor
+
+    def samples(self) -> Samples:
+        """Prompts and suffixes in one row, as oracles look at them."""
+        ids = torch.cat([self.prompt, self.suffix], 1)
+        prompt = torch.zeros_like(ids, dtype=torch.bool)
+        prompt[:, : self.prompt.shape[1]] = True
+        labels = torch.cat([torch.full_like(self.prompt, IGNORED), self.labels], 1)
+        return Samples(ids, labels, torch.ones_like(prompt), prompt)
+
+
+def suffix_windows(ids: Tensor, suffix: int) -> Window:
+    """The end of a text, after its beginning was pruned."""
+    rest = ids[:, -suffix:]
+    return Window(ids[:, :-suffix], rest, rest)
+
+
+def repeated_windows(ids: Tensor, suffix: int, start: int = 16) -> Window:
+    """A passage from near the start of the prompt comes again, at the end of a text that is otherwise its own.
+
+    Args:
+        ids: Blocks of text [B, T].
+        suffix: Tokens of the passage, and of the suffix.
+        start: Where the passage stands in the prompt; beyond the tokens that every schedule protects.
+
+    Raises:
+        ValueError: blocks too short to hold passage, suffix and something between.
+    """
+    if ids.shape[1] < start + 3 * suffix:
+        raise ValueError(f"blocks of {ids.shape[1]} tokens are too short to repeat {suffix} of them: set a longer one")
+    prompt = ids[:, :-suffix]
+    passage = prompt[:, start : start + suffix]
+    return Window(prompt, passage, passage)
+
+
+def response_windows(batch: dict[str, Tensor], response: int) -> Iterator[Window]:
+    """Prompts and responses as the data divide them (recall, instructions), by length of the prompt."""
+    samples = split_batch(batch, response)
+    for row in range(len(samples.input_ids)):
+        ids, labels = (part[row][samples.real[row]] for part in (samples.input_ids, samples.labels))
+        begin = int(samples.prompt[row].sum())
+        # in recall the question before the first answer is suffix too: it is not known while the context is read
+        begin -= _QUESTION if "evidence" in batch else 0
+        yield Window(ids[None, :begin], ids[None, begin:], labels[None, begin:])
+
+
+_QUESTION = 2  # a question mark and a key
+
+
+def stack(windows: list[Window]) -> list[Window]:
+    """Windows of equal lengths put together, so that they run as one batch."""
+    groups: dict[tuple[int, int], list[Window]] = {}
+    for window in windows:
+        groups.setdefault((window.prompt.shape[1], window.suffix.shape[1]), []).append(window)
+    return [Window(*(torch.cat(parts) for parts in zip(*group, strict=True))) for group in groups.values()]
+
+
+def longbench_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_prompt: int) -> Iterator[Window]:
+    """Samples of a LongBench-style file: the context and the question are the prompt, the first answer the suffix.
+
+    A context that is too long loses its middle, as in LongBench (arXiv 2308.14508).
+
+    Args:
+        path: JSON lines, or a JSON array, of ``{"context", "input", "answers"}``.
+        tokenizer: The model's.
+        max_prompt: Longest prompt in tokens.
+
+    Raises:
+        ValueError: a sample without context, question or answer, naming it; a benchmark without its contexts measures
+            nothing.
+    """
+    for number, record in enumerate(_records(path), 1):
+        for field in ("context", "input", "answers"):
+            value = record.get(field) if isinstance(record, dict) else None
+            empty = not value or (isinstance(value, str) and not value.strip())
+            if empty and not (field == "input" and value == ""):  # summaries have no question
+                raise ValueError(f"{path}, sample {number}: {field} is missing or empty; nothing would be measured")
+        answers = record["answers"]
+        answer = answers[0] if isinstance(answers, list) else answers
+        question = tokenizer(f"\n\n{record['input']}\n", add_special_tokens=False).input_ids
+        context = tokenizer(record["context"], add_special_tokens=False).input_ids
+        room = max_prompt - len(question)
+        if room < 1:
+            raise ValueError(f"{path}, sample {number}: its question alone is longer than max_prompt {max_prompt}")
+        if len(context) > room:
+            context = context[: room - room // 2] + (context[-(room // 2) :] if room > 1 else [])
+        prompt = torch.tensor([context + question])
+        suffix = torch.tensor([tokenizer(answer, add_special_tokens=False).input_ids])
+        yield Window(prompt, suffix, suffix)
+
+
+def _records(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no LongBench-style file {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} is neither JSON lines nor a JSON array: {error}") from error
+
+
+def answered(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of labels [B, M] that the logits [B, M, V] predicting them rank first, and their number, both [B]."""
+    asked = labels != IGNORED
+    right = (logits.argmax(-1) == labels) & asked
+    return right.sum(1), asked.sum(1)

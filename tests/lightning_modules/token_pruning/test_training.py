@@ -1,0 +1,121 @@
+"""Stage 2 as a user runs it: only the scorers learn, and they learn what they are told."""
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_modules.causal_lm import load_pretrained
+from lightning_modules.token_pruning.module import TokenPruning
+from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.saliency import TokenSaliency
+from lightning_modules.token_pruning.samples import split_batch
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
+from tests.lightning_modules.token_pruning.test_saliency import SCHEDULE, base, data  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning 2.6 with torch 2.13
+
+
+@pytest.fixture(scope="module")
+def saliency(base, data, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("saliency") / "s"
+    module = TokenSaliency(base, str(folder), SCHEDULE, GateGradient(), num_samples=1000, response=8)
+    _trainer().predict(module, data)
+    return str(folder)
+
+
+def _trainer(**options):
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(**quiet, **{"enable_checkpointing": False, **options})
+
+
+def _module(base, tmp_path, **options):  # noqa: F811
+    fast = {"width": 32, "response": 8, "eval_keep": [0.5], "warmup_steps": 1, "learning_rate": 1e-2}
+    return TokenPruning(base, SCHEDULE, str(tmp_path / "pruner"), **{**fast, **options})
+
+
+def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tmp_path):  # noqa: F811
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), kl_weight=1.0, ratio_weight=1.0)
+    trainer = _trainer(max_steps=6, limit_val_batches=2, callbacks=[checkpoint], enable_checkpointing=True)
+    trainer.fit(module, data)
+    before = load_pretrained(base).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in module.model.parameters())
+    state = torch.load(checkpoint.last_model_path, weights_only=True)
+    assert all(name.startswith("pruner.") for name in state["state_dict"])
+    metrics = trainer.callback_metrics
+    names = {"val/ppl", "val/ppl_learned_0_5", "val/ppl_random_0_5", "val/ppl_recency_0_5"}
+    assert names | {"val/spearman_1", "val/spearman_3", "train/mse", "train/ranking", "train/kl"} <= set(metrics)
+    assert all(value.isfinite() for value in metrics.values())
+    saved = TokenPruner.load(tmp_path / "pruner", module.model)
+    hidden = torch.randn(1, 4, 64)
+    assert torch.equal(saved(hidden, 3), module.pruner(hidden, 3))
+    assert saved.notes["target"]["class"] == "GateGradient"
+    again = _module(base, tmp_path, pruner=str(tmp_path / "pruner"), target=GateGradient())
+    validated = _trainer(limit_val_batches=2)
+    validated.validate(again, data, verbose=False)
+    assert validated.callback_metrics["val/ppl_learned_0_5"] == metrics["val/ppl_learned_0_5"]
+
+
+@pytest.mark.parametrize("loss", ["lm", "mse", "ranking", "kl", "ratio"])
+def test_every_loss_alone_reaches_every_scorer_and_nothing_else(base, data, saliency, tmp_path, loss):  # noqa: F811
+    weights = {f"{name}_weight": float(name == loss) for name in ("lm", "mse", "ranking", "kl", "ratio")}
+    module = _module(base, tmp_path, saliency=saliency, **weights)
+    trainer = _trainer(fast_dev_run=1, limit_val_batches=0)
+    trainer.fit(module, data)
+    module.zero_grad()
+    samples = split_batch(next(iter(data.train_dataloader())), 8)
+    parts = module.losses(samples)
+    assert set(parts) == {loss}
+    parts[loss].backward()
+    for layer in ("1", "3"):
+        assert all(p.grad.isfinite().all() for p in module.pruner.scorers[layer].parameters())
+        assert any(p.grad.abs().sum() > 0 for p in module.pruner.scorers[layer].parameters())
+    assert all(p.grad is None for p in module.model.parameters())
+
+
+def test_supervision_teaches_the_order_of_saliency(base, data, saliency, tmp_path):  # noqa: F811
+    untrained = _trainer(limit_val_batches=3)
+    fresh = _module(base, tmp_path, saliency=saliency, target=GateGradient())
+    untrained.validate(fresh, data, verbose=False)
+    module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), lm_weight=0.0, learning_rate=3e-3)
+    trainer = _trainer(max_steps=60, limit_val_batches=3, val_check_interval=60, check_val_every_n_epoch=None)
+    trainer.fit(module, data)
+    for layer in (1, 3):
+        name = f"val/spearman_{layer}"
+        assert trainer.callback_metrics[name] > untrained.callback_metrics[name] + 0.1
+
+
+def test_samples_without_saliency_train_on_the_loss_alone_and_are_reported(base, data, tmp_path):  # noqa: F811
+    folder = str(tmp_path / "some")
+    _trainer().predict(TokenSaliency(base, folder, SCHEDULE, GateGradient(), num_samples=8, response=8), data)
+    module = _module(base, tmp_path, saliency=folder)
+    with pytest.warns(UserWarning, match="% of the training samples had saliency"):
+        _trainer(max_steps=2, limit_val_batches=0).fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, "need saliency"),
+        ({"lm_weight": -1.0}, "weights"),
+        ({"lm_weight": 0.0, "mse_weight": 0.0, "ranking_weight": 0.0}, "weights"),
+        ({"temperature": 0.0, "saliency": "s"}, "temperature"),
+    ],
+)
+def test_what_is_wrong_is_named(options, names, tmp_path):
+    with pytest.raises(ValueError, match=names):
+        _module("base", tmp_path, **options)
+
+
+def test_a_schedule_for_other_layers_and_packed_data_are_refused(base, data, saliency, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="another layers"):
+        _trainer(max_steps=1).fit(TokenPruning(base, Schedule(layers=[2]), saliency=saliency), data)
+    data.packing = True
+    try:
+        with pytest.raises(ValueError, match="packing"):
+            _trainer(max_steps=1).fit(_module(base, tmp_path, saliency=saliency), data)
+    finally:
+        del data.packing
