@@ -5,6 +5,8 @@ from callbacks.gradient_guard import GradientGuard
 from callbacks.inference_timing import InferenceTiming
 from callbacks.log_config import LogConfig
 from callbacks.model_card import HFExport
+from callbacks.prefill_memory import PrefillMemory
+from callbacks.prefill_timing import PrefillTiming
 from callbacks.progress import Progress
 from callbacks.run_record import RunRecord
 from callbacks.throughput import Throughput
@@ -19,6 +21,8 @@ __all__ = [
     "HFExport",
     "InferenceTiming",
     "LogConfig",
+    "PrefillMemory",
+    "PrefillTiming",
     "Progress",
     "RunRecord",
     "Throughput",
