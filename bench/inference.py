@@ -22,7 +22,9 @@ class Work:
     bytes_read: float
 
 
-def prefill_work(decoder_flops_per_token: float, head_flops: float, weight_bytes: float, batch: int, tokens: int) -> Work:
+def prefill_work(
+    decoder_flops_per_token: float, head_flops: float, weight_bytes: float, batch: int, tokens: int
+) -> Work:
     """Work of reading ``batch`` prompts of ``tokens`` tokens, with scores of the last token alone."""
     return Work(batch * (tokens * decoder_flops_per_token + head_flops), weight_bytes)
 

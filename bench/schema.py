@@ -106,7 +106,6 @@ OPTIONAL: dict[str, Field] = {
     "trace": Field("object", "", "summary of the profiled steps, see bench/trace_summary.py"),
     "prefill": Field("object", "", "token-pruning block"),
     "prefill_memory": Field("object", "", "longest prompts that fit, with and without token pruning"),
-    "survival": Field("object", "", "which prompt token was dropped at which stage"),
     "token_quality": Field("list", "", "task, scorer and share kept: loss, accuracy, tokens kept, prefill time"),
     "structure": Field("object", "", "structured-pruning block"),
     "inference": Field("object", "", "latency and memory of a pruned model beside the dense one, by phase and batch"),

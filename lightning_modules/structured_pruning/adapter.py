@@ -52,7 +52,7 @@ def adapter_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_adapter(folder: Path, adapted: PeftModel, base: str, base_hash: str) -> None:
     """Write an adapter as peft does, and beside it what it belongs to."""
-    adapted.save_pretrained(str(folder))
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub about the base
     (folder / BASE_FILE).write_text(json.dumps({"base": base, "hash": base_hash}, indent=1))
 
 

@@ -8,13 +8,13 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
 from lightning_modules.folders import replacing
 from lightning_modules.perplexity import next_token_nll
 from lightning_modules.structured_pruning import adapter as adapters
-from lightning_modules.structured_pruning.loading import load
+from lightning_modules.structured_pruning.loading import checked, load
 from lightning_modules.structured_pruning.provenance import model_hash
 
 _ADAPTER = "adapter"  # folder of the adapter within the merged model's
@@ -188,6 +188,8 @@ class LoraRecovery(CausalLM):
         adapted = adapters.attach(base, config, weights)
         with replacing(folder) as beside:
             adapters.save_adapter(beside / _ADAPTER, adapted, self.base, base_hash)
-            adapted.merge_and_unload().save_pretrained(beside)
+            # merged in float32, written in the dtype that the base has on disk
+            stored = AutoConfig.from_pretrained(checked(self.base)).dtype or torch.float32
+            adapted.merge_and_unload().to(stored).save_pretrained(beside)
             tokenizer.save_pretrained(beside)
             (beside / "README.md").write_text(card, encoding="utf-8")
