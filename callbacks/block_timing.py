@@ -77,12 +77,12 @@ def products(size: int, rows: list[int], repeats: int, device: torch.device) -> 
     weight.masked_fill_(~tiers.keep_RC, 0.0)
     layout = Layout(size, size, BLOCK, K)
     parts = {"packed": pack(weight, tiers, dtype), "packed int8": pack(weight, tiers, torch.int8)}
-    layers = {name: PackedLinear(found, layout, None) for name, found in parts.items()}
+    layers = {name: PackedLinear(part, layout, None) for name, part in parts.items()}
     scale = weight.abs().amax(1, keepdim=True) / 127
     codes = (weight / scale).round().to(torch.int8)
-    bound = {name: weight.nbytes / sum(t.nbytes for t in found.values()) for name, found in parts.items()}
+    bound = {name: weight.nbytes / sum(t.nbytes for t in part.values()) for name, part in parts.items()}
     bound["int8"] = weight.nbytes / (codes.nbytes + scale.nbytes)
-    found = []
+    found: list[dict[str, Any]] = []
     for count in rows:
         x = torch.randn(count, size, device=device, dtype=dtype)
         arms: dict[str, Any] = {"dense": partial(F.linear, x, weight)}
