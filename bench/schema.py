@@ -91,6 +91,8 @@ OPTIONAL: dict[str, Field] = {
     "fixed_time_s": Field("number", "s", "the time of ppl_at_fixed_time"),
     "trace": Field("object", "", "summary of the profiled steps, see bench/trace_summary.py"),
     "prefill": Field("object", "", "token-pruning block"),
+    "prefill_memory": Field("object", "", "longest prompts that fit, with and without token pruning"),
+    "survival": Field("object", "", "which prompt token was dropped at which stage"),
     "token_quality": Field("list", "", "task, scorer and share kept: loss, accuracy, tokens kept, prefill time"),
     "structure": Field("object", "", "structured-pruning block"),
     "tiers": Field("object", "", "block-sparsity block"),

@@ -4,6 +4,8 @@ from callbacks.graceful_stop import GracefulStop
 from callbacks.gradient_guard import GradientGuard
 from callbacks.log_config import LogConfig
 from callbacks.model_card import HFExport
+from callbacks.prefill_memory import PrefillMemory
+from callbacks.prefill_timing import PrefillTiming
 from callbacks.progress import Progress
 from callbacks.run_record import RunRecord
 from callbacks.throughput import Throughput
@@ -16,6 +18,8 @@ __all__ = [
     "GradientGuard",
     "HFExport",
     "LogConfig",
+    "PrefillMemory",
+    "PrefillTiming",
     "Progress",
     "RunRecord",
     "Throughput",

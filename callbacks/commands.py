@@ -1,13 +1,18 @@
 """What Pare's command line does besides fit, validate, test and predict."""
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from callbacks.model_card import HFExport
 from callbacks.run_record import RunRecord
+from callbacks.survival import show, survival
 from lightning_modules import generation
+from lightning_modules.token_pruning.prefill import PromptPruner
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers import Scorer
 
 
 class PareTrainer(Trainer):
@@ -56,7 +61,9 @@ class PareTrainer(Trainer):
             raise ValueError(f"model: {type(model).__name__} has nothing to {command}")
         datamodule.prepare_data()
         datamodule.setup("fit")
-        fields = method(datamodule, self.strategy.root_device, **options)
+        self._record(model, datamodule, method(datamodule, self.strategy.root_device, **options))
+
+    def _record(self, model: LightningModule, datamodule: LightningDataModule | None, fields: Any) -> None:
         for callback in self.callbacks:
             if fields and isinstance(callback, RunRecord):
                 callback.write(self, model, datamodule, fields)
@@ -70,8 +77,11 @@ class PareTrainer(Trainer):
         temperature: float = 0.8,
         top_p: float = 0.95,
         max_new_tokens: int = 128,
+        scorer: Scorer | None = None,
+        schedule: Schedule | None = None,
+        show_survival: bool = False,
     ) -> None:
-        """Stream a continuation of a prompt, or open a prompt loop.
+        """Stream a continuation of a prompt, or open a prompt loop; with a scorer the prompt is pruned.
 
         Args:
             model: Unused; the exported model is loaded.
@@ -81,16 +91,27 @@ class PareTrainer(Trainer):
             temperature: 0 takes the likeliest token; higher is more varied.
             top_p: Sample from the smallest set of tokens with this probability.
             max_new_tokens: Longest continuation, in tokens.
+            scorer: Prune the prompt: which tokens to keep.
+            schedule: After which layers and how many; by default after layers 4, 7, 10, …, 70 % each.
+            show_survival: After the continuation, show which prompt token was dropped where, and record it.
 
         Raises:
-            ValueError: No ``model_dir``, and a config without HFExport.
+            ValueError: No ``model_dir``, and a config without HFExport; survival without a scorer or without a prompt.
         """
         exported = next((str(c.dirpath.resolve()) for c in self.callbacks if isinstance(c, HFExport)), None)
         if model_dir is None and exported is None:
             raise ValueError("nothing to load: give --model_dir, or a config with an HFExport callback")
         loaded, tokenizer = generation.load(model_dir or str(exported))
         options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-        if prompt is None:
-            generation.repl(loaded, tokenizer, **options)
-        else:
-            generation.stream(loaded, tokenizer, prompt, **options)
+        if show_survival and (scorer is None or prompt is None):
+            raise ValueError("show_survival needs a scorer and a prompt")
+        pruning = PromptPruner(scorer, schedule).prefill(loaded) if scorer is not None else nullcontext()
+        with pruning as run:
+            if prompt is None:
+                generation.repl(loaded, tokenizer, **options)
+            else:
+                generation.stream(loaded, tokenizer, prompt, **options)
+        if show_survival and run is not None:
+            fields = survival(run, tokenizer)
+            show(fields)
+            self._record(model, datamodule, {"survival": fields})

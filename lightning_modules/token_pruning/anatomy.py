@@ -95,6 +95,16 @@ class Anatomy:
         """Width H of the hidden states."""
         return int(self.decoder.config.hidden_size)
 
+    @property
+    def kernel(self) -> str:
+        """The attention implementation that was asked for."""
+        return str(self.decoder.config._attn_implementation)
+
+    @property
+    def longest(self) -> int | None:
+        """Positions that the model has a vector for; None where they are rotary, which go on for ever."""
+        return int(self.decoder.config.max_position_embeddings) if hasattr(self.decoder, "wpe") else None
+
     def attention(self, layer: int) -> Any:
         """The attention module of a layer."""
         return getattr(self.layers[layer], _FAMILIES[self.family].attention)

@@ -38,6 +38,7 @@ class PromptPruner:
 
     def __init__(self, scorer: Scorer, schedule: Schedule | None = None) -> None:
         self.scorer, self.schedule = scorer, schedule or Schedule()
+        self._ready_for: tuple[Any, ...] = ()
 
     @contextmanager
     def prefill(self, model: Any) -> Iterator["Prefill"]:
@@ -60,7 +61,10 @@ class PromptPruner:
         """
         parts = anatomy(model)
         stages = self.schedule.resolve(len(parts.layers))
-        self.scorer.prepare(model, stages)
+        ready_for = (weakref.ref(model), model.device, model.dtype)
+        if self._ready_for != ready_for:  # once, not for every prompt: a trained scorer checks and copies weights
+            self.scorer.prepare(model, stages)
+            self._ready_for = ready_for
         if parts.decoder in _pruned:
             raise RuntimeError("this model is being pruned already: contexts cannot be nested")
         run = Prefill(parts, self.scorer, self.schedule, stages)

@@ -20,7 +20,7 @@ class MLP(Scorer):
 
     def __init__(self, pruner: str | TokenPruner) -> None:
         self.pruner = pruner
-        self._loaded = TokenPruner.load(pruner) if isinstance(pruner, str) else pruner
+        self._loaded = self._ready = TokenPruner.load(pruner) if isinstance(pruner, str) else pruner
 
     def config(self) -> dict[str, Any]:
         """See `Scorer.config`; of a pruner in memory, how it was trained."""
@@ -45,6 +45,12 @@ class MLP(Scorer):
                 "set schedule.layers to these"
             )
         self._ready = copy.deepcopy(self._loaded).to(model.device, model.dtype).eval()
+
+    def unbound(self) -> "MLP":
+        """A copy that serves any model of the same width: where only shapes matter."""
+        pruner = copy.deepcopy(self._loaded)
+        pruner.base = None
+        return MLP(pruner)
 
     def flops(self, tokens: int, hidden_size: int) -> float:
         """See `Scorer.flops`: hidden → width → 1."""

@@ -29,7 +29,7 @@ class SaliencyOracle(Oracle):
 
     def config(self) -> dict[str, Any]:
         """See `Scorer.config`."""
-        return {"target": repr(self.target)}
+        return {"target": type(self.target).__name__}
 
     def measure(self, model: Any, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See `Oracle.measure`."""

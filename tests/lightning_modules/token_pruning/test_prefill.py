@@ -1,60 +1,40 @@
 """Pruned prefill and everything after it, against a model in which nothing is removed."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.cache import PrunedCache
-from lightning_modules.token_pruning.prefill import PromptPruner
-from lightning_modules.token_pruning.schedule import Schedule
-from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
-from lightning_modules.token_pruning.scorers.random import Random
-from tests.lightning_modules.token_pruning.models import FAMILIES, LAYERS, build, shared, tokens
+from tests.lightning_modules.token_pruning.models import FAMILIES, build, shared, tokens
 from tests.lightning_modules.token_pruning.oracle import masked_logits
+from tests.lightning_modules.token_pruning.prompts import AFTER, ROWS, N, padded, prompt_pruner
 
-AFTER, N = [1, 3], 96
 everywhere = pytest.mark.parametrize(("family", "kernel"), FAMILIES)
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-
-
-def _pruner(keep=0.7, scorer=None, **fields):
-    return PromptPruner(scorer or HiddenNorm(), Schedule(layers=AFTER, keep=keep, **fields))
-
-
-def _padded(rows):
-    """Prompts of different lengths, padded on the left, and their mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.stack([F.pad(row, (width - len(row), 0)) for row in rows])
-    return ids, torch.stack([F.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
-
-
-ROWS = [tokens(N, seed=1), tokens(61, seed=2), tokens(80, seed=3)]
 
 
 @everywhere
 @torch.no_grad()
 def test_keeping_all_changes_no_bit(family, kernel):
     model, ids = shared(family, kernel), tokens(1, N)
-    padded, mask = _padded(ROWS)
-    wanted = [model(ids).logits, model(padded, attention_mask=mask).logits]
-    texts = [model.generate(ids, **GREEDY), model.generate(padded, attention_mask=mask, **GREEDY)]
-    with _pruner(1.0).prefill(model) as run:
+    batch, mask = padded(ROWS)
+    wanted = [model(ids).logits, model(batch, attention_mask=mask).logits]
+    texts = [model.generate(ids, **GREEDY), model.generate(batch, attention_mask=mask, **GREEDY)]
+    with prompt_pruner(1.0).prefill(model) as run:
         assert torch.equal(model(ids).logits, wanted[0]) and len(run.stages) == 2
         real = mask.bool()
-        assert torch.equal(model(padded, attention_mask=mask).logits[real], wanted[1][real])
+        assert torch.equal(model(batch, attention_mask=mask).logits[real], wanted[1][real])
         assert torch.equal(model.generate(ids, **GREEDY), texts[0])
-        assert torch.equal(model.generate(padded, attention_mask=mask, **GREEDY), texts[1])
+        assert torch.equal(model.generate(batch, attention_mask=mask, **GREEDY), texts[1])
 
 
 @everywhere
 @torch.no_grad()
 def test_pruned_equals_masked_through_decoding_and_a_second_turn(family, kernel):
     model, ids, answer, turn = shared(family, kernel), tokens(1, N), tokens(1, 3, seed=5), tokens(1, 20, seed=6)
-    with _pruner().prefill(model) as run:
+    with prompt_pruner().prefill(model) as run:
         cache, got = DynamicCache(), []
         for chunk in (ids, *answer.split(1, dim=1), turn):
             got.append(model(chunk, past_key_values=cache, use_cache=True).logits)
@@ -71,8 +51,8 @@ def test_pruned_equals_masked_through_decoding_and_a_second_turn(family, kernel)
 @torch.no_grad()
 def test_padded_batch_equals_masked_and_single_prompts(family, kernel):
     model = shared(family, kernel)
-    ids, mask = _padded(ROWS)
-    with _pruner().prefill(model) as run:
+    ids, mask = padded(ROWS)
+    with prompt_pruner().prefill(model) as run:
         text = model.generate(ids, attention_mask=mask, **GREEDY)
         alone = [model.generate(row[None], **GREEDY)[0, len(row) :] for row in ROWS]
         cache = DynamicCache()
@@ -80,7 +60,7 @@ def test_padded_batch_equals_masked_and_single_prompts(family, kernel):
         first = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits[:, -1]
         kept = run.kept()
         # a second turn in which the rows say different amounts
-        turn, turn_mask = _padded([tokens(20, seed=7), tokens(9, seed=8), tokens(14, seed=9)])
+        turn, turn_mask = padded([tokens(20, seed=7), tokens(9, seed=8), tokens(14, seed=9)])
         whole = torch.cat([mask, turn_mask], dim=1)
         positions = (whole.cumsum(-1) - 1).clamp_min(0)[:, ids.shape[1] :]
         second = model(
@@ -97,10 +77,10 @@ def test_padded_batch_equals_masked_and_single_prompts(family, kernel):
 def test_padding_in_a_second_turn_after_a_first_without(family="llama"):
     for kernel in ("sdpa", "eager"):
         model, ids = shared(family, kernel), tokens(2, N)
-        turn, turn_mask = _padded([tokens(12, seed=7), tokens(5, seed=8)])
+        turn, turn_mask = padded([tokens(12, seed=7), tokens(5, seed=8)])
         whole = torch.cat([torch.ones(2, N, dtype=torch.long), turn_mask], dim=1)
         positions = (whole.cumsum(-1) - 1)[:, N:]
-        with _pruner().prefill(model) as run:
+        with prompt_pruner().prefill(model) as run:
             cache = DynamicCache()
             model(ids, past_key_values=cache, use_cache=True)
             got = model(turn, attention_mask=whole, position_ids=positions, past_key_values=cache).logits[:, -1]
@@ -115,7 +95,7 @@ BEAMS = {"num_beams": 3, "do_sample": False, "length_penalty": 0.0, "return_dict
 @torch.no_grad()
 def test_beam_scores_are_those_of_the_masked_model(family, kernel):
     model, ids = shared(family, kernel), tokens(2, N)
-    with _pruner().prefill(model) as run:
+    with prompt_pruner().prefill(model) as run:
         found = model.generate(ids, max_new_tokens=4, output_scores=True, **BEAMS)
         kept = run.kept()[:, ::3]  # a repeatable scorer: all beams of a prompt keep the same tokens
     logs = masked_logits(model, found.sequences, AFTER, kept)[:, N - 1 : -1].log_softmax(-1)
@@ -124,27 +104,10 @@ def test_beam_scores_are_those_of_the_masked_model(family, kernel):
 
 
 @torch.no_grad()
-def test_the_cache_follows_its_rows_when_beams_change_places():
-    model, (ids, mask) = shared("llama", "eager"), _padded(ROWS)
-    order = torch.tensor([1, 2, 0])
-    step, whole = tokens(3, 4, seed=11), F.pad(mask, (0, 4), value=1)
-    call = {"attention_mask": whole, "position_ids": (whole.cumsum(-1) - 1)[:, -4:], "use_cache": True}
-    with _pruner(scorer=Random(3)).prefill(model) as run:
-        cache = DynamicCache()
-        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        other, kept = copy.deepcopy(cache), run.kept()
-        wanted = model(step, past_key_values=cache, **call).logits[order]
-        other.reorder_cache(order)
-        turned = {name: value[order] if name != "use_cache" else value for name, value in call.items()}
-        torch.testing.assert_close(model(step[order], past_key_values=other, **turned).logits, wanted)
-        assert torch.equal(torch.stack([stage.kept(N) for stage in other.stages]), kept[:, order])
-
-
-@torch.no_grad()
 def test_sampling_draws_from_the_pruned_distribution():
     model, ids = shared(), tokens(1, N)
     options = {"do_sample": True, "max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
-    with _pruner().prefill(model) as run:
+    with prompt_pruner().prefill(model) as run:
         drawn = model.generate(ids, **options)
     wanted = masked_logits(model, drawn.sequences, AFTER, run.kept())[:, N - 1 : -1]
     torch.testing.assert_close(torch.stack(drawn.logits, dim=1), wanted, atol=1e-5, rtol=1e-5)
@@ -160,7 +123,7 @@ class _Words:
 @torch.no_grad()
 def test_streaming_prints_what_generate_returns(capsys):
     model, ids = shared(), tokens(1, N)
-    with _pruner().prefill(model):
+    with prompt_pruner().prefill(model):
         text = model.generate(ids, streamer=TextStreamer(_Words(), skip_prompt=True), **GREEDY)
     assert capsys.readouterr().out.split() == [f"<{i}>" for i in text[0, N:]]
 
@@ -169,7 +132,7 @@ def test_streaming_prints_what_generate_returns(capsys):
 def test_a_conversation_through_generate_keeps_its_cache():
     model, ids = shared(), tokens(1, N)
     cache = DynamicCache()
-    with _pruner().prefill(model) as run:
+    with prompt_pruner().prefill(model) as run:
         said = model.generate(ids, past_key_values=cache, **GREEDY)
         longer = torch.cat([said, tokens(1, 10, seed=4)], dim=1)
         answer = model.generate(longer, past_key_values=cache, **GREEDY)
@@ -185,7 +148,7 @@ def test_logits_to_keep_and_labels_mean_what_they_mean():
     model, ids = shared(), tokens(2, N)
     labels = torch.full_like(ids, -100)
     labels[:, -8:] = ids[:, -8:]
-    with _pruner().prefill(model) as run:
+    with prompt_pruner().prefill(model) as run:
         all_logits = model(ids).logits
         for few, same in ((1, all_logits[:, -1:]), (torch.tensor([2, 95]), all_logits[:, [2, 95]])):
             torch.testing.assert_close(model(ids, logits_to_keep=few).logits, same)
@@ -205,7 +168,7 @@ def test_gradient_checkpointing_prunes_once_and_gives_the_same_gradients(family)
         if checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        with _pruner().prefill(model) as run:
+        with prompt_pruner().prefill(model) as run:
             model(tokens(1, N), use_cache=False).logits[0, -1].logsumexp(0).backward()
             assert len(run.stages) == 2
         gradients.append([p.grad for p in model.parameters()])
@@ -217,107 +180,33 @@ def test_positions_stay_the_original_ones():
     model, ids = shared(), tokens(1, N)
     seen = {}
     layer = anatomy(model).layers[AFTER[0] + 1]
-    with _pruner().prefill(model) as run:
+    with prompt_pruner().prefill(model) as run:
         handle = layer.register_forward_pre_hook(lambda _, a, k: seen.update(k), with_kwargs=True)
         model(ids)
         handle.remove()
     index = run.stages[0].index
-    for got, whole in zip(seen["position_embeddings"], model.model.rotary_emb(torch.zeros(1), torch.arange(N)[None])):
-        assert torch.equal(got, whole[:, index[0]])
+    whole = model.model.rotary_emb(torch.zeros(1), torch.arange(N)[None])
+    for got, table in zip(seen["position_embeddings"], whole, strict=True):
+        assert torch.equal(got, table[:, index[0]])
 
 
 @torch.no_grad()
 def test_a_prompt_that_is_all_protected_is_left_alone_and_said_once():
     model, ids = shared(), tokens(1, 18)
     wanted = model(ids).logits
-    with _pruner(0.1).prefill(model) as run:
+    with prompt_pruner(0.1).prefill(model) as run:
         with pytest.warns(UserWarning, match="nothing pruned: a prompt of 18 tokens"):
             assert torch.equal(model(ids).logits, wanted)
         assert torch.equal(model(ids).logits, wanted) and run.stages == []  # a second warning would be an error
         model(tokens(1, 40))
         assert len(run.stages) == 2
-        short, mask = _padded([tokens(30), tokens(12)])
+        short, mask = padded([tokens(30), tokens(12)])
         model(short, attention_mask=mask)
         assert run.kept()[-1].sum(-1).tolist() == [20, 12]
 
 
 @torch.no_grad()
 def test_protected_spans_survive_every_stage():
-    with _pruner(0.2, spans=[(30, 45)]).prefill(shared()) as run:
+    with prompt_pruner(0.2, spans=[(30, 45)]).prefill(shared()) as run:
         shared()(tokens(2, N))
     assert run.kept()[:, :, [*range(4), *range(30, 45), *range(N - 16, N)]].all()
-
-
-@torch.no_grad()
-def test_a_pruned_cache_outside_its_context_is_refused():
-    model = shared()
-    cache = DynamicCache()
-    with _pruner().prefill(model):
-        model(tokens(1, N), past_key_values=cache, use_cache=True)
-    with pytest.raises(RuntimeError, match=r"inside `with pruner\.prefill"):
-        model(tokens(1, 2), past_key_values=cache, use_cache=True)
-    with _pruner().prefill(model):
-        model(tokens(1, 2), past_key_values=cache, use_cache=True)
-
-
-@torch.no_grad()
-def test_copies_rows_and_cropping_of_the_cache():
-    model, (ids, mask) = shared("llama", "eager"), _padded(ROWS)
-    step, whole = tokens(3, 4, seed=11), F.pad(mask, (0, 4), value=1)
-    positions = (whole.cumsum(-1) - 1)[:, -4:]
-    with _pruner().prefill(model):
-        cache = DynamicCache()
-        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        bytes_before, copied = cache.bytes(), copy.deepcopy(cache)
-        call = {"attention_mask": whole, "position_ids": positions, "use_cache": True}
-        wanted = model(step, past_key_values=cache, **call).logits
-        assert cache.bytes() == bytes_before + 2 * 4 * LAYERS * 3 * 4 * 2 * 16  # k and v, float32, rows, heads, width
-        cache.crop(-4)
-        assert torch.equal(model(step, past_key_values=cache, **call).logits, wanted)
-        order = torch.tensor([2, 0])
-        copied.batch_repeat_interleave(2)
-        copied.batch_select_indices(torch.tensor([4, 0]))
-        call = {"attention_mask": whole[order], "position_ids": positions[order], "use_cache": True}
-        torch.testing.assert_close(model(step[order], past_key_values=copied, **call).logits, wanted[order])
-        with pytest.raises(ValueError, match="reaches into the pruned prompt"):
-            cache.crop(-5)
-        cache.reset()
-        assert cache.get_seq_length() == 0 and cache.stages == []
-
-
-@torch.no_grad()
-def test_the_model_is_left_as_it_was_even_after_an_error():
-    model, ids = shared(), tokens(1, N)
-    wanted = model(ids).logits
-    with pytest.raises(ZeroDivisionError), _pruner().prefill(model):
-        model(ids)
-        raise ZeroDivisionError
-    assert torch.equal(model(ids).logits, wanted)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_what_cannot_be_pruned_is_refused():
-    model, ids = shared(), tokens(1, N)
-    with _pruner().prefill(model), pytest.raises(RuntimeError, match="already"), _pruner().prefill(model):
-        pass
-    with pytest.raises(ValueError, match="the model has 4 layers"), PromptPruner(HiddenNorm()).prefill(build(layers=4)):
-        pass
-    with _pruner().prefill(model), torch.no_grad():
-        with pytest.raises(ValueError, match="DynamicCache, not StaticCache"):
-            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=128))
-        with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
-            model(ids, attention_mask=torch.ones(1, 1, N, N))
-        with pytest.raises(ValueError, match="on the left"):
-            model(ids, attention_mask=(torch.arange(N) < 90)[None])
-        with pytest.raises(ValueError, match="packed"):
-            model(ids, position_ids=torch.arange(N)[None] % 50, use_cache=False)
-
-
-class _Wrong(HiddenNorm):
-    def score(self, hidden_BNH, layer, context):
-        return super().score(hidden_BNH, layer, context)[:, 1:]
-
-
-def test_scores_of_the_wrong_shape_name_the_scorer():
-    with _pruner(scorer=_Wrong()).prefill(shared()), pytest.raises(ValueError, match=r"_Wrong\(\).*\(1, 95\)"):
-        shared()(tokens(1, N))
