@@ -138,7 +138,7 @@ def test_saliency_of_another_tokenizer_or_model_or_cut_short_is_refused(base, da
     (folder / "saliency.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="not the index"):
         _read(folder)
-    with pytest.raises(FileNotFoundError, match="collect it first"):
+    with pytest.raises(FileNotFoundError, match="collect saliency first"):
         _read(tmp_path / "nothing")
 
 
