@@ -34,7 +34,6 @@ from lightning_modules.structured_pruning.search import largest_share
 from lightning_modules.structured_pruning.verify import compare, in_float32, proven_slice, reference_logits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PORTABLE = 1e-5  # largest difference of logits that padding may cause, in float32
 _WIDE = 0.1  # share of padding above which the export says that the gain is going
 
 
@@ -261,8 +260,10 @@ class StructuredPruning(CausalLM):
         padded = pad_to_stock(pruned)
         with in_float32(pruned), in_float32(padded.model):
             difference = largest_difference(pruned, padded.model, ids)
-        if not difference <= _PORTABLE:
-            raise ValueError(f"export: logits differ by {difference:.3g}, more than {_PORTABLE:g}; nothing was written")
+        if not difference <= self.tolerance:
+            raise ValueError(
+                f"export: logits differ by {difference:.3g}, more than {self.tolerance:g}; nothing was written"
+            )
         if padded.padding > _WIDE * padded.parameters:
             rank_zero_warn(
                 f"{padded.padding / padded.parameters:.1%} of the export is padding, because its layers differ in "
