@@ -95,7 +95,7 @@ def test_there_are_no_kernels_for_other_blocks_or_steps(interpreted):
 _TYPES = {"grad": "*fp32", "owed": "*fp32", "out": "*fp32", "values": "*u8", "scales": "*fp32", "means": "*fp32"}
 _TYPES |= {"real": "*fp32", "first": "*i32", "one": "*i32", "two": "*i32", "b": "i32", "n": "i32", "share": "fp32"}
 _TYPES |= {"value_stride": "i32", "scale_stride": "i32", "mean_stride": "i32"}
-# instructions for 2048 elements by 64 threads: about a quarter above what Triton 3.7.1 makes
+# instructions for 2048 elements by 64 threads: provisional, up to twice a prototype's; tighten to measured counts
 _CEILING = {
     "int8_encode": 1000,
     "int8_mean": 700,
