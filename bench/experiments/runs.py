@@ -37,7 +37,7 @@ def main_py(*arguments: str) -> list[str]:
 
 
 def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = (), command: str = "fit") -> Run:
-    """Run `main.py fit` (or another command that leaves a record) in a folder of its own, with its own logs and records.
+    """Run `main.py fit` (or another command that leaves a record) in a folder with its own logs and records.
 
     Args:
         folder: Working folder; made when missing. A log of the output is kept in it.

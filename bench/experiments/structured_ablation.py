@@ -24,7 +24,7 @@ Cell = tuple[str, str, float]
 def run(records: Path, folder: Path, model: Path) -> None:
     """Measure all cells and append one figure for each, and one for each ordering that is expected.
 
-    `PARE_ABLATION` may hold Python literals that narrow it down, such as "seeds=1 budgets=0.25".
+    The environment variable PARE_ABLATION narrows it down: "seeds=1 budgets=0.25" takes one seed and one budget.
     """
     narrowed = dict(part.split("=") for part in os.environ.get("PARE_ABLATION", "").split())
     seeds = SEEDS[: int(narrowed.get("seeds", len(SEEDS)))]

@@ -1,6 +1,7 @@
 """Structured pruning as a LightningModule: the commands prune, verify, export and validate."""
 
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -281,7 +282,8 @@ class StructuredPruning(CausalLM):
 
     def _verification_ids(self, datamodule: LightningDataModule) -> Tensor:
         """Blocks of validation text, int64 ``[verify_blocks, T]``."""
-        return torch.cat([batch["input_ids"] for batch in datamodule.val_dataloader()])[: self.verify_blocks]
+        rows = (row for batch in datamodule.val_dataloader() for row in batch["input_ids"])
+        return torch.stack(list(islice(rows, self.verify_blocks)))
 
     def _ppl(self, model: Any, datamodule: LightningDataModule, title: str) -> float:
         loader = datamodule.val_dataloader()

@@ -80,7 +80,8 @@ class Pruner:
         if self.model.device.type == "meta":  # only counting: which parts does not matter
             layers = [LayerPlan(list(range(k.groups)), list(range(k.channels))) for k in keep]
         else:
-            scores = self.importance.rescore(self.model, self.batches, self.scores, keep)
+            with self.stage("Choosing parts", len(self.shapes) * len(self.batches), "batches") as done:
+                scores = self.importance.rescore(self.model, _Counted(self.batches, done), self.scores, keep)
             layers = [self._chosen(scores[i], keep[i], shape.n_rep) for i, shape in enumerate(self.shapes)]
         made_from = {
             "importance": {"name": self.importance.name, **self.importance.config()},
@@ -175,15 +176,16 @@ class Pruner:
 
 
 class _Counted(Sequence[dict[str, Tensor]]):
-    """Batches that report when they are taken."""
+    """Batches that report how many have been taken so far."""
 
     def __init__(self, batches: list[dict[str, Tensor]], done: Any) -> None:
-        self._batches, self._done = batches, done
+        self._batches, self._done, self._taken = batches, done, 0
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, index: Any) -> Any:
-        if index < len(self._batches):
-            self._done(index)
-        return self._batches[index]
+        batch = self._batches[index]  # past the end this raises, which ends a loop
+        self._done(self._taken)
+        self._taken += 1
+        return batch

@@ -51,9 +51,9 @@ def table(base: str, fields: dict[str, Any]) -> Table:
     for column in ("what", "before", "after", "kept"):
         shown.add_column(column, justify="left" if column == "what" else "right")
     rows = {
-        "parameters": ("parameters of the model", 1, "{:,}"),
-        "decoder_parameters": ("parameters of the decoder", 1, "{:,}"),
-        "kv_bytes_per_token": ("KV cache per token, bytes", 1, "{:,}"),
+        "parameters": ("parameters of the model", 1, "{:,.0f}"),
+        "decoder_parameters": ("parameters of the decoder", 1, "{:,.0f}"),
+        "kv_bytes_per_token": ("KV cache per token, bytes", 1, "{:,.0f}"),
         "flops_per_token": (f"MFLOP per token at {block} tokens", 1e6, "{:,.2f}"),
         "weight_bytes": ("weights on disk, MB", 1e6, "{:,.2f}"),
         "ppl": (f"perplexity ({block} tokens, no overlap, no BOS)", 1, "{:.2f}"),
@@ -61,12 +61,7 @@ def table(base: str, fields: dict[str, Any]) -> Table:
     for name, (what, unit, form) in rows.items():
         old, new = (fields.get(f"{name}_{when}") for when in ("before", "after"))
         if old is not None and new is not None:
-            shown.add_row(
-                what,
-                form.format(old / unit if unit > 1 else old),
-                form.format(new / unit if unit > 1 else new),
-                f"{new / old:.1%}",
-            )
+            shown.add_row(what, form.format(old / unit), form.format(new / unit), f"{new / old:.1%}")
     return shown
 
 

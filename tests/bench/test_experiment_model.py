@@ -1,0 +1,14 @@
+"""Experiments on a model ask for it; others do not take one."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import experiment
+
+
+def test_an_experiment_says_whether_it_needs_a_model(tmp_path):
+    with pytest.raises(ValueError, match="structured_ablation needs --model FOLDER"):
+        experiment("structured_ablation", tmp_path / "records.jsonl")
+    with pytest.raises(ValueError, match="quickstart takes no --model"):
+        experiment("quickstart", tmp_path / "records.jsonl", model=Path("anything"))
