@@ -74,7 +74,9 @@ def read_adapter(folder: Path, base: str, base_hash: str) -> tuple[LoraConfig, d
         raise ValueError(f"adapter: {folder} has no {BASE_FILE}, so nothing says which base it was trained on")
     made_on = json.loads((folder / BASE_FILE).read_text())
     refuse_other_base(f"the adapter in {folder}", made_on["base"], made_on["hash"], base, base_hash)
-    return LoraConfig.from_pretrained(str(folder)), load_file(folder / _WEIGHTS)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # as saved, peft would freeze the adapters
+    return config, load_file(folder / _WEIGHTS)
 
 
 def refuse_other_base(what: str, then: str, then_hash: str, now: str, now_hash: str) -> None:
