@@ -132,10 +132,10 @@ def chosen(scorer: Scorer | None, schedule: Schedule | None, pl_module: Any) -> 
         ValueError: Neither has one.
     """
     trained, own = getattr(pl_module, "pruner", None), getattr(pl_module, "schedule", None)
-    scorer = scorer or (MLP(trained) if trained is not None else None)
-    if scorer is None or (schedule or own) is None:
+    scorer, schedule = scorer or (MLP(trained) if trained is not None else None), schedule or own
+    if scorer is None or schedule is None:
         raise ValueError(f"{type(pl_module).__name__} has no trained pruner and schedule: give scorer and schedule")
-    return scorer, schedule or own
+    return scorer, schedule
 
 
 def everything(schedule: Schedule, model_layers: int) -> Schedule:

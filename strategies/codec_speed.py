@@ -85,8 +85,8 @@ def measure(
                 took = _seconds(run, device) / elements * 1e9
                 if repeat:  # the first warms caches and allocators
                     times[arm].append(took)
-    for (method, backend, phase), ns in times.items():
-        line = {"method": method, "backend": backend, "ran_as": chosen.get((method, backend), ""), "phase": phase}
+    for (method, asked, phase), ns in times.items():
+        line = {"method": method, "backend": asked, "ran_as": chosen.get((method, asked), ""), "phase": phase}
         setting = {"bits": bits[method], "elements": elements, "ranks": _RANKS, "device": device.type}
         print(json.dumps({**line, "ns": ns, **setting}), flush=True)
 

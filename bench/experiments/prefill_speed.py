@@ -40,7 +40,8 @@ def measure(folder: Path, lengths: tuple[int, ...], repeats: int, **shape: int) 
     """Run `validate` on a model of this shape; the block `prefill` of its record."""
     base = folder / "model"
     if not base.exists():
-        AutoModelForCausalLM.from_config(Qwen2Config(**{**SHAPE, **shape})).save_pretrained(base)
+        settings: dict[str, Any] = {**SHAPE, **shape}
+        AutoModelForCausalLM.from_config(Qwen2Config(**settings)).save_pretrained(base)
     timing = {"class_path": "PrefillTiming", "init_args": {"lengths": list(lengths), "repeats": repeats, "warmup": 1}}
     schedule = {
         "class_path": "lightning_modules.token_pruning.schedule.Schedule",

@@ -139,7 +139,8 @@ class Recall(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches from the present position on."""
-        sampler = ResumableSampler(len(self.train), **self._ranks(), position=self._position)
+        ranks = self._ranks()
+        sampler = ResumableSampler(len(self.train), ranks["num_replicas"], ranks["rank"], self._position)
         return ResumableLoader(self.train, sampler=sampler, drop_last=True, **self._loading())
 
     def val_dataloader(self) -> DataLoader:

@@ -4,6 +4,7 @@ Shape legend: B rows, K tokens of a stage (cached prompt tokens first, then thos
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,12 +98,8 @@ class PrunedCache(DynamicCache):
 
     def bytes(self) -> int:
         """Size of all keys and values."""
-        return sum(
-            part.numel() * part.element_size()
-            for layer in self.layers
-            for part in (layer.keys, layer.values)
-            if part is not None
-        )
+        parts = [part for layer in self.layers for part in (layer.keys, layer.values)]
+        return sum(part.nbytes for part in parts if part is not None)
 
     def update(self, *args, **kwargs):
         """Append keys and values. See `Cache.update`.
@@ -114,7 +111,7 @@ class PrunedCache(DynamicCache):
             raise RuntimeError("this cache was pruned: go on with it inside `with pruner.prefill(model):`")
         return super().update(*args, **kwargs)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Follow the beams. See `Cache.reorder_cache`."""
         super().reorder_cache(beam_idx)
         self._rows(beam_idx)

@@ -120,7 +120,7 @@ def onebit_encode(grad, owed, values, means, real, b, B: tl.constexpr, NB: tl.co
     for plane in tl.static_range(8):
         x = _corrected(grad, owed, at + plane * P, mask, OWING)
         side = (x.to(tl.int32, bitcast=True) >> 31) + 1
-        planes = planes + (x,)  # noqa: RUF005 - Triton knows no unpacking
+        planes = planes + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
         byte |= side << plane
         above += side
         positive += tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
