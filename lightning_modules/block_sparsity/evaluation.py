@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.perplexity import next_token_nll, perplexity
+from lightning_modules.perplexity import mean_nll, perplexity
 
 
 def calibration_batches(data: Any, blocks: int) -> list[Tensor]:
@@ -21,15 +21,9 @@ def calibration_batches(data: Any, blocks: int) -> list[Tensor]:
     return list(data.train[chosen]["input_ids"].split(data.batch_size))
 
 
-@torch.no_grad()
 def validation_perplexity(model: nn.Module, data: Any, device: torch.device) -> float:
     """Perplexity of the validation text, at the data's block size, blocks not overlapping."""
     home, training = next(model.parameters()).device, model.training
-    model.to(device).eval()
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for batch in data.val_dataloader():
-        ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
-        nll, tokens = next_token_nll(model(input_ids=ids, use_cache=False).logits, labels)
-        total, count = total + nll.double().cpu(), count + int(tokens)
+    found = perplexity(mean_nll(model.to(device).eval(), data.val_dataloader()))
     model.to(home).train(training)
-    return perplexity(float(total) / max(count, 1))
+    return found

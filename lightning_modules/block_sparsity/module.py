@@ -13,9 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_modules.block_sparsity import lora
 from lightning_modules.block_sparsity.demotion import Budget
-from lightning_modules.block_sparsity.distillation import distilled_loss
 from lightning_modules.block_sparsity.evaluation import calibration_batches, validation_perplexity
-from lightning_modules.block_sparsity.folders import new_folder
 from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
 from lightning_modules.block_sparsity.packed_model import PACKED_FILE, load_packed, read_tiers, write_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner
@@ -25,6 +23,9 @@ from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM, load_pretrained
+from lightning_modules.distillation import divergence
+from lightning_modules.folders import replacing
+from lightning_modules.perplexity import next_token_nll
 
 _CHECKPOINT = "block_sparsity"
 
@@ -196,9 +197,10 @@ class BlockSparsity(CausalLM):
         logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
         with torch.no_grad():
             wanted = self._teacher[0](input_ids=batch["input_ids"], use_cache=False).logits
-        loss, text_loss = distilled_loss(logits, wanted, batch["labels"], self.distill_weight)
-        self.log("train/loss", text_loss, prog_bar=True)
-        return loss
+        nll, tokens = next_token_nll(logits, batch["labels"])
+        text = nll / tokens.clamp_min(1)
+        self.log("train/loss", text, prog_bar=True)
+        return (1 - self.distill_weight) * text + self.distill_weight * divergence(logits, wanted, batch["labels"])
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Hold the masks in the gradients; this comes before clipping."""
@@ -246,7 +248,7 @@ class BlockSparsity(CausalLM):
         self._merge()
         self.check_masks("before saving")
         transformers_logging.disable_progress_bar()  # a bar for one file says nothing
-        with new_folder(self.output) as folder:
+        with replacing(self.output) as folder:
             self.plain_model.save_pretrained(folder, state_dict=lora.plain_state(self.plain_model))
             data.tokenizer.save_pretrained(folder)
             self.pruner.save(folder)
@@ -273,7 +275,7 @@ class BlockSparsity(CausalLM):
             self.save(data)
             return self.pruner.result([])
         self._need_tiers()
-        with new_folder(self.output) as folder:
+        with replacing(self.output) as folder:
             state = self.plain_model.state_dict()
             sizes = write_packed(folder, self.plain_model, state, self.pruner.tiers, self.export_dtype)
             data.tokenizer.save_pretrained(folder)

@@ -10,13 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-
-from lightning_modules.perplexity import IGNORED
 
 BASE_FILE = "base.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -86,24 +82,3 @@ def refuse_other_base(what: str, then: str, then_hash: str, now: str, now_hash: 
             f"base: {what} was trained on {then} (weights {then_hash[:12]}), and {now} has other weights "
             f"({now_hash[:12]}); give the base that it was trained on, or train an adapter for this one"
         )
-
-
-def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temperature: float) -> Tensor:
-    """Mean KL divergence of the student's next-token distribution from the teacher's, times temperature squared.
-
-    Hinton et al., arXiv 1503.02531: the factor keeps the size of the gradient independent of the temperature.
-
-    Args:
-        student_BTV: Scores; position t predicts token t + 1.
-        teacher_BTV: The teacher's scores.
-        labels_BT: Token ids, ``IGNORED`` where nothing is to be learnt.
-        temperature: Divides both scores.
-
-    Returns:
-        0-d, float32, in nats per predicted token; 0 where nothing is predicted.
-    """
-    counts_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED) != IGNORED
-    student, teacher = ((scores.float() / temperature).log_softmax(-1) for scores in (student_BTV, teacher_BTV))
-    divergence_BT = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    total = torch.where(counts_BT, divergence_BT, 0.0).sum()
-    return total * temperature**2 / counts_BT.sum().clamp_min(1)

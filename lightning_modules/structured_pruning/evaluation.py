@@ -8,35 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.perplexity import next_token_nll, perplexity
-
-
-@torch.no_grad()
-def mean_nll(
-    model: Any, batches: Iterable[dict[str, Tensor]], done: Callable[[int], None] = lambda count: None
-) -> float:
-    """Token-weighted mean negative log-likelihood, in nats per token.
-
-    Args:
-        model: A causal language model.
-        batches: ``{"input_ids": [B, T], "labels": [B, T]}``.
-        done: Told the number of batches done, for progress.
-
-    Raises:
-        ValueError: There is nothing to predict.
-    """
-    device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    count = torch.zeros((), dtype=torch.int64, device=device)
-    for number, batch in enumerate(batches, 1):
-        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
-        nll, tokens = next_token_nll(logits, batch["labels"].to(device))
-        total += nll.double()
-        count += tokens
-        done(number)
-    if not count:
-        raise ValueError("data: no token to predict; give more text, or a smaller block_size")
-    return float(total / count)
+from lightning_modules.perplexity import mean_nll, next_token_nll, perplexity
 
 
 def ppl(model: Any, batches: Iterable[dict[str, Tensor]], done: Callable[[int], None] = lambda count: None) -> float:

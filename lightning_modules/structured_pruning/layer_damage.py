@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning.anatomy import decoder_layers
-from lightning_modules.structured_pruning.evaluation import mean_nll
 
 
 @dataclass(frozen=True)

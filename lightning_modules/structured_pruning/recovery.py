@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
+from lightning_modules.distillation import divergence
 from lightning_modules.folders import replacing
 from lightning_modules.perplexity import next_token_nll
 from lightning_modules.structured_pruning import adapter as adapters
@@ -120,10 +121,10 @@ class LoraRecovery(CausalLM):
         nll, tokens = next_token_nll(logits, batch["labels"])
         with torch.no_grad():
             wanted = self.logits(batch, self.teacher)
-        divergence = adapters.distillation_loss(logits, wanted, batch["labels"], self.temperature)
+        distance = divergence(logits, wanted, batch["labels"], self.temperature)
         text = nll / tokens.clamp_min(1)
-        self.log_dict({"train/text_loss": text, "train/divergence": divergence})
-        loss = (1 - self.distill_weight) * text + self.distill_weight * divergence
+        self.log_dict({"train/text_loss": text, "train/divergence": distance})
+        loss = (1 - self.distill_weight) * text + self.distill_weight * distance
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -53,15 +53,3 @@ def kept_share(scores_BN: Tensor, valid_BN: Tensor, share_B: Tensor) -> Tensor:
     """
     mean = torch.sigmoid(scores_BN).masked_fill(~valid_BN, 0.0).sum(1) / valid_BN.sum(1).clamp_min(1)
     return (mean - share_B).square().mean()
-
-
-def divergence(logits_BNV: Tensor, unpruned_BNV: Tensor, where_BN: Tensor) -> Tensor:
-    """Mean KL(unpruned ‖ pruned) in nats of the predictions at some positions.
-
-    Args:
-        logits_BNV: With pruning.
-        unpruned_BNV: Without.
-        where_BN: Positions that predict a response token.
-    """
-    pruned, unpruned = logits_BNV[where_BN].float(), unpruned_BNV[where_BN].float()
-    return F.kl_div(F.log_softmax(pruned, -1), F.log_softmax(unpruned, -1), log_target=True, reduction="batchmean")

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.data.tokenizer import fingerprint
-from lightning_modules.perplexity import IGNORED
+from lightning_modules.distillation import divergence
 from lightning_modules.randomness import run_seed, step_seed
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.evaluation import PruningQuality
@@ -166,8 +166,7 @@ class TokenPruning(L.LightningModule):
         if self.weights["kl"]:
             with torch.no_grad():
                 unpruned = model(**samples.inputs(), use_cache=False).logits
-            predicts = torch.roll(samples.labels != IGNORED, -1, dims=1)
-            found["kl"] = losses.divergence(logits, unpruned, predicts)
+            found["kl"] = divergence(logits, unpruned, samples.labels)
         found |= self._score_losses(samples, budget, pruning)
         return {name: loss for name, loss in found.items() if self.weights[name]}
 

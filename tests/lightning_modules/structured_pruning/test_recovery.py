@@ -7,13 +7,11 @@ import lightning.pytorch as L
 import pytest
 import torch
 from peft import PeftModel
-from torch.distributions import Categorical, kl_divergence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import HFExport
-from lightning_modules.perplexity import IGNORED
+from lightning_modules.distillation import divergence
 from lightning_modules.structured_pruning import LoraRecovery
-from lightning_modules.structured_pruning.adapter import distillation_loss
 from lightning_modules.structured_pruning.loading import load, save
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.slicing import slice_model
@@ -163,22 +161,6 @@ def test_recomputed_activations_give_the_same_adapters(folders):
         torch.testing.assert_close(p, adapters(recomputed)[name])
 
 
-def test_distillation_loss_is_the_mean_divergence_of_the_predicted_positions():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 11, requires_grad=True), torch.randn(2, 5, 11)
-    labels = torch.tensor([[1, IGNORED, 3, 4, 5], [IGNORED, 2, IGNORED, IGNORED, 1]])
-    expected = [  # position t counts where label t + 1 does
-        kl_divergence(Categorical(logits=teacher[b, t] / 2), Categorical(logits=student[b, t] / 2))
-        for b, t in [(0, 1), (0, 2), (0, 3), (1, 0), (1, 3)]
-    ]
-    loss = distillation_loss(student, teacher, labels, 2.0)
-    torch.testing.assert_close(loss, 4 * sum(expected) / 5)
-    loss.backward()
-    assert (student.grad[0, 0] == 0).all() and (student.grad[1, 3] != 0).any()
-    assert distillation_loss(teacher, teacher, labels, 2.0) == 0
-    assert distillation_loss(student, teacher, torch.full_like(labels, IGNORED), 2.0) == 0
-
-
 def test_the_teacher_is_followed_and_never_trained_or_saved(folders, tmp_path):
     dense, _ = load(folders / "base-dense")
     module = recovery(folders, teacher=str(folders / "base-dense"), distill_weight=1.0, temperature=1.0)
@@ -189,13 +171,13 @@ def test_the_teacher_is_followed_and_never_trained_or_saved(folders, tmp_path):
     data.setup("fit")
     batch = next(iter(data.val_dataloader()))
 
-    def divergence(model):
+    def distance(model):
         with torch.no_grad():
             scores = (m(input_ids=batch["input_ids"], use_cache=False).logits for m in (model, dense))
-            return distillation_loss(*scores, batch["labels"], 1.0).item()
+            return divergence(*scores, batch["labels"]).item()
 
     recovered = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
-    assert divergence(recovered) < 0.8 * divergence(load(folders / "base")[0])
+    assert distance(recovered) < 0.8 * distance(load(folders / "base")[0])
 
 
 def test_arguments_are_checked(folders, tmp_path):
