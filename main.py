@@ -46,6 +46,7 @@ def quiet() -> None:
     # torch warns about its own FSDP1 internals, and Lightning uses a name that torch has replaced.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends are registered)")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks transformers by its old name
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
 
 

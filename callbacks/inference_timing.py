@@ -120,6 +120,6 @@ def _arm(model: Any, ids: torch.Tensor, phase: str, new_tokens: int) -> Callable
             for _ in range(new_tokens):
                 logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
                 token = logits[:, -1:].argmax(-1)
-            cache.crop(ids.shape[1])
+            cache.crop(-new_tokens)
 
     return decode

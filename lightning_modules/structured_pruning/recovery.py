@@ -106,12 +106,17 @@ class LoraRecovery(CausalLM):
         self.parameter_count -= trained  # of the model that comes of merging
         rank_zero_info(f"adapters of rank {self.lora.r}: {trained:,} parameters to train")
         if self.teacher_path is not None:
-            self.teacher = load(self.teacher_path)[0].requires_grad_(False)
+            self.teacher = load(self.teacher_path)[0].requires_grad_(False).train()  # until on_train_start
             if self.teacher.config.vocab_size != self.model.config.vocab_size:
                 raise ValueError(
                     f"teacher: its vocabulary has {self.teacher.config.vocab_size} tokens, the base's has "
                     f"{self.model.config.vocab_size}; give the model that the base was pruned from"
                 )
+
+    def on_train_start(self) -> None:
+        """The teacher has no dropout; set here, because Lightning warns of what is in evaluation mode before."""
+        if self.teacher is not None:
+            self.teacher.eval()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean next-token loss, mixed with the divergence from the teacher."""

@@ -1,7 +1,6 @@
 """Instruction data: what is read, what is learnt from it, and that no sample sees another."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from tests.lightning_modules.data.test_base import Watcher, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning 2.6 with torch 2.13
 
-SHARED = Path(__file__).parents[4] / "shared"
 DOLLY = {"instruction": "Name the river.", "context": "The Rhine is long.", "response": "The Rhine", "category": "qa"}
 ALPACA = {"instruction": "Say hello.", "input": "", "output": "Hello!"}
 GSM8K = {"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
@@ -295,19 +293,3 @@ def test_an_interrupted_run_continues_with_the_samples_it_had_not_seen(make, tmp
     assert seen + rest == straight[: len(seen + rest)] and len(rest) == 4
     with pytest.raises(ValueError, match="max_length: the checkpoint was trained on samples of 512 tokens"):
         run(7, tmp_path / "c.ckpt", max_length=256)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared instruction data")
-def test_real_files(tokenizer, tmp_path):
-    gsm8k = (SHARED / "data/instruct/gsm8k_train.jsonl").read_text().splitlines(keepends=True)[:300]
-    alpaca = json.loads((SHARED / "data/instruct/alpaca_style_roleplay.json").read_text())[:300]
-    (tmp_path / "gsm8k.jsonl").write_text("".join(gsm8k))
-    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
-    for name in ("gsm8k.jsonl", "alpaca.json"):
-        data = InstructData(str(tmp_path / name), tokenizer, cache_dir=str(tmp_path), max_val_samples=5)
-        data.prepare_data()
-        data.setup("fit")
-        assert data.name == name and len(data.val) == 5
-        counts = data.describe()["prepared"].values()
-        assert sum(n.get(k, 0) for n in counts for k in ("samples", "repeated", "without_response")) == 300
-        assert all("### Response:" in prompt and response for prompt, response in rows(data))
