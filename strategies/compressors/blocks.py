@@ -87,6 +87,10 @@ class BlockCodec(Codec):
             )
         self.block_size = block_size
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without steps: another process makes and warms up its own."""
+        return {name: value for name, value in vars(self).items() if not isinstance(value, Step)}
+
     # What a codec is.
 
     @abstractmethod
