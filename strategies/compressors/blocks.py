@@ -87,7 +87,7 @@ class BlockCodec(Codec):
             )
         self.block_size = block_size
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Without steps: another process makes and warms up its own."""
         return {name: value for name, value in vars(self).items() if not isinstance(value, Step)}
 
