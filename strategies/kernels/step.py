@@ -218,5 +218,6 @@ def _compiled(reference: Callable[..., None], device: torch.device) -> Callable[
 
 
 def _first_line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # what the compiler itself stumbled over
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
