@@ -2,8 +2,7 @@
 
 Each kernel repeats its step's reference (in ``strategies.compressors``, as torch computes it on a CPU) bit by bit, but
 for the sign of zeros and the order of sums: arithmetic in the same order, divisions rounded correctly, multiplications
-and additions apart (no fused multiply-add). Magnitudes are compared as integers, which order like floats, with NaN above
-all.
+and additions apart (no fused multiply-add). Magnitudes are compared as integers: they order like floats, NaN above all.
 
 Shape legend: b blocks, B elements of a block, n ranks, NB blocks of one program.
 """
