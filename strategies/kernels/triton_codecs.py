@@ -1,8 +1,8 @@
 """Steps of codecs as Triton kernels, for CUDA. Importing this needs the package triton.
 
-Each kernel repeats its step's reference (in ``strategies.compressors``) bit by bit, sums up to their order: arithmetic
-in the same order, divisions rounded correctly, multiplications and additions apart (no fused multiply-add). Magnitudes
-are compared as integers, which order like floats, with NaN above all.
+Each kernel repeats its step's reference (in ``strategies.compressors``, as torch computes it on a CPU) bit by bit, but
+for the sign of zeros and the order of sums: arithmetic in the same order, divisions rounded correctly, multiplications
+and additions apart (no fused multiply-add). Magnitudes are compared as integers: they order like floats, NaN above all.
 
 Shape legend: b blocks, B elements of a block, n ranks, NB blocks of one program.
 """
@@ -34,8 +34,9 @@ def _corrected(grad, owed, at, mask, OWING: tl.constexpr):
 
 @triton.jit
 def _settle(owed, at, mask, left):
-    """Keep ``left`` as owed where it is finite."""
-    tl.store(owed + at, left, mask=mask & (tl.abs(left) < float("inf")))
+    """Keep ``left`` as owed where it is finite; what was there is written back: a mask by element costs wide stores."""
+    before = tl.load(owed + at, mask=mask, other=0.0)
+    tl.store(owed + at, tl.where(tl.abs(left) < float("inf"), left, before), mask=mask)
 
 
 @triton.jit
@@ -45,9 +46,9 @@ def _magnitude(x):
 
 @triton.jit
 def _over(x, levels, NB: tl.constexpr):
-    """``levels / x``, and ``x / levels``, rounded correctly; ``x [NB]``."""
-    top = tl.zeros([NB], tl.float32) + levels
-    return tl.div_rn(top, tl.where(x < _TINY, _TINY, x)), tl.div_rn(x, top)
+    """``levels / x`` as torch computes a number over a tensor, ``(1 / x) * levels``; and ``x / levels``; ``x [NB]``."""
+    one = tl.zeros([NB], tl.float32) + 1.0
+    return tl.div_rn(one, tl.where(x < _TINY, _TINY, x)) * levels, tl.div_rn(x, one * levels)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """Triton kernels without a GPU: bit by bit in the interpreter, and what they compile to for sm_90."""
 
-import importlib.util
+import multiprocessing
+import os
 import re
 import subprocess
-import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,103 +19,151 @@ from strategies.kernels import Job
 from strategies.kernels.step import agree, place_of
 
 triton = pytest.importorskip("triton", reason="needs the extra triton: pip install -e '.[triton]'")
-SOURCE = Path(sys.modules["strategies.kernels"].__file__).parent / "triton_codecs.py"
 CODECS = {"int8": Int8(), "int4": Int4(), "onebit": OneBit(), "natural": NaturalCompression()}
-STEPS = [(name, step) for name in CODECS for step in ("encode_step", "owing_step")]
-STEPS += [("int8", "mean_step"), ("onebit", "mean_step")]
-
-
-def _load(interpret: bool):
-    """The kernels, decorated for the interpreter or for the compiler: that is settled when a module is loaded."""
-    before, triton.knobs.runtime.interpret = triton.knobs.runtime.interpret, interpret
-    try:
-        spec = importlib.util.spec_from_file_location(f"triton_codecs_{interpret}", SOURCE)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        triton.knobs.runtime.interpret = before
+_CANARY = 2048  # elements: what a whole program could write
+ORIGIN = ((1 << 31) - 3000, 12345, -987654321)  # positions that wrap
 
 
 @pytest.fixture(scope="module")
-def interpreted():
-    triton.knobs.runtime.interpret = True
-    yield _load(True)
-    triton.knobs.runtime.interpret = False
+def interpreter():
+    """Calls functions in a process that interprets kernels: triton settles that when it is first imported."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")  # not by an initializer: to unpickle one is to import this module
+        assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"  # the process has started
+        patch.undo()
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def _examples(codec, step, blocks, dtype=torch.float32):
+    """Arguments that a warm-up tries a step on: gradients of very different sizes, a block of zeros."""
+    use = "owing" if step == "owing_step" else "reduce"
+    arguments = codec._examples(Job("slabs", torch.device("cpu"), 3, dtype), use)[step]
+    return [tensor[:blocks].clone() for tensor in arguments]
 
 
 def _with_canaries(tensors):
     """Copies that lie between elements which nobody may write."""
-    whole = [torch.full((tensor.numel() + 64,), 77).to(tensor.dtype) for tensor in tensors]
-    inside = [big[32:-32].view(tensor.shape) for big, tensor in zip(whole, tensors, strict=True)]
+    whole = [torch.full((tensor.numel() + 2 * _CANARY,), 77).to(tensor.dtype) for tensor in tensors]
+    inside = [big[_CANARY:-_CANARY].view(tensor.shape) for big, tensor in zip(whole, tensors, strict=True)]
     for view, tensor in zip(inside, tensors, strict=True):
         view.copy_(tensor)
     return whole, inside
 
 
-@pytest.mark.parametrize("blocks", [1, 19])
-@pytest.mark.parametrize(("name", "step"), STEPS)
-def test_kernels_give_what_the_reference_gives_and_write_nothing_else(name, step, blocks, interpreted):
+def _differing(wanted, got, sums=False):
+    return [number for number, (a, b) in enumerate(zip(wanted, got, strict=True)) if not agree(a, b, sums)]
+
+
+def _overwritten(whole):
+    outside = [torch.cat([big[:_CANARY], big[-_CANARY:]]) for big in whole]
+    return [number for number, canary in enumerate(outside) if (canary != 77).any()]
+
+
+def _encode(name, step, blocks, dtype, whole_numbers=False):
+    """Kernel and reference on the same gradients: which arguments differ, around which was written."""
     codec = CODECS[name]
-    kernel = interpreted.find(name, step, codec.block_size)
-    job = Job("slabs", torch.device("cpu"), 3)
-    example = {**codec._examples(job, "owing"), **codec._examples(job, "reduce")}[step]
-    wanted = [tensor[:blocks].clone() for tensor in example]
-    place = place_of((1 << 31, 12345, -987654321), job.device) if codec.draws and step != "mean_step" else None
+    wanted = _examples(codec, step, blocks, dtype)
+    if whole_numbers:
+        draw = torch.Generator().manual_seed(0)
+        for gradient in wanted[: 2 if step == "owing_step" else 1]:
+            gradient.copy_(torch.randint(-8000, 8001, gradient.shape, generator=draw))
+    place = place_of(ORIGIN, torch.device("cpu")) if codec.draws else None
     whole, got = _with_canaries(wanted)
     getattr(codec, step).reference(place, *wanted)
-    kernel(place, *got)
-    assert all(agree(a, b, codec.sums) for a, b in zip(wanted, got, strict=True))
-    for big in whole:
-        assert (big[:32] == 77).all() and (big[-32:] == 77).all()
+    codec.kernel(step)(place, *got)
+    return _differing(wanted, got, codec.sums and not whole_numbers), _overwritten(whole)
 
 
+@pytest.mark.parametrize(("blocks", "dtype"), [(1, torch.float32), (19, torch.float32), (19, torch.bfloat16)])
+@pytest.mark.parametrize("step", ["encode_step", "owing_step"])
 @pytest.mark.parametrize("name", list(CODECS))
-@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
-def test_a_bad_element_is_seen_and_leaves_what_was_owed(name, bad, interpreted):
+def test_codes_and_what_is_owed_are_the_references_and_nothing_else_is_written(name, step, blocks, dtype, interpreter):
+    assert interpreter(_encode, name, step, blocks, dtype) == ([], [])
+
+
+@pytest.mark.parametrize("step", ["encode_step", "owing_step"])
+def test_sums_that_no_order_can_change_are_the_references_bit_by_bit(step, interpreter):
+    assert interpreter(_encode, "onebit", step, 19, torch.float32, True) == ([], [])
+
+
+def _average(name, blocks, together):
+    """Mean of three ranks' codes, in a received buffer or apart: what differs, what was overwritten."""
     codec = CODECS[name]
-    grad, owed, *codes = (
-        tensor[:4].clone() for tensor in codec._examples(Job("slabs", torch.device("cpu"), 2), "owing")["owing_step"]
-    )
-    grad[2, 5], before = bad, owed[2, 5].item()
-    origin = place_of((0, 1, 2), grad.device) if codec.draws else None
-    interpreted.find(name, "owing_step", codec.block_size)(origin, grad, owed, *codes)
-    assert owed.isfinite().all() and owed[2, 5].item() == before
+    out, *codes = _examples(codec, "mean_step", blocks)
+    wanted = out.clone()
+    codec.mean_step.reference(None, wanted, *codes)
+    whole, (out, *apart) = _with_canaries([out, *codes])
+    roles = len(codec._roles())
+    buffers = [torch.stack(apart[role::roles]) for role in range(roles)]
+    received = [buffer[rank] for rank in range(3) for buffer in buffers]
+    codec.kernel("mean_step")(None, out, *(received if together else apart))
+    return _differing([wanted, *codes], [out, *(received if together else apart)]), _overwritten(whole)
+
+
+# to float32 only: the interpreter of triton 3.7.1 truncates float32 to bfloat16 instead of rounding it
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("blocks", [1, 19])
+@pytest.mark.parametrize("name", ["int8", "onebit"])
+def test_the_mean_is_the_references_and_nothing_else_is_written(name, blocks, together, interpreter):
+    assert interpreter(_average, name, blocks, together) == ([], [])
+
+
+def _encode_bad(name, bad):
+    """What differs in ``owed``, what of it changed at the bad element, which blocks decode to something non-finite."""
+    codec = CODECS[name]
+    grad, owed, *codes = _examples(codec, "owing_step", 4)
+    grad[2, 5] = bad
+    before, wanted, place = owed[2, 5].item(), owed.clone(), place_of(ORIGIN, grad.device) if codec.draws else None
+    codec.owing_step.reference(place, grad, wanted, *(code.clone() for code in codes))
+    codec.kernel("owing_step")(place, grad, owed, *codes)
     out = torch.empty_like(owed)
-    codec.decode_step(None, out, *codes[: len(codec._roles())])
-    assert not out[2].isfinite().all() and out[:2].isfinite().all()
+    codec.decode_step.reference(None, out, *codes[: len(codec._roles())])
+    broken = (~out.isfinite()).any(1).nonzero().flatten().tolist()
+    return _differing([wanted], [owed], codec.sums), owed[2, 5].item() - before, broken
 
 
-def test_there_are_no_kernels_for_other_blocks_or_steps(interpreted):
-    assert interpreted.find("int8", "encode_step", 96) is None
-    assert interpreted.find("int8", "decode_step", 256) is None
-    assert interpreted.find("qsgd", "encode_step", 256) is None
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", list(CODECS))
+def test_a_bad_element_is_seen_and_leaves_what_was_owed(name, bad, interpreter):
+    assert interpreter(_encode_bad, name, bad) == ([], 0, [2])
+
+
+def test_there_are_no_kernels_for_other_blocks_or_steps():
+    from strategies.kernels.triton_codecs import find
+
+    assert find("int8", "encode_step", 256) is not None
+    assert find("int8", "encode_step", 96) is None
+    assert find("int8", "decode_step", 256) is None
+    assert find("qsgd", "encode_step", 256) is None
     assert Int8(stochastic=True).kernel("encode_step") is None
 
 
 _TYPES = {"grad": "*fp32", "owed": "*fp32", "out": "*fp32", "values": "*u8", "scales": "*fp32", "means": "*fp32"}
 _TYPES |= {"real": "*fp32", "first": "*i32", "one": "*i32", "two": "*i32", "b": "i32", "n": "i32", "share": "fp32"}
 _TYPES |= {"value_stride": "i32", "scale_stride": "i32", "mean_stride": "i32"}
-# instructions for 2048 elements by 64 threads: provisional, up to twice a prototype's; tighten to measured counts
-_CEILING = {
-    "int8_encode": 1000,
-    "int8_mean": 700,
-    "int4_encode": 1000,
-    "onebit_encode": 1300,
-    "onebit_mean": 900,
-    "natural_encode": 1500,
+# measured with triton 3.7.1 and its ptxas, of 2048 elements by 64 threads: instructions, registers of a thread, and
+# accesses to global memory of less than 16 bytes (scales, means, keys; bytes of 8 signs, whose rows are 32 bytes)
+_MEASURED = {
+    "int8_encode": (901, 111, 1),
+    "int8_mean": (361, 56, 2),
+    "int4_encode": (841, 127, 1),
+    "onebit_encode": (964, 128, 4),
+    "onebit_mean": (710, 96, 17),
+    "natural_encode": (1306, 152, 3),
 }
+_ROOM = 1.15
 
 
-@pytest.mark.parametrize("name", list(_CEILING))
+@pytest.mark.parametrize("name", list(_MEASURED))
 def test_kernels_compile_for_sm_90_without_spilling_and_with_wide_accesses(name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = _load(False)
-    kernel = getattr(module, name)
-    block = 128 if name.startswith("int4") else 1024 if name.startswith("natural") else 256
-    constants = {"B": block, "NB": module.blocks_of_program(block), "OWING": True}
+    from strategies.kernels import triton_codecs
+
+    kernel = getattr(triton_codecs, name)
+    block = CODECS[name.split("_")[0]].block_size
+    constants = {"B": block, "NB": triton_codecs.blocks_of_program(block), "OWING": True}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types = _TYPES | ({"values": "*i8"} if name.startswith("int8") else {})
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
@@ -125,7 +174,7 @@ def test_kernels_compile_for_sm_90_without_spilling_and_with_wide_accesses(name)
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(module._OPTIONS))
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(triton_codecs._OPTIONS))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -137,8 +186,8 @@ def test_kernels_compile_for_sm_90_without_spilling_and_with_wide_accesses(name)
     registers, stack = (int(value) for value in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     operations = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", code)
     useful = [operation for operation in operations if operation != "NOP"]
-    print(name, registers, len(useful))
-    assert stack == 0 and registers <= 255
-    assert len(useful) <= _CEILING[name]
-    if name != "onebit_encode":  # its rows of bytes are 32 long, and a thread has 4 of them
-        assert any(re.match(r"(LDG|STG)\.E.*\.128", operation) for operation in useful)
+    narrow = [operation for operation in useful if re.match(r"(LDG|STG)\.E(?!.*\.128)", operation)]
+    found = (len(useful), registers, len(narrow))
+    print(name, found)
+    assert stack == 0 and not [operation for operation in useful if operation.startswith(("LDL", "STL"))]  # no spills
+    assert all(now <= _ROOM * then for now, then in zip(found, _MEASURED[name], strict=True))
