@@ -44,6 +44,10 @@ class _Names(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
         if any(part in name for part in _ATTENTION):
+            with self:  # in inference mode operators arrive whole: what they consist of is what runs
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
             self.seen.add(name)
         return func(*args, **(kwargs or {}))
 

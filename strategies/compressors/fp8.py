@@ -48,7 +48,7 @@ class FP8(BlockCodec):
         amax = blocks.abs().amax(1, keepdim=True)
         # clamp: the product may round to just above the largest float8, which casts to NaN or Inf
         scaled = (blocks * (self._largest / amax.clamp_min(TINY))).clamp(-self._largest, self._largest)
-        return {"values": scaled.to(self._dtype), "scales": amax / self._largest}
+        return {"values": scaled.to(self._dtype), "scales": amax * (1 / self._largest)}
 
     def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
         """See ``BlockCodec.reconstruct``."""

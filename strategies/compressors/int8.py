@@ -65,4 +65,5 @@ def to_levels(blocks: Tensor, levels: float, slab: Slab | None) -> dict[str, Ten
     amax = blocks.abs().amax(1, keepdim=True)
     scaled = blocks * (levels / amax.clamp_min(TINY))
     values = scaled.round() if slab is None else (scaled + slab.uniform(blocks)).floor().clamp(-levels, levels)
-    return {"values": values, "scales": amax / levels}
+    # times the reciprocal: what CUDA makes of a division by a constant, so that all backends agree in every bit
+    return {"values": values, "scales": amax * (1 / levels)}

@@ -28,9 +28,9 @@ SMALL = {
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
 def test_two_nodes_train_together(script, tmp_path):
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/srun").write_text(SRUN)
-    (tmp_path / "bin/srun").chmod(0o755)
-    (tmp_path / "bin/python").symlink_to(sys.executable)
+    for name, text in (("srun", SRUN), ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     nodes = {"NNODES": "2", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "1234", "CI": "true"}
     config = ROOT / "configs/bench/base.yaml"
