@@ -46,7 +46,7 @@ def _magnitude(x):
 
 @triton.jit
 def _over(x, levels, NB: tl.constexpr):
-    """``levels / x`` as torch divides a number by a tensor, ``(1 / x) * levels``; and ``x * (1 / levels)``; ``x [NB]``."""
+    """``levels / x`` as torch has it, ``(1 / x) * levels``, and ``x * (1 / levels)``; ``x [NB]``."""
     one = tl.zeros([NB], tl.float32) + 1.0
     return tl.div_rn(one, tl.where(x < _TINY, _TINY, x)) * levels, x * (1.0 / levels)
 
