@@ -55,7 +55,7 @@ def _wire(records: Path) -> None:
         line["wire_bits_per_element"] = 8 * net / line["elements"] / line["steps"]
         if "bytes_counted" in line:
             differences[line["method"]] = line["deviation_percent"] = 100 * (net / line["bytes_counted"] - 1)
-        record.append(records, {"kind": "wire", **line, **record.stamp()})
+        record.append(records, {"kind": "wire", "case": "on the wire", **line, **record.stamp()})
     worst = max(differences, key=lambda method: abs(differences[method]))
     figures.append(
         records,

@@ -99,9 +99,9 @@ def main() -> None:
         "steps": arguments.steps,
     }
 
-    def say(method: str, kind: str, figures: dict[str, Any]) -> None:
+    def say(method: str, family: str, figures: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
-            print(json.dumps({"method": method, "kind": kind, **common, **figures}), flush=True)
+            print(json.dumps({"method": method, "family": family, **common, **figures}), flush=True)
 
     for compressor in examples():
         say(repr(compressor), "pare", of_pare(compressor, parameters, grads, counters))
