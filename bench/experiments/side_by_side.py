@@ -10,6 +10,7 @@ from bench import figures, record
 from bench.experiments.runs import ROOT, say
 
 _HEADERS = 66  # bytes of Ethernet (14), IPv4 (20) and TCP with timestamps (32) that the interface counts per packet
+_REPEATS = 3
 _COMMAND = "python -m bench experiment side_by_side --records bench/results/compression.jsonl"
 _PROGRAM = ("-m", "strategies.side_by_side")
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -49,19 +50,24 @@ def run(records: Path, folder: Path) -> None:
 
 def _wire(records: Path) -> None:
     link = (sys.executable, "-m", "bench", "link", "--rate", "1gbit", "--", sys.executable)
+    least: dict[str, dict[str, Any]] = {}
+    for _ in range(_REPEATS):  # packets that are sent again only add: the least is what the method sends
+        for line in _lines(*link, *_PROGRAM, "--nic", "eth0"):
+            line["bytes_net"] = line["bytes_nic"] - _HEADERS * line["packets_nic"]
+            if line["bytes_net"] < least.get(line["method"], line)["bytes_net"] or line["method"] not in least:
+                least[line["method"]] = line
     differences: dict[str, float] = {}
-    for line in _lines(*link, *_PROGRAM, "--nic", "eth0"):
-        net = line["bytes_nic"] - _HEADERS * line["packets_nic"]
-        line["wire_bits_per_element"] = 8 * net / line["elements"] / line["steps"]
+    for method, line in least.items():
+        line["wire_bits_per_element"] = 8 * line["bytes_net"] / line["elements"] / line["steps"]
         if "bytes_counted" in line:
-            differences[line["method"]] = line["deviation_percent"] = 100 * (net / line["bytes_counted"] - 1)
+            differences[method] = line["deviation_percent"] = 100 * (line["bytes_net"] / line["bytes_counted"] - 1)
         record.append(records, {"kind": "wire", "case": "on the wire", **line, **record.stamp()})
     worst = max(differences, key=lambda method: abs(differences[method]))
     figures.append(
         records,
         figure="bytes-on-the-wire-of-every-method",
         what="interface counter, headers taken off, against counted bytes: largest deviation of "
-        f"{len(differences)} forms of the methods, two emulated hosts",
+        f"{len(differences)} forms of the methods, two emulated hosts, least of {_REPEATS} runs",
         value=differences[worst],
         unit="%",
         target="within 2 %",
