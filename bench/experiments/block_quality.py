@@ -10,7 +10,7 @@ from bench.experiments.runs import ROOT, books, fit, say
 MODEL = ROOT.parent / "shared/models/llama-gqa-8m"
 SEEDS, STEPS_PER_EPOCH, VAL_BLOCKS = (1, 2, 3), 50, 128
 CONFIG, SCHEDULE = "configs/block_sparsity/progressive.yaml", "configs/block_sparsity/progressive.csv"
-COMMAND = "python -m bench experiment block_quality --records bench/results/block_sparsity.jsonl"
+COMMAND = "python -m bench experiment block_quality --records runs/block_sparsity.jsonl"
 HEADER = "iteration,dense,mid_2_4,topk,dense_to_2_4,mid_2_4_to_topk,epochs"
 # one row of a schedule each, as many epochs as the progressive schedule has in all
 ONE_ROW = {"oneshot": "1,0.35,0.45,0.20,0.65,0.20,11", "half": "1,0,1,0,1,0,11", "whole": "1,1,0,0,0,0,11"}

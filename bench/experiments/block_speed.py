@@ -10,7 +10,7 @@ from bench import figures
 from bench.experiments.runs import ROOT, say
 
 SIZE, REPEATS = 4096, 9
-COMMAND = "python -m bench experiment block_speed --records bench/results/block_sparsity.jsonl"
+COMMAND = "python -m bench experiment block_speed --records runs/block_sparsity.jsonl"
 WHAT = {1: "decode, batch 1", 8: "decode, batch 8", 64: "decode, batch 64", 512: "prefill, 512 tokens"}
 
 
