@@ -4,9 +4,26 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Base = TypeVar("Base")
+
+
+class Variant:
+    """A class that records name and repeat: constructor arguments are attributes of the same name."""
+
+    @property
+    def name(self) -> str:
+        """The variant's name in records and tables: its file's."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, for records and cache names."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        """The constructor call that makes an equal variant."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config().items())})"
 
 
 def import_siblings(package: str, path: Iterable[str]) -> None:

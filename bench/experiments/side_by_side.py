@@ -54,8 +54,7 @@ def _wire(records: Path) -> None:
     for _ in range(_REPEATS):  # packets that are sent again only add: the least is what the method sends
         for line in _lines(*link, *_PROGRAM, "--nic", "eth0"):
             line["bytes_net"] = line["bytes_nic"] - _HEADERS * line["packets_nic"]
-            if line["bytes_net"] < least.get(line["method"], line)["bytes_net"] or line["method"] not in least:
-                least[line["method"]] = line
+            least[line["method"]] = min(line, least.get(line["method"], line), key=lambda one: one["bytes_net"])
     differences: dict[str, float] = {}
     for method, line in least.items():
         line["wire_bits_per_element"] = 8 * line["bytes_net"] / line["elements"] / line["steps"]

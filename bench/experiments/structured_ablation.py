@@ -4,7 +4,6 @@ The seed chooses the calibration text. Perplexities are those of the pruned mode
 """
 
 import itertools
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,13 @@ Cell = tuple[str, str, float]
 
 
 def run(records: Path, folder: Path, model: Path) -> None:
-    """Measure all cells and append one figure for each, and one for each ordering that is expected.
-
-    The environment variable PARE_ABLATION narrows it down: "seeds=1 budgets=0.25" takes one seed and one budget.
-    """
-    narrowed = dict(part.split("=") for part in os.environ.get("PARE_ABLATION", "").split())
-    seeds = SEEDS[: int(narrowed.get("seeds", len(SEEDS)))]
-    budgets = [b for b in BUDGETS if str(b) in narrowed.get("budgets", ",".join(map(str, BUDGETS))).split(",")]
+    """Measure all cells and append one figure for each, and one for each ordering that is expected."""
     command = f"python -m bench experiment structured_ablation --model {model.name}"
     found: dict[Cell, list[float]] = {}
     dense = 0.0
-    for importance, allocation, budget in itertools.product(IMPORTANCES, ALLOCATIONS, budgets):
+    for importance, allocation, budget in itertools.product(IMPORTANCES, ALLOCATIONS, BUDGETS):
         cell = (importance, allocation, budget)
-        for seed in seeds:
+        for seed in SEEDS:
             structure = prune(folder, model, seed, importance, allocation, budget)
             dense = structure["ppl_before"]
             found.setdefault(cell, []).append(structure["ppl_after"])
@@ -45,14 +38,14 @@ def run(records: Path, folder: Path, model: Path) -> None:
             what=f"`{importance}`, `{allocation}`, {budget:.0%} of the decoder removed, before recovery "
             f"(dense {dense:.1f})",
             value=statistics.mean(found[cell]),
-            spread=statistics.stdev(found[cell]) if len(seeds) > 1 else None,
+            spread=statistics.stdev(found[cell]),
             unit="PPL",
             target="report",
             reached=None,
             command=command,
-            details={"ppl": found[cell], "seeds": list(seeds), "dense_ppl": dense},
+            details={"ppl": found[cell], "seeds": list(SEEDS), "dense_ppl": dense},
         )
-    for budget in budgets:
+    for budget in BUDGETS:
         _orderings(records, found, budget, command)
 
 

@@ -4,7 +4,6 @@ The seed chooses calibration text, order of training text, and the adapters' fir
 model's own; evaluation text is a book that neither has seen.
 """
 
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,9 @@ STEPS = 600
 
 
 def run(records: Path, folder: Path, model: Path) -> None:
-    """Measure both budgets and append two figures for each.
-
-    `PARE_RECOVERY` may hold Python literals that narrow it down, such as "seeds=1 steps=100 budgets=0.25".
-    """
-    narrowed = dict(part.split("=") for part in os.environ.get("PARE_RECOVERY", "").split())
-    seeds, steps = SEEDS[: int(narrowed.get("seeds", len(SEEDS)))], int(narrowed.get("steps", STEPS))
-    budgets = [float(b) for b in narrowed["budgets"].split(",")] if "budgets" in narrowed else list(TARGETS)
-    for budget in budgets:
-        found = [recover(folder / f"{budget}-{seed}", folder / "cache", model, seed, budget, steps) for seed in seeds]
+    """Measure both budgets and append two figures for each."""
+    for budget in TARGETS:
+        found = [recover(folder / f"{budget}-{seed}", folder / "cache", model, seed, budget) for seed in SEEDS]
         before, after = ([one[name] for one in found] for name in ("before", "after"))
         dense = found[0]["dense"]
         say(f"{budget:.0%}: {statistics.mean(before):.2f} × dense, recovered {statistics.mean(after):.2f} ×")
@@ -38,21 +31,21 @@ def run(records: Path, folder: Path, model: Path) -> None:
                 what=f"perplexity {when} recovery, {budget:.0%} of the decoder removed, over the dense model's "
                 f"({dense:.1f} = 1.00 ×)",
                 value=statistics.mean(ratios),
-                spread=statistics.stdev(ratios) if len(seeds) > 1 else None,
+                spread=statistics.stdev(ratios),
                 unit="×",
                 target="report" if target is None else f"≤ {target} ×",
                 reached=None if target is None else statistics.mean(ratios) <= target,
                 command=f"python -m bench experiment structured_recovery --model {model.name}",
-                details={"seeds": list(seeds), "steps": steps, "ratios": ratios, "dense_ppl": dense},
+                details={"seeds": list(SEEDS), "steps": STEPS, "ratios": ratios, "dense_ppl": dense},
             )
 
 
-def recover(folder: Path, cache: Path, model: Path, seed: int, budget: float, steps: int) -> dict[str, Any]:
+def recover(folder: Path, cache: Path, model: Path, seed: int, budget: float) -> dict[str, Any]:
     """Prune and recover once; the dense perplexity, and those before and after recovery as multiples of it."""
     text = [*books(), "--data.tokenizer", str(model), "--seed_everything", str(seed)]
     pruning = ["--model.base", str(model), "--model.budget", str(budget), "--model.cache_dir", str(cache)]
     structure = fit(folder, PRUNE, *text, *pruning, command="prune").record["structure"]
-    length = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+    length = ["--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", str(STEPS)]
     recovered = fit(folder, RECOVER, *text, "--model.teacher", str(model), *length).record
     dense = structure["ppl_before"]
     return {"dense": dense, "before": structure["ppl_after"] / dense, "after": recovered["val_ppl"] / dense}

@@ -1,10 +1,9 @@
 """What an allocation is: it divides a budget among the layers."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
+from lightning_modules.extensions import Variant
 from lightning_modules.structured_pruning.anatomy import LayerShape
 from lightning_modules.structured_pruning.budget import Removal
 from lightning_modules.structured_pruning.importance.base import LayerScores
@@ -13,7 +12,7 @@ from lightning_modules.structured_pruning.layer_damage import LayerDamage
 _TINY = 1e-9  # least weight of a layer, so that λ · weight can reach every rate
 
 
-class Allocation(ABC):
+class Allocation(Variant, ABC):
     """Says what goes of every layer so that so many parameters go in all.
 
     Args:
@@ -31,15 +30,6 @@ class Allocation(ABC):
         if not 0 <= floor <= cap <= 1:
             raise ValueError(f"allocation: 0 ≤ floor ≤ cap ≤ 1 does not hold for floor {floor}, cap {cap}")
         self.floor, self.cap = floor, cap
-
-    @property
-    def name(self) -> str:
-        """The name in records: the file's."""
-        return type(self).__module__.rpartition(".")[2]
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, for records."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @abstractmethod
     def removals(

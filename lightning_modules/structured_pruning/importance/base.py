@@ -3,7 +3,6 @@
 Shape legend: B sequences, T tokens, G groups, C channels, n_rep query heads a group, D head width.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_modules.extensions import Variant
 
 
 class LayerScores(NamedTuple):
@@ -32,7 +33,7 @@ class Keep(NamedTuple):
     channels: int
 
 
-class Importance(ABC):
+class Importance(Variant, ABC):
     """Scores every group and channel of a model on calibration text.
 
     Attributes:
@@ -40,15 +41,6 @@ class Importance(ABC):
     """
 
     control: bool = False
-
-    @property
-    def name(self) -> str:
-        """The name in records: the file's."""
-        return type(self).__module__.rpartition(".")[2]
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, for records and cache names."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @abstractmethod
     def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:

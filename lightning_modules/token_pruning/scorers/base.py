@@ -3,13 +3,13 @@
 Shape legend: B rows, N tokens that are still there, H hidden width, D rotary width.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from lightning_modules.extensions import Variant
 from lightning_modules.token_pruning.anatomy import Anatomy
 
 
@@ -34,7 +34,7 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None
 
 
-class Scorer(ABC):
+class Scorer(Variant, ABC):
     """Says which prompt tokens to keep.
 
     Attributes (of the class):
@@ -58,7 +58,7 @@ class Scorer(ABC):
             `[B, N]` of any floating type; higher means keep. What it says of padding and protected tokens is not read.
         """
 
-    def prepare(self, model: Any, layers: list[int]) -> None:  # noqa: B027 - most scorers need nothing
+    def prepare(self, model: Any, layers: list[int]) -> None:
         """Get ready for a model; called before it is pruned after `layers`.
 
         Raises:
@@ -68,19 +68,6 @@ class Scorer(ABC):
     def flops(self, tokens: int, hidden_size: int) -> float:
         """Floating-point operations to score so many tokens once; 0 where it is beneath counting."""
         return 0.0
-
-    @property
-    def name(self) -> str:
-        """The scorer's name in records and tables: its file's."""
-        return type(self).__module__.rpartition(".")[2]
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, for records."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def __repr__(self) -> str:
-        """The constructor call that makes an equal scorer."""
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config().items())})"
 
     @classmethod
     def examples(cls) -> "list[Scorer]":
