@@ -131,7 +131,7 @@ class BlockCodec(Codec):
         corrected = grad.float() + owed
         symbols = self.quantise(corrected, Slab(place, rest[-1] if self.masked else None))
         self._write(symbols, rest, grad.shape[1])
-        owed.copy_(residuals.settle(corrected - self.reconstruct(symbols, grad.shape[1]), owed))
+        residuals.settle(corrected.sub_(self.reconstruct(symbols, grad.shape[1])), owed)
 
     @step
     def decode_step(self, place: Place, out: Tensor, *codes: Tensor) -> None:
@@ -144,8 +144,8 @@ class BlockCodec(Codec):
         roles = len(self._roles())
         total = self._read(codes[:roles], out.shape[1])
         for first in range(roles, len(codes), roles):
-            total = total + self._read(codes[first : first + roles], out.shape[1])
-        out.copy_(self.conclude(total * (roles / len(codes))))
+            total += self._read(codes[first : first + roles], out.shape[1])
+        out.copy_(self.conclude(total.mul_(roles / len(codes))))
 
     def _roles(self) -> list[str]:
         return list(self.layout(self.block_size or self.planes))

@@ -86,7 +86,8 @@ class ErrorFeedback(Compressor):
         sent = torch.empty_like(corrected) if sent is None else sent
         self.inner.reduce_scatter(corrected, output, unit, sent)
         with unit.traffic.timed(unit.name, "encode", grad.device):
-            return residuals.settle(corrected.sub_(sent), owed)
+            residuals.settle(corrected.sub_(sent), owed)
+        return owed
 
 
 def methods_within(method: Compressor) -> list[Compressor]:

@@ -57,7 +57,7 @@ class Int4(BlockCodec):
 
     def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
         """See ``BlockCodec.reconstruct``."""
-        return symbols["values"] * symbols["scales"]
+        return symbols["values"].float() * symbols["scales"]
 
     def pack(self, symbols: dict[str, Tensor], block: int) -> dict[str, Tensor]:
         """See ``BlockCodec.pack``."""

@@ -54,7 +54,7 @@ class Int8(BlockCodec):
 
     def reconstruct(self, symbols: dict[str, Tensor], block: int) -> Tensor:
         """See ``BlockCodec.reconstruct``."""
-        return symbols["values"] * symbols["scales"]
+        return symbols["values"].float() * symbols["scales"]
 
 
 def to_levels(blocks: Tensor, levels: float, slab: Slab | None) -> dict[str, Tensor]:
@@ -64,6 +64,6 @@ def to_levels(blocks: Tensor, levels: float, slab: Slab | None) -> dict[str, Ten
     """
     amax = blocks.abs().amax(1, keepdim=True)
     scaled = blocks * (levels / amax.clamp_min(TINY))
-    values = scaled.round() if slab is None else (scaled + slab.uniform(blocks)).floor().clamp(-levels, levels)
+    values = scaled.round_() if slab is None else (scaled + slab.uniform(blocks)).floor().clamp(-levels, levels)
     # times the reciprocal: what CUDA makes of a division by a constant, so that all backends agree in every bit
     return {"values": values, "scales": amax * (1 / levels)}

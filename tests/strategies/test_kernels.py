@@ -100,8 +100,10 @@ def test_error_feedback_in_one_pass_is_that_in_two(codec, bad, two_ranks):
 
 
 def test_settling_keeps_what_was_owed_where_nothing_finite_is_left():
-    left = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, -0.0, 1e38])
-    assert torch.equal(residuals.settle(left, torch.arange(6.0)), torch.tensor([1.0, 1.0, 2.0, 3.0, 0.0, 1e38]))
+    left = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, -0.0, 3e38, 2.0])
+    owed = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, -3e38, 3e38])
+    residuals.settle(left, owed)
+    assert torch.equal(owed, torch.tensor([1.0, 1.0, 2.0, 3.0, 0.0, 3e38, 2.0]))
 
 
 @pytest.mark.parametrize(("block", "k"), [(1024, 10), (1024, 102), (256, 1), (48, 3), (40, 40), (7, 2)])
