@@ -123,14 +123,19 @@ def _single_rank(record: Record, records: Iterable[Record]) -> Record | None:
 
     alike = [
         one
-        for one in records
-        if one.get("kind", "run") == "run"
-        and one.get("world_size") == 1
-        and one.get("step_time_ms_p50") is not None
-        and all(one.get(field) == record.get(field) for field in _SAME_WORK)
-        and machine(one) == machine(record)
+        for one in _on_one_rank(records)
+        if all(one.get(field) == record.get(field) for field in _SAME_WORK) and machine(one) == machine(record)
     ]
     return min(alike, key=noise, default=None)
+
+
+def _on_one_rank(records: Iterable[Record]) -> list[Record]:
+    """Runs whose step is compute alone."""
+    return [
+        one
+        for one in records
+        if one.get("kind", "run") == "run" and one.get("world_size") == 1 and one.get("step_time_ms_p50") is not None
+    ]
 
 
 def bandwidth(record: Record) -> float | None:
@@ -193,11 +198,11 @@ def suspicions(record: Record, limits: Bounds) -> list[str]:
 
 def annotate(records: Sequence[Record], bytes_per_s: float | None = None) -> list[dict[str, Any]]:
     """Copies of the records, runs with `bound_step_time_ms` (ideal step without overlap) and `suspicious`."""
-    result = []
+    result, on_one_rank = [], _on_one_rank(records)
     for one in records:
         copy = dict(one)
         if one.get("kind", "run") == "run":
-            limits = bounds(one, records, bytes_per_s)
+            limits = bounds(one, on_one_rank, bytes_per_s)
             found = [*(one.get("suspicious") or []), *suspicions(one, limits)]
             copy["bound_step_time_ms"] = limits.serial_ms
             copy["suspicious"] = list(dict.fromkeys(found)) or None
@@ -213,11 +218,11 @@ def table(records: Sequence[Record], bytes_per_s: float | None = None) -> Table:
     """
     headers = ["run", "compute (ms)", "compute from", "encode + decode (ms)", "bytes/bandwidth (ms)", "ideal step (ms)"]
     headers += ["ideal, overlapped (ms)", "measured (ms)", "measured / model", "best speed-up", "gradients only"]
-    rows = []
+    rows, on_one_rank = [], _on_one_rank(records)
     for one in records:
         if one.get("kind", "run") != "run":
             continue
-        limits = bounds(one, records, bytes_per_s)
+        limits = bounds(one, on_one_rank, bytes_per_s)
         found = [limits.compute_ms, limits.compute_from or "own step", limits.codec_ms, limits.wire_ms]
         found += [
             limits.serial_ms,

@@ -7,10 +7,8 @@ from typing import Any
 from bench import figures
 from bench.experiments.runs import ROOT, books, fit, say
 
-MODEL = ROOT.parent / "shared/models/llama-gqa-8m"
 SEEDS, STEPS_PER_EPOCH, VAL_BLOCKS = (1, 2, 3), 50, 128
 CONFIG, SCHEDULE = "configs/block_sparsity/progressive.yaml", "configs/block_sparsity/progressive.csv"
-COMMAND = "python -m bench experiment block_quality --records runs/block_sparsity.jsonl"
 HEADER = "iteration,dense,mid_2_4,topk,dense_to_2_4,mid_2_4_to_topk,epochs"
 # one row of a schedule each, as many epochs as the progressive schedule has in all
 ONE_ROW = {"oneshot": "1,0.35,0.45,0.20,0.65,0.20,11", "half": "1,0,1,0,1,0,11", "whole": "1,1,0,0,0,0,11"}
@@ -26,10 +24,8 @@ ARMS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
 }
 
 
-def run(records: Path, folder: Path) -> None:
+def run(records: Path, folder: Path, model: Path) -> None:
     """Measure and append the figures."""
-    if not MODEL.is_dir():
-        raise FileNotFoundError(f"no model at {MODEL}: put any small Hugging Face Llama there")
     folder.mkdir(parents=True, exist_ok=True)
     for name, row in ONE_ROW.items():
         (folder / f"{name}.csv").write_text(f"{HEADER}\n{row}\n")
@@ -39,22 +35,23 @@ def run(records: Path, folder: Path) -> None:
         for arm, (_, schedule, options) in ARMS.items():
             path = ROOT / SCHEDULE if schedule is None else folder / f"{schedule}.csv"
             steps = ("--trainer.limit_train_batches", str(STEPS_PER_EPOCH))
-            done[arm] = _fit(folder / f"{arm}-{seed}", seed, path, *steps, *options)
+            done[arm] = _fit(folder / f"{arm}-{seed}", model, seed, path, *steps, *options)
             ppl[arm].append(done[arm]["val_ppl"])
             say(f"{arm}, seed {seed}: validation perplexity {ppl[arm][-1]:.3f}")
-    _sparsities(records, done["progressive"]["tiers"])
-    _perplexities(records, ppl, done)
-    _half(records, folder)
+    command = f"python -m bench experiment block_quality --model {model.name}"
+    _sparsities(records, done["progressive"]["tiers"], command)
+    _perplexities(records, ppl, done, command)
+    _half(records, folder, model, command)
 
 
-def _fit(folder: Path, seed: int, schedule: Path, *options: str, command: str = "fit") -> dict[str, Any]:
-    model = ("--model.pretrained", str(MODEL), "--model.schedule.path", str(schedule))
-    data = (*books(), "--data.tokenizer", str(MODEL), "--data.max_val_blocks", str(VAL_BLOCKS))
+def _fit(folder: Path, model: Path, seed: int, schedule: Path, *more: str, command: str = "fit") -> dict[str, Any]:
+    start = ("--model.pretrained", str(model), "--model.schedule.path", str(schedule))
+    data = (*books(), "--data.tokenizer", str(model), "--data.max_val_blocks", str(VAL_BLOCKS))
     data = (*data, "--data.block_size", "256", "--data.batch_size", "4", "--seed_everything", str(seed))
-    return fit(folder, CONFIG, *model, *data, *options, command=command).record
+    return fit(folder, CONFIG, *start, *data, *more, command=command).record
 
 
-def _sparsities(records: Path, tiers: dict[str, Any]) -> None:
+def _sparsities(records: Path, tiers: dict[str, Any], command: str) -> None:
     """Zeros after each iteration against 0.5·m + (1 − k/256)·t of the schedule's own shares."""
     asked = [line.split(",") for line in (ROOT / SCHEDULE).read_text().splitlines()[1:]]
     for entry, row in zip(tiers["iterations"], asked, strict=True):
@@ -69,7 +66,7 @@ def _sparsities(records: Path, tiers: dict[str, Any]) -> None:
             unit="%",
             target=f"{wanted:.1f} ± 0.2 %",
             reached=abs(found - wanted) <= 0.2,
-            command=COMMAND,
+            command=command,
             details=entry,
         )
     violations = sum(entry["violations"] for entry in tiers["iterations"])
@@ -81,11 +78,11 @@ def _sparsities(records: Path, tiers: dict[str, Any]) -> None:
         unit="",
         target="0",
         reached=violations == 0,
-        command=COMMAND,
+        command=command,
     )
 
 
-def _perplexities(records: Path, ppl: dict[str, list[float]], done: dict[str, Any]) -> None:
+def _perplexities(records: Path, ppl: dict[str, list[float]], done: dict[str, Any], command: str) -> None:
     """Mean and spread of every arm; the progressive one is judged against the dense model fine-tuned alike."""
     for arm, values in ppl.items():
         zeros = 100 * done[arm]["tiers"]["sparsity"]
@@ -100,17 +97,18 @@ def _perplexities(records: Path, ppl: dict[str, list[float]], done: dict[str, An
             unit="",
             target="≤ 1.10 × dense" if judged else "report",
             reached=worse <= 1.1 if judged else None,
-            command=COMMAND,
+            command=command,
             details={"val_ppl": values, "seeds": list(SEEDS), "steps": 11 * STEPS_PER_EPOCH, "over_dense": worse},
         )
 
 
-def _half(records: Path, folder: Path) -> None:
+def _half(records: Path, folder: Path, model: Path, command: str) -> None:
     """Wanda and magnitude at 50 % unstructured without any training."""
     found = {}
     for score in ("Wanda", "Magnitude"):
         options = (*UNSTRUCTURED, "--model.score", score)
-        found[score] = _fit(folder / f"half-{score}", 1, folder / "half.csv", *options, command="prune")["val_ppl"]
+        run = _fit(folder / f"half-{score}", model, 1, folder / "half.csv", *options, command="prune")
+        found[score] = run["val_ppl"]
     figures.append(
         records,
         figure="wanda-over-magnitude",
@@ -119,6 +117,6 @@ def _half(records: Path, folder: Path) -> None:
         unit="×",
         target="< 1 ×",
         reached=found["Wanda"] < found["Magnitude"],
-        command=COMMAND,
+        command=command,
         details=found,
     )

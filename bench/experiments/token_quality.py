@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from bench import figures, record
-from bench.experiments.runs import BOOKS, ROOT, run_main, say
+from bench.experiments.runs import books, run_main, say
 
-BASE = ROOT.parent / "shared/models/llama-gqa-8m"
 CONFIGS = "configs/token_pruning"
-COMMAND = "python -m bench experiment token_quality"
+COMMAND = "python -m bench experiment token_quality --model FOLDER"
 WINDOWS = 500
 
 
-def run(records: Path, folder: Path) -> None:
+def run(records: Path, folder: Path, model: Path) -> None:
     """Measure and append the figures."""
-    rows = _text(folder / "text") + _recall(folder / "recall")
+    rows = _text(folder / "text", model) + _recall(folder / "recall")
     found = {(row["task"], row["scorer"], row["keep"]): row for row in rows}
     for row in rows:
         _frontier(records, row)
@@ -30,17 +29,12 @@ def run(records: Path, folder: Path) -> None:
         _answers(records, keep, found)
 
 
-def _text(folder: Path) -> list[dict[str, Any]]:
-    """Books that the model was not trained on, or where they are missing an error that says so."""
-    for path in (BASE, BOOKS):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: give a Hugging Face model and JSON arrays of books there")
-    data = ["--data", "TextCorpus", "--data.train", str(BOOKS / "train.json"), "--data.val", str(BOOKS / "valid.json")]
-    data += ["--data.tokenizer", str(BASE), "--data.block_size", "512", "--data.batch_size", "4"]
-    model = ["--model.base", str(BASE)]
+def _text(folder: Path, model: Path) -> list[dict[str, Any]]:
+    """Books that the model was not trained on."""
+    data = [*books(), "--data.tokenizer", str(model), "--data.block_size", "512", "--data.batch_size", "4"]
     few = ["--data.max_train_blocks", "1000"]
     steps = [("predict", "saliency", few), ("fit", "train", few), ("verify", "quality", [])]
-    return _steps(folder, steps, [*model, *data], WINDOWS)
+    return _steps(folder, steps, ["--model.base", str(model), *data], WINDOWS)
 
 
 def _recall(folder: Path) -> list[dict[str, Any]]:
