@@ -42,6 +42,8 @@ def run(records: Path, folder: Path) -> None:
                 reached=total <= target if target else None,
                 command=COMMAND,
                 details={
+                    "codec": f"`{method}`{with_feedback}",
+                    "backend": backend,
                     "encode_ns": encode,
                     "decode_ns": decode,
                     "copy_ns": floor["ns"],
