@@ -123,8 +123,6 @@ class StructuredPruning(CausalLM):
         """See ``CausalLM.build_model``: the pruned model, so that validation is of what was saved."""
         return load(self.output)[0]
 
-    # ---- prune ------------------------------------------------------------------------------------------------
-
     def prune(self, datamodule: LightningDataModule, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
         """Make and save the pruned model; fields of the run record.
 
@@ -225,8 +223,6 @@ class StructuredPruning(CausalLM):
         share = largest_share(perplexity, self.max_ppl_ratio * measured["ppl_before"], self.budget)
         return pruner.plan(round(share * decoder), self._settings() | {"share_found": share})
 
-    # ---- verify and export --------------------------------------------------------------------------------------
-
     def verify(self, datamodule: LightningDataModule, device: torch.device) -> dict[str, Any]:
         """Compare the saved model with the dense one whose removed parts are zeroed; fields of the run record.
 
@@ -282,9 +278,10 @@ class StructuredPruning(CausalLM):
         }
 
     def _verification_ids(self, datamodule: LightningDataModule) -> Tensor:
-        """Blocks of validation text, int64 ``[verify_blocks, T]``."""
+        """Blocks of validation text, int64 ``[verify_blocks, T]``, cut to the shortest of them."""
         rows = (row for batch in datamodule.val_dataloader() for row in batch["input_ids"])
-        return torch.stack(list(islice(rows, self.verify_blocks)))
+        first = list(islice(rows, self.verify_blocks))
+        return torch.stack([row[: min(map(len, first))] for row in first])
 
     def _ppl(self, model: Any, datamodule: LightningDataModule, title: str) -> float:
         loader = datamodule.val_dataloader()

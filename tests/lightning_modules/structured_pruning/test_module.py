@@ -40,19 +40,20 @@ def base(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture
 def data(tokenizer):
+    wide, narrow = batches(2)  # batches of instructions are as wide as their longest row
     return SimpleNamespace(
         tokenizer=tokenizer,
         block_size=20,
         name="toy",
         train_dataloader=lambda: iter(batches(4)),
-        val_dataloader=lambda: batches(2),
+        val_dataloader=lambda: [wide, {name: part[:, :15] for name, part in narrow.items()}],
     )
 
 
 @pytest.fixture
 def make(base, tmp_path):
     def module(**arguments) -> StructuredPruning:
-        given = {"base": str(base), "output": str(tmp_path / "pruned"), "calibration_blocks": 6}
+        given = {"base": str(base), "output": str(tmp_path / "pruned"), "calibration_blocks": 6, "verify_blocks": 4}
         return StructuredPruning(**(given | {"cache_dir": str(tmp_path / "cache")} | arguments))
 
     return module
