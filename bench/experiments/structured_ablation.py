@@ -12,6 +12,7 @@ from bench import figures
 from bench.experiments.runs import BOOKS, books, fit, say
 
 CONFIG = "configs/structured_pruning/prune.yaml"
+VAL_BLOCKS = 48
 IMPORTANCES = (
     *("GateTaylor", "WeightTaylor", "SequentialTaylor", "Activation", "Magnitude", "Random"),
     *("Misaligned", "PerTensorTruncation"),
@@ -55,7 +56,7 @@ def prune(folder: Path, model: Path, seed: int, importance: str, allocation: str
         *books(),
         *("--data.tokenizer", str(model), "--model.base", str(model), "--seed_everything", str(seed)),
         *("--model.importance", importance, "--model.allocation", allocation, "--model.budget", str(budget)),
-        *("--model.cache_dir", str(folder / "cache")),
+        *("--model.cache_dir", str(folder / "cache"), "--data.max_val_blocks", str(VAL_BLOCKS)),
     ]
     if importance == "Random":
         arguments += ["--model.importance.seed", str(seed)]

@@ -13,7 +13,7 @@ from bench.experiments.runs import books, fit, say
 
 PRUNE, RECOVER = (f"configs/structured_pruning/{name}.yaml" for name in ("prune", "recover"))
 TARGETS, SEEDS = {0.25: 1.1, 0.5: 1.3}, (1, 2, 3)
-STEPS = 600
+STEPS = 150
 
 
 def run(records: Path, folder: Path, model: Path) -> None:
