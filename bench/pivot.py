@@ -19,7 +19,7 @@ def pivot(
     """Table of ``values`` by ``rows`` (fields, one column each) and ``column`` (a field, one column a value of it).
 
     Records that agree in all of these are repeats of one measurement: they are averaged over different ``repeat``
-    (mean ± sample sd); of the same ``repeat`` the newest stands.
+    (mean ± sample sd); of the same ``repeat`` the newest stands. The ``value`` of a figure stands with its own spread.
 
     Raises:
         ValueError: No record has any of the values.
@@ -50,5 +50,8 @@ def _mean(entries: Sequence[Mapping[str, Any]], value: str) -> str | None:
     found = [number for e in entries if (number := lookup(e, value)) is not None]
     if not found:
         return None
-    spread = f" ± {cell(float(statistics.stdev(found)))}" if len(found) > 1 else ""
-    return f"{cell(statistics.mean(found))}{spread}"
+    # a figure brings its own spread
+    spread = (
+        float(statistics.stdev(found)) if len(found) > 1 else entries[0].get("spread") if value == "value" else None
+    )
+    return cell(statistics.mean(found)) + ("" if spread is None else f" ± {cell(spread)}")

@@ -44,7 +44,14 @@ def run(records: Path, folder: Path, model: Path) -> None:
             target="report",
             reached=None,
             command=command,
-            details={"ppl": found[cell], "seeds": list(SEEDS), "dense_ppl": dense},
+            details={
+                "importance": f"`{importance}`",
+                "allocation": f"`{allocation}`",
+                "budget": f"{budget:.0%}",
+                "ppl": found[cell],
+                "seeds": list(SEEDS),
+                "dense_ppl": dense,
+            },
         )
     for budget in BUDGETS:
         _orderings(records, found, budget, command)
