@@ -1,8 +1,10 @@
 """Associative recall, made on the fly: facts among noise, then questions whose answers stand at known places.
 
-A context of noise words holds key-value pairs at random places, each key once; then come questions: a question mark, a
-key of the context, and the value to predict. Only values are predicted. Which pair is asked for is not known while the
-context is read, so a method that drops tokens must keep what may be asked, not what stands at a lucky place.
+A context of noise words holds facts at random places, each one token that ties a key to a value ("key3=value7"), each key
+once; then come questions: a question mark, a key of the context, and the value to predict. Only values are predicted.
+Which fact is asked for is not known while the context is read, so a method that drops tokens must keep what may be asked,
+not what stands at a lucky place. A fact is one token, so that a model of two layers learns to answer within minutes:
+keys and values as neighbours need a circuit that takes far longer to form (arXiv 2209.11895).
 """
 
 from typing import Any
@@ -33,14 +35,14 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
         size: Samples.
         seed: Seed of all samples.
         context: Tokens before the first question, start token included.
-        pairs: Pairs in the context.
+        facts: Facts in the context.
         questions: Questions after it.
         words: Different keys, different values, and different noise words.
     """
 
-    def __init__(self, size: int, seed: int, context: int, pairs: int, questions: int, words: int) -> None:
+    def __init__(self, size: int, seed: int, context: int, facts: int, questions: int, words: int) -> None:
         self.size, self.seed = size, seed
-        self.context, self.pairs, self.questions, self.words = context, pairs, questions, words
+        self.context, self.facts, self.questions, self.words = context, facts, questions, words
 
     def __len__(self) -> int:
         return self.size
@@ -54,7 +56,7 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
 
         Returns:
             ``input_ids`` and ``labels`` int64 [B, T], ``attention_mask`` (all ones), ``sample_id`` int64 [B], and
-            ``evidence`` int64 [B, Q]: where in the context the value of each question stands. Rows that only fill up
+            ``evidence`` int64 [B, Q]: where in the context the fact of each question stands. Rows that only fill up
             (``FixedOrderSampler.PADDING``) have no labels.
         """
         rows = [self._sample(max(index, 0)) for index in indices]
@@ -70,21 +72,19 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
         }
 
     def _sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        draw = np.random.default_rng((self.seed, index))
-        keys = draw.permutation(self.words)[: self.pairs] + _FIRST
-        values = draw.integers(self.words, size=self.pairs) + _FIRST + self.words
-        body = draw.integers(self.words, size=self.context) + _FIRST + 2 * self.words
+        draw, words = np.random.default_rng((self.seed, index)), self.words
+        keys, values = draw.permutation(words)[: self.facts], draw.integers(words, size=self.facts)
+        body = _FIRST + 2 * words + draw.integers(words, size=self.context)
         body[0] = _START
-        # Places of the pairs: drawn among places that are two apart, so that no two pairs overlap.
-        free = self.context - 1 - self.pairs
-        places = np.sort(draw.permutation(free)[: self.pairs]) + np.arange(self.pairs) + 1
-        body[places], body[places + 1] = keys, values
-        asked = draw.permutation(self.pairs)[: self.questions]
-        questions = np.stack([np.full_like(asked, _QUESTION), keys[asked], values[asked]], 1)
+        places = draw.permutation(self.context - 1)[: self.facts] + 1
+        body[places] = _FIRST + 3 * words + keys * words + values
+        asked = draw.permutation(self.facts)[: self.questions]
+        marks = np.full_like(asked, _QUESTION)
+        questions = np.stack([marks, _FIRST + keys[asked], _FIRST + words + values[asked]], 1)
         ids = np.concatenate([body, questions.reshape(-1)]).astype(np.int64)
         labels = np.full_like(ids, IGNORED)
         labels[self.context + 2 :: 3] = ids[self.context + 2 :: 3]
-        return ids, labels, places[asked] + 1
+        return ids, labels, places[asked]
 
 
 class Recall(L.LightningDataModule):
@@ -92,15 +92,15 @@ class Recall(L.LightningDataModule):
 
     Args:
         context: Tokens before the first question.
-        pairs: Key-value pairs in the context; the rest is noise.
-        questions: Questions after the context, about different pairs.
+        facts: Facts in the context; the rest is noise.
+        questions: Questions after the context, about different facts.
         words: Different keys, different values, and different noise words.
         batch_size: Samples in a batch of one rank.
         max_train_blocks: Use only so many different training samples.
         max_val_blocks: Validation samples.
 
     Raises:
-        ValueError: more pairs than fit the context or than there are keys, or more questions than pairs.
+        ValueError: more facts than fit the context or than there are keys, or more questions than facts.
     """
 
     name = "recall"
@@ -108,7 +108,7 @@ class Recall(L.LightningDataModule):
     def __init__(
         self,
         context: int = 64,
-        pairs: int = 8,
+        facts: int = 8,
         questions: int = 8,
         words: int = 16,
         batch_size: int = 32,
@@ -116,14 +116,14 @@ class Recall(L.LightningDataModule):
         max_val_blocks: int = 512,
     ) -> None:
         super().__init__()
-        if not 0 < questions <= pairs <= min(words, (context - 1) // 2):
+        if not 0 < questions <= facts <= min(words, context - 1):
             raise ValueError(
-                f"pairs: {pairs} must be at least questions ({questions}), at most words ({words}), and fit the "
-                f"context ({context} tokens, two a pair)"
+                f"facts: {facts} must be at least questions ({questions}), at most words ({words}), and fit the "
+                f"context ({context} tokens)"
             )
         if min(batch_size, max_train_blocks, max_val_blocks) < 1:
             raise ValueError("batch_size, max_train_blocks and max_val_blocks must be at least 1")
-        self.shape = {"context": context, "pairs": pairs, "questions": questions, "words": words}
+        self.shape = {"context": context, "facts": facts, "questions": questions, "words": words}
         self.block_size, self.batch_size = context + 3 * questions, batch_size
         self._sizes = {"train": max_train_blocks, "val": max_val_blocks}
         self.tokenizer: PreTrainedTokenizerBase = _tokenizer(words)
@@ -169,7 +169,8 @@ class Recall(L.LightningDataModule):
 
 def _tokenizer(words: int) -> PreTrainedTokenizerFast:
     kinds = [f"{kind}{i}" for kind in ("key", "value", "noise") for i in range(words)]
-    vocabulary = {word: i for i, word in enumerate([END_OF_TEXT, "?", *kinds])}
+    facts = [f"key{i}=value{j}" for i in range(words) for j in range(words)]
+    vocabulary = {word: i for i, word in enumerate([END_OF_TEXT, "?", *kinds, *facts])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END_OF_TEXT))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -58,12 +58,12 @@ def test_a_repeated_passage_stands_beyond_what_is_protected():
 
 
 def test_recall_asks_after_the_context_was_read():
-    data = Recall(context=40, pairs=6, questions=4, batch_size=3, max_val_blocks=3)
+    data = Recall(context=40, facts=6, questions=4, batch_size=3, max_val_blocks=3)
     data.setup("fit")
     (window,) = tasks.stack(list(tasks.response_windows(next(iter(data.val_dataloader())), 1)))
     assert window.prompt.shape == (3, 40) and window.suffix.shape == (3, 12)
     assert ((window.labels != -100).sum(1) == 4).all()
-    logits = torch.zeros(3, 12, 60)
+    logits = torch.zeros(3, 12, len(data.tokenizer))
     logits.scatter_(2, window.suffix[..., None], 1.0)
     logits[0, 2] = 0
     right, asked = tasks.answered(logits, window.labels)
@@ -105,8 +105,8 @@ def test_a_row_compares_sample_by_sample():
 
 
 def test_the_command_measures_every_scorer_on_every_task(tmp_path):
-    build("llama", vocab_size=64).save_pretrained(tmp_path)
-    data = Recall(context=40, pairs=6, questions=4, batch_size=4, max_val_blocks=8)
+    build("llama", vocab_size=512).save_pretrained(tmp_path)
+    data = Recall(context=40, facts=6, questions=4, batch_size=4, max_val_blocks=8)
     data.setup("fit")
     bench = TokenQuality(str(tmp_path), SCHEDULE, [Random(), Recency()], [0.5], ["response", "suffix"], 6, 8)
     rows = bench.verify(data, torch.device("cpu"))["token_quality"]
