@@ -7,7 +7,7 @@ from typing import Any
 from bench import figures
 from bench.experiments.runs import ROOT, books, fit, say
 
-SEEDS, STEPS_PER_EPOCH, VAL_BLOCKS = (1, 2, 3), 15, 48
+SEEDS, STEPS_PER_EPOCH, VAL_BLOCKS = (1, 2, 3), 10, 48
 CONFIG, SCHEDULE = "configs/block_sparsity/progressive.yaml", "configs/block_sparsity/progressive.csv"
 HEADER = "iteration,dense,mid_2_4,topk,dense_to_2_4,mid_2_4_to_topk,epochs"
 # one row of a schedule each, as many epochs as the progressive schedule has in all

@@ -26,7 +26,7 @@ def run(records: Path, folder: Path, model: Path) -> None:
     command = f"python -m bench experiment structured_ablation --model {model.name}"
     found: dict[Cell, list[float]] = {}
     dense = 0.0
-    for importance, allocation, budget in itertools.product(IMPORTANCES, ALLOCATIONS, BUDGETS):
+    for allocation, budget, importance in itertools.product(ALLOCATIONS, BUDGETS, IMPORTANCES):
         cell = (importance, allocation, budget)
         for seed in SEEDS:
             structure = prune(folder, model, seed, importance, allocation, budget)
