@@ -1,5 +1,6 @@
 """The records of a report by kind, with everything in them that could not be read."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from bench.report.values import Record, text
 from bench.schema import OPTIONAL, REQUIRED
 
 Parsed = TypeVar("Parsed")
+_FLAWS = {"run": " without run_name", "figure": " with missing or mistyped fields"}
 _RESULTS = ("step_time_ms_p50", "val_ppl", "train_loss", "bytes_compressed_total")
 
 
@@ -76,7 +78,7 @@ def sort(records: Iterable[Record], broken: int = 0) -> Evidence:
         records: All readable records, in file order.
         broken: Lines that were no records at all.
     """
-    evidence, foreign = Evidence(), 0
+    evidence, foreign = Evidence(), Counter[str]()
     if broken:
         evidence.problems.append(f"{broken} broken line(s) skipped: not a JSON object")
     found: list[Record] = []
@@ -91,9 +93,11 @@ def sort(records: Iterable[Record], broken: int = 0) -> Evidence:
         elif kind == "run" and "run_name" in one:
             evidence.runs.append(_readable(one, evidence.problems))
         else:
-            foreign += 1
+            foreign[text(kind) + _FLAWS.get(text(kind), "")] += 1
     if foreign:
-        evidence.problems.append(f"{foreign} foreign record(s) skipped: of no kind that this report knows")
+        kinds = ", ".join(f"{number:,} of kind {kind}" for kind, number in foreign.most_common(8))
+        kinds += ", …" if len(foreign) > 8 else ""
+        evidence.problems.append(f"{foreign.total():,} foreign record(s) skipped, none that a report shows: {kinds}")
     try:
         evidence.runs = list(bounds.annotate(evidence.runs))
     except ValueError as error:  # a link rate written in another way

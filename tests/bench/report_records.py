@@ -51,19 +51,25 @@ SURVIVAL = {
     "layers": [2, 4, 6],
 }
 PREFILL = {
-    "measurements": [
+    "arms": [
         {
             "length": n,
             "arm": arm,
-            "ms_median": n / s,
-            "ms_iqr": 0.02 * n,
-            "speedup": s,
+            "ms_median": n / up,
+            "ms_iqr": n / 50,
+            "speedup": up,
             "bound": b,
             "peak_bytes": n * 1e5,
         }
         for n in (1024, 2048, 4096, 8192)
-        for arm, s, b in (("unpruned", 1.0, None), ("keep 0.9", 1.35, 1.42), ("keep 0.7", 2.3, 2.46))
-    ]
+        for arm, up, b in (("baseline", 1.0, 1.0), ("pruned", 2.3, 2.46), ("keep-1.0", 0.8, None))
+    ],
+    "placement": {"devices": ["cuda:0"], "offloaded": ["model.layers.3"]},
+    "skipped": {"16384": "the model has only 8192 positions"},
+}
+PREFILL_MEMORY = {
+    "limit_bytes": 8_000_000_000,
+    "arms": [{"arm": "baseline", "longest": 12_288, "probes": []}, {"arm": "pruned", "longest": 20_480, "probes": []}],
 }
 
 

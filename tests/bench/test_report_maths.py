@@ -8,7 +8,7 @@ from bench.report import export, groups, values
 from bench.report.evidence import sort
 from bench.report.link import link_label
 from bench.report.palette import HUES, Colours
-from bench.report.sections import breakdown, curves, quality, rates, scaling, tiers
+from bench.report.sections import breakdown, curves, prefill, quality, rates, scaling, tiers
 from bench.tables import Table
 from tests.bench import report_records as synthetic
 
@@ -135,6 +135,21 @@ def test_tier_maps_must_have_a_digit_a_block():
     for wrong in ({"map": "01"}, {"map": "0123"}):
         with pytest.raises(ValueError, match="must be 2 × 2 digits"):
             tiers.parse({"matrices": [{"name": "w", "rows": 2, "columns": 2, **wrong}]})
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ({"1024": {"pruned": {"ms_median": 1.0}}}, "arms"),
+        ({"arms": [{"arm": "pruned", "ms_median": 1.0}]}, "length"),
+        ({"arms": [{"arm": "pruned", "length": "1024", "ms_median": 1.0}]}, "'1024'"),
+        ({"arms": [{"arm": "pruned", "length": 1024, "ms_median": None}]}, "ms_median None"),
+        ({"arms": [], "skipped": {"8192": "too long"}}, "8192 too long"),
+    ],
+)
+def test_prefill_measurements_have_one_shape(block, reason):
+    with pytest.raises((KeyError, ValueError), match=reason):
+        prefill.parse(block)
 
 
 def test_bounds_and_suspicions_reach_the_report():

@@ -12,6 +12,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from bench.report.sections import prefill
 from callbacks import PrefillMemory, PrefillTiming, RunRecord
 from callbacks.prefill_memory import _Cpu
 from callbacks.survival import show, survival
@@ -75,6 +76,7 @@ def test_timing_compares_four_arms_and_records_them(tmp_path, capsys):
     assert pruned["bound"] == Cost.of(model).bound(120, SCHEDULE, LastWindow())
     assert pruned["peak_bytes"] < baseline["peak_bytes"] and pruned["ms_median"] > 0 and pruned["ms_iqr"] >= 0
     assert "only 200 tokens" in block["skipped"]["5000"]
+    assert prefill.parse(block).at(120, "pruned").speedup == pruned["speedup"]  # the report reads what was written
     output = capsys.readouterr().out
     assert "Length 120: baseline=0." in output and f"bound={pruned['bound']:.2f}x" in output
     events = EventAccumulator(trainer.logger.log_dir).Reload()

@@ -91,7 +91,7 @@ def _chart(
         draw,
         Table(["setting", "method", "link", f"{what} ({unit})", "validation PPL", "on the front"], rows),
         _size(drawn),
-        drawing.left_out(len(found), "setting"),
+        drawing.left_out(len(found)),
     )
 
 

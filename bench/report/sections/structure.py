@@ -18,7 +18,6 @@ _LEAD = (
     "Query-head groups (with their keys and values) and feed-forward channels that each layer keeps. PPL before and "
     "after is without recovery unless the record says otherwise."
 )
-_MAX_RUNS = 12
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ def section(evidence: Evidence) -> Section | None:
     rows = [[name, *(single.get(key) for key in names), _share(single)] for name, (_, single) in found]
     table = Table(["run", *(name.replace("_", " ") for name in names), "parameters left"], rows)
     drawn = [(name, layers) for name, (layers, _) in found if layers]
-    charts = [_chart(index, name, layers) for index, (name, layers) in enumerate(drawn[:_MAX_RUNS])]
-    note = drawing.left_out(len(drawn), "run", _MAX_RUNS)
+    charts = [_chart(index, name, layers) for index, (name, layers) in enumerate(drawn[-drawing.MAX_RUNS :])]
+    note = drawing.last_runs(len(drawn))
     return Section(
         "structure", "Structured pruning", _LEAD, [Sheet("structure", "Before and after", table, note), *charts]
     )
