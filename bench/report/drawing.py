@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,12 @@ def label(text: str, limit: int = 34) -> str:
     """A label that fits beside an axis, and that matplotlib does not take for mathematics."""
     short = text if len(text) <= limit else text[: limit - 1] + "…"
     return short.replace("$", r"\$")
+
+
+def heading(axes: Axes, text: str, columns: int = 2) -> None:
+    """Title of one of several panels beside each other, on at most three lines as wide as the panel."""
+    lines = textwrap.wrap(text, 92 // columns, max_lines=3, placeholder=" …")
+    axes.set_title(label("\n".join(lines), 300))
 
 
 def left_out(settings: int) -> str:

@@ -67,6 +67,15 @@ PREFILL = {
     "placement": {"devices": ["cuda:0"], "offloaded": ["model.layers.3"]},
     "skipped": {"16384": "the model has only 8192 positions"},
 }
+TOKEN_QUALITY = [
+    {"task": "suffix", "scorer": "unpruned", "keep": None, "nll_rise": 0.0, "accuracy": 0.5, "kept": 1.0},
+    {"task": "suffix", "scorer": "random", "keep": 0.7, "nll_rise": 0.25, "nll_rise_low": 0.2, "nll_rise_high": 0.31,
+     "accuracy": 0.4, "kept": 0.34},
+]  # fmt: skip
+INFERENCE = {
+    "rows": [{"phase": "prefill", "batch": 1, "dense_ms": 30.0, "pruned_ms": 20.0, "speedup": 1.5, "flop_bound": 1.6,
+              "byte_bound": 1.4, "suspicious": False}],
+}  # fmt: skip
 PREFILL_MEMORY = {
     "limit_bytes": 8_000_000_000,
     "arms": [{"arm": "baseline", "longest": 12_288, "probes": []}, {"arm": "pruned", "longest": 20_480, "probes": []}],

@@ -59,8 +59,8 @@ def whole(tmp_path_factory):
     base = synthetic.template()
     features = [
         {**base, "run_name": "<script>alert(1)</script>", "prefill": synthetic.PREFILL, "survival": synthetic.SURVIVAL,
-         "prefill_memory": synthetic.PREFILL_MEMORY},
-        {**base, "run_name": "slim", "structure": synthetic.STRUCTURE},
+         "prefill_memory": synthetic.PREFILL_MEMORY, "token_quality": synthetic.TOKEN_QUALITY},
+        {**base, "run_name": "slim", "structure": synthetic.STRUCTURE, "inference": synthetic.INFERENCE},
         {**base, "run_name": "blocks", "tiers": synthetic.TIERS},
     ]  # fmt: skip
     figure = {"kind": "figure", "figure": "f", "what": "Speed & size", "value": 2.0, "unit": "×", "target": "≥ 1 ×",
@@ -117,6 +117,11 @@ def test_pruned_prefill_shows_where_the_model_was_and_what_fits(whole):
     assert rows[1][1:6] == ["8192", "8192.0", str(8192 / 2.3), "2.3", "2.46"] and "25.0 %" in rows[1][6]
     assert "Ran on cuda:0. Offloaded, so times measure transfers: model.layers.3." in page.text
     assert (folder / "tables/prefill-memory.csv").read_text().splitlines()[1].endswith("8000000000,12288,20480")
+    quality = (folder / "tables/prefill-quality.csv").read_text().splitlines()
+    assert quality[2].split(",")[1:] == ["suffix", "random", "0.7", "0.25", "0.2", "0.31", "0.4", "0.34"]
+    assert quality[1].split(",")[5:7] == ["", ""]  # not recorded
+    speed = (folder / "tables/structure-speed.csv").read_text().splitlines()[1]
+    assert speed == "slim,prefill,1,30.0,20.0,1.5,,1.6,1.4,False"
 
 
 def test_tables_and_figures_are_written_for_papers(whole):
@@ -125,7 +130,7 @@ def test_tables_and_figures_are_written_for_papers(whole):
     assert {"headline.md", "headline.csv", "step-time.csv", "tiers-0.md", "failures.csv"} <= names
     header, first, *_ = (folder / "tables/headline.csv").read_text().splitlines()
     assert "validation PPL mean,validation PPL sd,validation PPL n" in header and "±" not in first
-    assert (folder / "tables/headline.md").read_text().startswith("**Methods by setting**\n\n| method |")
+    assert (folder / "tables/headline.md").read_text().startswith("**Methods by setting**\n\n| setting | method |")
     pictures = {path.suffix: path for path in (folder / "figures").iterdir()}
     assert set(pictures) == {".png", ".svg"} and len(list((folder / "figures").glob("*.png"))) == len(page.named("svg"))
     assert pictures[".png"].read_bytes().startswith(b"\x89PNG") and "var(--" not in pictures[".svg"].read_text()

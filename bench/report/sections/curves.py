@@ -112,7 +112,7 @@ def _chart(evidence: Evidence, found: Sequence, name: str, axis: str, across: Ca
             drawing.log_axis(one, "y", [p.ppl.mean for _, points in lines for p in points])
             one.set_xlabel(axis)
             one.set_ylabel("validation PPL")
-            one.set_title(drawing.label(title, 60))
+            drawing.heading(one, title)
         drawing.legend(figure, axes)
 
     rows = [

@@ -61,7 +61,7 @@ def section(evidence: Evidence) -> Section | None:
             )
             one.set_xlabel("link rate (Mbit/s)")
             one.set_ylabel("speed-up over uncompressed (×)")
-            one.set_title(drawing.label(setting, 60))
+            drawing.heading(one, setting)
         drawing.legend(figure, axes)
 
     points = [

@@ -15,7 +15,18 @@ _LEAD = (
     "One entry per run: the command that repeats it and what it recorded. What is equal in all runs, and machines and "
     "versions, stand once, above. The whole record, configuration included, is in the results file."
 )
-_LONG = ("config", "command", "trace", "val_curve", "prefill", "structure", "tiers", "survival")
+_LONG = (
+    "config",
+    "command",
+    "trace",
+    "val_curve",
+    "prefill",
+    "prefill_memory",
+    "token_quality",
+    "survival",
+    "structure",
+)
+_LONG += ("inference", "tiers")  # the other sections show them
 _SURROUNDINGS = ("machine", "versions")  # long, and the same in many runs
 _DETAIL = Markup(
     '<details class="run"><summary>{name} <span class="quiet">{about}</span></summary>\n'
@@ -58,7 +69,8 @@ def _detail(run: Record, labels: Mapping[str, str], places: Mapping[tuple[str, s
             missing.append(name)
     if missing:
         fields.append(f"<dt>{NOT_RECORDED}</dt><dd>{escape(', '.join(missing))}</dd>")
-    about = f"{text(run.get('compress_method'))}, seed {text(run.get('seed'))}, {text(run.get('date'))}"
+    seed = None if run.get("seed") is None else str(run["seed"])  # a name, not a quantity: digits are not grouped
+    about = f"{text(run.get('compress_method'))}, seed {text(seed)}, {text(run.get('date'))}"
     origin, lines = command(run)
     return _DETAIL.format(name=run_name(run), about=about, origin=origin, command=lines, fields=Markup("".join(fields)))
 

@@ -90,7 +90,7 @@ def section(evidence: Evidence) -> Section | None:
             drawing.plain_numbers(one.yaxis)
             one.set_xlabel("ranks")
             one.set_ylabel("throughput (tokens/s)")
-            one.set_title(drawing.label(setting, 60))
+            drawing.heading(one, setting)
         drawing.legend(figure, axes)
 
     rows = [
