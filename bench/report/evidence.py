@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from bench import bounds, figures, record
 from bench.report.groups import Group, group
+from bench.report.link import link_rate
 from bench.report.palette import Colours
-from bench.report.values import Record, text
+from bench.report.values import Record, count, text
 from bench.schema import OPTIONAL, REQUIRED
 
 Parsed = TypeVar("Parsed")
@@ -98,12 +99,19 @@ def sort(records: Iterable[Record], broken: int = 0) -> Evidence:
         kinds = ", ".join(f"{number:,} of kind {kind}" for kind, number in foreign.most_common(8))
         kinds += ", …" if len(foreign) > 8 else ""
         evidence.problems.append(f"{foreign.total():,} foreign record(s) skipped, none that a report shows: {kinds}")
-    try:
-        evidence.runs = list(bounds.annotate(evidence.runs))
-    except ValueError as error:  # a link rate written in another way
-        evidence.problems.append(f"bounds left out: {error}")
+    evidence.runs = _annotated(evidence.runs, evidence.problems)
     evidence.figures = list(figures.latest([{"date": "", **one} for one in found]))
     return evidence
+
+
+def _annotated(runs: Sequence[Record], problems: list[str]) -> list[Record]:
+    """The runs with their bounds, where the link's rate can be read."""
+    odd = {id(run) for run in runs if run.get("link_rate") is not None and link_rate(run) is None}
+    found = iter(bounds.annotate([run for run in runs if id(run) not in odd]))
+    if odd:
+        rates = sorted({text(run["link_rate"]) for run in runs if id(run) in odd})
+        problems.append(f"{count(len(odd), 'run')} without bounds: no rate in link_rate {', '.join(rates[:8])}")
+    return [run if id(run) in odd else next(found) for run in runs]
 
 
 def _readable(run: Record, problems: list[str]) -> Record:

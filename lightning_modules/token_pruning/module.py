@@ -153,11 +153,6 @@ class TokenPruning(L.LightningModule):
         if self.device_map is None:
             self.model.to(self.device)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """To where the base model reads its input."""
-        device = device if self.device_map is None else input_device(self.model)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Derive this micro-batch's noise, so that it does not depend on what ran before."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.started
@@ -239,6 +234,8 @@ class TokenPruning(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Compare scores with saliency, and prune by them, by chance and by recency."""
+        if self.device_map is not None:
+            batch = {name: part.to(input_device(self.model)) for name, part in batch.items()}
         # saliency needs gradients, in which tensors made in Lightning's inference mode cannot take part
         with torch.inference_mode(False), torch.no_grad():
             samples = split_batch(batch, self.response)

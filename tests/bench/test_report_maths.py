@@ -161,3 +161,6 @@ def test_bounds_and_suspicions_reach_the_report():
         record["bound_step_time_ms"] == pytest.approx(1090.0)
         and "bytes alone take 1000.0 ms" in record["suspicious"][0]
     )
+    found = sort([{**fast, "link_rate": "slow"}, fast])
+    assert [record.get("bound_step_time_ms") for record in found.runs] == [None, pytest.approx(1090.0)]
+    assert found.problems == ["1 run without bounds: no rate in link_rate slow"]
