@@ -10,6 +10,7 @@ and the best that any compressor could do, sending nothing at all and costing no
 max(C, B/W) by more than its noise cannot be right.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,27 +116,21 @@ def noise(record: Record) -> float:
     return max(_MIN_NOISE, (p90 - p50) / p50) if p50 and p90 else _MIN_NOISE
 
 
-def _single_rank(record: Record, records: Iterable[Record]) -> Record | None:
-    """A run of the same work per rank on one rank of the same machine; the one with the steadiest steps."""
-
-    def machine(one: Record) -> dict[str, Any]:
-        return {key: value for key, value in (one.get("machine") or {}).items() if key != "torch_threads"}
-
-    alike = [
-        one
-        for one in _on_one_rank(records)
-        if all(one.get(field) == record.get(field) for field in _SAME_WORK) and machine(one) == machine(record)
-    ]
-    return min(alike, key=noise, default=None)
+def _work(record: Record) -> str:
+    """What a rank did and on which machine, as a key."""
+    machine = {key: value for key, value in (record.get("machine") or {}).items() if key != "torch_threads"}
+    return json.dumps([*(record.get(field) for field in _SAME_WORK), machine], sort_keys=True)
 
 
-def _on_one_rank(records: Iterable[Record]) -> list[Record]:
-    """Runs whose step is compute alone."""
-    return [
-        one
-        for one in records
-        if one.get("kind", "run") == "run" and one.get("world_size") == 1 and one.get("step_time_ms_p50") is not None
-    ]
+def _single_ranks(records: Iterable[Record]) -> dict[str, Record]:
+    """Runs whose step is compute alone, by their `_work`; of several the one with the steadiest steps."""
+    found: dict[str, Record] = {}
+    for one in records:
+        if one.get("kind", "run") == "run" and one.get("world_size") == 1 and one.get("step_time_ms_p50") is not None:
+            work = _work(one)
+            if work not in found or noise(one) < noise(found[work]):
+                found[work] = one
+    return found
 
 
 def bandwidth(record: Record) -> float | None:
@@ -152,10 +147,14 @@ def bounds(record: Record, records: Iterable[Record] = (), bytes_per_s: float | 
         records: Runs among which one of the same work on one rank is looked for: its step is the compute time.
         bytes_per_s: Bandwidth between ranks; by default that of the link in the record.
     """
+    return _limits(record, _single_ranks(records), bytes_per_s)
+
+
+def _limits(record: Record, single_ranks: Mapping[str, Record], bytes_per_s: float | None) -> Bounds:
     speed = bytes_per_s or bandwidth(record)
     parts = (_per_step(record, "compress_time_ms"), _per_step(record, "decompress_time_ms"))
     codec, step = _sum(*parts), record.get("step_time_ms_p50")
-    single = _single_rank(record, records)
+    single = single_ranks.get(_work(record))
     if single is not None:
         compute: float | None = single["step_time_ms_p50"]
     else:
@@ -198,11 +197,11 @@ def suspicions(record: Record, limits: Bounds) -> list[str]:
 
 def annotate(records: Sequence[Record], bytes_per_s: float | None = None) -> list[dict[str, Any]]:
     """Copies of the records, runs with `bound_step_time_ms` (ideal step without overlap) and `suspicious`."""
-    result, on_one_rank = [], _on_one_rank(records)
+    result, single_ranks = [], _single_ranks(records)
     for one in records:
         copy = dict(one)
         if one.get("kind", "run") == "run":
-            limits = bounds(one, on_one_rank, bytes_per_s)
+            limits = _limits(one, single_ranks, bytes_per_s)
             found = [*(one.get("suspicious") or []), *suspicions(one, limits)]
             copy["bound_step_time_ms"] = limits.serial_ms
             copy["suspicious"] = list(dict.fromkeys(found)) or None
@@ -218,11 +217,11 @@ def table(records: Sequence[Record], bytes_per_s: float | None = None) -> Table:
     """
     headers = ["run", "compute (ms)", "compute from", "encode + decode (ms)", "bytes/bandwidth (ms)", "ideal step (ms)"]
     headers += ["ideal, overlapped (ms)", "measured (ms)", "measured / model", "best speed-up", "gradients only"]
-    rows, on_one_rank = [], _on_one_rank(records)
+    rows, single_ranks = [], _single_ranks(records)
     for one in records:
         if one.get("kind", "run") != "run":
             continue
-        limits = bounds(one, on_one_rank, bytes_per_s)
+        limits = _limits(one, single_ranks, bytes_per_s)
         found = [limits.compute_ms, limits.compute_from or "own step", limits.codec_ms, limits.wire_ms]
         found += [
             limits.serial_ms,

@@ -14,18 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "efficient_attention", "_softmax")
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors that a call holds at once, above what was held before it.
+def peak_bytes(call: Callable[[], object], *devices: torch.device) -> int:
+    """Most bytes of tensors that a call holds at once, above what was held before it; the sum over several GPUs.
 
     On CUDA the allocator counts. On the CPU every allocation of torch is recorded, which slows the call down; memory
     that libraries take for themselves is not seen.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if devices[0].type == "cuda":
+        for device in devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        before = [torch.cuda.memory_allocated(device) for device in devices]
         call()
-        return torch.cuda.max_memory_allocated(device) - before
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices) - sum(before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     with tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from bench.memory import limit_process, longest_that_fits, resident_now, resident_peak
 from callbacks.measurement import Measurement
-from callbacks.prefill_timing import chosen, pruned_read, read
-from lightning_modules.token_pruning.anatomy import anatomy, placement
+from callbacks.prefill_timing import chosen, placed, pruned_read, read
+from lightning_modules.token_pruning.anatomy import anatomy, input_device
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
@@ -60,7 +60,8 @@ class PrefillMemory(Measurement):
         """Search for both arms, and print what every length needed.
 
         Raises:
-            ValueError: More than one process, a limit above the free memory, or no scorer and schedule to use.
+            ValueError: More than one process, a limit above the free memory, a model that is offloaded on a CPU, or no
+                scorer and schedule to use.
         """
         if trainer.state.fn != "validate":
             return
@@ -69,19 +70,24 @@ class PrefillMemory(Measurement):
         scorer, schedule = chosen(self.scorer, self.schedule, pl_module)
         model: Any = pl_module.model
         schedule.resolve(model.config.num_hidden_layers)
-        limit = self._limit(model.device)
-        block: dict[str, Any] = {"limit_bytes": limit, "placement": placement(model), "arms": []}
+        place = placed(model)
+        devices = [torch.device(name) for name in place["devices"]]
+        on_gpu = devices[0].type == "cuda"
+        if place["offloaded"] and not on_gpu:
+            raise ValueError("PrefillMemory on a CPU tries a copy that cannot be offloaded: leave device_map out")
+        limit = self._limit(devices)
+        block: dict[str, Any] = {"limit_bytes": limit, "placement": place, "arms": []}
         for name, pruner in (("baseline", None), ("pruned", PromptPruner(scorer, schedule))):
-            probe = _Gpu(model, pruner) if model.device.type == "cuda" else _Cpu(model, pruner, limit)
+            probe = _Gpu(model, pruner, devices) if on_gpu else _Cpu(model, pruner, limit)
             block["arms"].append({"arm": name, **self._search(name, probe, anatomy(model).longest)})
             probe.close()
         base, pruned = (arm["longest"] for arm in block["arms"])
         print(f"Longest prompt within {limit / 1e9:.2f} GB: baseline={base} pruned={pruned} tokens", flush=True)
         self._measured = {"prefill_memory": block}
 
-    def _limit(self, device: torch.device) -> int:
-        if device.type == "cuda":
-            return torch.cuda.get_device_properties(device).total_memory
+    def _limit(self, devices: list[torch.device]) -> int:
+        if devices[0].type == "cuda":
+            return sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
         free = psutil.virtual_memory().available
         limit = int(free * _CAUTION if self.limit_gb is None else self.limit_gb * 1e9)
         if limit > free:
@@ -109,20 +115,21 @@ class PrefillMemory(Measurement):
 class _Gpu:
     """Tries lengths in this process: CUDA says no without harm."""
 
-    def __init__(self, model: Any, pruner: PromptPruner | None) -> None:
-        self.model, self.pruner = model, pruner
+    def __init__(self, model: Any, pruner: PromptPruner | None, devices: list[torch.device]) -> None:
+        self.model, self.pruner, self.devices = model, pruner, devices
 
     def peak(self, length: int) -> int | None:
-        """Peak bytes of tensors, weights included; None when the length does not fit."""
-        device = self.model.device
+        """Peak bytes of tensors on all devices, weights included; None when the length does not fit."""
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        for device in self.devices:
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             _read(self.model, self.pruner, length)
-            torch.cuda.synchronize(device)
+            for device in self.devices:
+                torch.cuda.synchronize(device)
         except torch.OutOfMemoryError:
             return None
-        return torch.cuda.max_memory_allocated(device)
+        return sum(map(torch.cuda.max_memory_allocated, self.devices))
 
     def close(self) -> None:
         """Give the memory back."""
@@ -196,6 +203,6 @@ def _serve(
 
 
 def _read(model: Any, pruner: PromptPruner | None, length: int) -> None:
-    ids = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device=input_device(model))
     with torch.inference_mode():
         _ = read(model, ids) if pruner is None else pruned_read(model, ids, pruner)()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -70,13 +71,14 @@ class PrefillTiming(Measurement):
         text, skipped = validation_text(trainer, max(self.lengths)), {}
         block: dict[str, Any] = {"arms": [], "keep": schedule.tokens or schedule.keep}
         block |= {"layers": schedule.resolve(model.config.num_hidden_layers)}
-        block |= {"scorer": {"name": scorer.name, **scorer.config()}, "placement": placement(model)}
+        block |= {"scorer": {"name": scorer.name, **scorer.config()}, "placement": placed(model)}
         with stage("Timing prefill", sum(self.lengths), "tokens") as show:
             for number, length in enumerate(self.lengths):
                 reason = _too_long(model, length, len(text))
                 if reason is None:
                     try:
-                        rows, block["kernels"] = self._time(model, text[:length], scorer, schedule)
+                        devices = [torch.device(name) for name in block["placement"]["devices"]]
+                        rows, block["kernels"] = self._time(model, devices, text[:length], scorer, schedule)
                         block["arms"] += rows
                         _tell(trainer, rows)
                     except torch.OutOfMemoryError:
@@ -89,10 +91,10 @@ class PrefillTiming(Measurement):
         self._measured = {"prefill": block | {"skipped": skipped}, **_doubts(block)}
 
     def _time(
-        self, model: Any, ids: Tensor, scorer: Scorer, schedule: Schedule
+        self, model: Any, devices: list[torch.device], ids: Tensor, scorer: Scorer, schedule: Schedule
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The four arms at one length, and the attention kernels that all of them run."""
-        ids = ids[None].to(model.device)
+        """The four arms at one length, all with the model placed as it is, and the attention kernels that they run."""
+        ids = ids[None].to(devices[0])
         whole = everything(schedule, model.config.num_hidden_layers)
         setups = {"pruned": (scorer, schedule), "keep-1.0": (scorer, whole), "random": (Random(), schedule)}
         arms: dict[str, Callable[[], object]] = {"baseline": lambda: read(model, ids)}
@@ -103,7 +105,7 @@ class PrefillTiming(Measurement):
             if len(set(map(tuple, kernels.values()))) > 1:
                 raise RuntimeError(f"arms run different attention kernels, so their times do not compare: {kernels}")
             times = interleaved(arms, self.repeats, self.warmup)
-            peaks = {name: peak_bytes(arm, ids.device) for name, arm in arms.items()}
+            peaks = {name: peak_bytes(arm, *devices) for name, arm in arms.items()}
         length, cost, rows = ids.shape[1], Cost.of(model), []
         for name in arms:
             stats = percentiles(times[name])
@@ -136,6 +138,14 @@ def chosen(scorer: Scorer | None, schedule: Schedule | None, pl_module: Any) -> 
     if scorer is None or schedule is None:
         raise ValueError(f"{type(pl_module).__name__} has no trained pruner and schedule: give scorer and schedule")
     return scorer, schedule
+
+
+def placed(model: Any) -> dict[str, list[str]]:
+    """`placement`, with a warning where weights are copied to a device again in every forward pass."""
+    found = placement(model)
+    if found["offloaded"]:
+        rank_zero_warn(f"offloaded to CPU or disk, so times measure transfers: {', '.join(found['offloaded'])}")
+    return found
 
 
 def everything(schedule: Schedule, model_layers: int) -> Schedule:

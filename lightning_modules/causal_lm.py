@@ -160,8 +160,15 @@ class CausalLM(L.LightningModule):
             return AutoModelForCausalLM.from_config(self.model.config)
 
 
-def load_pretrained(path: str) -> PreTrainedModel:
+def load_pretrained(
+    path: str, device_map: dict[str, int | str] | str | None = None, offload_folder: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model in float32 from a Hugging Face folder, or from the hub by name.
+
+    Args:
+        path: Folder or hub name.
+        device_map: Place its parts on several devices; None loads it on the CPU.
+        offload_folder: For parts that the map places on "disk".
 
     Raises:
         ValueError: A local folder that holds no model.
@@ -169,7 +176,8 @@ def load_pretrained(path: str) -> PreTrainedModel:
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: give the folder that fit exported, or a hub name")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    placed = {"device_map": device_map, "offload_folder": offload_folder} if device_map is not None else {}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **placed)
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:

@@ -64,6 +64,7 @@ def build(results: Path, output: Path, tables: Path | None = None, figures: Path
 
 
 def _counted(evidence: Evidence) -> list[str]:
-    kinds = [(evidence.runs, "run"), (evidence.figures, "figure"), (evidence.failures, "failed run")]
-    kinds.append((evidence.collectives, "measurement of collectives"))
-    return [count(len(some), noun) for some, noun in kinds if some]
+    kinds = {"run": evidence.runs, "figure": evidence.figures, "failed run": evidence.failures}
+    said = [count(len(some), noun) for noun, some in kinds.items() if some]
+    timed = len(evidence.collectives)
+    return said + ([count(timed, "measurement of collectives", "measurements of collectives")] if timed else [])

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ STYLE: Any = {  # matplotlib names each key in its type
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
 }
 MAX_PANELS = 4
+MAX_RUNS = 8  # with charts of their own, in each section
 
 
 def render(chart: Chart) -> Figure:
@@ -66,7 +68,8 @@ def svg(chart: Chart) -> str:
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{chart.name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{chart.name}-", text)
     text = re.sub(r"#[0-9a-f]{6}", lambda m: f"var(--{m[0][1:]})" if m[0] in DARK else m[0], text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # a hundredth of a point is invisible, and half the size
+    # a hundredth of a point is invisible, and half the size; in tags only, for between them stand labels
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0]), text)
     return re.sub(r"\n\s*", "\n", text).replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
@@ -128,8 +131,21 @@ def label(text: str, limit: int = 34) -> str:
     return short.replace("$", r"\$")
 
 
-def left_out(found: int, noun: str, limit: int = MAX_PANELS) -> str:
-    """What a chart says when it draws only the first `limit` of the things found; "" when it draws all."""
-    if found <= limit:
+def heading(axes: Axes, text: str, columns: int = 2) -> None:
+    """Title of one of several panels beside each other, on at most three lines as wide as the panel."""
+    lines = textwrap.wrap(text, 92 // columns, max_lines=3, placeholder=" …")
+    axes.set_title(label("\n".join(lines), 300))
+
+
+def left_out(settings: int) -> str:
+    """What a chart says when it draws only the first of the settings found; "" when it draws all."""
+    if settings <= MAX_PANELS:
         return ""
-    return f"Drawn: the first {limit} of {found} {noun}s, largest comparison first; the table below has all of them."
+    return f"Drawn: the first {MAX_PANELS} of {settings} settings, largest comparison first; the table below has all."
+
+
+def last_runs(found: int) -> str:
+    """What a section says when it draws only the last runs of those found; "" when it draws all."""
+    if found <= MAX_RUNS:
+        return ""
+    return f"Drawn: the last {MAX_RUNS} of {found:,} runs. To see others, report a file that holds them alone."

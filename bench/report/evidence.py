@@ -1,5 +1,6 @@
 """The records of a report by kind, with everything in them that could not be read."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,11 +8,13 @@ from typing import Any, TypeVar
 
 from bench import bounds, figures, record
 from bench.report.groups import Group, group
+from bench.report.link import link_rate
 from bench.report.palette import Colours
-from bench.report.values import Record, text
+from bench.report.values import Record, count, text
 from bench.schema import OPTIONAL, REQUIRED
 
 Parsed = TypeVar("Parsed")
+_FLAWS = {"run": " without run_name", "figure": " with missing or mistyped fields"}
 _RESULTS = ("step_time_ms_p50", "val_ppl", "train_loss", "bytes_compressed_total")
 
 
@@ -76,7 +79,7 @@ def sort(records: Iterable[Record], broken: int = 0) -> Evidence:
         records: All readable records, in file order.
         broken: Lines that were no records at all.
     """
-    evidence, foreign = Evidence(), 0
+    evidence, foreign = Evidence(), Counter[str]()
     if broken:
         evidence.problems.append(f"{broken} broken line(s) skipped: not a JSON object")
     found: list[Record] = []
@@ -91,15 +94,24 @@ def sort(records: Iterable[Record], broken: int = 0) -> Evidence:
         elif kind == "run" and "run_name" in one:
             evidence.runs.append(_readable(one, evidence.problems))
         else:
-            foreign += 1
+            foreign[text(kind) + _FLAWS.get(text(kind), "")] += 1
     if foreign:
-        evidence.problems.append(f"{foreign} foreign record(s) skipped: of no kind that this report knows")
-    try:
-        evidence.runs = list(bounds.annotate(evidence.runs))
-    except ValueError as error:  # a link rate written in another way
-        evidence.problems.append(f"bounds left out: {error}")
+        kinds = ", ".join(f"{number:,} of kind {kind}" for kind, number in foreign.most_common(8))
+        kinds += ", …" if len(foreign) > 8 else ""
+        evidence.problems.append(f"{foreign.total():,} foreign record(s) skipped, none that a report shows: {kinds}")
+    evidence.runs = _annotated(evidence.runs, evidence.problems)
     evidence.figures = list(figures.latest([{"date": "", **one} for one in found]))
     return evidence
+
+
+def _annotated(runs: Sequence[Record], problems: list[str]) -> list[Record]:
+    """The runs with their bounds, where the link's rate can be read."""
+    odd = {id(run) for run in runs if run.get("link_rate") is not None and link_rate(run) is None}
+    found = iter(bounds.annotate([run for run in runs if id(run) not in odd]))
+    if odd:
+        rates = sorted({text(run["link_rate"]) for run in runs if id(run) in odd})
+        problems.append(f"{count(len(odd), 'run')} without bounds: no rate in link_rate {', '.join(rates[:8])}")
+    return [run if id(run) in odd else next(found) for run in runs]
 
 
 def _readable(run: Record, problems: list[str]) -> Record:

@@ -1,11 +1,12 @@
 """The report as one HTML file."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bench.report import drawing, palette
 from bench.report.content import Section
@@ -15,27 +16,26 @@ from bench.tables import NOT_RECORDED, Table, cell
 _HERE = Path(__file__).parent
 
 
-def _cell(value: Any) -> Markup:
-    """A table cell: numbers to the right, what is missing in grey, line breaks kept."""
+def _cell(value: Any) -> str:
+    """A table cell: numbers on one line, what is missing in grey, line breaks kept."""
     if value is None or value == NOT_RECORDED:
-        return Markup('<td class="missing">{}</td>').format(NOT_RECORDED)
-    if isinstance(value, Spread):
-        return Markup('<td class="number">{}</td>').format(str(value))
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Markup('<td class="number">{}</td>').format(cell(value))
-    shown = cell(value)
-    if "\n" in shown:
-        return Markup("<td><pre>{}</pre></td>").format(shown)
-    return Markup("<td>{}</td>").format(shown)
+        return f'<td class="missing">{NOT_RECORDED}</td>'
+    shown = escape(str(value) if isinstance(value, Spread) else cell(value))
+    if isinstance(value, int | float | Spread) and not isinstance(value, bool):
+        return f'<td class="number">{shown}</td>'
+    return f"<td><pre>{shown}</pre></td>" if "\n" in shown else f"<td>{shown}</td>"
 
 
 def table(shown: Table, caption: str) -> Markup:
-    """A <table> with caption; the first column names the row."""
-    head = Markup("").join(Markup('<th scope="col">{}</th>').format(header) for header in shown.headers)
-    template = Markup('<tr><th scope="row">{}</th>{}</tr>\n')
-    rows = (template.format(cell(first), Markup("").join(map(_cell, rest))) for first, *rest in shown.rows)
-    made = Markup("<table><caption>{}</caption>\n<thead><tr>{}</tr></thead>\n<tbody>\n{}</tbody></table>")
-    return made.format(caption, head, Markup("").join(rows))
+    """A <table> with caption; the first column names the row, once for consecutive rows of the same name."""
+    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in shown.headers)
+    body = []
+    for name, rows in groupby(shown.rows, key=lambda row: cell(row[0])):
+        lines = ["".join(map(_cell, rest)) for _, *rest in rows]
+        scope = f'"rowgroup" rowspan="{len(lines)}"' if len(lines) > 1 else '"row"'
+        body.append(f"<tbody><tr><th scope={scope}>{escape(name)}</th>" + "</tr>\n<tr>".join(lines) + "</tr></tbody>\n")
+    caption = escape(caption)
+    return Markup(f"<table><caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n{''.join(body)}</table>")
 
 
 def _colours(dark: bool) -> str:

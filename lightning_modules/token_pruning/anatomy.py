@@ -7,7 +7,7 @@ Shape legend: B rows, N tokens, H hidden width, A attention heads (keys: key-val
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,15 +183,31 @@ def _slides(config: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def placement(model: nn.Module) -> dict[str, list[str]]:
+def placement(model: Any) -> dict[str, list[str]]:
     """Where `device_map` put a model.
 
     Returns:
-        `devices`: all devices that compute, in order of first use; `offloaded`: parts that live on the CPU or disk
-        while others are on an accelerator, so that every forward pass copies them over.
+        `devices`: all devices that compute, in order of first use; `layers`: where each decoder layer's weights are,
+        "cuda:0+disk" where they are in two places; `offloaded`: parts that live on the CPU or disk while others are on
+        an accelerator, so that every forward pass copies them over.
     """
     places = getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
     named = {part: f"cuda:{place}" if isinstance(place, int) else str(place) for part, place in places.items()}
     compute = [place for place in dict.fromkeys(named.values()) if place not in ("cpu", "disk")]
     offloaded = [part or "model" for part, place in named.items() if place == "disk" or (compute and place == "cpu")]
-    return {"devices": compute or ["cpu"], "offloaded": offloaded}
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = [_place(names[id(layer)], named) for layer in anatomy(model).layers]
+    return {"devices": compute or ["cpu"], "layers": layers, "offloaded": offloaded}
+
+
+def _place(name: str, places: Mapping[str, str]) -> str:
+    """Where a module is: as the narrowest part around it, and as the parts inside it."""
+    around = [part for part in places if part in ("", name) or name.startswith(f"{part}.")]
+    parts = [max(around, key=len)] if around else []
+    parts += [part for part in places if part.startswith(f"{name}.")]
+    return "+".join(dict.fromkeys(places[part] for part in parts))
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model reads its input; `model.device` would say "meta" where the first weights are on disk."""
+    return torch.device(placement(model)["devices"][0])

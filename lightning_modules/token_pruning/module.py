@@ -15,6 +15,7 @@ from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
 from lightning_modules.randomness import run_seed, step_seed
 from lightning_modules.token_pruning import losses
+from lightning_modules.token_pruning.anatomy import input_device
 from lightning_modules.token_pruning.evaluation import PruningQuality
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.pruner import TokenPruner
@@ -51,6 +52,9 @@ class TokenPruning(L.LightningModule):
         eval_keep: Shares per stage that validation prunes to.
         learning_rate: Peak learning rate of AdamW.
         warmup_steps: Optimizer steps of linear warm-up, before a cosine to 0.
+        device_map: For ``validate``: how to spread the base model over devices, as transformers takes it: "auto",
+            "balanced", or a device, "cpu" or "disk" for each part by name. None puts all of it on the rank's device.
+        offload_folder: For parts that ``device_map`` places on "disk".
 
     Raises:
         ValueError: a value outside its range.
@@ -76,6 +80,8 @@ class TokenPruning(L.LightningModule):
         eval_keep: list[float] = [0.9, 0.8, 0.7, 0.5],  # noqa: B006 (jsonargparse shows it)
         learning_rate: float = 1e-3,
         warmup_steps: int = 20,
+        device_map: dict[str, int | str] | str | None = None,
+        offload_folder: str | None = None,
     ) -> None:
         super().__init__()
         self.weights = {"lm": lm_weight, "mse": mse_weight, "ranking": ranking_weight}
@@ -90,6 +96,7 @@ class TokenPruning(L.LightningModule):
         self.saliency_path, self.target, self.width = saliency, target, width
         self.pairs, self.temperature, self.response, self.eval_keep = pairs, temperature, response, eval_keep
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+        self.device_map, self.offload_folder = device_map, offload_folder
         self.pruner: Any = None
         self.saliency: Saliency | None = None
         self._outside: list[Any] = []  # in a list, so that it is neither moved, trained nor saved
@@ -110,7 +117,7 @@ class TokenPruning(L.LightningModule):
         """Load the base model, and make or load the scorers."""
         if self.pruner is not None:
             return
-        model = load_pretrained(self.base).requires_grad_(False).eval()
+        model = load_pretrained(self.base, self.device_map, self.offload_folder).requires_grad_(False).eval()
         self._outside.append(model)
         layers = self.schedule.resolve(model.config.num_hidden_layers)
         if self.pruner_path is None:
@@ -123,7 +130,13 @@ class TokenPruning(L.LightningModule):
         rank_zero_info(f"scorers after layers {layers}: {trained / 1e6:.2f} M parameters")
 
     def on_fit_start(self) -> None:
-        """Read the saliency, and put the base model beside the scorers."""
+        """Read the saliency, and put the base model beside the scorers.
+
+        Raises:
+            ValueError: With a device map; training keeps the model on one device.
+        """
+        if self.device_map is not None:
+            raise ValueError("model.device_map is for validate: leave it out to train")
         check_data(self.trainer.datamodule, self.model)
         self.model.to(self.device)
         if self.saliency_path is not None:
@@ -135,9 +148,10 @@ class TokenPruning(L.LightningModule):
             self.saliency = Saliency(self.saliency_path, expect)
 
     def on_validation_start(self) -> None:
-        """Put the base model beside the scorers."""
+        """Put the base model beside the scorers, unless a device map has placed it."""
         check_data(self.trainer.datamodule, self.model)
-        self.model.to(self.device)
+        if self.device_map is None:
+            self.model.to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Derive this micro-batch's noise, so that it does not depend on what ran before."""
@@ -220,6 +234,8 @@ class TokenPruning(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Compare scores with saliency, and prune by them, by chance and by recency."""
+        if self.device_map is not None:
+            batch = {name: part.to(input_device(self.model)) for name, part in batch.items()}
         # saliency needs gradients, in which tensors made in Lightning's inference mode cannot take part
         with torch.inference_mode(False), torch.no_grad():
             samples = split_batch(batch, self.response)

@@ -135,7 +135,8 @@ class Pruning:
     def _prune(self, layer: int, hidden_BNH: Tensor) -> None:
         stage = self.budget.stages.index(layer)
         before = self.alive[self.budget.stages[stage - 1]] if stage else torch.ones_like(self.prompt)
-        scores = self.scores[layer] = self.score(layer, hidden_BNH)
+        # layers may be on several devices; masks are where the prompt is
+        scores = self.scores[layer] = self.score(layer, hidden_BNH).to(self.prompt.device)
         noisy = scores if self.temperature is None else scores + self.temperature * _gumbel_difference(scores)
         kept, cut = keep_best(noisy.detach(), before & self.prompt, self.budget.protected, self.budget.tokens[stage])
         self.alive[layer] = kept | ~self.prompt

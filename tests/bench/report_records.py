@@ -51,19 +51,34 @@ SURVIVAL = {
     "layers": [2, 4, 6],
 }
 PREFILL = {
-    "measurements": [
+    "arms": [
         {
             "length": n,
             "arm": arm,
-            "ms_median": n / s,
-            "ms_iqr": 0.02 * n,
-            "speedup": s,
+            "ms_median": n / up,
+            "ms_iqr": n / 50,
+            "speedup": up,
             "bound": b,
             "peak_bytes": n * 1e5,
         }
         for n in (1024, 2048, 4096, 8192)
-        for arm, s, b in (("unpruned", 1.0, None), ("keep 0.9", 1.35, 1.42), ("keep 0.7", 2.3, 2.46))
-    ]
+        for arm, up, b in (("baseline", 1.0, 1.0), ("pruned", 2.3, 2.46), ("keep-1.0", 0.8, None))
+    ],
+    "placement": {"devices": ["cuda:0"], "offloaded": ["model.layers.3"]},
+    "skipped": {"16384": "the model has only 8192 positions"},
+}
+TOKEN_QUALITY = [
+    {"task": "suffix", "scorer": "unpruned", "keep": None, "nll_rise": 0.0, "accuracy": 0.5, "kept": 1.0},
+    {"task": "suffix", "scorer": "random", "keep": 0.7, "nll_rise": 0.25, "nll_rise_low": 0.2, "nll_rise_high": 0.31,
+     "accuracy": 0.4, "kept": 0.34},
+]  # fmt: skip
+INFERENCE = {
+    "rows": [{"phase": "prefill", "batch": 1, "dense_ms": 30.0, "pruned_ms": 20.0, "speedup": 1.5, "flop_bound": 1.6,
+              "byte_bound": 1.4, "suspicious": False}],
+}  # fmt: skip
+PREFILL_MEMORY = {
+    "limit_bytes": 8_000_000_000,
+    "arms": [{"arm": "baseline", "longest": 12_288, "probes": []}, {"arm": "pruned", "longest": 20_480, "probes": []}],
 }
 
 

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from bench.__main__ import main
+from bench.report.sections import tiers
 from tests.bench import report_records as synthetic
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -57,10 +58,11 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     base = synthetic.template()
     features = [
-        {**base, "run_name": "<script>alert(1)</script>", "prefill": synthetic.PREFILL, "survival": synthetic.SURVIVAL},
-        {**base, "run_name": "slim", "structure": synthetic.STRUCTURE},
+        {**base, "run_name": "<script>alert(1)</script>", "prefill": synthetic.PREFILL, "survival": synthetic.SURVIVAL,
+         "prefill_memory": synthetic.PREFILL_MEMORY, "token_quality": synthetic.TOKEN_QUALITY},
+        {**base, "run_name": "slim", "structure": synthetic.STRUCTURE, "inference": synthetic.INFERENCE},
         {**base, "run_name": "blocks", "tiers": synthetic.TIERS},
-    ]
+    ]  # fmt: skip
     figure = {"kind": "figure", "figure": "f", "what": "Speed & size", "value": 2.0, "unit": "×", "target": "≥ 1 ×",
               "reached": True, "spread": None, "command": "python -m x", "details": {}}  # fmt: skip
     failure = {"kind": "failure", "run_name": "topk/x", "error": "line 1\nValueError: <b>no</b>", "exit_status": 1}
@@ -106,7 +108,20 @@ def test_names_and_errors_are_text_not_markup(whole):
 def test_what_was_skipped_is_counted_and_shown(whole):
     _, page, _ = whole
     shown = " ".join(page.text)
-    assert "2 broken line(s) skipped" in shown and "1 foreign record(s) skipped" in shown
+    assert "2 broken line(s) skipped" in shown and "1 foreign record(s) skipped" in shown and "1 of kind alien" in shown
+
+
+def test_pruned_prefill_shows_where_the_model_was_and_what_fits(whole):
+    folder, page, _ = whole
+    rows = [line.split(",") for line in (folder / "tables/prefill.csv").read_text().splitlines()]
+    assert rows[1][1:6] == ["8192", "8192.0", str(8192 / 2.3), "2.3", "2.46"] and "25.0 %" in rows[1][6]
+    assert "Ran on cuda:0. Offloaded, so times measure transfers: model.layers.3." in page.text
+    assert (folder / "tables/prefill-memory.csv").read_text().splitlines()[1].endswith("8000000000,12288,20480")
+    quality = (folder / "tables/prefill-quality.csv").read_text().splitlines()
+    assert quality[2].split(",")[1:] == ["suffix", "random", "0.7", "0.25", "0.2", "0.31", "0.4", "0.34"]
+    assert quality[1].split(",")[5:7] == ["", ""]  # not recorded
+    speed = (folder / "tables/structure-speed.csv").read_text().splitlines()[1]
+    assert speed == "slim,prefill,1,30.0,20.0,1.5,,1.6,1.4,False"
 
 
 def test_tables_and_figures_are_written_for_papers(whole):
@@ -115,7 +130,7 @@ def test_tables_and_figures_are_written_for_papers(whole):
     assert {"headline.md", "headline.csv", "step-time.csv", "tiers-0.md", "failures.csv"} <= names
     header, first, *_ = (folder / "tables/headline.csv").read_text().splitlines()
     assert "validation PPL mean,validation PPL sd,validation PPL n" in header and "±" not in first
-    assert (folder / "tables/headline.md").read_text().startswith("**Methods by setting**\n\n| method |")
+    assert (folder / "tables/headline.md").read_text().startswith("**Methods by setting**\n\n| setting | method |")
     pictures = {path.suffix: path for path in (folder / "figures").iterdir()}
     assert set(pictures) == {".png", ".svg"} and len(list((folder / "figures").glob("*.png"))) == len(page.named("svg"))
     assert pictures[".png"].read_bytes().startswith(b"\x89PNG") and "var(--" not in pictures[".svg"].read_text()
@@ -127,6 +142,40 @@ def test_one_run_with_almost_nothing_recorded_says_so(tmp_path):
     assert sections(page) == ["headline", "runs"]
     assert page.text.count("not recorded") > 5
     assert not [text for text in page.text if text.strip() in ("0", "0.0", "nan", "None")]
+
+
+def test_long_texts_and_names_that_repeat_stand_once(tmp_path):
+    base = synthetic.template()
+    other = {**base, "machine": {**base["machine"], "cpu": "Another processor"}, "val_ppl": None}
+    page, text = report(tmp_path, [{**base, "run_name": "a"}, {**other, "run_name": "b"}, {**other, "run_name": "c"}])
+    details = [part.split("</details>")[0] for part in text.split('<details class="run">')[1:]]
+    assert text.count("Another processor, isa") == 1
+    assert [part.count("<dd>machine 1</dd>") for part in details] == [1, 0, 0]
+    assert [part.count("<dd>machine 2</dd>") for part in details] == [0, 1, 1]
+    tables = [{**base, "run_name": "slim", "structure": synthetic.STRUCTURE}] * 2
+    page, _ = report(tmp_path, tables)
+    assert [a["rowspan"] for a in page.named("th") if a.get("scope") == "rowgroup"] == ["2"]
+
+
+def test_what_a_run_lacks_is_listed(tmp_path):
+    lacking = {key: value for key, value in synthetic.template().items() if key != "train_loss"}
+    _, text = report(tmp_path, [synthetic.template(), {**lacking, "run_name": "b", "step_time_ms_p90": None}])
+    missing = text.split("<dt>not recorded</dt><dd>")[-1].split("</dd>")[0].split(", ")
+    assert {"train_loss", "step_time_ms_p90"} <= set(missing) and "step_time_ms_p50" not in missing
+
+
+def test_only_the_last_of_many_runs_are_drawn_and_the_section_says_so(tmp_path):
+    runs = [{"run_name": f"prompt {i}", "survival": synthetic.SURVIVAL} for i in range(20)]
+    page, _ = report(tmp_path, runs)
+    captions = [text for text in page.text if text.startswith("Tokens left after each stage")]
+    assert captions == [f"Tokens left after each stage: prompt {i}" for i in range(12, 20)]
+    assert "Drawn: the last 8 of 20 runs." in " ".join(page.text)
+
+
+def test_pictures_of_blocks_have_a_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiers, "_MAP_BYTES", 1)
+    page, _ = report(tmp_path, [{"run_name": "blocks", "tiers": {"matrices": synthetic.TIERS["matrices"]}}])
+    assert len(page.named("img")) == 1 and "2 further matrices are not drawn." in page.text
 
 
 def test_one_real_run(tmp_path):

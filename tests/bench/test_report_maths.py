@@ -8,7 +8,7 @@ from bench.report import export, groups, values
 from bench.report.evidence import sort
 from bench.report.link import link_label
 from bench.report.palette import HUES, Colours
-from bench.report.sections import breakdown, curves, quality, rates, scaling, tiers
+from bench.report.sections import breakdown, curves, prefill, quality, rates, scaling, tiers
 from bench.tables import Table
 from tests.bench import report_records as synthetic
 
@@ -137,6 +137,21 @@ def test_tier_maps_must_have_a_digit_a_block():
             tiers.parse({"matrices": [{"name": "w", "rows": 2, "columns": 2, **wrong}]})
 
 
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ({"1024": {"pruned": {"ms_median": 1.0}}}, "arms"),
+        ({"arms": [{"arm": "pruned", "ms_median": 1.0}]}, "length"),
+        ({"arms": [{"arm": "pruned", "length": "1024", "ms_median": 1.0}]}, "'1024'"),
+        ({"arms": [{"arm": "pruned", "length": 1024, "ms_median": None}]}, "ms_median None"),
+        ({"arms": [], "skipped": {"8192": "too long"}}, "8192 too long"),
+    ],
+)
+def test_prefill_measurements_have_one_shape(block, reason):
+    with pytest.raises((KeyError, ValueError), match=reason):
+        prefill.parse(block)
+
+
 def test_bounds_and_suspicions_reach_the_report():
     times = {"step_time_ms_p50": 100.0, "comm_time_ms_total": 10.0, "compress_time_ms": 0.0, "decompress_time_ms": 0.0}
     sent = {"bytes_compressed_total": 125_000_000, "bytes_parameters_total": 0}
@@ -146,3 +161,6 @@ def test_bounds_and_suspicions_reach_the_report():
         record["bound_step_time_ms"] == pytest.approx(1090.0)
         and "bytes alone take 1000.0 ms" in record["suspicious"][0]
     )
+    found = sort([{**fast, "link_rate": "slow"}, fast])
+    assert [record.get("bound_step_time_ms") for record in found.runs] == [None, pytest.approx(1090.0)]
+    assert found.problems == ["1 run without bounds: no rate in link_rate slow"]

@@ -12,9 +12,12 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from bench.report.sections import prefill
 from callbacks import PrefillMemory, PrefillTiming, RunRecord
 from callbacks.prefill_memory import _Cpu
+from callbacks.prefill_timing import pruned_read
 from callbacks.survival import show, survival
+from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
@@ -22,7 +25,7 @@ from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from lightning_modules.token_pruning.scorers.mlp import MLP
 from lightning_modules.token_pruning.scorers.recency import Recency
-from tests.lightning_modules.token_pruning.models import build, tokens
+from tests.lightning_modules.token_pruning.models import LAYERS, build, on_disk, tokens
 
 SCHEDULE = Schedule(layers=[1, 3], keep=0.5)
 
@@ -37,8 +40,7 @@ class Data(L.LightningDataModule):
 class Module(L.LightningModule):
     def __init__(self, model, **attributes):
         super().__init__()
-        self.model = model
-        self.__dict__.update(attributes)
+        self.__dict__.update(attributes, model=model)  # not a submodule, as in TokenPruning: Lightning does not move it
 
     def validation_step(self, batch, batch_idx):
         pass
@@ -69,12 +71,13 @@ def test_timing_compares_four_arms_and_records_them(tmp_path, capsys):
         block["layers"] == [1, 3] and block["keep"] == 0.5 and block["scorer"] == {"name": "last_window", "window": 32}
     )
     assert block["kernels"] == ["aten._scaled_dot_product_flash_attention_for_cpu.default"]
-    assert block["placement"] == {"devices": ["cpu"], "offloaded": []}
+    assert block["placement"] == {"devices": ["cpu"], "layers": ["cpu"] * LAYERS, "offloaded": []}
     baseline, pruned, whole, _ = block["arms"][4:]
     assert baseline["speedup"] == baseline["bound"] == 1 and whole["bound"] == 1
     assert pruned["bound"] == Cost.of(model).bound(120, SCHEDULE, LastWindow())
     assert pruned["peak_bytes"] < baseline["peak_bytes"] and pruned["ms_median"] > 0 and pruned["ms_iqr"] >= 0
     assert "only 200 tokens" in block["skipped"]["5000"]
+    assert prefill.parse(block).at(120, "pruned").speedup == pruned["speedup"]  # the report reads what was written
     output = capsys.readouterr().out
     assert "Length 120: baseline=0." in output and f"bound={pruned['bound']:.2f}x" in output
     events = EventAccumulator(trainer.logger.log_dir).Reload()
@@ -89,6 +92,24 @@ def test_the_modules_own_pruner_and_schedule_are_the_default(tmp_path):
     record, _ = _validate(tmp_path, PrefillTiming(lengths=[64], repeats=1, warmup=0), model, **own)
     assert record["prefill"]["scorer"]["name"] == "mlp"
     assert record["prefill"]["arms"][1]["bound"] == Cost.of(model).bound(64, SCHEDULE, MLP(pruner))
+
+
+def test_an_offloaded_model_is_timed_where_it_is_and_its_times_are_doubted(tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    model = load_pretrained(str(tmp_path / "model"), on_disk(), str(tmp_path / "disk")).eval()
+    timing = PrefillTiming(Recency(), SCHEDULE, lengths=[64], repeats=1, warmup=0)
+    with pytest.warns(UserWarning, match="times measure transfers: .*lm_head"):
+        record, _ = _validate(tmp_path, timing, model)
+    place = record["prefill"]["placement"]
+    assert place["devices"] == ["cpu"] and place["layers"] == ["cpu", "disk"] * 3
+    assert {"model.embed_tokens", "model.layers.1", "lm_head"} <= set(place["offloaded"])
+    assert any("transfers" in reason for reason in record["suspicious"])
+    assert len(record["prefill"]["arms"]) == 4
+    ids, pruner = tokens(1, 64), PromptPruner(Recency(), SCHEDULE)
+    with torch.inference_mode():
+        assert torch.equal(pruned_read(model, ids, pruner)().logits, pruned_read(build(), ids, pruner)().logits)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="cannot be offloaded"):
+        _validate(tmp_path, PrefillMemory(Recency(), SCHEDULE, start=64, limit_gb=0.25), model)
 
 
 def test_positions_that_the_model_does_not_have_are_left_out(tmp_path):

@@ -72,7 +72,7 @@ def section(evidence: Evidence) -> Section | None:
         lambda figure: _draw(figure, shown),
         Table(headers, rows),
         (8.0, 0.9 + sum(0.55 + 0.26 * len(bars) for _, bars in shown)),
-        drawing.left_out(len(found), "setting") or _cut(found),
+        drawing.left_out(len(found)) or _cut(found),
     )
     return Section("step-time", "Where the step time goes", _LEAD, [chart])
 

@@ -49,7 +49,7 @@ def parse(record: Record) -> list[Point]:
 def section(evidence: Evidence) -> Section | None:
     """A chart per record, and the copy bandwidth between GPUs; None without such records."""
     blocks: list[Block] = []
-    for index, record in enumerate(evidence.collectives):
+    for index, record in enumerate(evidence.collectives[-drawing.MAX_RUNS :]):
         title = f"{text(record.get('backend'))}, {text(record.get('world_size'))} ranks, link {link_label(record)}"
         try:
             points = parse(record)
@@ -60,7 +60,8 @@ def section(evidence: Evidence) -> Section | None:
             blocks.append(_chart(index, title, points))
         if record.get("peer_bandwidth"):
             blocks.append(_peers(index, title, record["peer_bandwidth"]))
-    return Section("collectives", "Collectives", _LEAD, blocks) if blocks else None
+    lead = f"{_LEAD} {drawing.last_runs(len(evidence.collectives))}".strip()
+    return Section("collectives", "Collectives", lead, blocks) if blocks else None
 
 
 def _chart(index: int, title: str, points: list[Point]) -> Chart:

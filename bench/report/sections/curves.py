@@ -112,7 +112,7 @@ def _chart(evidence: Evidence, found: Sequence, name: str, axis: str, across: Ca
             drawing.log_axis(one, "y", [p.ppl.mean for _, points in lines for p in points])
             one.set_xlabel(axis)
             one.set_ylabel("validation PPL")
-            one.set_title(drawing.label(title, 60))
+            drawing.heading(one, title)
         drawing.legend(figure, axes)
 
     rows = [
@@ -131,5 +131,5 @@ def _chart(evidence: Evidence, found: Sequence, name: str, axis: str, across: Ca
         draw,
         Table(["setting", "method", "step", "training time (s)", "validation PPL"], rows),
         (width, height + 0.18 * math.ceil(len({g.method for _, lines in shown for g, _ in lines}) / 4)),
-        drawing.left_out(len(found), "setting"),
+        drawing.left_out(len(found)),
     )

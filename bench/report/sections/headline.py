@@ -21,10 +21,11 @@ def section(evidence: Evidence) -> Section | None:
     groups = evidence.groups
     if not groups:
         return None
-    differing = varying(groups)
+    found = panels(groups)
+    setting = ["setting"] if len(found) > 1 else []
     headers = [
+        *setting,
         "method",
-        *differing,
         "seeds",
         "validation PPL",
         "step time, median (ms)",
@@ -32,7 +33,7 @@ def section(evidence: Evidence) -> Section | None:
         "gradients (MB/step)",
     ]
     headers += ["all sent (MB/step)", "ratio to fp32 ring", "speed-up", "remarks"]
-    rows = [_row(panel, one, differing) for panel in panels(groups) for one in panel.groups]
+    rows = [[*([panel.title] if setting else []), *_row(panel, one)] for panel in found for one in panel.groups]
     constant = [f"{name} {value}" for name, value in _constant(groups).items()]
     note = f"Equal in all runs: {'; '.join(constant)}." if constant else ""
     return Section("headline", "Results", _LEAD, [Sheet("headline", "Methods by setting", Table(headers, rows), note)])
@@ -44,10 +45,9 @@ def _constant(groups: list[Group]) -> dict[str, str]:
     return {name: setting[name] for name in SETTING if name not in differing and setting[name] != NOT_RECORDED}
 
 
-def _row(panel: Panel, group: Group, differing: list[str]) -> list[Any]:
+def _row(panel: Panel, group: Group) -> list[Any]:
     return [
         group.method,
-        *(group.setting[name] for name in differing),
         group.seeds,
         group.ppl,
         group.step_ms,

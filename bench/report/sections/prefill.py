@@ -1,22 +1,33 @@
 """Prefill time of token pruning against prompt length, beside its FLOP bound."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from bench.report import drawing, palette
-from bench.report.content import Chart, Section
+from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
-from bench.report.values import number
-from bench.tables import Table
+from bench.report.values import Record, number, text
+from bench.tables import Table, percent
 
 _LEAD = (
     "Time to the first token, all arms interleaved in one process, median and interquartile range. The dashed line of "
     "the same colour is the speed-up that the arithmetic left out would allow; a point above it deserves distrust."
 )
 _VALUES = ("ms_median", "ms_iqr", "speedup", "bound", "peak_bytes")
+_LONGEST = ("length (tokens)", "unpruned (ms)", "pruned (ms)", "speed-up (×)", "bound (×)", "overhead of keeping all")
+_QUALITY = {
+    "task": "task",
+    "scorer": "scorer",
+    "keep": "keep per stage",
+    "nll_rise": "rise of the loss (nats)",
+    "nll_rise_low": "95 % from",
+    "nll_rise_high": "to",
+    "accuracy": "accuracy",
+    "kept": "left at the end (share)",
+}
+_MEMORY_ARMS = ("baseline", "pruned")
 
 
 @dataclass(frozen=True)
@@ -32,43 +43,89 @@ class Point:
     peak_bytes: float | None
 
 
-def _walk(block: Any, length: Any = None, arm: Any = None) -> Iterator[Point]:
-    """Measurements anywhere in the block; length and arm are named beside the values or by the keys above them."""
-    if isinstance(block, list):
-        for item in block:
-            yield from _walk(item, length, arm)
-    elif isinstance(block, dict):
-        length, arm = block.get("length", length), block.get("arm", arm)
-        median = number(block, "ms_median")
-        if median is not None:
-            rest = (number(block, name) for name in _VALUES[1:])
-            yield Point(int(length), str(arm), median, *rest)
-            return
-        for key, item in block.items():
-            is_length = str(key).isdigit()
-            yield from _walk(item, key if is_length else length, arm if is_length else key)
+@dataclass(frozen=True)
+class Prefill:
+    """One run's measurements by length, the devices that computed, and the parts that were copied to them each time."""
+
+    points: list[Point]
+    devices: list[str]
+    offloaded: list[str]
+
+    @property
+    def placed(self) -> str:
+        """Where the model was, in words; "" when not recorded."""
+        devices = f"Ran on {', '.join(self.devices)}." if self.devices else ""
+        if not self.offloaded:
+            return devices
+        return f"{devices} Offloaded, so times measure transfers: {', '.join(self.offloaded)}."
+
+    def at(self, length: int, arm: str) -> Point | None:
+        """The measurement of an arm at a length."""
+        return next((p for p in self.points if (p.length, p.arm) == (length, arm)), None)
 
 
-def parse(block: Any) -> list[Point]:
-    """The record's block `prefill`, by length.
+def _point(entry: Record) -> Point:
+    length, median = entry["length"], number(entry, "ms_median")
+    if not isinstance(length, int) or length < 1 or median is None:
+        raise ValueError(f"arm {entry['arm']} has length {length!r} and ms_median {entry.get('ms_median')!r}")
+    rest = (number(entry, name) for name in _VALUES[1:])
+    return Point(length, str(entry["arm"]), median, *rest)
+
+
+def parse(block: Any) -> Prefill:
+    """The record's block `prefill`: a list `arms` with one entry for each length and arm.
 
     Raises:
-        ValueError: There is no measurement in it.
+        ValueError: There is no measurement in it, or one without a length or time.
     """
-    found = sorted(_walk(block), key=lambda p: p.length)
-    if not found:
-        raise ValueError("no measurement with ms_median")
-    return found
+    points = sorted(map(_point, block["arms"]), key=lambda p: p.length)
+    if not points:
+        raise ValueError(f"no length was measured; left out: {text(block.get('skipped'))}")
+    place = block.get("placement") or {}
+    return Prefill(points, *([str(part) for part in place.get(name) or []] for name in ("devices", "offloaded")))
+
+
+def parse_memory(block: Any) -> list[Any]:
+    """The record's block `prefill_memory`: its limit, and the longest prompt of each arm in `_MEMORY_ARMS`."""
+    longest = {str(arm["arm"]): int(arm["longest"]) for arm in block["arms"]}
+    return [int(block["limit_bytes"]), *(longest.get(arm) for arm in _MEMORY_ARMS)]
+
+
+def parse_quality(block: Any) -> list[list[Any]]:
+    """The record's block `token_quality`, a row for each task, scorer and share kept, as in `_QUALITY`."""
+    return [[entry["task"], *(entry.get(name) for name in list(_QUALITY)[1:])] for entry in block]
 
 
 def section(evidence: Evidence) -> Section | None:
-    """Speed-up and peak memory by length; None when no run timed its prefill."""
-    found = evidence.blocks("prefill", parse)
-    charts = []
-    for index, (name, points) in enumerate(found):
-        if any(p.speedup is not None for p in points):
-            charts.append(_chart(index, name, points))
-    return Section("prefill", "Prefill with pruned tokens", _LEAD, charts) if charts else None
+    """Speed-up and peak memory by length, and longest prompts; None when no run measured its prefill."""
+    found, memory = evidence.blocks("prefill", parse), evidence.blocks("prefill_memory", parse_memory)
+    quality = evidence.blocks("token_quality", parse_quality)
+    blocks: list[Block] = []
+    if found:
+        rows = [[name, *_longest(prefill)] for name, prefill in found]
+        table = Table(["run", *_LONGEST, "remarks"], rows)
+        note = drawing.last_runs(len(found))
+        blocks.append(Sheet("prefill", "At each run's longest length", table, note))
+    for index, (name, prefill) in enumerate(found[-drawing.MAX_RUNS :]):
+        if any(p.speedup is not None for p in prefill.points):
+            blocks.append(_chart(index, name, prefill))
+    if memory:
+        headers = ["run", "memory (bytes)", "unpruned (tokens)", "pruned (tokens)"]
+        table = Table(headers, [[name, *row] for name, row in memory])
+        blocks.append(Sheet("prefill-memory", "Longest prompt that fits", table))
+    if quality:
+        cost = [[name, *row] for name, rows in quality[-drawing.MAX_RUNS :] for row in rows]
+        table = Table(["run", *_QUALITY.values()], cost)
+        blocks.append(Sheet("prefill-quality", "What pruning costs", table, drawing.last_runs(len(quality))))
+    return Section("prefill", "Prefill with pruned tokens", _LEAD, blocks) if blocks else None
+
+
+def _longest(prefill: Prefill) -> list[Any]:
+    length = prefill.points[-1].length
+    plain, pruned, whole = (prefill.at(length, arm) for arm in ("baseline", "pruned", "keep-1.0"))
+    values = [None if pruned is None else getattr(pruned, name) for name in ("ms_median", "speedup", "bound")]
+    overhead = None if whole is None or not whole.speedup else percent(1 / whole.speedup - 1)
+    return [length, None if plain is None else plain.ms_median, *values, overhead, prefill.placed]
 
 
 def _line(points: list[Point], arm: str, field: str) -> tuple[list[int], list[float]]:
@@ -81,7 +138,8 @@ def _speedup_error(point: Point) -> float:
     return 0.0 if point.ms_iqr is None or not point.speedup else point.speedup * point.ms_iqr / 2 / point.ms_median
 
 
-def _chart(index: int, name: str, points: list[Point]) -> Chart:
+def _chart(index: int, name: str, prefill: Prefill) -> Chart:
+    points = prefill.points
     arms = list(dict.fromkeys(p.arm for p in points))
     memory = any(p.peak_bytes is not None for p in points)
 
@@ -117,4 +175,5 @@ def _chart(index: int, name: str, points: list[Point]) -> Chart:
         draw,
         Table(headers, [[p.length, p.arm, *(getattr(p, field) for field in _VALUES)] for p in points]),
         (8.0, 3.7),
+        prefill.placed,
     )

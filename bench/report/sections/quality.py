@@ -91,7 +91,7 @@ def _chart(
         draw,
         Table(["setting", "method", "link", f"{what} ({unit})", "validation PPL", "on the front"], rows),
         _size(drawn),
-        drawing.left_out(len(found), "setting"),
+        drawing.left_out(len(found)),
     )
 
 
@@ -111,5 +111,5 @@ def _draw(axes: Axes, title: str, points: Sequence[Point], colours: Colours) -> 
             color=colours.colour(method), marker=colours.marker(method), label=drawing.label(method),
         )  # fmt: skip
     drawing.log_axis(axes, "x", [p.cost.mean for p in points])
-    axes.set_title(drawing.label(title, 60))
+    drawing.heading(axes, title)
     axes.margins(0.08)

@@ -61,7 +61,7 @@ def section(evidence: Evidence) -> Section | None:
             )
             one.set_xlabel("link rate (Mbit/s)")
             one.set_ylabel("speed-up over uncompressed (×)")
-            one.set_title(drawing.label(setting, 60))
+            drawing.heading(one, setting)
         drawing.legend(figure, axes)
 
     points = [
@@ -77,7 +77,7 @@ def section(evidence: Evidence) -> Section | None:
         draw,
         Table(["setting", "method", "link rate (Mbit/s)", "speed-up (×)", "link"], points),
         (width, height + 0.18 * math.ceil(len({m for _, m in lines}) / 4)),
-        drawing.left_out(len(settings), "setting"),
+        drawing.left_out(len(settings)),
     )
     rows = [[where or "all", method, _stop(line)] for (where, method), line in lines.items()]
     table = Table(["setting", "method", "stops paying at"], rows)

@@ -63,7 +63,7 @@ def section(evidence: Evidence) -> Section | None:
         lambda figure: _draw(figure, shown, roles),
         Table(headers, rows),
         (8.0, 0.9 + sum(0.55 + 0.26 * len(bars) for _, bars in shown)),
-        drawing.left_out(len(found), "setting"),
+        drawing.left_out(len(found)),
     )
     return Section("bytes", "What is sent", _LEAD, [chart])
 

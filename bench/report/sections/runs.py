@@ -1,26 +1,37 @@
 """Every run with the command that repeats it."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bench.report.content import Markings, Section, Sheet
 from bench.report.evidence import Evidence, run_name, shared
 from bench.report.values import Record, text
 from bench.schema import OPTIONAL, REQUIRED
-from bench.tables import Table, cell
+from bench.tables import NOT_RECORDED, Table, cell
 
 _LEAD = (
-    "One entry per run: the command that repeats it and what it recorded. What is equal in all runs stands once, "
-    "above. The whole record, configuration included, is in the results file."
+    "One entry per run: the command that repeats it and what it recorded. What is equal in all runs, and machines and "
+    "versions, stand once, above. The whole record, configuration included, is in the results file."
 )
-_LONG = ("config", "command", "trace", "val_curve", "prefill", "structure", "tiers", "survival")
+_LONG = (
+    "config",
+    "command",
+    "trace",
+    "val_curve",
+    "prefill",
+    "prefill_memory",
+    "token_quality",
+    "survival",
+    "structure",
+)
+_LONG += ("inference", "tiers")  # the other sections show them
+_SURROUNDINGS = ("machine", "versions")  # long, and the same in many runs
 _DETAIL = Markup(
     '<details class="run"><summary>{name} <span class="quiet">{about}</span></summary>\n'
-    "<p>{origin}</p>\n<pre><code>{command}</code></pre>\n<table><tbody>{rows}</tbody></table></details>\n"
+    "<p>{origin}</p>\n<pre><code>{command}</code></pre>\n<dl>{fields}</dl></details>\n"
 )
-_ROW = Markup("<tr><th scope='row'>{}</th><td>{}</td></tr>")
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -31,17 +42,37 @@ def section(evidence: Evidence) -> Section | None:
     equal = shared(evidence.runs, names) if len(evidence.runs) > 1 else {}
     rows = [[_label(name), equal[name]] for name in names if equal.get(name) is not None]
     sheet = Sheet("shared-fields", "Equal in all runs", Table(["field", "value"], rows))
-    varying = [name for name in names if name not in equal]
-    details = Markup("").join(_detail(run, varying) for run in evidence.runs)
-    return Section("runs", "Runs", _LEAD, [*([sheet] if rows else []), Markings(details)])
+    labels = {name: _label(name) for name in names if name not in equal}
+    places = _numbered(evidence.runs, [name for name in _SURROUNDINGS if name in labels])
+    table = Table(["name", "recorded"], [[place, shown] for (_, shown), place in places.items()])
+    surroundings = [Sheet("surroundings", "Machines and versions", table)] if places else []
+    details = Markup("").join(_detail(run, labels, places) for run in evidence.runs)
+    return Section("runs", "Runs", _LEAD, [*([sheet] if rows else []), *surroundings, Markings(details)])
 
 
-def _detail(run: Record, names: Sequence[str]) -> Markup:
-    recorded = [name for name in names if name in run]
-    rows = Markup("").join(_ROW.format(_label(name), cell(run[name])) for name in recorded)
-    about = f"{text(run.get('compress_method'))}, seed {text(run.get('seed'))}, {text(run.get('date'))}"
+def _numbered(runs: Sequence[Record], names: Sequence[str]) -> dict[tuple[str, str], str]:
+    """A short name, such as "machine 2", for each field and text that any run recorded in it."""
+    places: dict[tuple[str, str], str] = {}
+    for name in names:
+        found = dict.fromkeys(cell(run[name]) for run in runs if run.get(name))
+        places |= {(name, shown): f"{name} {number}" for number, shown in enumerate(found, start=1)}
+    return places
+
+
+def _detail(run: Record, labels: Mapping[str, str], places: Mapping[tuple[str, str], str]) -> Markup:
+    fields, missing = [], []
+    for name, label in labels.items():
+        if run.get(name) is not None:
+            shown = cell(run[name])
+            fields.append(f"<dt>{escape(label)}</dt><dd>{escape(places.get((name, shown), shown))}</dd>")
+        elif name in run or name in REQUIRED:
+            missing.append(name)
+    if missing:
+        fields.append(f"<dt>{NOT_RECORDED}</dt><dd>{escape(', '.join(missing))}</dd>")
+    seed = None if run.get("seed") is None else str(run["seed"])  # a name, not a quantity: digits are not grouped
+    about = f"{text(run.get('compress_method'))}, seed {text(seed)}, {text(run.get('date'))}"
     origin, lines = command(run)
-    return _DETAIL.format(name=run_name(run), about=about, origin=origin, command=lines, rows=rows)
+    return _DETAIL.format(name=run_name(run), about=about, origin=origin, command=lines, fields=Markup("".join(fields)))
 
 
 def _label(name: str) -> str:

@@ -90,7 +90,7 @@ def section(evidence: Evidence) -> Section | None:
             drawing.plain_numbers(one.yaxis)
             one.set_xlabel("ranks")
             one.set_ylabel("throughput (tokens/s)")
-            one.set_title(drawing.label(setting, 60))
+            drawing.heading(one, setting)
         drawing.legend(figure, axes)
 
     rows = [
@@ -108,6 +108,6 @@ def section(evidence: Evidence) -> Section | None:
         draw,
         Table(["setting", "method", "ranks", "throughput (tokens/s)", "efficiency"], rows),
         (width, height + 0.18 * math.ceil(len({line.method for line in found}) / 4)),
-        drawing.left_out(len(settings), "setting"),
+        drawing.left_out(len(settings)),
     )
     return Section("scaling", "Scaling", _LEAD, [chart])

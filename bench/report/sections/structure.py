@@ -1,6 +1,6 @@
 """What structured pruning left of each layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bench.report import drawing, palette
-from bench.report.content import Chart, Section, Sheet
+from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.values import number
 from bench.tables import Table, percent
@@ -18,7 +18,17 @@ _LEAD = (
     "Query-head groups (with their keys and values) and feed-forward channels that each layer keeps. PPL before and "
     "after is without recovery unless the record says otherwise."
 )
-_MAX_RUNS = 12
+_SPEED = {
+    "phase": "phase",
+    "batch": "batch",
+    "dense_ms": "dense (ms)",
+    "pruned_ms": "pruned (ms)",
+    "speedup": "speed-up (×)",
+    "speedup_spread": "± (×)",
+    "flop_bound": "FLOP bound (×)",
+    "byte_bound": "byte bound (×)",
+    "suspicious": "beyond its bounds",
+}
 
 
 @dataclass(frozen=True)
@@ -40,21 +50,31 @@ def parse(block: Any) -> tuple[list[Layer], Mapping[str, Any]]:
     return layers, single
 
 
+def parse_speed(block: Any) -> list[list[Any]]:
+    """The record's block `inference`, a row for each phase and batch, as in `_SPEED`."""
+    return [[entry["phase"], *(entry.get(name) for name in list(_SPEED)[1:])] for entry in block["rows"]]
+
+
 def section(evidence: Evidence) -> Section | None:
-    """Bars per layer and a table of before and after; None when no run pruned structure."""
-    found = evidence.blocks("structure", parse)
-    if not found:
-        return None
+    """Bars per layer, tables of before and after and of speed; None when no run pruned structure."""
+    found, speed = evidence.blocks("structure", parse), evidence.blocks("inference", parse_speed)
+    blocks: list[Block] = _kept(found) if found else []
+    if speed:
+        rows = [[name, *row] for name, measured in speed[-drawing.MAX_RUNS :] for row in measured]
+        table = Table(["run", *_SPEED.values()], rows)
+        blocks.append(Sheet("structure-speed", "Speed beside the dense model", table, drawing.last_runs(len(speed))))
+    return Section("structure", "Structured pruning", _LEAD, blocks) if blocks else None
+
+
+def _kept(found: Sequence[tuple[str, tuple[list[Layer], Mapping[str, Any]]]]) -> list[Block]:
     names = list(dict.fromkeys(key for _, (_, single) in found for key in single))
     names = [name for name in names if any(single.get(name) is not None for _, (_, single) in found)]
     rows = [[name, *(single.get(key) for key in names), _share(single)] for name, (_, single) in found]
     table = Table(["run", *(name.replace("_", " ") for name in names), "parameters left"], rows)
     drawn = [(name, layers) for name, (layers, _) in found if layers]
-    charts = [_chart(index, name, layers) for index, (name, layers) in enumerate(drawn[:_MAX_RUNS])]
-    note = drawing.left_out(len(drawn), "run", _MAX_RUNS)
-    return Section(
-        "structure", "Structured pruning", _LEAD, [Sheet("structure", "Before and after", table, note), *charts]
-    )
+    charts = [_chart(index, name, layers) for index, (name, layers) in enumerate(drawn[-drawing.MAX_RUNS :])]
+    note = drawing.last_runs(len(drawn))
+    return [Sheet("structure", "Before and after", table, note), *charts]
 
 
 def _share(single: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from bench.report import drawing
 from bench.report.content import Block, Markings, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.tables import Table
@@ -57,9 +58,9 @@ def section(evidence: Evidence) -> Section | None:
     if not found:
         return None
     blocks: list[Block] = []
-    for index, (name, survival) in enumerate(found):
+    for index, (name, survival) in enumerate(found[-drawing.MAX_RUNS :]):
         blocks += [Markings(_text(name, survival)), _counts(f"survival-{index}", name, survival)]
-    return Section("survival", "Which tokens survive", _LEAD, blocks)
+    return Section("survival", "Which tokens survive", f"{_LEAD} {drawing.last_runs(len(found))}".strip(), blocks)
 
 
 def _shade(stage: int, stages: int) -> int:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from bench.report import drawing, palette
-from bench.report.content import Block, Chart, Markings, Section
+from bench.report.content import Block, Chart, Markings, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.tables import Table
 
@@ -22,8 +22,9 @@ _LEAD = (
     "Sparsity is that of the pruned matrices unless the record says otherwise."
 )
 _NAMES = ("dense", "2:4", "top-k")
-_MAX_MAPS = 300
+_MAP_BYTES = 1_000_000  # for pictures of blocks, all runs together
 _FIELDS = ("iteration", "dense", "mid_2_4", "topk", "sparsity", "ppl", "violations")
+_HEADERS = ("iteration", "dense (share)", "2:4 (share)", "top-k (share)", "sparsity (share)", "PPL", "violations")
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,23 @@ def _map(entry: Any) -> TierMap:
 def section(evidence: Evidence) -> Section | None:
     """Charts per run and a picture per matrix; None when no run has tiers."""
     found = evidence.blocks("tiers", parse)
-    blocks: list[Block] = []
-    for index, (name, tiers) in enumerate(found):
+    if not found:
+        return None
+    drawn = found[-drawing.MAX_RUNS :]
+    blocks: list[Block] = [Sheet("tiers", "After the last iteration", _ends(found), drawing.last_runs(len(found)))]
+    for index, (name, tiers) in enumerate(drawn):
         if tiers.iterations:
             blocks.append(_iterations(index, name, tiers.iterations))
         if tiers.quantiles:
             blocks.append(_quantiles(index, name, tiers.quantiles))
         if tiers.maps:
-            blocks.append(Markings(_pictures(name, tiers.maps)))
-    return Section("tiers", "Block sparsity", _LEAD, blocks) if blocks else None
+            blocks.append(Markings(_pictures(name, tiers.maps, _MAP_BYTES // len(drawn))))
+    return Section("tiers", "Block sparsity", _LEAD, blocks)
+
+
+def _ends(found: Sequence[tuple[str, Tiers]]) -> Table:
+    ends = [(name, tiers.iterations[-1] if tiers.iterations else [None] * len(_FIELDS)) for name, tiers in found]
+    return Table(["run", *_HEADERS], [[name, *row] for name, row in ends])
 
 
 def _known(rows: Sequence[Sequence[float | None]], column: str) -> list[tuple[float, float]]:
@@ -103,11 +112,10 @@ def _iterations(index: int, name: str, rows: list[list[float | None]]) -> Chart:
 
     last = f"Last: {sparsity[-1][1]:.1%} sparsity" if sparsity else "Sparsity not recorded"
     last += f", PPL {ppl[-1][1]:.4g}." if ppl else ", PPL not recorded."
-    headers = ["iteration", "dense (share)", "2:4 (share)", "top-k (share)", "sparsity (share)", "PPL", "violations"]
     return Chart(
         f"tiers-{index}", f"Sparsity and perplexity by iteration: {name}",
         f"Two line charts over {len(rows)} iterations: sparsity in percent, and perplexity. {last}",
-        draw, Table(headers, rows), (8.0, 2.9),
+        draw, Table(_HEADERS, rows), (8.0, 2.9),
     )  # fmt: skip
 
 
@@ -147,16 +155,22 @@ def _png(tiers: TierMap) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def _pictures(name: str, maps: Sequence[TierMap]) -> Markup:
+def _pictures(name: str, maps: Sequence[TierMap], limit: int) -> Markup:
+    """All maps of a run, or as many as fit into `limit` bytes."""
     legend = Markup(" ").join(
         Markup('<span class="swatch" style="--swatch:{}"></span>{}').format(colour, tier)
         for colour, tier in zip(palette.TIERS, _NAMES, strict=True)
     )
-    pictures = Markup("").join(_picture(one) for one in maps[:_MAX_MAPS])
-    cut = len(maps) - _MAX_MAPS
+    pictures: list[Markup] = []
+    for one in maps:
+        if limit <= 0:
+            break
+        pictures.append(_picture(one))
+        limit -= len(pictures[-1])
+    cut = len(maps) - len(pictures)
     rest = Markup("<p>{} further matrices are not drawn.</p>").format(cut) if cut > 0 else ""
     template = Markup('<h3>Tier of each block: {}</h3><p class="legend">{}</p><div class="maps">{}</div>{}')
-    return template.format(name, legend, pictures, rest)
+    return template.format(name, legend, Markup("").join(pictures), rest)
 
 
 def _picture(one: TierMap) -> Markup:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_modules.token_pruning.anatomy import input_device
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
 
@@ -44,7 +45,7 @@ class MLP(Scorer):
                 f"no trained scorer for layers {missing}; there are scorers for {list(self._loaded.layers)}: "
                 "set schedule.layers to these"
             )
-        self._ready = copy.deepcopy(self._loaded).to(model.device, model.dtype).eval()
+        self._ready = copy.deepcopy(self._loaded).to(input_device(model), model.dtype).eval()
 
     def unbound(self) -> "MLP":
         """A copy that serves any model of the same width: where only shapes matter."""

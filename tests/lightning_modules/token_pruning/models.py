@@ -44,3 +44,9 @@ shared = functools.cache(build)
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, the padding token excluded."""
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def on_disk(layers: int = LAYERS) -> dict[str, int | str]:
+    """A device map of the Llama that leaves its first weights, every second layer and its head on disk."""
+    places: dict[str, int | str] = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    return places | {f"model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(layers)} | {"lm_head": "disk"}

@@ -1,13 +1,11 @@
 """Attribute names of transformers' models: an upgrade that moves one must fail here, not in a user's run."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lightning_modules.token_pruning.anatomy import SUPPORTED, UnsupportedModelError, anatomy, placement
+from lightning_modules.token_pruning.anatomy import SUPPORTED, UnsupportedModelError, anatomy, input_device, placement
 from tests.lightning_modules.token_pruning.models import HIDDEN, LAYERS, build, shared, tokens
 
 families = pytest.mark.parametrize("family", SUPPORTED)
@@ -96,18 +94,30 @@ def test_sliding_windows_are_refused_with_the_reason(family, fields):
         anatomy(build(family, **fields))
 
 
+_ENDS = {"model.embed_tokens": 0, "model.norm": 1, "lm_head": 1}
+
+
 @pytest.mark.parametrize(
-    ("places", "devices", "offloaded"),
+    ("places", "devices", "layers", "offloaded"),
     [
-        ({"": "cpu"}, ["cpu"], []),
-        ({"model.layers.0": 0, "model.layers.1": 1, "lm_head": 0}, ["cuda:0", "cuda:1"], []),
-        ({"model.layers.0": 0, "model.layers.1": "cpu", "lm_head": "disk"}, ["cuda:0"], ["model.layers.1", "lm_head"]),
-        ({"a": "cpu", "b": "disk"}, ["cpu"], ["b"]),
+        ({"": "cpu"}, ["cpu"], ["cpu"] * 3, []),
+        ({"": 1}, ["cuda:1"], ["cuda:1"] * 3, []),
+        ({**_ENDS, "model.layers": 0, "model.layers.1": 1}, ["cuda:0", "cuda:1"], ["cuda:0", "cuda:1", "cuda:0"], []),
+        (
+            {**_ENDS, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": "disk"},
+            ["cuda:0", "cuda:1"],
+            ["cuda:0", "cpu", "disk"],
+            ["model.layers.1", "model.layers.2"],
+        ),
+        ({"": "cpu", "model.layers.1.mlp": "disk"}, ["cpu"], ["cpu", "cpu+disk", "cpu"], ["model.layers.1.mlp"]),
     ],
 )
-def test_offloaded_parts_of_a_device_map_are_named(places, devices, offloaded):
-    assert placement(SimpleNamespace(hf_device_map=places)) == {"devices": devices, "offloaded": offloaded}
+def test_a_device_map_is_told_by_layer_and_what_is_offloaded_is_named(places, devices, layers, offloaded):
+    model = build(layers=3)
+    model.hf_device_map = places
+    assert placement(model) == {"devices": devices, "layers": layers, "offloaded": offloaded}
+    assert str(input_device(model)) == devices[0]
 
 
 def test_a_model_on_one_device_has_one_place():
-    assert placement(shared()) == {"devices": ["cpu"], "offloaded": []}
+    assert placement(shared()) == {"devices": ["cpu"], "layers": ["cpu"] * LAYERS, "offloaded": []}

@@ -14,6 +14,7 @@ from lightning_modules.token_pruning.saliency import TokenSaliency
 from lightning_modules.token_pruning.samples import check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
+from tests.lightning_modules.token_pruning.models import LAYERS, on_disk
 from tests.lightning_modules.token_pruning.test_saliency import SCHEDULE, base, data  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning 2.6 with torch 2.13
@@ -89,6 +90,22 @@ def test_supervision_teaches_the_order_of_saliency(base, data, saliency, tmp_pat
     for layer in (1, 3):
         name = f"val/spearman_{layer}"
         assert trainer.callback_metrics[name] > untrained.callback_metrics[name] + 0.1
+
+
+def test_an_offloaded_model_validates_to_the_same_numbers(base, data, tmp_path):  # noqa: F811
+    options = {"mse_weight": 0.0, "ranking_weight": 0.0, "pruner": str(tmp_path / "saved")}
+    model = load_pretrained(base)
+    TokenPruner.for_model(model, SCHEDULE.resolve(LAYERS), width=32).save(tmp_path / "saved")
+    places = {"device_map": on_disk(), "offload_folder": str(tmp_path / "disk")}
+    found = []
+    for placed in ({}, places):
+        module = _module(base, tmp_path, **options, **placed)
+        found += _trainer().validate(module, data, verbose=False)
+    assert module.model.device.type == "meta"  # it really is on disk
+    del found[0]["val/ppl_random_0_5"], found[1]["val/ppl_random_0_5"]  # draws go on from run to run
+    assert found[0] == found[1] and found[0]["val/ppl_learned_0_5"] > 0
+    with pytest.raises(ValueError, match="device_map is for validate"):
+        _trainer(max_steps=1).fit(_module(base, tmp_path, **options, **places), data)
 
 
 def test_samples_without_saliency_train_on_the_loss_alone_and_are_reported(base, data, tmp_path):  # noqa: F811
