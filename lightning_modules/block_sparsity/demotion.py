@@ -73,22 +73,23 @@ def block_sums(scores: Scored, tiers: Tiers) -> Tensor:
     Raises:
         ValueError: A score is NaN or infinite.
     """
-    found = []
+    # small results kept between large temporaries would scatter these over the heap: fresh pages for each slab
+    sums_rc = torch.empty(tiers.map_rc.shape, device=tiers.map_rc.device)
+    thinned = (tiers.map_rc != DENSE).any(1).tolist()
     for rows, bands in _slabs(tiers):
         weighted = scores.rows(rows)
-        if (tiers.map_rc[bands] != DENSE).any():
+        if any(thinned[bands]):
             # through bytes: on a CPU booleans take five times as long to become floats
             weighted *= tiers.keep_RC[rows].view(torch.uint8).float()
         padded = pad(weighted, tiers.block)
         # rows first: adding whole rows is what a processor does fastest
         columns = padded.unflatten(0, (-1, tiers.block)).sum(1)
-        found.append(columns.unflatten(1, (-1, tiers.block)).sum(2))
-    sums = torch.cat(found)
-    if not sums.isfinite().all():
+        sums_rc[bands] = columns.unflatten(1, (-1, tiers.block)).sum(2)
+    if not sums_rc.isfinite().all():
         raise ValueError(
             f"{tiers.name}: scores are not finite; the weights or the calibration statistics have NaN or Inf"
         )
-    return sums
+    return sums_rc
 
 
 def _means(sums: Mapping[str, Tensor], tiers: Mapping[str, Tiers]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from lightning_modules.block_sparsity.tiers import Index, pad, take_blocks
 Formula = Callable[[Tensor, Tensor | None], Tensor]
 """See ``Score.score``."""
 
-_SLAB = {"cpu": 1 << 18}  # elements: a megabyte, which stays in a core's cache; a GPU wants fewer, larger launches
+_SLAB = {"cpu": 1 << 17}  # elements: half a megabyte stays in a core's cache; a GPU wants fewer, larger launches
 _GPU_SLAB = 1 << 22
 
 
