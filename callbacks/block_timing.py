@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import interleaved, percentiles, ratio_with_spread
+from lightning_modules.block_sparsity.bands import to_bands
 from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.packed_model import PackedLinear
 from lightning_modules.block_sparsity.packing import Layout, pack
@@ -62,7 +63,7 @@ def demotion(size: int, repeats: int, device: torch.device) -> dict[str, Any]:
 
 
 def products(size: int, rows: list[int], repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Time x·Wᵀ of a pruned square matrix: masked dense, packed, packed with int8 values, int8 weight-only.
+    """Time x·Wᵀ of a pruned square matrix: masked dense, packed plainly and in bands, int8 values, int8 weight-only.
 
     Args:
         size: Side of the matrix.
@@ -77,10 +78,11 @@ def products(size: int, rows: list[int], repeats: int, device: torch.device) -> 
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     weight = torch.randn(size, size, device=device, dtype=dtype)
     tiers = _tiers(weight)
-    demote({"m": Scored(weight, Magnitude().score)}, {"m": tiers}, END)
+    demote({"m": Scored(weight, Magnitude().score)}, {"m": tiers}, END, "band")
     weight.masked_fill_(~tiers.keep_RC, 0.0)
     layout = Layout(size, size, BLOCK, K)
     parts = {"packed": pack(weight, tiers, dtype), "packed int8": pack(weight, tiers, torch.int8)}
+    parts |= {name.replace("packed", "bands"): to_bands(part, layout, "m") for name, part in parts.items()}
     layers = {name: PackedLinear(part, layout, None) for name, part in parts.items()}
     scale = weight.abs().amax(1, keepdim=True) / 127
     codes = (weight / scale).round().to(torch.int8)

@@ -1,8 +1,8 @@
 """The packed form in bands: what a product with packed weights wants to read. The same bytes in another order.
 
-A band is a row of blocks. All bands have equally many blocks of each tier (the budget "band" sees to that), so they are
-equal work and need no pointers; a band's blocks are sorted by tier, then by column, so that its values are read one after
-the other and only the input is gathered. Of r bands with D dense, M 2:4 and T top-k blocks each, of side b:
+A band is a row of blocks. All bands have equally many blocks of each tier (the budget "band" sees to that): they are
+equal work and need no pointers. A band's blocks are sorted by tier, then by column, so that its values are read one
+after the other and only the input is gathered. Of r bands with D dense, M 2:4 and T top-k blocks each, of side b:
 
 * ``columns`` int16 [r, D + M + T]: the block columns of the dense blocks, of the 2:4 and of the top-k, each ascending;
   it replaces the map

@@ -113,20 +113,26 @@ def write_packed(
     return {"packed_bytes": size, "packed_bits_per_weight": bits, "packed_ratio": whole / size}
 
 
-def load_packed(folder: str | Path, dtype: torch.dtype = torch.float32, expand: bool = True) -> PreTrainedModel:
+def load_packed(
+    folder: str | Path, dtype: torch.dtype = torch.float32, expand: bool = True, kernel: bool = False
+) -> PreTrainedModel:
     """Load a packed model with one call.
 
     Args:
         folder: What ``export`` wrote.
         dtype: Type to compute in.
         expand: Make plain dense layers; otherwise the weights stay packed in memory and are expanded layer by layer.
+        kernel: Multiply layers that stay packed by a Triton kernel: for decoding on a CUDA device, in the band form.
 
     Raises:
         FileNotFoundError: There is no packed model.
-        ValueError: The file is cut short, altered, or does not fit the configuration beside it.
+        ValueError: The file is cut short, altered, or does not fit the configuration beside it; or the kernel is asked
+            for and the file is not in bands.
+        ModuleNotFoundError: The kernel is asked for and triton is not installed.
     """
     folder = Path(folder)
     tensors, layouts, _ = _read(folder)
+    product = _kernel(folder, tensors, layouts) if kernel else None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _rest(tensors, layouts).items()}
@@ -137,7 +143,7 @@ def load_packed(folder: str | Path, dtype: torch.dtype = torch.float32, expand: 
         else:
             parent, _, attribute = name.rpartition(".")
             bias = state.pop(f"{name}.bias", None)
-            setattr(model.get_submodule(parent), attribute, PackedLinear(parts, layout, bias))
+            setattr(model.get_submodule(parent), attribute, PackedLinear(parts, layout, bias, product))
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -162,7 +168,7 @@ def packed_dtype(folder: Path) -> torch.dtype:
 def is_banded(folder: Path) -> bool:
     """Whether a packed model is in the band form."""
     tensors, layouts, _ = _read(folder)
-    return any(f"{name}.{_BANDS}" in tensors for name in layouts)
+    return _has_bands(tensors, layouts)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], str]:
@@ -174,6 +180,18 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], str]:
 def _parts(tensors: Mapping[str, Tensor], matrix: str) -> dict[str, Tensor]:
     known = {*PARTS, _BANDS, *(f"{part}.scale" for part in PARTS)}
     return {part: tensors[f"{matrix}.{part}"] for part in known if f"{matrix}.{part}" in tensors}
+
+
+def _has_bands(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> bool:
+    return all(f"{name}.{_BANDS}" in tensors for name in layouts)
+
+
+def _kernel(folder: Path, tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> Product:
+    if not _has_bands(tensors, layouts):
+        raise ValueError(f"{folder} is not in bands, which the kernel reads: export it with model.export_bands true")
+    from lightning_modules.block_sparsity.triton_bands import kernel_product
+
+    return kernel_product
 
 
 def _in_blocks(parts: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """The product with weights in bands as one Triton kernel, for CUDA. Importing this needs the package triton.
 
-One program makes a band's 16 outputs for one row of the input and keeps its sums in registers: it reads the band's values
-one after the other and gathers the input, so it spends the bytes that the tiers need and no more. That pays where reading
-weights is all that counts, for a few rows of input; every further row reads the weights again, from the GPU's cache.
+One program makes a band's 16 outputs for one row of the input and keeps its sums in registers: it reads the band's
+values one after the other and gathers the input, so it moves the bytes that the tiers need and no more. That can pay
+where reading weights is all that counts, for few rows of input; every further row reads the weights again, from cache.
 
 Shape legend: N blocks (or values) of one step, 16 rows, 16 columns of a block.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_modules.block_sparsity.packing import Layout
 
 BLOCK = 16
-ROWS = 16  # of the input: with more, expanding the weights once for all is cheaper
 
 
 @triton.jit
@@ -48,7 +47,7 @@ def _dense(x, columns, values, scales, band, count, N: tl.constexpr, SCALED: tl.
 
 @triton.jit
 def _two_of_four(x, columns, values, codes, scales, band, count, N: tl.constexpr, SCALED: tl.constexpr):
-    """What a band's 2:4 blocks give, ``[16]``: 64 groups a block, group i in the low and i + 32 in the high half-bytes."""
+    """What a band's 2:4 blocks give, ``[16]``; of 64 groups a block, i is in a low and i + 32 in a high half-byte."""
     half = tl.arange(0, 2)[None, :, None]
     byte = tl.arange(0, 32)[None, None, :]
     total = tl.zeros([N, 2, 32], tl.float32)
@@ -114,7 +113,7 @@ def multiply(
     N: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """``out [rows, outputs] = x [rows, inputs] · Wᵀ``, one program a band and row; d, m, t blocks of the tiers a band."""
+    """``out [rows, outputs] = x [rows, inputs] · Wᵀ``, one program a band and row; d, m, t: a band's blocks by tier."""
     band = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     x += row * inputs
@@ -144,8 +143,8 @@ def kernel_product(x: Tensor, parts: dict[str, Tensor], layout: Layout, bias: Te
     """
     if layout.block != BLOCK or layout.columns % BLOCK:
         raise ValueError(
-            f"the kernel multiplies matrices in blocks of {BLOCK} that fill all columns, not {layout.columns} columns in "
-            f"blocks of {layout.block}: load without it"
+            f"the kernel multiplies matrices in blocks of {BLOCK} that fill all columns, not {layout.columns} columns "
+            f"in blocks of {layout.block}: load without it"
         )
     rows = x.reshape(-1, layout.columns).contiguous()
     out = torch.empty(len(rows), layout.rows, dtype=x.dtype, device=x.device)

@@ -106,5 +106,7 @@ def test_a_model_in_bands_is_the_plain_packed_one_and_multiplies_band_by_band(dt
         assert torch.equal(tier_map, pruner.tiers[name].map_rc) and torch.equal(keep, pruner.tiers[name].keep_RC)
     packed = load_packed(tmp_path / "bands", expand=False)
     assert {m.product for m in packed.modules() if isinstance(m, PackedLinear)} == {band_product}
+    with pytest.raises(ValueError, match="export_bands"):
+        load_packed(tmp_path / "plain", expand=False, kernel=True)
     ids = batches(1)[0]
     torch.testing.assert_close(packed(input_ids=ids).logits, wanted(input_ids=ids).logits)
