@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_modules.block_sparsity.bands import band_product
 from lightning_modules.block_sparsity.packing import Layout
 
 BLOCK = 16
+ROWS = 16  # of input; with more, as in prefill, bands are expanded once for all of them
 
 
 @triton.jit
@@ -130,7 +132,7 @@ STEP = 8  # blocks
 
 
 def kernel_product(x: Tensor, parts: dict[str, Tensor], layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + bias, ``[…, C]`` to ``[…, R]``, in the type of ``x``, for some rows of input.
+    """x·Wᵀ + bias, ``[…, C]`` to ``[…, R]``, in the type of ``x``: by the kernel for few rows, else ``band_product``.
 
     Args:
         x: Input, on the device of the weights.
@@ -147,6 +149,8 @@ def kernel_product(x: Tensor, parts: dict[str, Tensor], layout: Layout, bias: Te
             f"in blocks of {layout.block}: load without it"
         )
     rows = x.reshape(-1, layout.columns).contiguous()
+    if len(rows) > ROWS:
+        return band_product(x, parts, layout, bias)
     out = torch.empty(len(rows), layout.rows, dtype=x.dtype, device=x.device)
     tiers = ("dense", "mid", "topk")
     scales = [parts.get(f"{tier}.scale", parts[tier]) for tier in tiers]
