@@ -47,32 +47,28 @@ class Scored:
     def blocks(self, index: Index, block: int) -> Iterator[tuple[Index, Tensor]]:
         """Scores of some blocks ``float32 [n, b, b]``, some at a time, with their index; beyond the edge anything."""
         weight = pad(self.weight, block)
-        statistic = pad(self.statistic, block) if self.statistic is not None else None
+        statistic = None if self.statistic is None else pad(self.statistic, block)
+        # beyond the edge one, so that nothing is divided by zero
         means = (
-            F.pad(self.row_means, (0, -len(self.row_means) % block), value=1.0) if self.row_means is not None else None
+            None if self.row_means is None else F.pad(self.row_means, (0, len(weight) - len(self.row_means)), value=1.0)
         )
         count = slab_elements(self.weight.device) // block**2
         for row, column in zip(*(places.split(count) for places in index), strict=True):
-            known = None
-            if statistic is not None:
-                whole = statistic.ndim == 2
-                known = (
-                    take_blocks(statistic, (row, column), block)
-                    if whole
-                    else _strips(statistic, column, block)[:, None]
-                )
+            known = statistic
+            if statistic is not None and statistic.ndim == 2:
+                known = take_blocks(statistic, (row, column), block)
+            elif statistic is not None:
+                known = _strips(statistic, column, block)[:, None]
             scores = self.formula(take_blocks(weight, (row, column), block), known)
             yield (row, column), scores if means is None else scores.div_(_strips(means, row, block)[..., None])
 
     def relative_to_rows(self, keep_RC: Tensor) -> "Scored":
         """The same with every score divided by the mean over what its row still has."""
-        found = []
-        for rows in torch.arange(len(self.weight)).split(
-            max(1, slab_elements(self.weight.device) // self.weight.shape[1])
-        ):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            keep = keep_RC[part].view(torch.uint8).float()
-            found.append(self.rows(part).mul_(keep).sum(1) / keep.sum(1).clamp_min(1))
+        found, count = [], max(1, slab_elements(self.weight.device) // self.weight.shape[1])
+        for first in range(0, len(self.weight), count):
+            rows = slice(first, first + count)
+            keep = keep_RC[rows].view(torch.uint8).float()
+            found.append(self.rows(rows).mul_(keep).sum(1) / keep.sum(1).clamp_min(1))
         return replace(self, row_means=torch.cat(found).clamp_min(torch.finfo(torch.float32).tiny))
 
 
