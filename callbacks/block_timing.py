@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import interleaved, percentiles, ratio_with_spread
+from lightning_modules.block_sparsity.bands import to_bands
 from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.packed_model import PackedLinear
 from lightning_modules.block_sparsity.packing import Layout, pack
+from lightning_modules.block_sparsity.scored import Scored
+from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.tiers import Tiers
 
@@ -35,13 +38,15 @@ def demotion(size: int, repeats: int, device: torch.device) -> dict[str, Any]:
         (host memory; None on a GPU without its allocator's figure).
     """
     weight, norms = torch.randn(size, size, device=device), torch.rand(size, device=device)
-    scores = partial(Wanda().score, weight, norms)
+    scores = Scored(weight, Wanda().score, norms)
     start = _tiers(weight)
     demote({"m": scores}, {"m": start}, BEFORE)
     extra = _extra_memory(weight, scores, start)
 
+    fresh = [_copy(start, weight) for _ in range(repeats + 1)]  # one a round and one to warm up
+
     def fast() -> None:
-        demote({"m": scores}, {"m": _copy(start, weight)}, AFTER)
+        demote({"m": scores}, {"m": fresh.pop()}, AFTER)
 
     times = interleaved({"fast": fast, "read": lambda: weight.sum()}, repeats)
     loop = interleaved({"loop": partial(_loop, weight, norms, _copy(start, weight))}, 1, warmup=0)["loop"]
@@ -58,7 +63,7 @@ def demotion(size: int, repeats: int, device: torch.device) -> dict[str, Any]:
 
 
 def products(size: int, rows: list[int], repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Time x·Wᵀ of a pruned square matrix: masked dense, packed, packed with int8 values, int8 weight-only.
+    """Time x·Wᵀ of a pruned square matrix: masked dense, packed plainly and in bands, int8 values, int8 weight-only.
 
     Args:
         size: Side of the matrix.
@@ -73,10 +78,11 @@ def products(size: int, rows: list[int], repeats: int, device: torch.device) -> 
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     weight = torch.randn(size, size, device=device, dtype=dtype)
     tiers = _tiers(weight)
-    demote({"m": lambda part: weight[part].float().abs()}, {"m": tiers}, END)
+    demote({"m": Scored(weight, Magnitude().score)}, {"m": tiers}, END, "band")
     weight.masked_fill_(~tiers.keep_RC, 0.0)
     layout = Layout(size, size, BLOCK, K)
     parts = {"packed": pack(weight, tiers, dtype), "packed int8": pack(weight, tiers, torch.int8)}
+    parts |= {name.replace("packed", "bands"): to_bands(part, layout, "m") for name, part in parts.items()}
     layers = {name: PackedLinear(part, layout, None) for name, part in parts.items()}
     scale = weight.abs().amax(1, keepdim=True) / 127
     codes = (weight / scale).round().to(torch.int8)
@@ -114,7 +120,7 @@ def _copy(tiers: Tiers, weight: Tensor) -> Tiers:
     return copied
 
 
-def _extra_memory(weight: Tensor, scores: Any, start: Tiers) -> float:
+def _extra_memory(weight: Tensor, scores: Scored, start: Tiers) -> float:
     """Peak memory beyond the matrix and the masks it began with, over the matrix's bytes."""
     gc.collect()
     tiers = _copy(start, weight)

@@ -1,29 +1,26 @@
 """One iteration of progressive demotion: the lowest dense blocks to 2:4, then the lowest 2:4 blocks to top-k.
 
 Before any falls to top-k, all 2:4 blocks, old and new, have scores of the weights they still have, by the present
-criterion: a block that was demoted a moment ago competes with those demoted long before. Scores are computed in slabs
-of rows, so the extra memory is a slab and one byte a weight for the mask, whatever the size of the matrix.
+criterion: a block that was demoted a moment ago competes with those demoted long before. All scores are computed once,
+in slabs of rows, for the means of blocks; then once more only those of the blocks that fall. So the extra memory is a
+slab, whatever the size of the matrix.
 
 Shape legend: R, C rows and columns of a matrix; r, c rows and columns of blocks; b side of a block; n blocks chosen;
 G groups that compete among themselves, N blocks of a group.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Tiers, pad, to_blocks
-
-RowScores = Callable[[slice], Tensor]
-"""Scores ``float32 [rows, C]`` of some rows of one matrix, not negative; higher is more important."""
+from lightning_modules.block_sparsity.scored import Scored, slab_elements
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Tiers, pad
 
 Budget = Literal["matrix", "global", "band"]
-
-_SLAB = {"cpu": 1 << 18}  # elements: a megabyte, which stays in a core's cache; a GPU wants fewer, larger launches
-_GPU_SLAB = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Ratios:
 
 
 def demote(
-    scores: Mapping[str, RowScores], tiers: Mapping[str, Tiers], target: Ratios, budget: Budget = "matrix"
+    scores: Mapping[str, Scored], tiers: Mapping[str, Tiers], target: Ratios, budget: Budget = "matrix"
 ) -> dict[str, Tensor]:
     """Bring every tier map to the target ratios, in place, strictly downwards.
 
@@ -63,35 +60,40 @@ def demote(
         ValueError: The target would bring a block back, or a score is not finite. The tier maps are left as they were.
     """
     flows = _flows(tiers, target, budget)
-    means = {name: block_means(scores[name], tiers[name]) for name in tiers}
-    for name, chosen_rc in _lowest_blocks(means, tiers, DENSE, flows, budget).items():
-        _to_two_of_four(scores[name], tiers[name], chosen_rc, means[name])
-    for name, chosen_rc in _lowest_blocks(means, tiers, MID, flows, budget).items():
-        _to_topk(scores[name], tiers[name], chosen_rc, means[name])
-    return means
+    sums = {name: block_sums(scores[name], tiers[name]) for name in tiers}
+    for tier, cut in ((DENSE, _to_two_of_four), (MID, _to_topk)):
+        for name, chosen_rc in _lowest_blocks(_means(sums, tiers), tiers, tier, flows, budget).items():
+            cut(scores[name], tiers[name], chosen_rc, sums[name])
+    return _means(sums, tiers)
 
 
-def block_means(scores: RowScores, tiers: Tiers) -> Tensor:
-    """Mean score of the weights that each block still has, ``float32 [r, c]``.
+def block_sums(scores: Scored, tiers: Tiers) -> Tensor:
+    """Sum of the scores of the weights that each block still has, ``float32 [r, c]``.
 
     Raises:
         ValueError: A score is NaN or infinite.
     """
-    sums = []
+    # small results kept between large temporaries would scatter these over the heap: fresh pages for each slab
+    sums_rc = torch.empty(tiers.map_rc.shape, device=tiers.map_rc.device)
+    thinned = (tiers.map_rc != DENSE).any(1).tolist()
     for rows, bands in _slabs(tiers):
-        weighted = scores(rows)
-        if (tiers.map_rc[bands] != DENSE).any():
-            weighted *= tiers.keep_RC[rows]
+        weighted = scores.rows(rows)
+        if any(thinned[bands]):
+            # through bytes: on a CPU booleans take five times as long to become floats
+            weighted *= tiers.keep_RC[rows].view(torch.uint8).float()
         padded = pad(weighted, tiers.block)
         # rows first: adding whole rows is what a processor does fastest
         columns = padded.unflatten(0, (-1, tiers.block)).sum(1)
-        sums.append(columns.unflatten(1, (-1, tiers.block)).sum(2))
-    means = torch.cat(sums) / tiers.kept_per_block()
-    if not means.isfinite().all():
+        sums_rc[bands] = columns.unflatten(1, (-1, tiers.block)).sum(2)
+    if not sums_rc.isfinite().all():
         raise ValueError(
             f"{tiers.name}: scores are not finite; the weights or the calibration statistics have NaN or Inf"
         )
-    return means
+    return sums_rc
+
+
+def _means(sums: Mapping[str, Tensor], tiers: Mapping[str, Tiers]) -> dict[str, Tensor]:
+    return {name: sums_rc / tiers[name].kept_per_block() for name, sums_rc in sums.items()}
 
 
 def quantiles(means: Mapping[str, Tensor], tiers: Mapping[str, Tiers]) -> dict[str, list[float]]:
@@ -108,7 +110,7 @@ def quantiles(means: Mapping[str, Tensor], tiers: Mapping[str, Tiers]) -> dict[s
 def _slabs(tiers: Tiers) -> Iterator[tuple[slice, slice]]:
     """Rows of the matrix and rows of blocks, some whole bands at a time."""
     rows, columns = tiers.shape
-    bands = max(1, _SLAB.get(tiers.map_rc.device.type, _GPU_SLAB) // (columns * tiers.block))
+    bands = max(1, slab_elements(tiers.map_rc.device) // (columns * tiers.block))
     for first in range(0, len(tiers.map_rc), bands):
         last = min(first + bands, len(tiers.map_rc))
         yield slice(first * tiers.block, min(last * tiers.block, rows)), slice(first, last)
@@ -168,30 +170,27 @@ def _lowest_blocks(
 
 def lowest(values_GN: Tensor, eligible_GN: Tensor, count_G: Tensor) -> Tensor:
     """The ``count_G`` lowest eligible entries of every group, bool ``[G, N]``; of equals the first."""
-    order_GN = values_GN.masked_fill(~eligible_GN, torch.inf).argsort(dim=1, stable=True)
-    first_GN = torch.arange(values_GN.shape[1], device=values_GN.device)[None] < count_G[:, None]
-    return torch.zeros_like(eligible_GN).scatter_(1, order_GN, first_GN)
+    most = int(count_G.max())
+    if not most:
+        return torch.zeros_like(eligible_GN)
+    values_GN = values_GN.masked_fill(~eligible_GN, torch.inf)
+    smallest = values_GN.topk(most, dim=1, largest=False).values
+    limit_G1 = smallest.gather(1, (count_G - 1).clamp_min(0)[:, None])
+    below_GN, equal_GN = values_GN < limit_G1, values_GN == limit_G1
+    room_G1 = count_G[:, None] - below_GN.sum(1, keepdim=True)
+    return below_GN | (equal_GN & (equal_GN.cumsum(1) <= room_G1))
 
 
-def _chosen(scores: RowScores, tiers: Tiers, chosen_rc: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-    """Index and scores ``[n, b, b]`` of the chosen blocks, a slab at a time; −1 where no weight is left to keep."""
-    for rows, bands in _slabs(tiers):
-        row, column = chosen_rc[bands].nonzero(as_tuple=True)
-        if not len(row):
-            continue
-        index = (row + bands.start, column)
-        blocks_nbb = to_blocks(pad(scores(rows), tiers.block), tiers.block)[row, column]
-        yield index, blocks_nbb.masked_fill(~tiers.keep_rcbb[index], -1.0)
-
-
-def _to_two_of_four(scores: RowScores, tiers: Tiers, chosen_rc: Tensor, means_rc: Tensor) -> None:
-    """Keep the two best of every four neighbours in a row, of equals the first; the blocks' means follow."""
-    for index, blocks_nbb in _chosen(scores, tiers, chosen_rc):
-        a, b, c, d = blocks_nbb.unflatten(-1, (-1, 4)).unbind(-1)
-        # five comparisons and their opposites: each weight is kept if it loses to at most one of the other three
+def _to_two_of_four(scores: Scored, tiers: Tiers, chosen_rc: Tensor, sums_rc: Tensor) -> None:
+    """Keep the two best of every four neighbours in a row, of equals the first; the blocks' sums follow."""
+    for index, scores_nbb in scores.blocks(chosen_rc.nonzero(as_tuple=True), tiers.block):
+        a, b, c, d = scores_nbb.unflatten(-1, (-1, 4)).unbind(-1)
+        # six comparisons and their opposites: each weight is kept if it loses to at most one of the other three. What
+        # lies beyond the edge comes last in its group with score zero, so it beats nothing that exists
         ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
         keep = torch.stack([_two(ab, ac, ad), _two(~ab, bc, bd), _two(~ac, ~bc, cd), _two(~ad, ~bd, ~cd)], -1)
-        _demote(tiers, index, MID, keep.flatten(-2), blocks_nbb, means_rc)
+        keep_nbb = tiers.demote(index, MID, keep.flatten(-2))
+        sums_rc[index] = scores_nbb.mul_(keep_nbb.view(torch.uint8).float()).flatten(1).sum(1)
 
 
 def _two(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -199,18 +198,24 @@ def _two(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return (x & y) | (z & (x | y))
 
 
-def _to_topk(scores: RowScores, tiers: Tiers, chosen_rc: Tensor, means_rc: Tensor) -> None:
-    """Keep the k best weights of each block among those it still has; the blocks' means follow."""
-    for index, blocks_nbb in _chosen(scores, tiers, chosen_rc):
-        flat = blocks_nbb.flatten(1)
-        best = flat.topk(tiers.k, sorted=False).indices
-        keep = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, True)
-        _demote(tiers, index, TOPK, keep.view_as(blocks_nbb), blocks_nbb, means_rc)
+def _to_topk(scores: Scored, tiers: Tiers, chosen_rc: Tensor, sums_rc: Tensor) -> None:
+    """Keep the k best weights of each block among those it still has, of equals the first; the blocks' sums follow."""
+    k = tiers.k
+    for index, scores_nbb in scores.blocks(chosen_rc.nonzero(as_tuple=True), tiers.block):
+        kept = tiers.kept(index).view(torch.uint8).float().flatten(1)
+        flat = scores_nbb.flatten(1).mul_(kept).add_(kept.sub_(1))  # −1 where no weight is left to keep
+        best = _largest(flat, k).clamp_min_(0)
+        keep = flat >= best[:, :1]
+        tied = (keep.sum(1, dtype=torch.int32) > k).nonzero(as_tuple=True)[0]
+        if len(tied):
+            keep[tied] = lowest(-flat[tied], flat[tied] >= 0, torch.full_like(tied, k))
+        tiers.demote(index, TOPK, keep.view_as(scores_nbb))
+        sums_rc[index] = best.sum(1)
 
 
-def _demote(
-    tiers: Tiers, index: tuple[Tensor, Tensor], tier: int, keep_nbb: Tensor, blocks_nbb: Tensor, means_rc: Tensor
-) -> None:
-    keep_nbb = keep_nbb & (blocks_nbb >= 0)
-    tiers.demote(index, tier, keep_nbb)
-    means_rc[index] = (blocks_nbb * keep_nbb).sum((1, 2)) / keep_nbb.sum((1, 2))
+def _largest(values_nN: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of every row, the least of them first."""
+    if values_nN.device.type == "cpu":
+        # NumPy selects with vector instructions: a quarter of the time that torch.topk takes
+        return torch.from_numpy(np.partition(values_nN.numpy(), -count, axis=1)[:, -count:])
+    return values_nN.topk(count, dim=1).values.flip(1)

@@ -57,6 +57,7 @@ class BlockSparsity(CausalLM):
         distill_weight: Share of the distillation loss.
         iteration_lr_factor: The learning rate is multiplied by this at every iteration after the first.
         export_dtype: Type of packed values; "int8" stores the tiers in 8 bits with scales, everything else in float16.
+        export_bands: Pack in bands of rows, as products with packed weights read them; needs the budget "band".
         **kwargs: Optimizer and schedule, see ``CausalLM``.
     """
 
@@ -81,6 +82,7 @@ class BlockSparsity(CausalLM):
         distill_weight: float = 0.5,
         iteration_lr_factor: float = 1.0,
         export_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16",
+        export_bands: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -92,13 +94,11 @@ class BlockSparsity(CausalLM):
         self.pretrained, self.output = pretrained, Path(output)
         self.schedule = schedule or CubicSchedule()
         self.rows = self.schedule.rows if iteration is None else [self.schedule.row(iteration)]
-        self.score = score or Wanda()
-        self.calibration_blocks = calibration_blocks
+        self.score, self.calibration_blocks = score or Wanda(), calibration_blocks
         self.finetune, self.lora_rank = finetune, lora_rank
         self.reconstruction_steps, self.reconstruction_lr = reconstruction_steps, reconstruction_lr
         self.teacher, self.distill_weight = teacher, distill_weight
-        self.iteration_lr_factor = iteration_lr_factor
-        self.export_dtype: str = export_dtype
+        self.iteration_lr_factor, self._packing = iteration_lr_factor, (export_dtype, export_bands)
         self._pruning = {"block": block, "k": topk, "pattern": pattern, "budget": budget, "row_relative": row_relative}
         self.pruner: Pruner
         self._teacher: list[Any] = []  # in a list, so that it is no submodule and in no checkpoint
@@ -276,8 +276,8 @@ class BlockSparsity(CausalLM):
             return self.pruner.result([])
         self._need_tiers()
         with replacing(self.output) as folder:
-            state = self.plain_model.state_dict()
-            sizes = write_packed(folder, self.plain_model, state, self.pruner.tiers, self.export_dtype)
+            model = self.plain_model
+            sizes = write_packed(folder, model, model.state_dict(), self.pruner.tiers, *self._packing)
             data.tokenizer.save_pretrained(folder)
         print("\n".join(f"{name}: {value:,.4g}" for name, value in sizes.items()))
         fields = self.pruner.result([])

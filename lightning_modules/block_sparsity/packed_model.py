@@ -1,38 +1,47 @@
 """Folders with a packed model: written, read back as a plain model, or run from its packed bytes."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_modules.block_sparsity import sealed
-from lightning_modules.block_sparsity.packing import PARTS, Layout, pack, unpack, unpack_keep
+from lightning_modules.block_sparsity.bands import band_product, from_bands, to_bands
+from lightning_modules.block_sparsity.packing import PARTS, Layout, block_product, pack, unpack, unpack_keep
 from lightning_modules.block_sparsity.tiers import Tiers
 
 PACKED_FILE = "packed.safetensors"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 _KIND = "packed tiers"
+_BANDS = "columns"  # the part that only the band form has
+
+Product = Callable[[Tensor, dict[str, Tensor], Layout, Tensor | None], Tensor]
+"""x·Wᵀ + bias from packed tensors."""
 
 
 class PackedLinear(nn.Module):
     """A linear layer that keeps only packed weights and expands them for each product.
 
-    It saves memory, not arithmetic: every call writes the dense matrix once and forgets it.
+    It saves memory, not arithmetic: every call writes the dense matrix once and forgets it; in the band form, some
+    bands at a time.
 
     Args:
-        parts: See ``packing.pack``.
+        parts: See ``packing.pack`` and ``bands.to_bands``.
         layout: The matrix's sizes.
         bias: ``[R]`` or None.
+        product: Another way to multiply.
     """
 
-    def __init__(self, parts: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> None:
+    def __init__(
+        self, parts: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, product: Product | None = None
+    ) -> None:
         super().__init__()
         self.layout = layout
+        self.product = product or (band_product if _BANDS in parts else block_product)
         self.bias: Tensor | None
         self._names = list(parts)
         for name, tensor in parts.items():
@@ -46,7 +55,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x·Wᵀ + bias, ``[…, C]`` to ``[…, R]``, in the type of ``x``."""
-        return F.linear(x, unpack(self.parts, self.layout, x.dtype), self.bias)
+        return self.product(x, self.parts, self.layout, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
         """Move, but never change types: a cast of int8 codes or of indices to floats would be wrong or larger."""
@@ -59,7 +68,12 @@ class PackedLinear(nn.Module):
 
 
 def write_packed(
-    folder: Path, model: PreTrainedModel, state: Mapping[str, Tensor], tiers: Mapping[str, Tiers], dtype: str
+    folder: Path,
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    tiers: Mapping[str, Tiers],
+    dtype: str,
+    bands: bool = False,
 ) -> dict[str, float]:
     """Write configuration and one packed file.
 
@@ -70,19 +84,22 @@ def write_packed(
         tiers: Tiers of the pruned matrices.
         dtype: Type of all stored values: "float16", "bfloat16", "float32", or "int8" for the tiers' values (what is
             not pruned then stays float16).
+        bands: Write the band form.
 
     Returns:
         ``packed_bytes`` of the file, ``packed_bits_per_weight`` of the pruned matrices, and ``packed_ratio``: the file
         with all weights dense in 16 bits, over this one.
 
     Raises:
-        ValueError: See ``packing.pack``.
+        ValueError: See ``packing.pack`` and ``bands.to_bands``.
     """
     tensors: dict[str, Tensor] = {}
     layouts = {}
     for name, matrix in tiers.items():
-        layouts[name] = vars(Layout(*matrix.shape, matrix.block, matrix.k))
-        tensors |= {f"{name}.{part}": t for part, t in pack(state[f"{name}.weight"], matrix, DTYPES[dtype]).items()}
+        layout = Layout(*matrix.shape, matrix.block, matrix.k)
+        parts = pack(state[f"{name}.weight"], matrix, DTYPES[dtype])
+        parts = to_bands(parts, layout, name) if bands else parts
+        layouts[name], tensors = vars(layout), tensors | {f"{name}.{part}": t for part, t in parts.items()}
     bits = 8 * sum(t.nbytes for t in tensors.values()) / sum(matrix.keep_RC.numel() for matrix in tiers.values())
     other = DTYPES["float16" if dtype == "int8" else dtype]
     rest = {name: w for name, w in state.items() if name.removesuffix(".weight") not in tiers}
@@ -96,31 +113,37 @@ def write_packed(
     return {"packed_bytes": size, "packed_bits_per_weight": bits, "packed_ratio": whole / size}
 
 
-def load_packed(folder: str | Path, dtype: torch.dtype = torch.float32, expand: bool = True) -> PreTrainedModel:
+def load_packed(
+    folder: str | Path, dtype: torch.dtype = torch.float32, expand: bool = True, kernel: bool = False
+) -> PreTrainedModel:
     """Load a packed model with one call.
 
     Args:
         folder: What ``export`` wrote.
         dtype: Type to compute in.
         expand: Make plain dense layers; otherwise the weights stay packed in memory and are expanded layer by layer.
+        kernel: Multiply layers that stay packed by a Triton kernel: for decoding on a CUDA device, in the band form.
 
     Raises:
         FileNotFoundError: There is no packed model.
-        ValueError: The file is cut short, altered, or does not fit the configuration beside it.
+        ValueError: The file is cut short, altered, or does not fit the configuration beside it; or the kernel is asked
+            for and the file is not in bands.
+        ModuleNotFoundError: The kernel is asked for and triton is not installed.
     """
     folder = Path(folder)
     tensors, layouts, _ = _read(folder)
+    product = _kernel(folder, tensors, layouts) if kernel else None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _rest(tensors, layouts).items()}
     for name, layout in layouts.items():
         parts = _parts(tensors, name)
         if expand:
-            state[f"{name}.weight"] = unpack(parts, layout, dtype).contiguous()
+            state[f"{name}.weight"] = unpack(_in_blocks(parts, layout), layout, dtype).contiguous()
         else:
             parent, _, attribute = name.rpartition(".")
             bias = state.pop(f"{name}.bias", None)
-            setattr(model.get_submodule(parent), attribute, PackedLinear(parts, layout, bias))
+            setattr(model.get_submodule(parent), attribute, PackedLinear(parts, layout, bias, product))
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -134,12 +157,18 @@ def read_tiers(folder: Path) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:
     """Name, tier map, mask and layout of every matrix of a packed model."""
     tensors, layouts, _ = _read(folder)
     for name, layout in layouts.items():
-        yield name, *unpack_keep(_parts(tensors, name), layout), layout
+        yield name, *unpack_keep(_in_blocks(_parts(tensors, name), layout), layout), layout
 
 
 def packed_dtype(folder: Path) -> torch.dtype:
     """Type of the tiers' values in a packed model."""
     return DTYPES[_read(folder)[2]]
+
+
+def is_banded(folder: Path) -> bool:
+    """Whether a packed model is in the band form."""
+    tensors, layouts, _ = _read(folder)
+    return _has_bands(tensors, layouts)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], str]:
@@ -149,8 +178,24 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], str]:
 
 
 def _parts(tensors: Mapping[str, Tensor], matrix: str) -> dict[str, Tensor]:
-    known = {*PARTS, *(f"{part}.scale" for part in PARTS)}
+    known = {*PARTS, _BANDS, *(f"{part}.scale" for part in PARTS)}
     return {part: tensors[f"{matrix}.{part}"] for part in known if f"{matrix}.{part}" in tensors}
+
+
+def _has_bands(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> bool:
+    return all(f"{name}.{_BANDS}" in tensors for name in layouts)
+
+
+def _kernel(folder: Path, tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> Product:
+    if not _has_bands(tensors, layouts):
+        raise ValueError(f"{folder} is not in bands, which the kernel reads: export it with model.export_bands true")
+    from lightning_modules.block_sparsity.triton_bands import kernel_product
+
+    return kernel_product
+
+
+def _in_blocks(parts: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    return from_bands(parts, layout) if _BANDS in parts else parts
 
 
 def _rest(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:

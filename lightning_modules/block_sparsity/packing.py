@@ -17,6 +17,7 @@ top-k block.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Tiers, pad, to_blocks
@@ -58,7 +59,7 @@ def pack(weight_RC: Tensor, tiers: Tiers, dtype: torch.dtype) -> dict[str, Tenso
     nibbles = (pairs[..., 0] | pairs[..., 1] << 2).flatten(1)
     index = torch.uint8 if tiers.block**2 <= 256 else torch.int16
     parts = {
-        "map": _pack_map(tiers.map_rc),
+        "map": pack_map(tiers.map_rc),
         "dense": blocks[tiers.map_rc == DENSE],
         "mid": mid.gather(-1, pairs).flatten(-2),
         "mid_index": (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8),
@@ -81,6 +82,11 @@ def unpack(parts: dict[str, Tensor], layout: Layout, dtype: torch.dtype) -> Tens
     return _trim(blocks, layout)
 
 
+def block_product(x: Tensor, parts: dict[str, Tensor], layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + bias, ``[…, C]`` to ``[…, R]``, in the type of ``x``: the whole matrix is expanded, and forgotten."""
+    return F.linear(x, unpack(parts, layout, x.dtype), bias)
+
+
 def unpack_keep(parts: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
     """Tier map ``[r, c]`` and mask bool ``[R, C]``."""
     ones = {**parts, **{name: torch.ones_like(parts[name], dtype=torch.int8) for name in ("dense", "mid", "topk")}}
@@ -95,8 +101,9 @@ def unpack_map(packed: Tensor, layout: Layout) -> Tensor:
     return twos.flatten()[: rows * columns].view(rows, columns)
 
 
-def _pack_map(map_rc: Tensor) -> Tensor:
-    fours = torch.nn.functional.pad(map_rc.flatten(), (0, -map_rc.numel() % 4)).view(-1, 4)
+def pack_map(map_rc: Tensor) -> Tensor:
+    """Inverse of ``unpack_map``."""
+    fours = F.pad(map_rc.flatten(), (0, -map_rc.numel() % 4)).view(-1, 4)
     return fours[:, 0] | fours[:, 1] << 2 | fours[:, 2] << 4 | fours[:, 3] << 6
 
 

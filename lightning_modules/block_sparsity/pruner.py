@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.block_sparsity import sealed
-from lightning_modules.block_sparsity.demotion import Budget, Ratios, RowScores, demote, quantiles
+from lightning_modules.block_sparsity.demotion import Budget, Ratios, demote, quantiles
 from lightning_modules.block_sparsity.masks import unstructured
 from lightning_modules.block_sparsity.packing import Layout
+from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.stream import linear_layers
 from lightning_modules.block_sparsity.tiers import Tiers, pack_bits, pad, unpack_bits
@@ -30,7 +30,7 @@ class Pruner:
         k: Weights that a top-k block keeps.
         pattern: "tiers", or "unstructured": the same share of zeros, wherever in a row they are (a baseline).
         budget: Who competes, see ``demotion.demote``.
-        row_relative: Divide scores by the mean score of their row first.
+        row_relative: Divide scores by the mean score of what their row still has.
 
     Attributes:
         matrices: The linear layers by name.
@@ -82,26 +82,18 @@ class Pruner:
             ValueError: See ``demotion.demote``.
         """
         statistics = score.statistics(model, self.matrices, batches, device)
-        rows = {name: self._rows(name, score, statistics.get(name)) for name in self.matrices}
+        scores = {name: self._scored(name, score, statistics.get(name)) for name in self.matrices}
         if self.tiers:
-            self.quantiles = quantiles(demote(rows, self.tiers, target, self.budget), self.tiers)
+            self.quantiles = quantiles(demote(scores, self.tiers, target, self.budget), self.tiers)
             return
         sparsity = target.sparsity(self.block, self.k)
         self._masks = {
-            name: unstructured(rows[name](slice(None)), sparsity, mask) for name, mask in self._masks.items()
+            name: unstructured(scores[name].rows(slice(None)), sparsity, mask) for name, mask in self._masks.items()
         }
 
-    def _rows(self, name: str, score: Score, statistic: Tensor | None) -> RowScores:
-        of_rows = partial(score.score, self.matrices[name].weight.detach(), statistic)
-        if not self.row_relative:
-            return of_rows
-
-        def relative(rows: slice) -> Tensor:
-            scores, keep = of_rows(rows), self.keep[name][rows]
-            means = (scores * keep).sum(1) / keep.sum(1).clamp_min(1)
-            return scores / means.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-
-        return relative
+    def _scored(self, name: str, score: Score, statistic: Tensor | None) -> Scored:
+        scored = Scored(self.matrices[name].weight.detach(), score.score, statistic)
+        return scored.relative_to_rows(self.keep[name]) if self.row_relative else scored
 
     # ---- figures ----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,9 @@ from torch import Tensor
 DENSE, MID, TOPK = 0, 1, 2
 NAMES = ("dense", "2:4", "topk")
 
+Index = tuple[Tensor, Tensor]
+"""Rows and columns ``int64 [n]`` of blocks."""
+
 
 def check_sizes(block: int, k: int) -> None:
     """Refuse block sizes and k that the tiers cannot have.
@@ -69,23 +72,32 @@ class Tiers:
         dense, mid, topk = torch.bincount(self.map_rc.flatten().long(), minlength=3).tolist()
         return dense, mid, topk
 
-    def demote(self, index: tuple[Tensor, Tensor], tier: int, keep_nbb: Tensor) -> None:
+    def kept(self, index: Index) -> Tensor:
+        """The mask of some blocks, bool ``[n, b, b]``."""
+        return take_blocks(self._padded_keep, index, self.block)
+
+    def demote(self, index: Index, tier: int, keep_nbb: Tensor) -> Tensor:
         """Move blocks one tier down.
 
         Args:
-            index: Rows and columns ``[n]`` of the blocks; each must be in the tier above.
+            index: The blocks; each must be in the tier above.
             tier: ``MID`` or ``TOPK``.
-            keep_nbb: bool, what they keep.
+            keep_nbb: bool, what they keep; of that, what was pruned before stays pruned.
+
+        Returns:
+            What they keep now.
 
         Raises:
-            RuntimeError: A block is not in the tier above, or would get a weight back.
+            RuntimeError: A block is not in the tier above.
         """
         if (self.map_rc[index] != tier - 1).any():
             raise RuntimeError(f"{self.name}: a block that is not {NAMES[tier - 1]} cannot be demoted to {NAMES[tier]}")
-        if (keep_nbb & ~self.keep_rcbb[index]).any():
-            raise RuntimeError(f"{self.name}: demotion to {NAMES[tier]} would bring a pruned weight back")
-        self.keep_rcbb[index] = keep_nbb
+        places = _pieces(index, self._padded_keep.shape[1], self.block)
+        pieces = self._padded_keep.view(-1, self.block)
+        kept = pieces.index_select(0, places).logical_and_(keep_nbb.reshape(-1, self.block))
+        pieces.index_copy_(0, places, kept)
         self.map_rc[index] = tier
+        return kept.view(keep_nbb.shape)
 
     def kept_per_block(self) -> Tensor:
         """Weights that every block keeps, int64 ``[r, c]``, as its tier and its place at the edge say."""
@@ -149,12 +161,25 @@ def to_blocks(matrix: Tensor, block: int) -> Tensor:
     return matrix.unflatten(1, (-1, block)).unflatten(0, (-1, block)).transpose(1, 2)
 
 
+def take_blocks(matrix: Tensor, index: Index, block: int) -> Tensor:
+    """Some blocks ``[n, b, b]`` of a matrix, whose sides must be multiples of the block."""
+    places = _pieces(index, matrix.shape[1], block)
+    return matrix.reshape(-1, block).index_select(0, places).view(-1, block, block)
+
+
+def _pieces(index: Index, columns: int, block: int) -> Tensor:
+    """Which of the pieces of b elements, that a matrix consists of, blocks consist of; ``[n·b]``: copied whole each."""
+    row, column = index
+    rows = row[:, None] * block + torch.arange(block, device=row.device)
+    return (rows * (columns // block) + column[:, None]).flatten()
+
+
 def pad(matrix: Tensor, block: int) -> Tensor:
-    """The matrix with zeros to the right and below, so that blocks fit; itself where they do already."""
-    rows, columns = matrix.shape
-    if rows % block == 0 and columns % block == 0:
+    """The matrix, or vector, with zeros to the right and below, so that blocks fit; itself where they do already."""
+    missing = [-side % block for side in matrix.shape]
+    if not any(missing):
         return matrix
-    return torch.nn.functional.pad(matrix, (0, -columns % block, 0, -rows % block))
+    return torch.nn.functional.pad(matrix, [n for side in reversed(missing) for n in (0, side)])
 
 
 def pack_bits(flags: Tensor) -> Tensor:

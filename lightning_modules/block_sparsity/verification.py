@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lightning_modules.block_sparsity.masks import violations
-from lightning_modules.block_sparsity.packed_model import load_packed, packed_dtype, read_tiers
+from lightning_modules.block_sparsity.packed_model import is_banded, load_packed, packed_dtype, read_tiers
 from lightning_modules.block_sparsity.pruner import Pruner
 
 
@@ -15,7 +15,8 @@ def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.d
     """Compare tier maps, masks, every weight, and the logits of one validation batch.
 
     Weights are compared as the packed type rounds them: bit for bit for floats, within half a step of their scale's for
-    int8. Packed and expanded layers must give the same logits.
+    int8. Packed and expanded layers must give the same logits; in the band form, whose products are made in pieces, up
+    to rounding.
 
     Returns:
         What was compared, and how far apart the logits are from the unrounded model's.
@@ -44,12 +45,13 @@ def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.d
     batch = next(iter(data.val_dataloader()))["input_ids"].to(device)
     logits = model.to(device)(input_ids=batch, use_cache=False).logits
     plain = expanded.to(device)(input_ids=batch, use_cache=False).logits
-    if not torch.equal(plain, packed.to(device)(input_ids=batch, use_cache=False).logits):
+    apart = (plain - packed.to(device)(input_ids=batch, use_cache=False).logits).abs().max() / plain.abs().max()
+    if not apart <= (1e-4 if is_banded(folder) else 0.0):  # NaN is not
         raise ValueError("layers that stay packed give other logits than expanded ones")
     return {
         "matrices": len(kept),
         "weights_equal": True,
-        "logits_equal": True,
+        "logits_equal": bool(apart == 0),
         "logits_change": float((plain - logits).abs().max()),
         "violations": violations(pruner.matrices, pruner.keep),
     }

@@ -1,12 +1,6 @@
 """Triton kernels without a GPU: bit by bit in the interpreter, and what they compile to for sm_90."""
 
-import multiprocessing
-import os
 import re
-import subprocess
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +11,9 @@ from strategies.compressors.natural import NaturalCompression
 from strategies.compressors.onebit import OneBit
 from strategies.kernels import Job
 from strategies.kernels.step import agree, place_of
+from tests.triton_tools import compiled, interpreting
 
-triton = pytest.importorskip("triton", reason="needs the extra triton: pip install -e '.[triton]'")
+pytest.importorskip("triton", reason="needs the extra triton: pip install -e '.[triton]'")
 CODECS = {"int8": Int8(), "int4": Int4(), "onebit": OneBit(), "natural": NaturalCompression()}
 _CANARY = 2048  # elements: what a whole program could write
 ORIGIN = ((1 << 31) - 3000, 12345, -987654321)  # positions that wrap
@@ -26,12 +21,8 @@ ORIGIN = ((1 << 31) - 3000, 12345, -987654321)  # positions that wrap
 
 @pytest.fixture(scope="module")
 def interpreter():
-    """Calls functions in a process that interprets kernels: triton settles that when it is first imported."""
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        patch.setenv("TRITON_INTERPRET", "1")  # not by an initializer: to unpickle one is to import this module
-        assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"  # the process has started
-        patch.undo()
-        yield lambda function, *args: pool.submit(function, *args).result()
+    with interpreting() as call:
+        yield call
 
 
 def _examples(codec, step, blocks, dtype=torch.float32):
@@ -156,9 +147,6 @@ _ROOM = 1.15
 
 @pytest.mark.parametrize("name", list(_MEASURED))
 def test_kernels_compile_for_sm_90_without_spilling_and_with_wide_accesses(name):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from strategies.kernels import triton_codecs
 
     kernel = getattr(triton_codecs, name)
@@ -166,28 +154,8 @@ def test_kernels_compile_for_sm_90_without_spilling_and_with_wide_accesses(name)
     constants = {"B": block, "NB": triton_codecs.blocks_of_program(block), "OWING": True}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types = _TYPES | ({"values": "*i8"} if name.startswith("int8") else {})
-    signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
-    aligned = [i for i, arg in enumerate(kernel.arg_names) if signature[arg].startswith("*") or "stride" in arg]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(triton_codecs._OPTIONS))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack = (int(value) for value in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    operations = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", code)
-    useful = [operation for operation in operations if operation != "NOP"]
+    useful, registers = compiled(kernel, types, constants, triton_codecs._OPTIONS)
     narrow = [operation for operation in useful if re.match(r"(LDG|STG)\.E(?!.*\.128)", operation)]
     found = (len(useful), registers, len(narrow))
     print(name, found)
-    assert stack == 0 and not [operation for operation in useful if operation.startswith(("LDL", "STL"))]  # no spills
     assert all(now <= _ROOM * then for now, then in zip(found, _MEASURED[name], strict=True))

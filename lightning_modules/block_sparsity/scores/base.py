@@ -21,6 +21,8 @@ class Score(ABC):
     ) -> dict[str, Tensor]:
         """What the score needs to know of each matrix besides its weights, by name; nothing by default.
 
+        ``[C]``, or ``[R, C]`` on the matrix's device.
+
         Args:
             model: A Hugging Face causal language model with its current weights.
             matrices: The linear layers to score.
@@ -30,11 +32,10 @@ class Score(ABC):
         return {}
 
     @abstractmethod
-    def score(self, weight: Tensor, statistic: Tensor | None, rows: slice) -> Tensor:
-        """Scores ``float32 [rows, C]`` of some rows of a matrix, not negative, freshly made.
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        """Scores of some weights, ``float32`` in the weights' shape, not negative, freshly made; each by itself.
 
         Args:
-            weight: The whole matrix ``[R, C]``.
-            statistic: What ``statistics`` says of it.
-            rows: Which rows.
+            weight: Any part of a matrix: rows ``[rows, C]`` or blocks ``[n, b, b]``.
+            statistic: What ``statistics`` says of that part; broadcasts against it.
         """

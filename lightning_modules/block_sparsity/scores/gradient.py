@@ -51,7 +51,7 @@ class Gradient(Score):
             model.to(home).train(training)
         return {name: total.to(home) for name, total in found.items()}
 
-    def score(self, weight: Tensor, statistic: Tensor | None, rows: slice) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
         """See ``Score.score``."""
         assert statistic is not None
-        return weight[rows].float().abs().mul_(statistic[rows])
+        return weight.float().abs().mul_(statistic)

@@ -8,6 +8,6 @@ from lightning_modules.block_sparsity.scores.base import Score
 class Magnitude(Score):
     """|W|. Han et al., arXiv 1506.02626. No calibration."""
 
-    def score(self, weight: Tensor, statistic: Tensor | None, rows: slice) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
         """See ``Score.score``."""
-        return weight[rows].float().abs()
+        return weight.float().abs()

@@ -22,12 +22,14 @@ class Random(Score):
     def statistics(
         self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Tensor], device: torch.device
     ) -> dict[str, Tensor]:
-        """A number for each matrix, so that no two get the same draw."""
-        return {name: torch.tensor(number) for number, name in enumerate(matrices)}
+        """Random numbers ``float32 [R, C]``: a copy of the matrices in memory."""
+        found = {}
+        for number, (name, matrix) in enumerate(matrices.items()):
+            generator = torch.Generator().manual_seed(step_seed(self.seed, number, 0))
+            found[name] = torch.rand(matrix.weight.shape, generator=generator).to(matrix.weight.device)
+        return found
 
-    def score(self, weight: Tensor, statistic: Tensor | None, rows: slice) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
         """See ``Score.score``."""
         assert statistic is not None
-        first, last, _ = rows.indices(len(weight))
-        generator = torch.Generator().manual_seed(step_seed(self.seed, first, int(statistic)))
-        return torch.rand(last - first, weight.shape[1], generator=generator).to(weight.device)
+        return statistic.clone()

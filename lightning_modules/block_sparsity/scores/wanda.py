@@ -21,7 +21,7 @@ class Wanda(Score):
         """Input norms ``float32 [C]``."""
         return input_norms(model, matrices, batches, device)
 
-    def score(self, weight: Tensor, statistic: Tensor | None, rows: slice) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
         """See ``Score.score``."""
         assert statistic is not None
-        return weight[rows].float().abs().mul_(statistic)
+        return weight.float().abs().mul_(statistic)

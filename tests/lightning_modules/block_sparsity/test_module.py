@@ -180,12 +180,14 @@ def test_prune_export_verify_and_unpack(dense, data_cache, tmp_path, capsys):
     pruned, packed, plain = tmp_path / "pruned", tmp_path / "packed", tmp_path / "plain"
     assert _module(dense, pruned, reconstruction_steps=2).prune(data, CPU, dry_run=True) is None
     assert "packed_ratio" in capsys.readouterr().out and not pruned.exists()
-    fields = _module(dense, pruned, reconstruction_steps=2).prune(data, CPU)
+    fields = _module(dense, pruned, reconstruction_steps=2, budget="band").prune(data, CPU)
     assert fields["tiers"]["iterations"][0]["violations"] == 0 and fields["val_ppl"] > 1
     sizes = _module(pruned, packed).export(data, CPU)["tiers"]
     assert sizes["packed_bits_per_weight"] == pytest.approx(sizes["planned"]["packed_bits_per_weight"], rel=0.1)
     report = _module(pruned, packed).verify(data, CPU)["tiers"]["verified"]
     assert report["weights_equal"] and report["violations"] == 0
+    _module(pruned, tmp_path / "bands", export_bands=True).export(data, CPU)
+    assert _module(pruned, tmp_path / "bands").verify(data, CPU)["tiers"]["verified"]["weights_equal"]
     _module(packed, plain).export(data, CPU)
     ids, unpacked = batches(1)[0], AutoModelForCausalLM.from_pretrained(plain)
     assert torch.equal(unpacked(input_ids=ids).logits, load_packed(packed)(input_ids=ids).logits)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores.base import Score
 from lightning_modules.block_sparsity.scores.gradient import Gradient
+from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.stream import LayerInputs, decoder_layers, input_norms, linear_layers
 from lightning_modules.extensions import variants
@@ -21,12 +23,31 @@ def test_scores_are_finite_not_negative_repeatable_and_leave_the_model_alone(kin
     score = kind()
     statistics = score.statistics(model, matrices, text, CPU)
     for name, matrix in matrices.items():
-        whole = score.score(matrix.weight, statistics.get(name), slice(None))
+        whole = score.score(matrix.weight, statistics.get(name))
         assert whole.shape == matrix.weight.shape and whole.dtype == torch.float32
         assert (whole >= 0).all() and whole.isfinite().all()
-        assert torch.equal(whole, score.score(matrix.weight, statistics.get(name), slice(0, len(whole))))
+        assert torch.equal(whole, score.score(matrix.weight, statistics.get(name)))
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("shape", [None, (37,), (44, 37)])
+def test_blocks_have_the_scores_that_their_rows_have(shape, relative):
+    draw = torch.Generator().manual_seed(0)
+    weight, keep = torch.randn(44, 37, generator=draw), torch.rand(44, 37, generator=draw) > 0.5
+    statistic = torch.rand(shape, generator=draw) if shape else None
+    expected = weight.abs() * (1.0 if statistic is None else statistic)
+    formula = Magnitude() if statistic is None else Wanda()
+    scores = Scored(weight, formula.score, statistic)
+    if relative:
+        expected = expected / ((expected * keep).sum(1) / keep.sum(1))[:, None]
+        scores = scores.relative_to_rows(keep)
+    torch.testing.assert_close(scores.rows(slice(5, 23)), expected[5:23])
+    index = (torch.arange(6).repeat_interleave(5), torch.arange(5).repeat(6))
+    blocks = torch.cat([part for _, part in scores.blocks(index, 8)])
+    whole = blocks.view(6, 5, 8, 8).transpose(1, 2).reshape(48, 40)
+    torch.testing.assert_close(whole[:44, :37], expected)
 
 
 def test_the_four_scores_are_there():
@@ -59,7 +80,7 @@ def test_wanda_is_weight_times_norm_of_the_current_weights():
     first = Wanda().statistics(model, matrices, text, CPU)
     name = "model.layers.0.mlp.down_proj"
     expected = matrices[name].weight.abs() * first[name][None]
-    torch.testing.assert_close(Wanda().score(matrices[name].weight, first[name], slice(0, 32)), expected)
+    torch.testing.assert_close(Wanda().score(matrices[name].weight, first[name]), expected)
     with torch.no_grad():
         matrices["model.layers.0.mlp.up_proj"].weight.mul_(2)
     torch.testing.assert_close(Wanda().statistics(model, matrices, text, CPU)[name], 2 * first[name])

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_modules.block_sparsity.scored import Scored
+
 VOCAB = 320
 
 
@@ -32,6 +34,11 @@ def save_tiny(folder: Path, **kwargs) -> Path:
 def batches(count: int = 3, rows: int = 2, tokens: int = 12) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(0, VOCAB, (rows, tokens), generator=generator) for _ in range(count)]
+
+
+def scored(scores: torch.Tensor) -> Scored:
+    """These scores, whatever the weights."""
+    return Scored(scores, lambda part, _: part.clone())
 
 
 def loop_iteration(scores, tier_map, keep, target, block, k):

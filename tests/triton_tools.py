@@ -1,0 +1,60 @@
+"""What tests of Triton kernels share: an interpreter in a process of its own, and what kernels compile to for sm_90."""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def interpreting() -> Iterator[Callable[..., Any]]:
+    """Calls functions in a process that interprets kernels: triton settles that when it is first imported."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")  # not by an initializer: to unpickle one is to import its module
+        assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"  # the process has started
+        patch.undo()
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def compiled(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[list[str], int]:
+    """Instructions of a kernel for sm_90, but for padding, and the registers of a thread.
+
+    Pointers and whole numbers called "…stride", "inputs" or "outputs" are taken to be multiples of 16. Raises if it
+    spills registers.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
+    aligned = [
+        i
+        for i, arg in enumerate(kernel.arg_names)
+        if signature[arg].startswith("*") or "stride" in arg or arg in ("inputs", "outputs")
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = (int(value) for value in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    operations = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", code)
+    useful = [operation for operation in operations if operation != "NOP"]
+    assert stack == 0 and not [operation for operation in useful if operation.startswith(("LDL", "STL"))]  # no spills
+    return useful, registers
