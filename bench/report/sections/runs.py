@@ -15,18 +15,16 @@ _LEAD = (
     "One entry per run: the command that repeats it and what it recorded. What is equal in all runs, and machines and "
     "versions, stand once, above. The whole record, configuration included, is in the results file."
 )
-_LONG = (
-    "config",
-    "command",
-    "trace",
-    "val_curve",
+_LONG = {"config", "command", "trace", "val_curve"}
+_LONG |= {
     "prefill",
     "prefill_memory",
     "token_quality",
     "survival",
     "structure",
-)
-_LONG += ("inference", "tiers")  # the other sections show them
+    "inference",
+    "tiers",
+}  # shown elsewhere
 _SURROUNDINGS = ("machine", "versions")  # long, and the same in many runs
 _DETAIL = Markup(
     '<details class="run"><summary>{name} <span class="quiet">{about}</span></summary>\n'
