@@ -1,10 +1,10 @@
 """Associative recall, made on the fly: facts among noise, then questions whose answers stand at known places.
 
-A context of noise words holds facts at random places, each one token that ties a key to a value ("key3=value7"), each key
-once; then come questions: a question mark, a key of the context, and the value to predict. Only values are predicted.
-Which fact is asked for is not known while the context is read, so a method that drops tokens must keep what may be asked,
-not what stands at a lucky place. A fact is one token, so that a model of two layers learns to answer within minutes:
-keys and values as neighbours need a circuit that takes far longer to form (arXiv 2209.11895).
+A context of noise words holds facts at random places, each one token that ties a key to a value ("key3=value7"), each
+key once; then come questions: a question mark, a key of the context, and the value to predict. Only values are
+predicted. Which fact is asked for is not known while the context is read, so a method that drops tokens must keep what
+may be asked, not what stands at a lucky place. A fact is one token, so that a small model learns to answer within
+minutes: keys and values as neighbours need a circuit that takes far longer to form (arXiv 2209.11895).
 """
 
 from typing import Any
