@@ -1,12 +1,17 @@
 """Associative recall, made on the fly: facts among noise, then questions whose answers stand at known places.
 
-A context of noise words holds facts at random places, each one token that ties a key to a value ("key3=value7"), each
-key once; then come questions: a question mark, a key of the context, and the value to predict. Only values are
-predicted. Which fact is asked for is not known while the context is read, so a method that drops tokens must keep what
-may be asked, not what stands at a lucky place. A fact is one token, so that a small model learns to answer within
-minutes: keys and values as neighbours need a circuit that takes far longer to form (arXiv 2209.11895).
+A context of noise words holds facts at random places, each one token that ties a key to a value. A key has two halves
+("left3.right0=value5"), and each key stands once. Then come questions: a question mark, the halves of a key of the
+context, and the value to predict. Only values are predicted.
+
+Which fact is asked for is not known while the context is read, so a method that drops tokens must keep what may be
+asked, not what stands at a lucky place. Halves, because a key of one token could be looked up in the first layer, whose
+keys and values no pruning of prompts removes: the halves must meet first. A fact of one token, so that a small model
+learns to answer within minutes: a fact of neighbouring tokens needs a circuit that takes far longer to form (arXiv
+2209.11895).
 """
 
+from itertools import accumulate
 from typing import Any
 
 import lightning.pytorch as L
@@ -23,7 +28,8 @@ from lightning_modules.data.tokenizer import END_OF_TEXT
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.randomness import run_seed
 
-_START, _QUESTION, _FIRST = 0, 1, 2  # token ids; words of the three kinds follow
+_START, _QUESTION, _FIRST = 0, 1, 2  # token ids; left and right halves, values, noise and facts follow
+_NOISE = 16  # different noise words
 _EPOCH = 100_000  # training samples in an epoch; every one is different
 _EVALUATION = 2**31  # seeds from here on are the validation's
 
@@ -37,12 +43,16 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
         context: Tokens before the first question, start token included.
         facts: Facts in the context.
         questions: Questions after it.
-        words: Different keys, different values, and different noise words.
+        halves: Different left and different right halves of keys.
+        values: Different values.
     """
 
-    def __init__(self, size: int, seed: int, context: int, facts: int, questions: int, words: int) -> None:
+    def __init__(
+        self, size: int, seed: int, context: int, facts: int, questions: int, halves: int, values: int
+    ) -> None:
         self.size, self.seed = size, seed
-        self.context, self.facts, self.questions, self.words = context, facts, questions, words
+        self.context, self.facts, self.questions = context, facts, questions
+        self.halves, self.values = halves, values
 
     def __len__(self) -> int:
         return self.size
@@ -72,18 +82,20 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
         }
 
     def _sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        draw, words = np.random.default_rng((self.seed, index)), self.words
-        keys, values = draw.permutation(words)[: self.facts], draw.integers(words, size=self.facts)
-        body = _FIRST + 2 * words + draw.integers(words, size=self.context)
+        draw = np.random.default_rng((self.seed, index))
+        left, right, value, noise, fact = _starts(self.halves, self.values)
+        keys = draw.permutation(self.halves**2)[: self.facts]
+        values = draw.integers(self.values, size=self.facts)
+        body = noise + draw.integers(_NOISE, size=self.context)
         body[0] = _START
         places = draw.permutation(self.context - 1)[: self.facts] + 1
-        body[places] = _FIRST + 3 * words + keys * words + values
+        body[places] = fact + keys * self.values + values
         asked = draw.permutation(self.facts)[: self.questions]
-        marks = np.full_like(asked, _QUESTION)
-        questions = np.stack([marks, _FIRST + keys[asked], _FIRST + words + values[asked]], 1)
+        marks, (upper, lower) = np.full_like(asked, _QUESTION), np.divmod(keys[asked], self.halves)
+        questions = np.stack([marks, left + upper, right + lower, value + values[asked]], 1)
         ids = np.concatenate([body, questions.reshape(-1)]).astype(np.int64)
         labels = np.full_like(ids, IGNORED)
-        labels[self.context + 2 :: 3] = ids[self.context + 2 :: 3]
+        labels[self.context + 3 :: 4] = ids[self.context + 3 :: 4]
         return ids, labels, places[asked]
 
 
@@ -94,7 +106,8 @@ class Recall(L.LightningDataModule):
         context: Tokens before the first question.
         facts: Facts in the context; the rest is noise.
         questions: Questions after the context, about different facts.
-        words: Different keys, different values, and different noise words.
+        halves: Different left and different right halves of keys; their square is the number of keys.
+        values: Different values.
         batch_size: Samples in a batch of one rank.
         max_train_blocks: Use only so many different training samples.
         max_val_blocks: Validation samples.
@@ -108,25 +121,26 @@ class Recall(L.LightningDataModule):
     def __init__(
         self,
         context: int = 64,
-        facts: int = 8,
+        facts: int = 12,
         questions: int = 8,
-        words: int = 16,
+        halves: int = 4,
+        values: int = 8,
         batch_size: int = 32,
         max_train_blocks: int = _EPOCH,
         max_val_blocks: int = 512,
     ) -> None:
         super().__init__()
-        if not 0 < questions <= facts <= min(words, context - 1):
+        if not 0 < questions <= facts <= min(halves**2, context - 1):
             raise ValueError(
-                f"facts: {facts} must be at least questions ({questions}), at most words ({words}), and fit the "
+                f"facts: {facts} must be at least questions ({questions}), at most halves² ({halves**2}), and fit the "
                 f"context ({context} tokens)"
             )
-        if min(batch_size, max_train_blocks, max_val_blocks) < 1:
-            raise ValueError("batch_size, max_train_blocks and max_val_blocks must be at least 1")
-        self.shape = {"context": context, "facts": facts, "questions": questions, "words": words}
-        self.block_size, self.batch_size = context + 3 * questions, batch_size
+        if min(values, batch_size, max_train_blocks, max_val_blocks) < 1:
+            raise ValueError("values, batch_size, max_train_blocks and max_val_blocks must be at least 1")
+        self.shape = {"context": context, "facts": facts, "questions": questions, "halves": halves, "values": values}
+        self.block_size, self.batch_size = context + 4 * questions, batch_size
         self._sizes = {"train": max_train_blocks, "val": max_val_blocks}
-        self.tokenizer: PreTrainedTokenizerBase = _tokenizer(words)
+        self.tokenizer: PreTrainedTokenizerBase = _tokenizer(halves, values)
 
     def setup(self, stage: str) -> None:
         """Fix the samples; the seed of the run decides the training samples, validation is always the same."""
@@ -167,10 +181,16 @@ class Recall(L.LightningDataModule):
         return Position(run_seed(), done * self.batch_size * self._ranks()["num_replicas"])
 
 
-def _tokenizer(words: int) -> PreTrainedTokenizerFast:
-    kinds = [f"{kind}{i}" for kind in ("key", "value", "noise") for i in range(words)]
-    facts = [f"key{i}=value{j}" for i in range(words) for j in range(words)]
-    vocabulary = {word: i for i, word in enumerate([END_OF_TEXT, "?", *kinds, *facts])}
+def _starts(halves: int, values: int) -> list[int]:
+    """First token id of left halves, right halves, values, noise words and facts."""
+    return list(accumulate([halves, halves, values, _NOISE], initial=_FIRST))
+
+
+def _tokenizer(halves: int, values: int) -> PreTrainedTokenizerFast:
+    kinds = {"left": halves, "right": halves, "value": values, "noise": _NOISE}
+    words = [f"{kind}{i}" for kind, count in kinds.items() for i in range(count)]
+    facts = [f"left{i}.right{j}=value{k}" for i in range(halves) for j in range(halves) for k in range(values)]
+    vocabulary = {word: i for i, word in enumerate([END_OF_TEXT, "?", *words, *facts])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END_OF_TEXT))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

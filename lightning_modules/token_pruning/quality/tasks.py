@@ -73,7 +73,7 @@ def response_windows(batch: dict[str, Tensor], response: int) -> Iterator[Window
         yield Window(ids[None, :begin], ids[None, begin:], labels[None, begin:])
 
 
-_QUESTION = 2  # a question mark and a key
+_QUESTION = 3  # a question mark and the halves of a key
 
 
 def stack(windows: list[Window]) -> list[Window]:

@@ -16,17 +16,16 @@ def test_every_question_is_answered_by_the_fact_with_its_key():
     data = _data()
     for batch in data.val_dataloader():
         ids, labels = batch["input_ids"], batch["labels"]
-        assert ids.shape[1] == data.block_size == 40 + 12
+        assert ids.shape[1] == data.block_size == 40 + 16
         for row in range(len(ids)):
             for question in range(4):
-                begin = 40 + 3 * question
-                mark, key, value = ids[row, begin : begin + 3].tolist()
+                begin = 40 + 4 * question
                 place = int(batch["evidence"][row, question])
-                words = data.tokenizer.convert_ids_to_tokens([mark, key, value])
-                assert words[0] == "?" and words[1].startswith("key") and words[2].startswith("value")
+                mark, left, right, value = data.tokenizer.convert_ids_to_tokens(ids[row, begin : begin + 4].tolist())
+                assert mark == "?" and left.startswith("left") and right.startswith("right")
                 context = data.tokenizer.convert_ids_to_tokens(ids[row, :40].tolist())
-                assert context[place] == f"{words[1]}={words[2]}"
-                assert sum(word.startswith(f"{words[1]}=") for word in context) == 1
+                assert context[place] == f"{left}.{right}={value}"
+                assert sum(word.startswith(f"{left}.{right}=") for word in context) == 1
         asked = labels != -100
         assert asked.sum(1).tolist() == [4] * len(ids) and torch.equal(labels[asked], ids[asked])
 
@@ -47,7 +46,7 @@ def test_places_of_facts_reach_over_the_whole_context():
     assert 18 < places.float().mean() < 23
 
 
-@pytest.mark.parametrize("options", [{"facts": 41}, {"questions": 7}, {"words": 5}])
+@pytest.mark.parametrize("options", [{"facts": 41}, {"questions": 7}, {"halves": 2}])
 def test_more_than_fits_is_refused(options):
     with pytest.raises(ValueError, match="facts"):
         _data(**options)
