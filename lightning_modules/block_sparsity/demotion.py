@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.block_sparsity.scored import Scored, slab_elements
-from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Tiers, pad
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Index, Tiers, pad
 
 Budget = Literal["matrix", "global", "band"]
 
@@ -183,7 +183,7 @@ def lowest(values_GN: Tensor, eligible_GN: Tensor, count_G: Tensor) -> Tensor:
 
 def _to_two_of_four(scores: Scored, tiers: Tiers, chosen_rc: Tensor, sums_rc: Tensor) -> None:
     """Keep the two best of every four neighbours in a row, of equals the first; the blocks' sums follow."""
-    for index, scores_nbb in scores.blocks(chosen_rc.nonzero(as_tuple=True), tiers.block):
+    for index, scores_nbb in scores.blocks(_index(chosen_rc), tiers.block):
         a, b, c, d = scores_nbb.unflatten(-1, (-1, 4)).unbind(-1)
         # six comparisons and their opposites: each weight is kept if it loses to at most one of the other three. What
         # lies beyond the edge comes last in its group with score zero, so it beats nothing that exists
@@ -191,6 +191,11 @@ def _to_two_of_four(scores: Scored, tiers: Tiers, chosen_rc: Tensor, sums_rc: Te
         keep = torch.stack([_two(ab, ac, ad), _two(~ab, bc, bd), _two(~ac, ~bc, cd), _two(~ad, ~bd, ~cd)], -1)
         keep_nbb = tiers.demote(index, MID, keep.flatten(-2))
         sums_rc[index] = scores_nbb.mul_(keep_nbb.view(torch.uint8).float()).flatten(1).sum(1)
+
+
+def _index(chosen_rc: Tensor) -> Index:
+    row, column = chosen_rc.nonzero(as_tuple=True)
+    return row, column
 
 
 def _two(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -201,7 +206,7 @@ def _two(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 def _to_topk(scores: Scored, tiers: Tiers, chosen_rc: Tensor, sums_rc: Tensor) -> None:
     """Keep the k best weights of each block among those it still has, of equals the first; the blocks' sums follow."""
     k = tiers.k
-    for index, scores_nbb in scores.blocks(chosen_rc.nonzero(as_tuple=True), tiers.block):
+    for index, scores_nbb in scores.blocks(_index(chosen_rc), tiers.block):
         kept = tiers.kept(index).view(torch.uint8).float().flatten(1)
         flat = scores_nbb.flatten(1).mul_(kept).add_(kept.sub_(1))  # −1 where no weight is left to keep
         best = _largest(flat, k).clamp_min_(0)

@@ -40,18 +40,19 @@ class Scored:
 
     def rows(self, rows: slice) -> Tensor:
         """Scores of some rows, ``float32 [rows, C]``, freshly made."""
-        whole = self.statistic is not None and self.statistic.ndim == 2
-        scores = self.formula(self.weight[rows], self.statistic[rows] if whole else self.statistic)
+        statistic = self.statistic
+        if statistic is not None and statistic.ndim == 2:
+            statistic = statistic[rows]
+        scores = self.formula(self.weight[rows], statistic)
         return scores if self.row_means is None else scores.div_(self.row_means[rows, None])
 
     def blocks(self, index: Index, block: int) -> Iterator[tuple[Index, Tensor]]:
         """Scores of some blocks ``float32 [n, b, b]``, some at a time, with their index; beyond the edge anything."""
         weight = pad(self.weight, block)
         statistic = None if self.statistic is None else pad(self.statistic, block)
-        # beyond the edge one, so that nothing is divided by zero
-        means = (
-            None if self.row_means is None else F.pad(self.row_means, (0, len(weight) - len(self.row_means)), value=1.0)
-        )
+        means = self.row_means
+        if means is not None:  # beyond the edge one, so that nothing is divided by zero
+            means = F.pad(means, (0, len(weight) - len(means)), value=1.0)
         count = slab_elements(self.weight.device) // block**2
         for row, column in zip(*(places.split(count) for places in index), strict=True):
             known = statistic
