@@ -75,9 +75,11 @@ class TokenQuality(L.LightningModule):
     def verify(self, datamodule: Any, device: torch.device) -> dict[str, Any]:
         """Run all tasks; returns the record's ``token_quality``."""
         self.model = load_pretrained(self.base).eval().to(device)
-        rows = [row for task in self.tasks for row in self._task(task, datamodule, device)]
-        for row in rows:
-            print(_line(row))
+        rows: list[dict[str, Any]] = []
+        for task in self.tasks:
+            found = self._task(task, datamodule, device)
+            print("\n".join(map(_line, found)), flush=True)  # a task takes long: what is known is shown
+            rows += found
         return {"token_quality": rows}
 
     def _task(self, task: Task, data: Any, device: torch.device) -> list[dict[str, Any]]:
