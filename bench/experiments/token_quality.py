@@ -3,6 +3,8 @@
 Collects saliency, trains the scorers, and lets `main.py verify` compare them with the baselines, 500 samples a task.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +17,54 @@ WINDOWS = 500
 
 
 def run(records: Path, folder: Path, model: Path) -> None:
-    """Measure and append the figures."""
-    rows = _text(folder / "text", model) + _recall(folder / "recall")
-    found = {(row["task"], row["scorer"], row["keep"]): row for row in rows}
-    for row in rows:
-        _frontier(records, row)
-    for keep in (0.7, 0.5):
-        for task in ("suffix", "repeated", "response"):
+    """Measure and append the figures, task by task; what is trained already in a `--folder` is not trained again."""
+    for rows in chain(_text(folder / "text", model), _recall(folder / "recall")):
+        found = {(row["scorer"], row["keep"]): row for row in rows}
+        task, whole = rows[0]["task"], found["unpruned", None]
+        for row in rows:
+            _frontier(records, row)
+        for keep in (0.7, 0.5):
             for baseline in ("random", "recency"):
-                learned, other = found[task, "mlp", keep], found[task, baseline, keep]
-                _against(records, task, keep, learned, other)
-        _cost(records, keep, found["suffix", "mlp", keep], found["suffix", "unpruned", None])
-        _answers(records, keep, found)
+                _against(records, task, keep, found["mlp", keep], found[baseline, keep])
+            if task == "suffix":
+                _cost(records, keep, found["mlp", keep], whole)
+            if task == "response":
+                _answers(records, keep, found)
 
 
-def _text(folder: Path, model: Path) -> list[dict[str, Any]]:
-    """Books that the model was not trained on."""
+def _text(folder: Path, model: Path) -> Iterator[list[dict[str, Any]]]:
+    """Books that the model was not trained on; rows of each task."""
     data = [*books(), "--data.tokenizer", str(model), "--data.block_size", "512", "--data.batch_size", "4"]
     few = ["--data.max_train_blocks", "1000"]
-    steps = [("predict", "saliency", few), ("fit", "train", few), ("verify", "quality", [])]
-    return _steps(folder, steps, ["--model.base", str(model), *data], WINDOWS)
+    common = ["--model.base", str(model), *data]
+    _step(folder, "predict", "saliency", *common, *few)
+    if not (folder / "runs/token_pruner").exists():
+        _step(folder, "fit", "train", *common, *few)
+    for task in ("suffix", "repeated"):
+        yield _rows(folder, "quality", *common, "--model.tasks", f"[{task}]")
 
 
-def _recall(folder: Path) -> list[dict[str, Any]]:
-    names = [("fit", "recall_model"), ("predict", "recall_saliency"), ("fit", "recall_train")]
-    steps: list[tuple[str, str, list[str]]] = [(command, name, []) for command, name in names]
-    return _steps(folder, [*steps, ("verify", "recall_quality", [])], [], WINDOWS)
+def _recall(folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """Recall, by a model that is trained for it."""
+    if not (folder / "runs/recall_model/model").exists():
+        _step(folder, "fit", "recall_model")
+    _step(folder, "predict", "recall_saliency")
+    if not (folder / "runs/recall_pruner").exists():
+        _step(folder, "fit", "recall_train")
+    yield _rows(folder, "recall_quality")
 
 
-def _steps(folder: Path, steps: list[tuple[str, str, list[str]]], common: list[str], windows: int) -> list[dict]:
-    """Run commands of `main.py` one after the other in one folder; the rows of the last one's record."""
-    for command, name, more in steps:
-        last = ["--model.windows", str(windows)] if command == "verify" else []
-        took = run_main(folder, command, f"{CONFIGS}/{name}.yaml", *common, *more, *last)
-        say(f"{name}: {took:.0f} s")
+def _step(folder: Path, command: str, name: str, *arguments: str) -> None:
+    took = run_main(folder, command, f"{CONFIGS}/{name}.yaml", *arguments)
+    say(f"{name}: {took:.0f} s")
+
+
+def _rows(folder: Path, name: str, *arguments: str) -> list[dict[str, Any]]:
+    """What `verify` leaves in the record."""
+    _step(folder, "verify", name, *arguments, "--model.windows", str(WINDOWS))
     records, _ = record.read(folder / "runs/results.jsonl")
-    return records[-1]["token_quality"]
+    rows: list[dict[str, Any]] = records[-1]["token_quality"]
+    return rows
 
 
 def _frontier(records: Path, row: dict[str, Any]) -> None:
@@ -106,10 +120,10 @@ def _cost(records: Path, keep: float, learned: dict[str, Any], whole: dict[str, 
     )
 
 
-def _answers(records: Path, keep: float, found: dict[tuple[str, str, float | None], dict[str, Any]]) -> None:
-    whole = found["response", "unpruned", None]["accuracy"]
+def _answers(records: Path, keep: float, found: dict[tuple[str, float | None], dict[str, Any]]) -> None:
+    whole = found["unpruned", None]["accuracy"]
     for scorer, target in (("mlp", "≥ 95 %"), ("random", "≤ 60 %, or the task is too easy")):
-        share = 100 * found["response", scorer, keep]["accuracy"] / whole if whole else 0.0
+        share = 100 * found[scorer, keep]["accuracy"] / whole if whole else 0.0
         figures.append(
             records,
             figure=f"recall-share-{scorer}-{keep}",
