@@ -38,8 +38,12 @@ def pivot(
     for left in dict.fromkeys(key[:-2] for key in newest):
         cells = [_mean([e for key, e in newest.items() if key[:-1] == (*left, name)], value) for name, value in heads]
         body.append([*left, *cells])
-    titles = [name if len(values) == 1 else f"{name}: {value}" for name, value in heads]
-    return Table([*rows, *titles], body)
+    titles = [name if len(values) == 1 else f"{name}: {_title(value)}" for name, value in heads]
+    return Table([*map(_title, rows), *titles], body)
+
+
+def _title(field: str) -> str:
+    return field.rpartition(".")[2].replace("_", " ")
 
 
 def _text(entry: Mapping[str, Any], field: str) -> str:
