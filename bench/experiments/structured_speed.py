@@ -61,7 +61,8 @@ def _append(records: Path, budget: float, row: dict[str, Any]) -> None:
         records,
         figure=f"structured-{row['phase']}-{budget}-{row['batch']}",
         what=f"{row['phase']}, batch {row['batch']}, {budget:.0%} of the decoder removed, over the dense model "
-        f"(bounds: FLOPs {row['flop_bound']:.2f}×, bytes {row['byte_bound']:.2f}×)",
+        f"(bounds: FLOPs {row['flop_bound']:.2f}×, bytes {row['byte_bound']:.2f}×)"
+        + ("; beyond its bound, so suspicious" if row["suspicious"] else ""),
         value=row["speedup"],
         spread=row["speedup_spread"],
         unit="×",
