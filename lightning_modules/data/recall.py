@@ -5,10 +5,9 @@ A context of noise words holds facts at random places, each one token that ties 
 context, and the value to predict. Only values are predicted.
 
 Which fact is asked for is not known while the context is read, so a method that drops tokens must keep what may be
-asked, not what stands at a lucky place. Halves, because a key of one token could be looked up in the first layer, whose
-keys and values no pruning of prompts removes: the halves must meet first. A fact of one token, so that a small model
-learns to answer within minutes: a fact of neighbouring tokens needs a circuit that takes far longer to form (arXiv
-2209.11895).
+asked, not what stands at a lucky place. That holds for the layers above the first pruning stage only: a small model
+learns to find facts, which are one token each, in its first layer already, although the halves of a key are apart. Facts
+of neighbouring tokens need a circuit of two layers (arXiv 2209.11895), which takes far longer to form.
 """
 
 from itertools import accumulate
