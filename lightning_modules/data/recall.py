@@ -6,8 +6,8 @@ context, and the value to predict. Only values are predicted.
 
 Which fact is asked for is not known while the context is read, so a method that drops tokens must keep what may be
 asked, not what stands at a lucky place. That holds for the layers above the first pruning stage only: a small model
-learns to find facts, which are one token each, in its first layer already, although the halves of a key are apart. Facts
-of neighbouring tokens need a circuit of two layers (arXiv 2209.11895), which takes far longer to form.
+learns to find facts, which are one token each, in its first layer already, although the halves of a key are apart.
+Facts of neighbouring tokens need a circuit of two layers (arXiv 2209.11895), which takes far longer to form.
 """
 
 from itertools import accumulate
