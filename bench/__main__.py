@@ -111,7 +111,8 @@ def pivot(
         records: The .jsonl file.
         rows: Fields that make a row, separated by commas; dots reach into blocks.
         column: Field whose values become columns.
-        values: Fields to show, separated by commas.
+        values: Fields to show, separated by commas; runs also have `limits.measured_over_model` and the rest of
+            `bounds.annotate`.
         where: Only records with these values: "kind=wire,world_size=2".
         repeat: Field that differs between repeats of one measurement.
         markdown: Print a Markdown table.
@@ -119,7 +120,7 @@ def pivot(
         marker: MARKER in that document.
     """
     conditions = dict(pair.split("=", 1) for pair in where.split(",") if pair)
-    chosen = pivots.where(_read(records), conditions)
+    chosen = pivots.where(limits.annotate(_read(records)), conditions)
     shown = pivots.pivot(chosen, rows.split(","), column, values.split(","), repeat)
     if into is None:
         _show(shown, markdown)

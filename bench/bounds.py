@@ -63,6 +63,17 @@ class Bounds:
         return _sum(self.serial_ms, self.codec_ms)
 
     @property
+    def measured_over_model(self) -> float | None:
+        """How far the measured step is from the modelled one; above 1 where directions of the wire take turns."""
+        return _ratio(self.measured_ms, self.modelled_ms)
+
+    @property
+    def communication_share(self) -> float | None:
+        """Share of the measured step that is neither computing nor encoding and decoding."""
+        busy = _sum(self.compute_ms, self.codec_ms)
+        return None if busy is None or not self.measured_ms else 1 - busy / self.measured_ms
+
+    @property
     def best_speedup(self) -> float | None:
         """How many times faster the step could be if nothing at all were sent."""
         return _ratio(self.measured_ms, self.compute_ms)
@@ -196,7 +207,7 @@ def suspicions(record: Record, limits: Bounds) -> list[str]:
 
 
 def annotate(records: Sequence[Record], bytes_per_s: float | None = None) -> list[dict[str, Any]]:
-    """Copies of the records, runs with `bound_step_time_ms` (ideal step without overlap) and `suspicious`."""
+    """Copies of the records; runs with `bound_step_time_ms` (ideal step without overlap), `limits` and `suspicious`."""
     result, single_ranks = [], _single_ranks(records)
     for one in records:
         copy = dict(one)
@@ -204,6 +215,12 @@ def annotate(records: Sequence[Record], bytes_per_s: float | None = None) -> lis
             limits = _limits(one, single_ranks, bytes_per_s)
             found = [*(one.get("suspicious") or []), *suspicions(one, limits)]
             copy["bound_step_time_ms"] = limits.serial_ms
+            copy["limits"] = {
+                "measured_ms": limits.measured_ms,
+                "model_ms": limits.modelled_ms,
+                "measured_over_model": limits.measured_over_model,
+                "communication_share": limits.communication_share,
+            }
             copy["suspicious"] = list(dict.fromkeys(found)) or None
         result.append(copy)
     return result
@@ -227,7 +244,7 @@ def table(records: Sequence[Record], bytes_per_s: float | None = None) -> Table:
             limits.serial_ms,
             limits.overlapped_ms,
             limits.measured_ms,
-            _ratio(limits.measured_ms, limits.modelled_ms),
+            limits.measured_over_model,
         ]
         found += [limits.best_speedup, limits.best_gradient_speedup]
         rows.append([one.get("run_name"), *found, suspicions(one, limits)])

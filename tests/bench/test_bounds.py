@@ -90,6 +90,8 @@ def test_what_is_within_the_noise_is_not(fields):
 def test_annotated_records_keep_earlier_reasons_and_other_kinds():
     run, figure = bounds.annotate([_run(suspicious=["as was"]), {"kind": "figure"}])
     assert run["suspicious"] == ["as was"] and run["bound_step_time_ms"] == 180 and figure == {"kind": "figure"}
+    assert run["limits"]["measured_over_model"] == pytest.approx(190 / run["limits"]["model_ms"])
+    assert 0 < run["limits"]["communication_share"] < 1
 
 
 def test_the_command_shows_a_row_a_run(tmp_path, capsys):

@@ -1,0 +1,153 @@
+"""What slow links cost and what compression gives back: three sweeps between two emulated hosts, and their figures.
+
+The sweeps are those of `configs/bench`; what is finished in a `--folder` is not run again.
+"""
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import bounds, figures, record
+from bench.experiments.runs import ROOT, say
+
+SWEEPS = ("links", "both_ways", "time_to_target")
+_COMMAND = "python -m bench experiment slow_links --records bench/results/links.jsonl"
+_MODEL_TOLERANCE = 0.15
+Runs = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def run(records: Path, folder: Path) -> None:
+    """Run the sweeps, keep their records and append the figures."""
+    links, both_ways, time_to_target = (_sweep(name, folder, records) for name in SWEEPS)
+    _model(records, _by_axes(links, "network"))
+    _both_ways(records, _by_axes(both_ways, "network"))
+    _target(records, _by_axes(time_to_target, "seed"))
+
+
+def _sweep(name: str, folder: Path, records: Path) -> list[dict[str, Any]]:
+    """Records of a sweep with its bounds, also appended to the records of the experiment."""
+    results = folder / f"{name}.jsonl"
+    say(f"{name}: {results}")
+    command = ["sweep", "--config", f"configs/bench/{name}.yaml", "--results", str(results)]
+    subprocess.run([sys.executable, "-m", "bench", *command], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+    found = [one for one in record.read(results)[0] if one.get("kind") == "run"]
+    kept = {one.get("sweep_key") for one in record.read(records)[0]} if records.exists() else set()
+    for one in found:
+        if one["sweep_key"] not in kept:
+            record.append(records, one)
+    return bounds.annotate(found)
+
+
+def _by_axes(runs: Sequence[Mapping[str, Any]], axis: str) -> Runs:
+    return {(one["axes"][axis], one["axes"]["method"]): one for one in runs}
+
+
+def _model(records: Path, runs: Runs) -> None:
+    """Measured steps against compute + encode + bytes over rate + decode, link by link."""
+    for network in dict.fromkeys(network for network, _ in runs if network != "alone"):
+        ratios = {
+            method: one["limits"]["measured_over_model"] for (place, method), one in runs.items() if place == network
+        }
+        deviations = {method: 100 * abs(ratio - 1) for method, ratio in ratios.items()}
+        near = sum(deviation <= 100 * _MODEL_TOLERANCE for deviation in deviations.values())
+        figures.append(
+            records,
+            figure=f"step-model-{network}",
+            what=f"methods whose step at {network} is within 15 % of compute + encode + bytes/rate + decode "
+            f"(median of measured / model: {statistics.median(ratios.values()):.2f})",
+            value=100 * near / len(ratios),
+            unit=f"% of {len(ratios)} methods",
+            target="100 %, or the difference explained",
+            reached=near == len(ratios),
+            command=_COMMAND,
+            details={"measured_over_model": ratios},
+        )
+
+
+def _both_ways(records: Path, runs: Runs) -> None:
+    """Speed-up per step over uncompressed full sharding, at each rate, and the two that were asked for."""
+    networks = list(dict.fromkeys(network for network, _ in runs if network != "alone"))
+    for network in networks:
+        step = {method: one["step_time_ms_p50"] for (place, method), one in runs.items() if place == network}
+        share = 100 * runs[network, "none"]["limits"]["communication_share"]
+        for method in step:
+            spread = bounds.noise(runs[network, method])
+            figures.append(
+                records,
+                figure=f"speedup-{method}-{network}",
+                what=f"step at {network} with `{method}`: speed-up over uncompressed full sharding, which spends "
+                f"{share:.0f} % of its step on communication",
+                value=step["none"] / step[method],
+                spread=spread * step["none"] / step[method],
+                unit="×",
+                target="report",
+                reached=None,
+                command=_COMMAND,
+                details={
+                    "method": f"`{method}`",
+                    "network": network,
+                    "step_ms": step[method],
+                    "over_none_a2a": step["none_a2a"] / step[method],
+                    "communication_share_of_none": share,
+                },
+            )
+    shares = {network: runs[network, "none"]["limits"]["communication_share"] for network in networks}
+    bound = [network for network in networks if shares[network] >= 0.9] or [max(shares, key=shares.__getitem__)]
+    for rival, least in (("none", 2.5), ("bf16_both", 1.3)):
+        found = {n: runs[n, rival]["step_time_ms_p50"] / runs[n, "int8_both"]["step_time_ms_p50"] for n in bound}
+        worst = min(found, key=found.__getitem__)
+        figures.append(
+            records,
+            figure=f"int8-both-ways-over-{rival}",
+            what=f"int8 gradients and parameters over `{rival}` at {worst}, where the uncompressed step is "
+            f"{100 * shares[worst]:.0f} % communication (least of {', '.join(bound)})",
+            value=found[worst],
+            unit="×",
+            target=f"≥ {least} × where communication is ≥ 90 %",
+            reached=found[worst] >= least and shares[worst] >= 0.9,
+            command=_COMMAND,
+            details={"by_network": found, "communication_share_of_none": shares},
+        )
+
+
+def _target(records: Path, runs: Runs) -> None:
+    """Training time to the target perplexity, and the best method against the baseline."""
+    times: dict[str, dict[str, float | None]] = {}
+    for (seed, method), one in runs.items():
+        times.setdefault(method, {})[seed] = one["time_to_target_ppl_s"]
+    reached = {method: [t for t in found.values() if t is not None] for method, found in times.items()}
+    some = next(iter(runs.values()))
+    for method, found in reached.items():
+        whole = len(found) == len(times[method])
+        figures.append(
+            records,
+            figure=f"time-to-target-{method}",
+            what=f"training time to a perplexity of {some['target_ppl']:g} at {some['link_rate']} with `{method}`, "
+            f"{len(found)} of {len(times[method])} seeds (mean ± sd)",
+            value=statistics.mean(found) if whole else None,
+            spread=statistics.stdev(found) if whole else None,
+            unit="s",
+            target="report",
+            reached=None,
+            command=_COMMAND,
+            details={"seconds": times[method]},
+        )
+    complete = {method: statistics.mean(found) for method, found in reached.items() if len(found) == len(times[method])}
+    best = min(complete, key=complete.__getitem__)
+    pairs = [(times["none"][seed], times[best][seed]) for seed in times[best]]
+    gains = [none / own for none, own in pairs if none is not None and own is not None]
+    figures.append(
+        records,
+        figure="time-to-target-gain",
+        what=f"the same: uncompressed over the best method, `{best}` (mean ± sd of the paired ratio)",
+        value=statistics.mean(gains),
+        spread=statistics.stdev(gains),
+        unit="×",
+        target="> 1 ×",
+        reached=min(gains) > 1,
+        command=_COMMAND,
+        details={"by_seed": gains},
+    )
