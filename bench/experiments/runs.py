@@ -75,6 +75,32 @@ def run_main(folder: Path, command: str, config: str, *overrides: str, prefix: S
     return wall
 
 
+def sweep(name: str, folder: Path, records: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run what is missing of a sweep of `configs/bench`, and add its runs to the records.
+
+    Args:
+        name: Name of the sweep.
+        folder: Where it keeps its own results; what is finished there is not run again.
+        records: The experiment's records.
+        arguments: Arguments of `main.py` for every run.
+
+    Returns:
+        The records of all of its runs.
+
+    Raises:
+        CalledProcessError: A run failed; its output is below the folder.
+    """
+    results = folder / f"{name}.jsonl"
+    command = ["-m", "bench", "sweep", "--config", f"configs/bench/{name}.yaml", "--results", str(results)]
+    subprocess.run([sys.executable, *command, "--", *arguments], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+    found = [one for one in record.read(results)[0] if one.get("kind") == "run"]
+    kept = {one.get("sweep_key") for one in record.read(records)[0]} if records.exists() else set()
+    for one in found:
+        if one["sweep_key"] not in kept:
+            record.append(records, one)
+    return found
+
+
 def losses(folder: Path) -> dict[int, float]:
     """Training loss by optimizer step from the CSV logs below a folder; later files continue earlier ones."""
     found: dict[int, float] = {}
@@ -98,9 +124,16 @@ def books(*, tokenizer_vocab: int = 4096) -> list[str]:
     Raises:
         FileNotFoundError: The corpus is not beside this checkout.
     """
+    return [*_corpus(BOOKS), "--data.vocab_size", str(tokenizer_vocab)]
+
+
+def books_beside() -> list[str]:
+    """The same corpus, its path relative to the repository, for sweeps; the vocabulary is the configuration's."""
+    return _corpus(Path(os.path.relpath(BOOKS, ROOT)))
+
+
+def _corpus(folder: Path) -> list[str]:
     if not (BOOKS / "train.json").is_file():
         raise FileNotFoundError(f"no books corpus at {BOOKS}: give any JSON arrays there as train.json and valid.json")
-    return [
-        *("--data", "TextCorpus", "--data.train", str(BOOKS / "train.json"), "--data.val", str(BOOKS / "valid.json")),
-        *("--data.vocab_size", str(tokenizer_vocab)),
-    ]
+    files = ("--data.train", str(folder / "train.json"), "--data.val", str(folder / "valid.json"))
+    return ["--data", "TextCorpus", *files]

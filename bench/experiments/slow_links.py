@@ -4,14 +4,12 @@ The sweeps are those of `configs/bench`; what is finished in a `--folder` is not
 """
 
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import bounds, figures, record
-from bench.experiments.runs import ROOT, say
+from bench import bounds, figures
+from bench.experiments.runs import sweep
 
 SWEEPS = ("links", "both_ways", "time_to_target")
 _COMMAND = "python -m bench experiment slow_links --records bench/results/links.jsonl"
@@ -21,24 +19,10 @@ Runs = Mapping[tuple[str, str], Mapping[str, Any]]
 
 def run(records: Path, folder: Path) -> None:
     """Run the sweeps, keep their records and append the figures."""
-    links, both_ways, time_to_target = (_sweep(name, folder, records) for name in SWEEPS)
+    links, both_ways, time_to_target = (bounds.annotate(sweep(name, folder, records)) for name in SWEEPS)
     _model(records, _by_axes(links, "network"))
     _both_ways(records, _by_axes(both_ways, "network"))
     _target(records, _by_axes(time_to_target, "seed"))
-
-
-def _sweep(name: str, folder: Path, records: Path) -> list[dict[str, Any]]:
-    """Records of a sweep with its bounds, also appended to the records of the experiment."""
-    results = folder / f"{name}.jsonl"
-    say(f"{name}: {results}")
-    command = ["sweep", "--config", f"configs/bench/{name}.yaml", "--results", str(results)]
-    subprocess.run([sys.executable, "-m", "bench", *command], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
-    found = [one for one in record.read(results)[0] if one.get("kind") == "run"]
-    kept = {one.get("sweep_key") for one in record.read(records)[0]} if records.exists() else set()
-    for one in found:
-        if one["sweep_key"] not in kept:
-            record.append(records, one)
-    return bounds.annotate(found)
 
 
 def _by_axes(runs: Sequence[Mapping[str, Any]], axis: str) -> Runs:
