@@ -15,7 +15,7 @@ def run(records: Path, folder: Path) -> None:
     """Run the sweep, what is finished in a `--folder` excepted, and append a figure a method."""
     ppl: dict[str, dict[str, float]] = {}
     bits: dict[str, float] = {}
-    for one in sweep("quality", folder, records, *books_beside()):
+    for one in sweep("quality", folder, *books_beside()):
         method = one["axes"]["method"]
         ppl.setdefault(method, {})[one["axes"]["seed"]] = one["val_ppl"]
         bits[method] = 32 / one["compression_ratio"]

@@ -75,13 +75,12 @@ def run_main(folder: Path, command: str, config: str, *overrides: str, prefix: S
     return wall
 
 
-def sweep(name: str, folder: Path, records: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Run what is missing of a sweep of `configs/bench`, and add its runs to the records.
+def sweep(name: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run what is missing of a sweep of `configs/bench`.
 
     Args:
         name: Name of the sweep.
         folder: Where it keeps its own results; what is finished there is not run again.
-        records: The experiment's records.
         arguments: Arguments of `main.py` for every run.
 
     Returns:
@@ -93,12 +92,7 @@ def sweep(name: str, folder: Path, records: Path, *arguments: str) -> list[dict[
     results = folder / f"{name}.jsonl"
     command = ["-m", "bench", "sweep", "--config", f"configs/bench/{name}.yaml", "--results", str(results)]
     subprocess.run([sys.executable, *command, "--", *arguments], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
-    found = [one for one in record.read(results)[0] if one.get("kind") == "run"]
-    kept = {one.get("sweep_key") for one in record.read(records)[0]} if records.exists() else set()
-    for one in found:
-        if one["sweep_key"] not in kept:
-            record.append(records, one)
-    return found
+    return [one for one in record.read(results)[0] if one.get("kind") == "run"]
 
 
 def losses(folder: Path) -> dict[int, float]:

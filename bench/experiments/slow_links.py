@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import bounds, figures
+from bench import bounds, figures, record
 from bench.experiments.runs import sweep
 
 SWEEPS = ("links", "both_ways", "time_to_target")
@@ -19,10 +19,19 @@ Runs = Mapping[tuple[str, str], Mapping[str, Any]]
 
 def run(records: Path, folder: Path) -> None:
     """Run the sweeps, keep their records and append the figures."""
-    links, both_ways, time_to_target = (bounds.annotate(sweep(name, folder, records)) for name in SWEEPS)
+    links, both_ways, time_to_target = (_kept(sweep(name, folder), records) for name in SWEEPS)
     _model(records, _by_axes(links, "network"))
     _both_ways(records, _by_axes(both_ways, "network"))
     _target(records, _by_axes(time_to_target, "seed"))
+
+
+def _kept(runs: list[dict[str, Any]], records: Path) -> list[dict[str, Any]]:
+    """The runs with their bounds; as they are, they stand among the experiment's records too, for `bench report`."""
+    known = {one.get("sweep_key") for one in record.read(records)[0]} if records.exists() else set()
+    for one in runs:
+        if one["sweep_key"] not in known:
+            record.append(records, one)
+    return bounds.annotate(runs)
 
 
 def _by_axes(runs: Sequence[Mapping[str, Any]], axis: str) -> Runs:
