@@ -1,74 +1,91 @@
-"""What decides the quality of a pruned model: every importance with three allocations, two budgets, three seeds.
+"""What decides the quality of a pruned model: every importance with every allocation, two budgets, three seeds.
 
-The seed chooses the calibration text. Perplexities are those of the pruned model before any recovery.
+The seed chooses the calibration text. The short recovery trains low-rank adapters on that text for a few steps; what a
+full recovery gains is the experiment `structured_recovery`.
 """
 
-import itertools
+import json
 import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bench import figures
-from bench.experiments.runs import BOOKS, books, fit, say
+from bench.experiments.runs import BOOKS, ROOT, say
 
-CONFIG = "configs/structured_pruning/prune.yaml"
-VAL_BLOCKS = 48
-IMPORTANCES = (
-    *("GateTaylor", "WeightTaylor", "SequentialTaylor", "Activation", "Magnitude", "Random"),
-    *("Misaligned", "PerTensorTruncation"),
-)
-ALLOCATIONS, BUDGETS, SEEDS = ("Uniform", "Inverse", "Global"), (0.25, 0.5), (1, 2, 3)
+SEEDS, BUDGETS, RECOVERY_STEPS = (1, 2, 3), (0.25, 0.5), 16
 Cell = tuple[str, str, float]
 
 
 def run(records: Path, folder: Path, model: Path) -> None:
-    """Measure all cells and append one figure for each, and one for each ordering that is expected."""
+    """Measure all cells and append one figure for each, and one for each ordering that is expected.
+
+    A seed that is finished in a `--folder` is not measured again.
+    """
     command = f"python -m bench experiment structured_ablation --model {model.name}"
-    found: dict[Cell, list[float]] = {}
+    found: dict[Cell, list[dict[str, Any]]] = {}
     dense = 0.0
-    for allocation, budget, importance in itertools.product(ALLOCATIONS, BUDGETS, IMPORTANCES):
-        cell = (importance, allocation, budget)
-        for seed in SEEDS:
-            structure = prune(folder, model, seed, importance, allocation, budget)
-            dense = structure["ppl_before"]
-            found.setdefault(cell, []).append(structure["ppl_after"])
-        say(f"{importance}, {allocation}, {budget:.0%}: perplexity {statistics.mean(found[cell]):.2f}")
-        figures.append(
-            records,
-            figure=f"ablation-{importance}-{allocation}-{budget}",
-            what=f"`{importance}`, `{allocation}`, {budget:.0%} of the decoder removed, before recovery "
-            f"(dense {dense:.1f})",
-            value=statistics.mean(found[cell]),
-            spread=statistics.stdev(found[cell]),
-            unit="PPL",
-            target="report",
-            reached=None,
-            command=command,
-            details={
-                "importance": f"`{importance}`",
-                "allocation": f"`{allocation}`",
-                "budget": f"{budget:.0%}",
-                "ppl": found[cell],
-                "seeds": list(SEEDS),
-                "dense_ppl": dense,
-            },
-        )
+    for seed in SEEDS:
+        for line in _lines(model, seed, folder):
+            if "dense" in line:
+                dense = line["dense"]
+                continue
+            cell = (line["importance"], line["allocation"], line["budget"])
+            found.setdefault(cell, []).append(line)
+            say(f"seed {seed}, {', '.join(map(str, cell))}: perplexity {line['ppl']:.2f}, {line['ppl_recovered']:.2f}")
+    for cell, lines in found.items():
+        for field, when in (("ppl", "before"), ("ppl_recovered", f"after {RECOVERY_STEPS} steps of")):
+            _cell(records, cell, [line[field] for line in lines], when, dense, command)
     for budget in BUDGETS:
-        _orderings(records, found, budget, command)
+        _orderings(records, {cell: [line["ppl"] for line in lines] for cell, lines in found.items()}, budget, command)
 
 
-def prune(folder: Path, model: Path, seed: int, importance: str, allocation: str, budget: float) -> dict[str, Any]:
-    """Prune once; the record's block. Scores and damages are shared by all runs through the cache."""
-    arguments = [
-        *books(),
-        *("--data.tokenizer", str(model), "--model.base", str(model), "--seed_everything", str(seed)),
-        *("--model.importance", importance, "--model.allocation", allocation, "--model.budget", str(budget)),
-        *("--model.cache_dir", str(folder / "cache"), "--data.max_val_blocks", str(VAL_BLOCKS)),
-    ]
-    if importance == "Random":
-        arguments += ["--model.importance.seed", str(seed)]
-    structure: dict[str, Any] = fit(folder / "run", CONFIG, *arguments, command="prune").record["structure"]
-    return structure
+def _lines(model: Path, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """The measurements of one seed as they come, or those of before."""
+    finished = folder / f"seed-{seed}.jsonl"
+    if finished.exists():
+        yield from map(json.loads, finished.read_text().splitlines())
+        return
+    arguments = ["--model", str(model), "--train", str(BOOKS / "train.json"), "--val", str(BOOKS / "valid.json")]
+    arguments += ["--seed", str(seed), "--recovery-steps", str(RECOVERY_STEPS), "--budgets", *map(str, BUDGETS)]
+    command = [sys.executable, "-m", "lightning_modules.structured_pruning.ablation", *arguments]
+    lines: list[str] = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout or ():
+            if line.startswith("{"):
+                lines.append(line)
+                yield json.loads(line)
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode} of {' '.join(command)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    finished.write_text("".join(lines))
+
+
+def _cell(records: Path, cell: Cell, ppl: list[float], when: str, dense: float, command: str) -> None:
+    importance, allocation, budget = cell
+    figures.append(
+        records,
+        figure=f"ablation-{importance}-{allocation}-{budget}-{when.split()[0]}",
+        what=f"`{importance}`, `{allocation}`, {budget:.0%} of the decoder removed, {when} recovery "
+        f"(dense {dense:.1f})",
+        value=statistics.mean(ppl),
+        spread=statistics.stdev(ppl),
+        unit="PPL",
+        target="report",
+        reached=None,
+        command=command,
+        details={
+            "importance": f"`{importance}`",
+            "allocation": f"`{allocation}`",
+            "budget": f"{budget:.0%}",
+            "when": when.split()[0],
+            "ppl": ppl,
+            "seeds": list(SEEDS),
+            "dense_ppl": dense,
+        },
+    )
 
 
 def _orderings(records: Path, found: dict[Cell, list[float]], budget: float, command: str) -> None:
@@ -77,7 +94,7 @@ def _orderings(records: Path, found: dict[Cell, list[float]], budget: float, com
     aligned, misaligned, truncated = (
         ppl[(name, "Uniform", budget)] for name in ("WeightTaylor", "Misaligned", "PerTensorTruncation")
     )
-    best = min(ppl[("GateTaylor", name, budget)] for name in ALLOCATIONS)
+    best = min(ppl[("GateTaylor", name, budget)] for name in dict.fromkeys(cell[1] for cell in found))
     share = f"{budget:.0%} of the decoder removed"
     comparisons = (
         ("misaligned", "misaligned groups over aligned ones", misaligned / aligned, "above 1 ×", 1.0),
