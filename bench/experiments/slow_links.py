@@ -58,6 +58,20 @@ def _model(records: Path, runs: Runs) -> None:
             command=_COMMAND,
             details={"measured_over_model": ratios},
         )
+        for operation, field in (("all_gather", "bytes_parameters_total"), ("all_to_all", "bytes_compressed_total")):
+            one = runs[network, "none_a2a"]
+            ideal_ms = one[field] / (bounds.bandwidth(one) or 1) * 1e3
+            figures.append(
+                records,
+                figure=f"wire-{operation}-{network}",
+                what=f"time of `{operation}` at {network} over its bytes/rate, waiting for the other rank included "
+                "(`none_a2a`: parameters through torch's all-gather, gradients through Pare's exchange)",
+                value=one["comm_time_ms_by_op"][operation] / ideal_ms,
+                unit="×",
+                target="report",
+                reached=None,
+                command=_COMMAND,
+            )
 
 
 def _both_ways(records: Path, runs: Runs) -> None:
