@@ -67,7 +67,7 @@ def _model(records: Path, runs: Runs) -> None:
                 what=f"time of `{operation}` at {network} over its bytes/rate, waiting for the other rank included "
                 "(`none_a2a`: parameters through torch's all-gather, gradients through Pare's exchange)",
                 value=one["comm_time_ms_by_op"][operation] / ideal_ms,
-                unit="×",
+                unit="× bytes/rate",
                 target="report",
                 reached=None,
                 command=_COMMAND,
