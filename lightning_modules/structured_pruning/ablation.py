@@ -83,7 +83,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--seed", type=int, default=1, help="of the choice of calibration text")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--allocations", nargs="+", default=["Uniform", "Inverse", "Global"])
+    known = {cls.__name__: cls for cls in variants(Allocation)}  # type: ignore[type-abstract]
+    parser.add_argument("--allocations", nargs="+", choices=known, default=["Uniform", "Inverse", "Global"])
     parser.add_argument("--recovery-steps", type=int, default=0)
     parser.add_argument("--max-val-blocks", type=int, default=48)
     options = parser.parse_args()
@@ -104,11 +105,7 @@ def main() -> None:
         cls(**({"seed": options.seed} if "seed" in inspect.signature(cls).parameters else {}))
         for cls in variants(Importance)  # type: ignore[type-abstract]
     ]
-    allocations = [
-        cls()
-        for cls in variants(Allocation)  # type: ignore[type-abstract]
-        if cls.__name__ in options.allocations
-    ]
+    allocations = [known[name]() for name in options.allocations]
     folder = cache_root(None).with_name("structured_pruning")
     arguments = (importances, allocations, options.budgets, options.recovery_steps, folder)
     for cell in cells(model, options.model, data, *arguments):
