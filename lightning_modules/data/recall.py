@@ -1,13 +1,13 @@
 """Associative recall, made on the fly: facts among noise, then questions whose answers stand at known places.
 
-A context of noise words holds facts at random places, each one token that ties a key to a value. A key has two halves
-("left3.right0=value5"), and each key stands once. Then come questions: a question mark, the halves of a key of the
-context, and the value to predict. Only values are predicted.
+A context of noise words holds facts at random places, each of two neighbouring tokens, a key and its value
+("key3 value5"). Every key stands once. Then come questions: a key of the context again, and its value to predict. Only
+these values are predicted. It is multi-query associative recall (arXiv 2312.04927) with noise between the facts.
 
-Which fact is asked for is not known while the context is read, so a method that drops tokens must keep what may be
-asked, not what stands at a lucky place. That holds for the layers above the first pruning stage only: a small model
-learns to find facts, which are one token each, in its first layer already, although the halves of a key are apart.
-Facts of neighbouring tokens need a circuit of two layers (arXiv 2209.11895), which takes far longer to form.
+Which fact is asked for is not known while the context is read, so a method that drops tokens must keep whatever may be
+asked. And it cannot be looked up in the first layer, whose keys and values no pruning of a prompt removes: there, a
+value does not yet know which key stands before it. A model needs two layers for it, one that tells every token what
+stands before it and a later one that finds the value by its key (induction heads, arXiv 2209.11895).
 """
 
 from itertools import accumulate
@@ -27,9 +27,9 @@ from lightning_modules.data.tokenizer import END_OF_TEXT
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.randomness import run_seed
 
-_START, _QUESTION, _FIRST = 0, 1, 2  # token ids; left and right halves, values, noise and facts follow
+_START, _FIRST = 0, 1  # token ids; keys, values and noise follow
 _NOISE = 16  # different noise words
-_EPOCH = 100_000  # training samples in an epoch; every one is different
+_EPOCH = 1_000_000  # training samples in an epoch; every one is different
 _EVALUATION = 2**31  # seeds from here on are the validation's
 
 
@@ -42,16 +42,14 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
         context: Tokens before the first question, start token included.
         facts: Facts in the context.
         questions: Questions after it.
-        halves: Different left and different right halves of keys.
+        keys: Different keys.
         values: Different values.
     """
 
-    def __init__(
-        self, size: int, seed: int, context: int, facts: int, questions: int, halves: int, values: int
-    ) -> None:
+    def __init__(self, size: int, seed: int, context: int, facts: int, questions: int, keys: int, values: int) -> None:
         self.size, self.seed = size, seed
         self.context, self.facts, self.questions = context, facts, questions
-        self.halves, self.values = halves, values
+        self.keys, self.values = keys, values
 
     def __len__(self) -> int:
         return self.size
@@ -65,8 +63,8 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
 
         Returns:
             ``input_ids`` and ``labels`` int64 [B, T], ``attention_mask`` (all ones), ``sample_id`` int64 [B], and
-            ``evidence`` int64 [B, Q]: where in the context the fact of each question stands. Rows that only fill up
-            (``FixedOrderSampler.PADDING``) have no labels.
+            ``evidence`` int64 [B, Q]: where in the context the value of each question stands, its key one before.
+            Rows that only fill up (``FixedOrderSampler.PADDING``) have no labels.
         """
         rows = [self._sample(max(index, 0)) for index in indices]
         ids, labels, evidence = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
@@ -82,20 +80,21 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
 
     def _sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         draw = np.random.default_rng((self.seed, index))
-        left, right, value, noise, fact = _starts(self.halves, self.values)
-        keys = draw.permutation(self.halves**2)[: self.facts]
+        key, value, noise = _starts(self.keys, self.values)
+        keys = draw.permutation(self.keys)[: self.facts]
         values = draw.integers(self.values, size=self.facts)
         body = noise + draw.integers(_NOISE, size=self.context)
         body[0] = _START
-        places = draw.permutation(self.context - 1)[: self.facts] + 1
-        body[places] = fact + keys * self.values + values
+        # places of facts as if each were one token, then spread to two
+        slots = np.sort(draw.permutation(self.context - 1 - self.facts)[: self.facts])
+        places = 1 + slots + np.arange(self.facts)
+        body[places], body[places + 1] = key + keys, value + values
         asked = draw.permutation(self.facts)[: self.questions]
-        marks, (upper, lower) = np.full_like(asked, _QUESTION), np.divmod(keys[asked], self.halves)
-        questions = np.stack([marks, left + upper, right + lower, value + values[asked]], 1)
+        questions = np.stack([key + keys[asked], value + values[asked]], 1)
         ids = np.concatenate([body, questions.reshape(-1)]).astype(np.int64)
         labels = np.full_like(ids, IGNORED)
-        labels[self.context + 3 :: 4] = ids[self.context + 3 :: 4]
-        return ids, labels, places[asked]
+        labels[self.context + 1 :: 2] = ids[self.context + 1 :: 2]
+        return ids, labels, places[asked] + 1
 
 
 class Recall(L.LightningDataModule):
@@ -103,9 +102,9 @@ class Recall(L.LightningDataModule):
 
     Args:
         context: Tokens before the first question.
-        facts: Facts in the context; the rest is noise.
+        facts: Facts in the context, of two tokens each; the rest is noise.
         questions: Questions after the context, about different facts.
-        halves: Different left and different right halves of keys; their square is the number of keys.
+        keys: Different keys.
         values: Different values.
         batch_size: Samples in a batch of one rank.
         max_train_blocks: Use only so many different training samples.
@@ -120,26 +119,26 @@ class Recall(L.LightningDataModule):
     def __init__(
         self,
         context: int = 64,
-        facts: int = 12,
+        facts: int = 8,
         questions: int = 8,
-        halves: int = 4,
-        values: int = 8,
-        batch_size: int = 32,
+        keys: int = 16,
+        values: int = 16,
+        batch_size: int = 64,
         max_train_blocks: int = _EPOCH,
         max_val_blocks: int = 512,
     ) -> None:
         super().__init__()
-        if not 0 < questions <= facts <= min(halves**2, context - 1):
+        if not 0 < questions <= facts <= min(keys, (context - 1) // 2):
             raise ValueError(
-                f"facts: {facts} must be at least questions ({questions}), at most halves² ({halves**2}), and fit the "
-                f"context ({context} tokens)"
+                f"facts: {facts} must be at least questions ({questions}), at most keys ({keys}), and fit the context "
+                f"of {context} tokens at two tokens each"
             )
         if min(values, batch_size, max_train_blocks, max_val_blocks) < 1:
             raise ValueError("values, batch_size, max_train_blocks and max_val_blocks must be at least 1")
-        self.shape = {"context": context, "facts": facts, "questions": questions, "halves": halves, "values": values}
-        self.block_size, self.batch_size = context + 4 * questions, batch_size
+        self.shape = {"context": context, "facts": facts, "questions": questions, "keys": keys, "values": values}
+        self.block_size, self.batch_size = context + 2 * questions, batch_size
         self._sizes = {"train": max_train_blocks, "val": max_val_blocks}
-        self.tokenizer: PreTrainedTokenizerBase = _tokenizer(halves, values)
+        self.tokenizer: PreTrainedTokenizerBase = _tokenizer(keys, values)
 
     def setup(self, stage: str) -> None:
         """Fix the samples; the seed of the run decides the training samples, validation is always the same."""
@@ -180,16 +179,15 @@ class Recall(L.LightningDataModule):
         return Position(run_seed(), done * self.batch_size * self._ranks()["num_replicas"])
 
 
-def _starts(halves: int, values: int) -> list[int]:
-    """First token id of left halves, right halves, values, noise words and facts."""
-    return list(accumulate([halves, halves, values, _NOISE], initial=_FIRST))
+def _starts(keys: int, values: int) -> list[int]:
+    """First token id of keys, values and noise words."""
+    return list(accumulate([keys, values], initial=_FIRST))
 
 
-def _tokenizer(halves: int, values: int) -> PreTrainedTokenizerFast:
-    kinds = {"left": halves, "right": halves, "value": values, "noise": _NOISE}
+def _tokenizer(keys: int, values: int) -> PreTrainedTokenizerFast:
+    kinds = {"key": keys, "value": values, "noise": _NOISE}
     words = [f"{kind}{i}" for kind, count in kinds.items() for i in range(count)]
-    facts = [f"left{i}.right{j}=value{k}" for i in range(halves) for j in range(halves) for k in range(values)]
-    vocabulary = {word: i for i, word in enumerate([END_OF_TEXT, "?", *words, *facts])}
+    vocabulary = {word: i for i, word in enumerate([END_OF_TEXT, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END_OF_TEXT))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

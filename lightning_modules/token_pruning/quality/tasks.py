@@ -73,7 +73,7 @@ def response_windows(batch: dict[str, Tensor], response: int) -> Iterator[Window
         yield Window(ids[None, :begin], ids[None, begin:], labels[None, begin:])
 
 
-_QUESTION = 3  # a question mark and the halves of a key
+_QUESTION = 1  # a key
 
 
 def stack(windows: list[Window]) -> list[Window]:

@@ -16,16 +16,16 @@ def test_every_question_is_answered_by_the_fact_with_its_key():
     data = _data()
     for batch in data.val_dataloader():
         ids, labels = batch["input_ids"], batch["labels"]
-        assert ids.shape[1] == data.block_size == 40 + 16
+        assert ids.shape[1] == data.block_size == 40 + 8
         for row in range(len(ids)):
+            words = data.tokenizer.convert_ids_to_tokens(ids[row].tolist())
+            context = words[:40]
+            assert sum(word.startswith("key") for word in context) == 6
             for question in range(4):
-                begin = 40 + 4 * question
                 place = int(batch["evidence"][row, question])
-                mark, left, right, value = data.tokenizer.convert_ids_to_tokens(ids[row, begin : begin + 4].tolist())
-                assert mark == "?" and left.startswith("left") and right.startswith("right")
-                context = data.tokenizer.convert_ids_to_tokens(ids[row, :40].tolist())
-                assert context[place] == f"{left}.{right}={value}"
-                assert sum(word.startswith(f"{left}.{right}=") for word in context) == 1
+                key, value = words[40 + 2 * question :][:2]
+                assert key.startswith("key") and value.startswith("value")
+                assert context[place - 1 : place + 1] == [key, value] and context.count(key) == 1
         asked = labels != -100
         assert asked.sum(1).tolist() == [4] * len(ids) and torch.equal(labels[asked], ids[asked])
 
@@ -42,11 +42,11 @@ def test_samples_follow_from_their_number_and_validation_is_never_trained_on():
 def test_places_of_facts_reach_over_the_whole_context():
     data = _data(max_val_blocks=400, batch_size=400)
     places = next(iter(data.val_dataloader()))["evidence"].flatten()
-    assert places.min() == 1 and places.max() == 39
+    assert places.min() == 2 and places.max() == 39
     assert 18 < places.float().mean() < 23
 
 
-@pytest.mark.parametrize("options", [{"facts": 41}, {"questions": 7}, {"halves": 2}])
+@pytest.mark.parametrize("options", [{"facts": 20}, {"questions": 7}, {"keys": 5}])
 def test_more_than_fits_is_refused(options):
     with pytest.raises(ValueError, match="facts"):
         _data(**options)

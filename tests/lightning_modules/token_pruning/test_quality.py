@@ -61,11 +61,11 @@ def test_recall_asks_after_the_context_was_read():
     data = Recall(context=40, facts=6, questions=4, batch_size=3, max_val_blocks=3)
     data.setup("fit")
     (window,) = tasks.stack(list(tasks.response_windows(next(iter(data.val_dataloader())), 1)))
-    assert window.prompt.shape == (3, 40) and window.suffix.shape == (3, 16)
+    assert window.prompt.shape == (3, 40) and window.suffix.shape == (3, 8)
     assert ((window.labels != -100).sum(1) == 4).all()
-    logits = torch.zeros(3, 16, len(data.tokenizer))
+    logits = torch.zeros(3, 8, len(data.tokenizer))
     logits.scatter_(2, window.suffix[..., None], 1.0)
-    logits[0, 3] = 0
+    logits[0, 1] = 0
     right, asked = tasks.answered(logits, window.labels)
     assert right.tolist() == [3, 4, 4] and asked.tolist() == [4, 4, 4]
 
