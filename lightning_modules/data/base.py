@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from lightning_modules.data.loading import Blocks, Windows
 from lightning_modules.data.prepare import FORMAT, open_blocks, prepare, summary
 from lightning_modules.data.prepared import PreparedData
+from lightning_modules.data.repeats import Repeats
 from lightning_modules.data.tokenizer import SMALLEST_VOCAB, Encoder
 
 
@@ -36,6 +37,8 @@ class TextDataModule(PreparedData):
         max_val_blocks: Use only the first so many validation blocks.
         val_stride: Validate on overlapping windows of ``block_size`` tokens that begin this many tokens apart; a token
             is predicted once, from more text before it. None validates on the blocks as they are.
+        repeats: Share of the training blocks, from 0 to 1, that end with a passage of theirs over and over (see
+            ``Repeats``): teaches small models to copy from what they have read.
 
     Raises:
         ValueError: an argument that must be positive is not.
@@ -53,6 +56,7 @@ class TextDataModule(PreparedData):
         max_train_blocks: int | None = None,
         max_val_blocks: int | None = None,
         val_stride: int | None = None,
+        repeats: float = 0.0,
     ) -> None:
         super().__init__(block_size, batch_size, tokenizer, cache_dir, num_workers)
         limits = {"max_train_blocks": max_train_blocks, "max_val_blocks": max_val_blocks}
@@ -62,7 +66,9 @@ class TextDataModule(PreparedData):
                 raise ValueError(f"{field} must be at least 1, got {value}")
         if val_stride is not None and not 1 <= val_stride <= block_size:
             raise ValueError(f"val_stride must lie between 1 and block_size {block_size}, got {val_stride}")
-        self.val_stride = val_stride
+        if not 0 <= repeats <= 1:
+            raise ValueError(f"repeats must lie between 0 and 1, got {repeats}")
+        self.val_stride, self.repeats = val_stride, repeats
         if tokenizer is None and vocab_size < SMALLEST_VOCAB:
             raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB} (256 bytes, end of text), got {vocab_size}")
         self._vocab_size, self._num_proc, self._limits = vocab_size, num_proc, limits
@@ -87,10 +93,11 @@ class TextDataModule(PreparedData):
         self.train = self._first(open_blocks(folder, "train"), self._limits["max_train_blocks"])
         self.val = self._first(open_blocks(folder, "val"), self._limits["max_val_blocks"])
 
-    def _dataset(self, split: str) -> Blocks | Windows:
+    def _dataset(self, split: str) -> Blocks | Windows | Repeats:
         if split == "val" and self.val_stride is not None:
             return Windows(self.val, self.block_size, self.val_stride)
-        return Blocks(self.train if split == "train" else self.val)
+        blocks = Blocks(self.train if split == "train" else self.val)
+        return Repeats(blocks, self.repeats) if split == "train" and self.repeats else blocks
 
     def describe(self) -> dict[str, Any]:
         """The data in numbers, for records: documents, tokens and blocks of both splits, tokenizer, hash."""
@@ -102,6 +109,7 @@ class TextDataModule(PreparedData):
             "dropped_tokens": {split: counts.dropped_tokens for split, counts in splits.items()},
             "blocks": {"val": len(self.val), "train": len(self.train)},
             "block_size": self.block_size,
+            "repeats": self.repeats,
             "tokenizer": self._tokenizer_name,
             "vocab_size": len(self.tokenizer),
             "hash": self._hash,

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_modules.data.cache import cache_root, explain_unwritable, lock_of, locked, remove_leftovers
 from lightning_modules.data.loading import Blocks, ResumableLoader, Samples, Windows, as_is
 from lightning_modules.data.prepare import finished
+from lightning_modules.data.repeats import Repeats
 from lightning_modules.data.sampler import FixedOrderSampler, Position, ResumableSampler
 from lightning_modules.data.tokenizer import fingerprint, load_tokenizer
 from lightning_modules.randomness import run_seed
@@ -82,7 +83,7 @@ class PreparedData(L.LightningDataModule, ABC):
         """Set ``tokenizer``, ``train`` and ``val`` from the finished cache folder."""
 
     @abstractmethod
-    def _dataset(self, split: str) -> Blocks | Windows | Samples:
+    def _dataset(self, split: str) -> Blocks | Windows | Repeats | Samples:
         """Whole batches of a split, by index (see ``Blocks``)."""
 
     def _row_lengths(self) -> NDArray[np.int64] | None:

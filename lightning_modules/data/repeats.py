@@ -1,0 +1,59 @@
+"""Text in which a passage comes again, so that reading it well means looking back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_modules.data.loading import Blocks
+from lightning_modules.randomness import run_seed
+
+_SHORTEST, _LONGEST = 8, 128  # tokens of a passage
+
+
+class Repeats(Dataset[dict[str, Tensor]]):
+    """Blocks of text, some of which end with one of their passages, over and over.
+
+    A passage of 8 to 128 tokens (fewer in short blocks) and the place from which it fills the rest of the block are
+    random, and always the same for a block and a seed of the run. Every token that comes again can be told from the
+    text before it, which gives the copying circuit of small models (induction heads, arXiv 2209.11895) a reason to
+    form at once; from plain text alone it takes billions of tokens.
+
+    Args:
+        blocks: The text.
+        share: Share of the blocks that are changed, from 0 to 1.
+    """
+
+    def __init__(self, blocks: Blocks, share: float) -> None:
+        self.blocks, self.share = blocks, share
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One block as a batch of one."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch as ``Blocks`` gives it."""
+        batch = self.blocks.__getitems__(indices)
+        ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+        for row, index in enumerate(indices):
+            draw = np.random.default_rng((run_seed(), max(index, 0)))
+            if draw.random() < self.share:
+                start, place, passage = _places(draw, ids.shape[1])
+                rest = ids.shape[1] - place
+                ids[row, place:] = ids[row, start : start + passage].repeat(rest // passage + 1)[:rest]
+                labels[row] = torch.where(labels[row] < 0, labels[row], ids[row])
+        return {"input_ids": ids, "labels": labels}
+
+
+def _places(draw: np.random.Generator, width: int) -> tuple[int, int, int]:
+    """Where the passage stands, from where on it comes again (once at least), and how long it is (log-uniform)."""
+    longest = min(_LONGEST, width // 3)
+    passage = int(np.exp(draw.uniform(np.log(min(_SHORTEST, longest)), np.log(longest + 1))))
+    start = int(draw.integers(width - 2 * passage + 1))
+    place = int(draw.integers(start + passage, width - passage + 1))
+    return start, place, passage
