@@ -18,7 +18,6 @@ from transformers import DynamicCache
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality.tasks import Window, answered
-from lightning_modules.token_pruning.scorers.oracle import Oracle
 
 
 @dataclass
@@ -45,13 +44,11 @@ def read(model: Any, window: Window, pruner: PromptPruner | None, arm: Arm) -> N
     Args:
         model: A causal language model in evaluation mode.
         window: On the model's device.
-        pruner: None leaves the prompts whole.
+        pruner: None leaves the prompts whole; an oracle has looked at the window already.
         arm: Gets one value per sample.
     """
     rows, length = window.prompt.shape
     cache = DynamicCache(config=model.config)
-    if pruner is not None and isinstance(pruner.scorer, Oracle):
-        pruner.scorer.look(model, window.samples(), pruner.schedule.resolve(model.config.num_hidden_layers))
     pruning: AbstractContextManager[Any] = nullcontext() if pruner is None else pruner.prefill(model)
     with pruning:
         _wait(window.prompt.device)

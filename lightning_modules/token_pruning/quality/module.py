@@ -22,6 +22,7 @@ from lightning_modules.token_pruning.quality.tasks import (
 )
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
+from lightning_modules.token_pruning.scorers.oracle import Oracle
 
 Task = Literal["suffix", "repeated", "response", "longbench"]
 
@@ -45,7 +46,7 @@ class TokenQuality(L.LightningModule):
         max_prompt: Longest prompt of that file, in tokens.
 
     Raises:
-        ValueError: a value outside its range, or the task "longbench" without a file.
+        ValueError: a value outside its range, two scorers of one name, or the task "longbench" without a file.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class TokenQuality(L.LightningModule):
             raise ValueError("windows and suffix must be at least 1; scorers, tasks and keep must not be empty")
         if not all(0 < share <= 1 for share in keep):
             raise ValueError(f"keep must be within (0, 1], got {keep}")
+        names = [scorer.name for scorer in scorers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"scorers: one of each name, or their rows would be one; got {names}")
         if "longbench" in tasks and longbench is None:
             raise ValueError("the task longbench needs a file: give model.longbench")
         self.base, self.schedule, self.scorers, self.keep = base, schedule, scorers, keep
@@ -94,6 +98,10 @@ class TokenQuality(L.LightningModule):
         with stage(f"Task {task}", self.windows, "samples") as show:
             for window in self._batches(task, data):
                 placed = Window(*(part.to(device) for part in window))
+                for scorer in self.scorers:
+                    if isinstance(scorer, Oracle):  # once for all shares
+                        layers = self.schedule.resolve(self.model.config.num_hidden_layers)
+                        scorer.look(self.model, placed.samples(), layers)
                 for name, pruner in pruners.items():
                     read(self.model, placed, pruner, arms[name])
                 done += len(window.prompt)

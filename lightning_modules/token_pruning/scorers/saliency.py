@@ -22,6 +22,11 @@ class SaliencyOracle(Oracle):
     def __init__(self, target: Target | None = None) -> None:
         self.target = target or GateGradient()
 
+    @property
+    def name(self) -> str:
+        """See `Variant.name`; which saliency, too."""
+        return f"oracle_{type(self.target).__module__.rpartition('.')[2]}"
+
     @classmethod
     def examples(cls) -> list[Scorer]:
         """See `Scorer.examples`."""
