@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -130,8 +131,9 @@ class CausalLM(L.LightningModule):
             if parameter.requires_grad:
                 (decayed if clean_name(name) in self._decayed else plain).append(parameter)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        # A grad scaler unscales before clipping, which fused AdamW would do itself: Lightning refuses the pair.
-        fused = self.trainer.precision != "16-mixed"
+        # Lightning refuses to clip for an optimizer that could unscale gradients itself, as fused AdamW can: with a
+        # grad scaler, and under autocast without sharding even where nothing is scaled.
+        fused = self.trainer.precision != "16-mixed" and not isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
         scheduler = get_scheduler(
             self.lr_schedule,

@@ -118,15 +118,20 @@ def books(*, tokenizer_vocab: int = 4096) -> list[str]:
     Raises:
         FileNotFoundError: The corpus is not beside this checkout.
     """
-    return [*_corpus(BOOKS), "--data.vocab_size", str(tokenizer_vocab)]
+    return [*corpus(), "--data.vocab_size", str(tokenizer_vocab)]
 
 
 def books_beside() -> list[str]:
     """The same corpus, its path relative to the repository, for sweeps; the vocabulary is the configuration's."""
-    return _corpus(Path(os.path.relpath(BOOKS, ROOT)))
+    return corpus(Path(os.path.relpath(BOOKS, ROOT)))
 
 
-def _corpus(folder: Path) -> list[str]:
+def corpus(folder: Path = BOOKS) -> list[str]:
+    """The same corpus with the vocabulary of the configuration.
+
+    Raises:
+        FileNotFoundError: The corpus is not beside this checkout.
+    """
     if not (BOOKS / "train.json").is_file():
         raise FileNotFoundError(f"no books corpus at {BOOKS}: give any JSON arrays there as train.json and valid.json")
     files = ("--data.train", str(folder / "train.json"), "--data.val", str(folder / "valid.json"))

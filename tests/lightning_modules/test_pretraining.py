@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import lightning.pytorch as L
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules import generation
 from lightning_modules.causal_lm import clean_name
+from lightning_modules.data.recall import Recall
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.export import export
 from lightning_modules.pretraining import Pretraining
@@ -54,6 +56,24 @@ def test_default_is_gpt2_of_about_62_million(tokenizer):
     with torch.device("meta"):
         count = AutoModelForCausalLM.from_config(config).num_parameters()
     assert 60e6 < count < 66e6
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_one_device_clips_gradients_in_every_precision(precision):
+    module = Pretraining(model_type="llama", config=LLAMA, learning_rate=1e-2)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    run = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=2,
+        precision=precision,
+        gradient_clip_val=0.1,
+        limit_val_batches=0,
+        **quiet,
+    )
+    run.fit(module, Recall(batch_size=4))
+    norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
+    assert 0 < norm <= 0.1 + 1e-5
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.data.progress import stage
 from lightning_modules.token_pruning.prefill import PromptPruner
-from lightning_modules.token_pruning.quality.measure import Arm, read, summarise
+from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.tasks import (
     Window,
     longbench_windows,
@@ -24,6 +24,7 @@ from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
 from lightning_modules.token_pruning.scorers.oracle import Oracle
 
+_FREE = ("random", "recency")  # what costs nothing, and every other scorer must beat
 Task = Literal["suffix", "repeated", "response", "longbench"]
 
 
@@ -31,7 +32,7 @@ class TokenQuality(L.LightningModule):
     """Compares scorers at equal budgets on held-out text, against the unpruned model, sample by sample.
 
     All arms read the same samples in turn through the real pruned prefill. The result goes into the run record as
-    ``token_quality``: a row for every task, scorer and share kept.
+    ``token_quality``: a row for every task, scorer and share kept, with what it saves over chance and recency.
 
     Args:
         base: Hugging Face folder or hub name of the model.
@@ -108,8 +109,11 @@ class TokenQuality(L.LightningModule):
                 show(done)
         if not done:
             raise ValueError(f"the task {task} found no sample in {data.name}")
-        whole = arms["unpruned", None]
-        return [summarise(task, scorer, keep, arm, whole) for (scorer, keep), arm in arms.items()]
+        rows = []
+        for (scorer, keep), arm in arms.items():
+            over = {name: savings(arm, arms[name, keep]) for name in _FREE if name != scorer and (name, keep) in arms}
+            rows.append(summarise(task, scorer, keep, arm, arms["unpruned", None]) | {"saved_over": over})
+        return rows
 
     def _batches(self, task: Task, data: Any) -> Iterator[Window]:
         """Windows of a task until there are enough."""

@@ -116,6 +116,10 @@ def test_the_command_measures_every_scorer_on_every_task(tmp_path):
         ("response", "recency"),
     ]
     assert len(rows) == 6 and all(r["samples"] == 6 for r in rows)
+    saved = [r["saved_over"] for r in rows[1:3]]
+    assert [list(s) for s in saved] == [["recency"], ["random"]]
+    assert saved[0]["recency"][0] == pytest.approx(rows[2]["nll_rise"] - rows[1]["nll_rise"], abs=1e-6)
+    assert saved[0]["recency"][0] == -saved[1]["random"][0]
     assert all(r["kept"] < 1 for r in rows if r["scorer"] != "unpruned")
 
 
@@ -126,6 +130,7 @@ def test_the_command_measures_every_scorer_on_every_task(tmp_path):
         ({"keep": [0.0]}, "keep"),
         ({"tasks": ["longbench"]}, "longbench"),
         ({"scorers": []}, "scorers"),
+        ({"scorers": [Random(), Random(seed=1)]}, "one of each name"),
     ],
 )
 def test_what_is_wrong_is_named(options, names):
