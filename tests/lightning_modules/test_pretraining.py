@@ -33,7 +33,9 @@ def tokenizer():
 def _attach(module: Pretraining, tokenizer, block_size: int = 32) -> Pretraining:
     """Give a module the little of a Trainer that building a model looks at."""
     data = SimpleNamespace(tokenizer=tokenizer, block_size=block_size)
-    module._trainer = SimpleNamespace(datamodule=data, precision="32-true", estimated_stepping_batches=10)
+    module._trainer = SimpleNamespace(
+        datamodule=data, precision="32-true", precision_plugin=None, estimated_stepping_batches=10
+    )
     return module
 
 
