@@ -1,8 +1,8 @@
 """Keep what the end of the prompt attends to."""
 
-import torch
 from torch import Tensor
 
+from lightning_modules.token_pruning.attention import tail_attention
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
 
 
@@ -29,27 +29,10 @@ class LastWindow(Scorer):
 
     def score(self, hidden_BNH: Tensor, layer: int, context: Context) -> Tensor:
         """See `Scorer.score`."""
-        parts, rotary = context.anatomy, context.rotary
-        window = min(self.window, hidden_BNH.shape[1])
-        last = None if rotary is None else (rotary[0][:, -window:], rotary[1][:, -window:])
-        queries_BAWD = parts.queries(layer + 1, hidden_BNH[:, -window:], last)
-        keys_BAND = parts.keys(layer + 1, hidden_BNH, rotary)
-        groups = keys_BAND.shape[1]
-        queries_BGRWD = queries_BAWD.unflatten(1, (groups, -1))  # the heads of a group share its keys
-        logits = queries_BGRWD @ keys_BAND[:, :, None].transpose(-1, -2) * parts.attention(layer + 1).scaling
-        return _mean_attention(logits.float(), context.real).to(hidden_BNH.device)
-
-
-def _mean_attention(logits_BGRWN: Tensor, real_BN: Tensor | None) -> Tensor:
-    """Softmax under the causal mask, then the mean over groups, heads and window: `[B, N]`."""
-    window, width = logits_BGRWN.shape[-2:]
-    future = torch.ones(window, width, dtype=torch.bool, device=logits_BGRWN.device).triu(width - window + 1)
-    logits_BGRWN = logits_BGRWN.masked_fill(future, -torch.inf)
-    if real_BN is None:
-        return logits_BGRWN.softmax(-1).mean((1, 2, 3))
-    real_BN = real_BN.to(logits_BGRWN.device)
-    hidden_keys = ~real_BN[:, None, None, None, :]
-    attention = logits_BGRWN.masked_fill(hidden_keys, torch.finfo(torch.float32).min).softmax(-1)
-    asking = real_BN[:, None, None, -window:, None]  # padding inside the window of a short row asks nothing
-    total = (attention * asking).mean((1, 2)).sum(1)
-    return total / real_BN[:, -window:].sum(-1, keepdim=True).clamp_min(1)
+        window, real_BN = min(self.window, hidden_BNH.shape[1]), context.real
+        paid_BWN = tail_attention(context.anatomy, layer + 1, hidden_BNH, window, context.rotary, real_BN)
+        if real_BN is None:
+            return paid_BWN.mean(1).to(hidden_BNH.device)
+        asking_BW = real_BN[:, -window:].to(paid_BWN.device)  # padding inside the window of a short row asks nothing
+        total_BN = (paid_BWN * asking_BW[..., None]).sum(1)
+        return (total_BN / asking_BW.sum(-1, keepdim=True).clamp_min(1)).to(hidden_BNH.device)

@@ -1,12 +1,15 @@
 """Attention that the response will pay."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_modules.perplexity import IGNORED
+from lightning_modules.token_pruning.anatomy import anatomy
+from lightning_modules.token_pruning.attention import tail_attention
 from lightning_modules.token_pruning.samples import Samples
 from lightning_modules.token_pruning.targets.base import Target
 
@@ -15,22 +18,33 @@ class FutureAttention(Target):
     """Mean attention probability that the queries predicting the response give to a token, over heads and later layers.
 
     The quantity that H2O (arXiv 2306.14048) accumulates, read from the future: an oracle for attention-based scores.
+    Only the rows of these queries are computed, beside a forward pass with whatever kernel the model has.
     """
 
     @torch.no_grad()
     def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See ``Target.values``."""
-        chosen = model.config._attn_implementation
-        model.set_attn_implementation("eager")  # the only one that returns probabilities
+        parts = anatomy(model)
+        predicts_BN = torch.roll(samples.labels != IGNORED, -1, dims=1)
+        share_BN = predicts_BN.float() / predicts_BN.sum(1, keepdim=True)
+        window = share_BN.shape[1] - int(predicts_BN.any(0).float().argmax())
+        received: dict[int, Tensor] = {}
+
+        def watch(index: int) -> Callable[..., None]:
+            def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                call = dict(zip(parts.arguments, args, strict=False)) | kwargs
+                rotary = call.get("position_embeddings")
+                paid_BWN = tail_attention(parts, index, call["hidden_states"], window, rotary, samples.real)
+                received[index] = torch.einsum("bw,bwn->bn", share_BN[:, -window:].to(paid_BWN.device), paid_BWN)
+
+            return before
+
+        watched = range(min(layers) + 1, len(parts.layers))
+        handles = [parts.layers[i].register_forward_pre_hook(watch(i), with_kwargs=True) for i in watched]
         try:
-            attentions_BANN = model(
-                **samples.inputs(),
-                use_cache=False,
-                output_attentions=True,
-            ).attentions
+            model(**samples.inputs(), use_cache=False, logits_to_keep=1)
         finally:
-            model.set_attn_implementation(chosen)
-        predicts = torch.roll(samples.labels != IGNORED, -1, dims=1).float()
-        share = predicts / predicts.sum(1, keepdim=True)
-        received_LBN = [torch.einsum("bq,bqk->bk", share, a.float().mean(1)) for a in attentions_BANN]
-        return {layer: torch.stack(received_LBN[layer + 1 :]).mean(0) for layer in layers}
+            for handle in handles:
+                handle.remove()
+        device = samples.input_ids.device
+        return {layer: torch.stack([received[i].to(device) for i in watched if i > layer]).mean(0) for layer in layers}

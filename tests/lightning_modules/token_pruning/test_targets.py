@@ -91,6 +91,18 @@ def test_future_attention_sums_to_1_over_what_the_response_sees():
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox", "gpt2"])
+def test_future_attention_is_what_the_eager_kernel_returns(family):
+    model, samples = build(family).eval(), _samples()
+    found = FutureAttention().values(model, samples, [0, LAYER])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(**samples.inputs(), use_cache=False, output_attentions=True).attentions
+    for layer in (0, LAYER):
+        paid = torch.stack([a.mean(1)[:, -RESPONSE - 1 : -1].mean(1) for a in attentions[layer + 1 :]]).mean(0)
+        torch.testing.assert_close(found[layer], paid)
+
+
 def test_gate_gradient_points_where_leaving_a_token_out_does():
     model, samples = shared("llama"), _samples(1)
     found = GateGradient().values(model, samples, [LAYER])[LAYER][0, : LENGTH - RESPONSE]

@@ -1,0 +1,38 @@
+"""Attention that the last tokens of rows pay, from projections alone, so that any kernel may run the model.
+
+Shape legend: B rows, N tokens, W last tokens, H hidden width, G key-value heads, R query heads that share one, D width
+of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_modules.token_pruning.anatomy import Anatomy, Rotary
+
+
+def tail_attention(
+    parts: Anatomy, layer: int, hidden_BNH: Tensor, window: int, rotary: Rotary | None, real_BN: Tensor | None
+) -> Tensor:
+    """Probabilities that the last tokens give to all tokens under the causal mask, mean over heads.
+
+    Args:
+        parts: The model.
+        layer: The layer that attends.
+        hidden_BNH: Its input, before the input norm.
+        window: Number W of last tokens, at most N.
+        rotary: cos and sin ``[1 or B, N, R]`` of the tokens; None where positions are not rotary.
+        real_BN: False on padding; None when there is none. What padding among the last tokens asks means nothing.
+
+    Returns:
+        float32 ``[B, W, N]``, on the device of the layer.
+    """
+    last = None if rotary is None else (rotary[0][:, -window:], rotary[1][:, -window:])
+    queries_BAWD = parts.queries(layer, hidden_BNH[:, -window:], last)
+    keys_BGND = parts.keys(layer, hidden_BNH, rotary)
+    queries_BGRWD = queries_BAWD.unflatten(1, (keys_BGND.shape[1], -1))
+    logits = (queries_BGRWD @ keys_BGND[:, :, None].transpose(-1, -2) * parts.attention(layer).scaling).float()
+    width = logits.shape[-1]
+    hidden_keys = torch.ones(window, width, dtype=torch.bool, device=logits.device).triu(width - window + 1)
+    if real_BN is not None:
+        hidden_keys = hidden_keys | ~real_BN.to(logits.device)[:, None, None, None, :]
+    return logits.masked_fill(hidden_keys, torch.finfo(torch.float32).min).softmax(-1).mean((1, 2))
