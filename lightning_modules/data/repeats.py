@@ -54,6 +54,6 @@ def _places(draw: np.random.Generator, width: int) -> tuple[int, int, int]:
     """Where the passage stands, from where on it comes again (once at least), and how long it is (log-uniform)."""
     longest = min(_LONGEST, width // 3)
     passage = int(np.exp(draw.uniform(np.log(min(_SHORTEST, longest)), np.log(longest + 1))))
-    start = int(draw.integers(width - 2 * passage + 1))
-    place = int(draw.integers(start + passage, width - passage + 1))
+    place = int(draw.integers(passage, width - passage + 1))
+    start = int(draw.integers(place - passage + 1))
     return start, place, passage
