@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import figures, record
-from bench.experiments.runs import books, corpus, run_main, say
+from bench.experiments.runs import corpus, run_main, say
 
 CONFIGS = "configs/token_pruning"
 COMMAND = "python -m bench experiment token_quality --model FOLDER"
@@ -19,28 +19,20 @@ Row = dict[str, Any]
 
 def run(records: Path, folder: Path, model: Path) -> None:
     """Measure and append the figures, task by task; what is trained already in a `--folder` is not trained again."""
-    given = [*books(), "--data.block_size", "512", "--data.batch_size", "4", *_tokenizer(model)]
-    stages = "--model.schedule.init_args.layers=[1,3,5]"
-    for rows in _text(folder / "given", [*_base(model), *given, stages]):
+    given = [*corpus(), "--model.base", str(model), "--data.tokenizer", str(model)]
+    for rows in _text(folder / "given", [*given, "--model.schedule.init_args.layers=[1,3,5]"], repeats=0.0):
         _append(records, "given", rows)
-    if not (folder / "reader/runs/reader/model").exists():
-        _step(folder / "reader", "fit", "reader_model", *corpus())
-    for rows in _text(folder / "reader", [*corpus(), *_tokenizer(Path("runs/reader/model"))]):
+    for part in ("start", "model"):
+        if not (folder / "reader/runs/reader/model").exists():
+            _step(folder / "reader", "fit", f"reader_{part}", *corpus())
+    for rows in _text(folder / "reader", corpus(), repeats=0.5):
         _append(records, "reader", rows)
     _append(records, "recall", _recall(folder / "recall"))
 
 
-def _base(model: Path) -> list[str]:
-    return ["--model.base", str(model)]
-
-
-def _tokenizer(model: Path) -> list[str]:
-    return ["--data.tokenizer", str(model)]
-
-
-def _text(folder: Path, arguments: list[str]) -> Iterator[list[Row]]:
-    """Books that the model was not trained on; rows of each task."""
-    few = ["--data.max_train_blocks", "1000"]
+def _text(folder: Path, arguments: list[str], repeats: float) -> Iterator[list[Row]]:
+    """A book that the model was not trained on; rows of each task."""
+    few = ["--data.max_train_blocks", "1000", "--data.repeats", str(repeats)]
     _step(folder, "predict", "saliency", *arguments, *few)
     if not (folder / "runs/token_pruner").exists():
         _step(folder, "fit", "train", *arguments, *few)
