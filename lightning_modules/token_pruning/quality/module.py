@@ -110,9 +110,9 @@ class TokenQuality(L.LightningModule):
         if not done:
             raise ValueError(f"the task {task} found no sample in {data.name}")
         rows = []
-        for (scorer, keep), arm in arms.items():
-            over = {name: savings(arm, arms[name, keep]) for name in _FREE if name != scorer and (name, keep) in arms}
-            rows.append(summarise(task, scorer, keep, arm, arms["unpruned", None]) | {"saved_over": over})
+        for (name, share), arm in arms.items():
+            over = {free: savings(arm, arms[free, share]) for free in _FREE if free != name and (free, share) in arms}
+            rows.append(summarise(task, name, share, arm, arms["unpruned", None]) | {"saved_over": over})
         return rows
 
     def _batches(self, task: Task, data: Any) -> Iterator[Window]:
