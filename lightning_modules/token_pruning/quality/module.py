@@ -110,9 +110,9 @@ class TokenQuality(L.LightningModule):
         if not done:
             raise ValueError(f"the task {task} found no sample in {data.name}")
         rows = []
-        for (name, share), arm in arms.items():
-            over = {free: savings(arm, arms[free, share]) for free in _FREE if free != name and (free, share) in arms}
-            rows.append(summarise(task, name, share, arm, arms["unpruned", None]) | {"saved_over": over})
+        for (which, share), arm in arms.items():
+            over = {free: savings(arm, arms[free, share]) for free in _FREE if free != which and (free, share) in arms}
+            rows.append(summarise(task, which, share, arm, arms["unpruned", None]) | {"saved_over": over})
         return rows
 
     def _batches(self, task: Task, data: Any) -> Iterator[Window]:
