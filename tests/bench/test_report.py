@@ -76,8 +76,8 @@ def whole(tmp_path_factory):
 def test_every_section_appears_when_its_records_are_there(whole):
     _, page, _ = whole
     assert sections(page) == [
-        "headline", "quality", "step-time", "bytes", "rates", "scaling", "curves", "collectives", "prefill", "survival",
-        "structure", "tiers", "figures", "trouble", "runs",
+        "headline", "quality", "step-time", "bytes", "rates", "scaling", "curves", "collectives", "prefill", "frontier",
+        "survival", "structure", "tiers", "figures", "trouble", "runs",
     ]  # fmt: skip
     targets = {a["href"].removeprefix("#") for a in page.named("a")}
     assert targets <= {attributes.get("id") for _, attributes in page.elements}
@@ -117,9 +117,15 @@ def test_pruned_prefill_shows_where_the_model_was_and_what_fits(whole):
     assert rows[1][1:6] == ["8192", "8192.0", str(8192 / 2.3), "2.3", "2.46"] and "25.0 %" in rows[1][6]
     assert "Ran on cuda:0. Offloaded, so times measure transfers: model.layers.3." in page.text
     assert (folder / "tables/prefill-memory.csv").read_text().splitlines()[1].endswith("8000000000,12288,20480")
-    quality = (folder / "tables/prefill-quality.csv").read_text().splitlines()
-    assert quality[2].split(",")[1:] == ["suffix", "random", "0.7", "0.25", "0.2", "0.31", "0.4", "0.34"]
+    quality = (folder / "tables/frontier-table.csv").read_text().splitlines()
+    assert quality[2].split(",")[1:] == ["suffix", "random", "0.7", "0.25", "0.2", "0.31", "0.4", "0.34", "0.6"]
     assert quality[1].split(",")[5:7] == ["", ""]  # not recorded
+    drawn = (folder / "tables/frontier-0.csv").read_text().splitlines()
+    assert [line.split(",")[1:4] for line in drawn[1:]] == [
+        ["random", "0.7", "0.6"],
+        ["random", "0.5", "0.4"],
+        ["oracle_gate_gradient", "0.7", "0.6"],
+    ]
     speed = (folder / "tables/structure-speed.csv").read_text().splitlines()[1]
     assert speed == "slim,prefill,1,30.0,20.0,1.5,,1.6,1.4,False"
 

@@ -17,16 +17,6 @@ _LEAD = (
 )
 _VALUES = ("ms_median", "ms_iqr", "speedup", "bound", "peak_bytes")
 _LONGEST = ("length (tokens)", "unpruned (ms)", "pruned (ms)", "speed-up (×)", "bound (×)", "overhead of keeping all")
-_QUALITY = {
-    "task": "task",
-    "scorer": "scorer",
-    "keep": "keep per stage",
-    "nll_rise": "rise of the loss (nats)",
-    "nll_rise_low": "95 % from",
-    "nll_rise_high": "to",
-    "accuracy": "accuracy",
-    "kept": "left at the end (share)",
-}
 _MEMORY_ARMS = ("baseline", "pruned")
 
 
@@ -91,15 +81,9 @@ def parse_memory(block: Any) -> list[Any]:
     return [int(block["limit_bytes"]), *(longest.get(arm) for arm in _MEMORY_ARMS)]
 
 
-def parse_quality(block: Any) -> list[list[Any]]:
-    """The record's block `token_quality`, a row for each task, scorer and share kept, as in `_QUALITY`."""
-    return [[entry["task"], *(entry.get(name) for name in list(_QUALITY)[1:])] for entry in block]
-
-
 def section(evidence: Evidence) -> Section | None:
     """Speed-up and peak memory by length, and longest prompts; None when no run measured its prefill."""
     found, memory = evidence.blocks("prefill", parse), evidence.blocks("prefill_memory", parse_memory)
-    quality = evidence.blocks("token_quality", parse_quality)
     blocks: list[Block] = []
     if found:
         rows = [[name, *_longest(prefill)] for name, prefill in found]
@@ -113,10 +97,6 @@ def section(evidence: Evidence) -> Section | None:
         headers = ["run", "memory (bytes)", "unpruned (tokens)", "pruned (tokens)"]
         table = Table(headers, [[name, *row] for name, row in memory])
         blocks.append(Sheet("prefill-memory", "Longest prompt that fits", table))
-    if quality:
-        cost = [[name, *row] for name, rows in quality[-drawing.MAX_RUNS :] for row in rows]
-        table = Table(["run", *_QUALITY.values()], cost)
-        blocks.append(Sheet("prefill-quality", "What pruning costs", table, drawing.last_runs(len(quality))))
     return Section("prefill", "Prefill with pruned tokens", _LEAD, blocks) if blocks else None
 
 
