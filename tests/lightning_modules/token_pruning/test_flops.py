@@ -18,7 +18,6 @@ from lightning_modules.token_pruning.scorers.mlp import MLP
 from lightning_modules.token_pruning.scorers.recency import Recency
 from tests.lightning_modules.token_pruning.models import build, shared, tokens
 
-
 QWEN2_7B = Qwen2Config(
     hidden_size=3584,
     intermediate_size=18944,
