@@ -107,7 +107,8 @@ def test_an_offloaded_model_is_timed_where_it_is_and_its_times_are_doubted(tmp_p
     assert len(record["prefill"]["arms"]) == 4
     ids, pruner = tokens(1, 64), PromptPruner(Recency(), SCHEDULE)
     with torch.inference_mode():
-        assert torch.equal(pruned_read(model, ids, pruner)().logits, pruned_read(build(), ids, pruner)().logits)
+        here, there = (pruned_read(one, ids, pruner)().logits for one in (build(), model))
+    torch.testing.assert_close(there, here)  # mapped weights lie otherwise in memory: other sums on some processors
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="cannot be offloaded"):
         _validate(tmp_path, PrefillMemory(Recency(), SCHEDULE, start=64, limit_gb=0.25), model)
 

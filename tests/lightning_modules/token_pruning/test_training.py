@@ -81,15 +81,14 @@ def test_every_loss_alone_reaches_every_scorer_and_nothing_else(base, data, sali
 
 
 def test_supervision_teaches_the_order_of_saliency(base, data, saliency, tmp_path):  # noqa: F811
-    untrained = _trainer(limit_val_batches=3)
-    fresh = _module(base, tmp_path, saliency=saliency, target=GateGradient())
-    untrained.validate(fresh, data, verbose=False)
-    module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), lm_weight=0.0, learning_rate=1e-2)
-    trainer = _trainer(max_steps=40, limit_val_batches=3, val_check_interval=40, check_val_every_n_epoch=None)
+    L.seed_everything(0, verbose=False)
+    module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), lm_weight=0.0)
+    trainer = _trainer(max_steps=60, limit_val_batches=3, val_check_interval=60, check_val_every_n_epoch=None)
     trainer.fit(module, data)
-    for layer in (1, 3):
-        name = f"val/spearman_{layer}"
-        assert trainer.callback_metrics[name] > untrained.callback_metrics[name] + 0.1
+    found = trainer.callback_metrics
+    assert found["val/spearman_1"] > 0.1 and found["val/spearman_3"] > 0.1  # 0 by chance
+    # summed over two layers, scores that say nothing have a squared distance of 2 and a ranking loss of 2 log 2
+    assert found["train/mse"] < 1.8 and found["train/ranking"] < 1.3
 
 
 def test_an_offloaded_model_validates_to_the_same_numbers(base, data, tmp_path):  # noqa: F811
