@@ -161,27 +161,28 @@ def run_measured(
             cwd=cwd,
             env={**os.environ, **(env or {})},
         )
-        sampler = _Sampler(psutil.Process(process.pid))
-        sampler.start()
-        timed_out = threading.Event()
+        timed_out, timer, sampler = threading.Event(), None, None
 
         def stop() -> None:
             timed_out.set()
-            kill_tree(sampler.root, frozenset(sampler.seen))
+            kill_tree(psutil.Process(process.pid), frozenset(sampler.seen if sampler else ()))
 
-        timer = threading.Timer(timeout, stop) if timeout is not None else None
         try:
-            if timer:
+            sampler = _Sampler(psutil.Process(process.pid))
+            sampler.start()
+            if timeout is not None:
+                timer = threading.Timer(timeout, stop)
                 timer.start()
             returncode = process.wait()
         except BaseException:  # an interrupted experiment must not leave its command running
-            kill_tree(sampler.root, frozenset(sampler.seen))
+            stop()
             process.wait()
             raise
         finally:
             wall_s = time.perf_counter() - begin
-            sampler.finished.set()
-            sampler.join()
+            if sampler is not None and sampler.ident is not None:
+                sampler.finished.set()
+                sampler.join()
             if timer:
                 timer.cancel()
                 if timed_out.is_set():
