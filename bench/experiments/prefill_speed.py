@@ -3,7 +3,6 @@
 Weights and scorers are untrained: how fast a prompt is read does not depend on which tokens are kept.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ COMMAND = "python -m bench experiment prefill_speed"
 
 def run(records: Path, folder: Path) -> None:
     """Measure and append the figures."""
-    block = measure(folder, LENGTHS, REPEATS, STAGES, KEEP)
+    block = measure(folder, LENGTHS, REPEATS)
     for length in LENGTHS:
         arms = {arm["arm"]: arm for arm in block["arms"] if arm["length"] == length}
         if not arms:
@@ -37,10 +36,8 @@ def run(records: Path, folder: Path) -> None:
         _append(records, length, arms, block["kernels"])
 
 
-def measure(
-    folder: Path, lengths: Sequence[int], repeats: int, stages: Sequence[int], keep: float, **shape: int
-) -> dict[str, Any]:
-    """Run `validate` on a model of this shape (`SHAPE` where not said); the block `prefill` of its record."""
+def measure(folder: Path, lengths: tuple[int, ...], repeats: int, **shape: int) -> dict[str, Any]:
+    """Run `validate` on a model of this shape; the block `prefill` of its record."""
     base = folder / "model"
     if not base.exists():
         settings: dict[str, Any] = {**SHAPE, **shape}
@@ -48,7 +45,7 @@ def measure(
     timing = {"class_path": "PrefillTiming", "init_args": {"lengths": list(lengths), "repeats": repeats, "warmup": 1}}
     schedule = {
         "class_path": "lightning_modules.token_pruning.schedule.Schedule",
-        "init_args": {"layers": list(stages), "keep": keep},
+        "init_args": {"layers": STAGES, "keep": KEEP},
     }
     arguments = ["--trainer.callbacks", str([timing, "RunRecord"]), "--trainer.logger", "false"]
     arguments += ["--model.base", str(base), "--model.pruner", "null", "--model.schedule", str(schedule)]
