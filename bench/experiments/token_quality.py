@@ -69,7 +69,8 @@ def _append(records: Path, model: str, rows: list[Row]) -> None:
     task = "recall" if model == "recall" else rows[0]["task"]
     whole = found["unpruned", None]
     for row in rows:
-        _frontier(records, model, task, row, whole)
+        if row["keep"] is not None:
+            _frontier(records, model, task, row, whole)
     for keep in dict.fromkeys(row["keep"] for row in rows if row["keep"] is not None):
         name = f"{model}-{task}-{keep:g}"
         what = f"{task}, model `{model}`, keep {keep:g}"
@@ -84,7 +85,7 @@ def _append(records: Path, model: str, rows: list[Row]) -> None:
 def _frontier(records: Path, model: str, task: str, row: Row, whole: Row) -> None:
     recall = task == "recall"
     low, high = (row[("accuracy" if recall else "nll_rise") + end] for end in ("_low", "_high"))
-    keep = "whole prompt" if row["keep"] is None else f"keep {row['keep']:g}"
+    keep = f"keep {row['keep']:g}"
     figures.append(
         records,
         figure=f"{model}-{task}-{row['scorer']}-{row['keep']}",
@@ -139,8 +140,8 @@ def _answers(records: Path, name: str, what: str, learned: Row, chance: Row, who
     figures.append(
         records,
         figure=f"learned-share-{name}",
-        what=f"{what}: right answers of the unpruned model that the learned scorer keeps (chance keeps "
-        f"{by_chance:.1f} %)",
+        what=f"{what}: right answers of the unpruned model ({100 * whole['accuracy']:.1f} % of all) that the learned "
+        f"scorer keeps (chance keeps {by_chance:.1f} %)",
         value=share,
         unit="%",
         target="≥ 95 %, where chance keeps ≤ 60 %" if by_chance <= 60 else "report: chance keeps more than 60 %",
