@@ -105,7 +105,13 @@ class TokenPruning(L.LightningModule):
 
     @property
     def model(self) -> Any:
-        """The frozen base model."""
+        """The frozen base model.
+
+        Raises:
+            AttributeError: It is not loaded yet; a record of such a module has no model.
+        """
+        if not self._outside:
+            raise AttributeError("configure_model has not loaded the base model yet")
         return self._outside[0]
 
     @property

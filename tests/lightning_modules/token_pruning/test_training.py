@@ -38,6 +38,11 @@ def _module(base, tmp_path, **options):  # noqa: F811
     return TokenPruning(base, SCHEDULE, str(tmp_path / "pruner"), **{**fast, **options})
 
 
+def test_a_module_without_its_model_can_be_recorded(base, tmp_path):  # noqa: F811
+    module = _module(base, tmp_path, mse_weight=0.0, ranking_weight=0.0)  # as `generate --show_survival` leaves it
+    assert getattr(module, "model", None) is None and getattr(module, "parameter_count", None) is None
+
+
 def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tmp_path):  # noqa: F811
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True, every_n_train_steps=3)
     module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), kl_weight=1.0, ratio_weight=1.0)
