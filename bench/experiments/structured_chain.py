@@ -54,10 +54,10 @@ def run(records: Path, folder: Path, model: Path) -> None:
 def _ppl(folder: Path) -> dict[str, Any]:
     """Perplexities that the chain left behind: of the dense model, after pruning, after recovery."""
     found, _ = record.read(folder / "runs/results.jsonl")
-    runs = {one["run_name"]: one for one in found}
-    structure = runs["prune"]["structure"]
+    pruned = next(one["structure"] for one in found if one["run_name"] == "prune")  # verify, later, has the name too
+    recovered = next(one for one in found if one["run_name"] == "recover")
     return {
-        "ppl_dense": structure["ppl_before"],
-        "ppl_pruned": structure["ppl_after"],
-        "ppl_recovered": runs["recover"]["val_ppl"],
+        "ppl_dense": pruned["ppl_before"],
+        "ppl_pruned": pruned["ppl_after"],
+        "ppl_recovered": recovered["val_ppl"],
     }
