@@ -163,9 +163,12 @@ def run_measured(
         )
         timed_out, timer, sampler = threading.Event(), None, None
 
+        def kill() -> None:
+            kill_tree(psutil.Process(process.pid), frozenset(sampler.seen if sampler else ()))
+
         def stop() -> None:
             timed_out.set()
-            kill_tree(psutil.Process(process.pid), frozenset(sampler.seen if sampler else ()))
+            kill()
 
         try:
             sampler = _Sampler(psutil.Process(process.pid))
@@ -175,7 +178,7 @@ def run_measured(
                 timer.start()
             returncode = process.wait()
         except BaseException:  # an interrupted experiment must not leave its command running
-            stop()
+            kill()
             process.wait()
             raise
         finally:

@@ -75,7 +75,8 @@ def _append(records: Path, model: str, rows: list[Row]) -> None:
         name = f"{model}-{task}-{keep:g}"
         what = f"{task}, model `{model}`, keep {keep:g}"
         for baseline in ("random", "recency"):
-            _against(records, name, what, baseline, found["mlp", keep])
+            tie = task == "suffix" and baseline == "recency"
+            _against(records, name, what, baseline, found["mlp", keep], tie)
         if task == "suffix":
             _cost(records, name, what, found["mlp", keep], whole)
         if task == "recall":
@@ -103,9 +104,8 @@ def _frontier(records: Path, model: str, task: str, row: Row, whole: Row) -> Non
     )
 
 
-def _against(records: Path, name: str, what: str, baseline: str, learned: Row) -> None:
-    """Where the learned scorer must win; within noise of recency is enough on plain text."""
-    tie = "suffix" in name and baseline == "recency"
+def _against(records: Path, name: str, what: str, baseline: str, learned: Row, tie: bool) -> None:
+    """Where the learned scorer must win, or come within noise: `tie`."""
     gain, low, high = learned["saved_over"][baseline]
     figures.append(
         records,

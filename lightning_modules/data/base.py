@@ -99,6 +99,11 @@ class TextDataModule(PreparedData):
         blocks = Blocks(self.train if split == "train" else self.val)
         return Repeats(blocks, self.repeats) if split == "train" and self.repeats else blocks
 
+    def state_dict(self) -> dict[str, Any]:
+        """See ``PreparedData.state_dict``; blocks in which passages come again are other data."""
+        state = super().state_dict()
+        return state | ({"data": f"{state['data']}, repeats {self.repeats:g}"} if self.repeats else {})
+
     def describe(self) -> dict[str, Any]:
         """The data in numbers, for records: documents, tokens and blocks of both splits, tokenizer, hash."""
         splits = self._splits

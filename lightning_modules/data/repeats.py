@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_modules.data.loading import Blocks
+from lightning_modules.data.sampler import FixedOrderSampler
 from lightning_modules.randomness import run_seed
 
 _SHORTEST, _LONGEST = 8, 128  # tokens of a passage
@@ -18,8 +18,8 @@ class Repeats(Dataset[dict[str, Tensor]]):
 
     A passage of 8 to 128 tokens (fewer in short blocks) and the place from which it fills the rest of the block are
     random, and always the same for a block and a seed of the run. Every token that comes again can be told from the
-    text before it, which gives the copying circuit of small models (induction heads, arXiv 2209.11895) a reason to
-    form at once; from plain text alone it takes billions of tokens.
+    text before it, which gives the copying circuit of a model (induction heads, arXiv 2209.11895) a reason to form
+    early; from plain text alone it took that paper's models billions of tokens.
 
     Args:
         blocks: The text.
@@ -39,14 +39,16 @@ class Repeats(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch as ``Blocks`` gives it."""
         batch = self.blocks.__getitems__(indices)
-        ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+        ids, labels = batch["input_ids"].clone(), batch["labels"]
         for row, index in enumerate(indices):
-            draw = np.random.default_rng((run_seed(), max(index, 0)))
+            if index == FixedOrderSampler.PADDING:
+                continue
+            draw = np.random.default_rng((run_seed(), index))
             if draw.random() < self.share:
                 start, place, passage = _places(draw, ids.shape[1])
                 rest = ids.shape[1] - place
                 ids[row, place:] = ids[row, start : start + passage].repeat(rest // passage + 1)[:rest]
-                labels[row] = torch.where(labels[row] < 0, labels[row], ids[row])
+                labels[row] = ids[row]
         return {"input_ids": ids, "labels": labels}
 
 

@@ -38,7 +38,7 @@ def bounds(config: Any, schedule: Schedule, keep: Sequence[float], lengths: Sequ
     stages = schedule.resolve(layers)
     scorer = MLP(TokenPruner(cost.hidden_size, stages))
     for share in keep:
-        pruned = Schedule(layers=stages, keep=share, sinks=schedule.sinks, tail=schedule.tail)
+        pruned = schedule.keeping(share)
         for length in lengths:
             yield {
                 "keep": share,
@@ -58,8 +58,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--first", type=int, default=4, help="first layer after which is pruned")
     parser.add_argument("--step", type=int, default=3, help="layers from stage to stage")
+    parser.add_argument("--tail", type=float, default=0.1, help="share of the prompt at its end that always stays")
     options = parser.parse_args()
-    schedule = Schedule(first=options.first, step=options.step)
+    schedule = Schedule(first=options.first, step=options.step, tail=options.tail)
     for line in bounds(AutoConfig.from_pretrained(options.model), schedule, options.keep, options.lengths):
         print(json.dumps(line))
 

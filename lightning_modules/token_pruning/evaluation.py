@@ -1,6 +1,5 @@
 """What pruning costs on held-out text, and how well scores agree with saliency."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -86,10 +85,8 @@ class PruningQuality(nn.Module):
         self._nll("unpruned", *response_nll(logits, samples.labels))
         scorers: dict[str, TokenPruner | Scorer] = {"learned": pruner, **self.baselines}
         for keep in self.keep:
-            pruned = copy.copy(schedule)
-            pruned.keep, pruned.tokens = keep, None
             for name, scorer in scorers.items():
-                nll, tokens, _ = pruned_nll(model, samples, pruned, scorer)
+                nll, tokens, _ = pruned_nll(model, samples, schedule.keeping(keep), scorer)
                 self._nll(f"{name}_{keep:g}", nll, tokens)
         if target is not None:
             self._correlate(model, pruner, schedule, target, samples)

@@ -1,5 +1,6 @@
 """After which layers tokens are dropped, how many stay, and which always stay."""
 
+import copy
 from collections.abc import Sequence
 from math import ceil
 
@@ -78,6 +79,13 @@ class Schedule:
                 raise ValueError(
                     f"{name} must not rise from stage to stage, got {values}: dropped tokens do not return"
                 )
+
+    def keeping(self, keep: float | list[float]) -> "Schedule":
+        """The same schedule with other shares, in place of what it keeps now (absolute budgets too)."""
+        other = copy.copy(self)
+        other.keep, other.tokens = keep, None
+        other._check_budgets()
+        return other
 
     def resolve(self, model_layers: int) -> list[int]:
         """The layers after which to prune, in a model of this depth.

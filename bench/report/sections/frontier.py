@@ -28,7 +28,6 @@ _COLUMNS = {
     "kept": "left at the end (share)",
     "prefill_share": "prefill time (share)",
 }
-_ORACLES = ("oracle_", "leave_one_out")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Point:
     accuracy: float | None
     kept: float | None
     prefill_share: float | None
+    oracle: bool
 
 
 def parse(block: Any) -> list[Point]:
@@ -55,7 +55,8 @@ def _point(entry: Mapping[str, Any]) -> Point:
     pruned, whole = number(entry, "prefill_ms"), number(entry, "prefill_ms_unpruned")
     share = pruned / whole if pruned and whole else None
     measured = {name: number(entry, name) for name in list(_COLUMNS)[2:-1]}
-    return Point(str(entry["task"]), str(entry["scorer"]), prefill_share=share, **measured)
+    task, scorer, oracle = str(entry["task"]), str(entry["scorer"]), bool(entry.get("oracle"))
+    return Point(task, scorer, prefill_share=share, oracle=oracle, **measured)
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -101,18 +102,15 @@ def _chart(index: int, name: str, points: list[Point]) -> Chart:
 
 def _draw(axes: Axes, points: list[Point]) -> None:
     axes.axhline(0.0, color=palette.TEXT, linewidth=0.9)
-    scorers = list(dict.fromkeys(p.scorer for p in points))
-    colours = palette.Colours(
-        name for name in scorers if not name.startswith(_ORACLES)
-    )  # what it does not know is grey
-    for name in scorers:
+    colours = palette.Colours(p.scorer for p in points if not p.oracle)  # those that it does not know are grey
+    for name in dict.fromkeys(p.scorer for p in points):
         mine = sorted((p for p in points if p.scorer == name), key=lambda p: p.keep or 0.0)
         axes.errorbar(
             [p.prefill_share or 0.0 for p in mine],
             [p.nll_rise or 0.0 for p in mine],
             yerr=[[_gap(p.nll_rise, p.nll_rise_low) for p in mine], [_gap(p.nll_rise_high, p.nll_rise) for p in mine]],
             color=colours.colour(name), marker=colours.marker(name), linewidth=1.1, label=drawing.label(name),
-            linestyle=":" if name.startswith(_ORACLES) else "-",
+            linestyle=":" if mine[0].oracle else "-",
         )  # fmt: skip
     axes.set_xlabel("prefill time (share of the unpruned model's)")
     axes.set_ylabel("rise of the loss (nats/token)")

@@ -1,6 +1,5 @@
 """The quality bench as a command: ``python main.py verify``."""
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -91,18 +90,17 @@ class TokenQuality(L.LightningModule):
         arms: dict[tuple[str, float | None], Arm] = {("unpruned", None): Arm()}
         pruners: dict[tuple[str, float | None], PromptPruner | None] = {("unpruned", None): None}
         for keep in self.keep:
-            schedule = copy.copy(self.schedule)
-            schedule.keep, schedule.tokens = keep, None
+            schedule = self.schedule.keeping(keep)
             for scorer in self.scorers:
                 arms[scorer.name, keep], pruners[scorer.name, keep] = Arm(), PromptPruner(scorer, schedule)
+        oracles = [scorer for scorer in self.scorers if isinstance(scorer, Oracle)]
+        layers = self.schedule.resolve(self.model.config.num_hidden_layers)
         done = 0
         with stage(f"Task {task}", self.windows, "samples") as show:
             for window in self._batches(task, data):
                 placed = Window(*(part.to(device) for part in window))
-                for scorer in self.scorers:
-                    if isinstance(scorer, Oracle):  # once for all shares
-                        layers = self.schedule.resolve(self.model.config.num_hidden_layers)
-                        scorer.look(self.model, placed.samples(), layers)
+                for oracle in oracles:  # once for all shares
+                    oracle.look(self.model, placed.samples(), layers)
                 for name, pruner in pruners.items():
                     read(self.model, placed, pruner, arms[name])
                 done += len(window.prompt)
@@ -112,7 +110,8 @@ class TokenQuality(L.LightningModule):
         rows = []
         for (which, share), arm in arms.items():
             over = {free: savings(arm, arms[free, share]) for free in _FREE if free != which and (free, share) in arms}
-            rows.append(summarise(task, which, share, arm, arms["unpruned", None]) | {"saved_over": over})
+            row = summarise(task, which, share, arm, arms["unpruned", None])
+            rows.append(row | {"oracle": which in {oracle.name for oracle in oracles}, "saved_over": over})
         return rows
 
     def _batches(self, task: Task, data: Any) -> Iterator[Window]:

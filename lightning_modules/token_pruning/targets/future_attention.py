@@ -19,6 +19,9 @@ class FutureAttention(Target):
 
     The quantity that H2O (arXiv 2306.14048) accumulates, read from the future: an oracle for attention-based scores.
     Only the rows of these queries are computed, beside a forward pass with whatever kernel the model has.
+
+    Raises:
+        UnsupportedModelError: From ``values``: a layer is offloaded, or see ``anatomy``.
     """
 
     @torch.no_grad()
