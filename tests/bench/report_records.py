@@ -74,7 +74,8 @@ TOKEN_QUALITY = [
     {"task": "suffix", "scorer": "random", "keep": 0.5, "nll_rise": 0.5, "nll_rise_low": 0.4, "nll_rise_high": 0.6,
      "accuracy": 0.3, "kept": 0.13, "prefill_ms": 4.0, "prefill_ms_unpruned": 10.0},
     {"task": "suffix", "scorer": "oracle_gate_gradient", "keep": 0.7, "oracle": True, "nll_rise": 0.1,
-     "nll_rise_low": 0.1, "nll_rise_high": 0.1, "accuracy": 0.5, "kept": 0.34, "prefill_ms": 6.0, "prefill_ms_unpruned": 10.0},
+     "nll_rise_low": 0.1, "nll_rise_high": 0.1, "accuracy": 0.5, "kept": 0.34, "prefill_ms": 6.0,
+     "prefill_ms_unpruned": 10.0},
 ]  # fmt: skip
 INFERENCE = {
     "rows": [{"phase": "prefill", "batch": 1, "dense_ms": 30.0, "pruned_ms": 20.0, "speedup": 1.5, "flop_bound": 1.6,
