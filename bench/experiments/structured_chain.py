@@ -1,4 +1,7 @@
-"""From a dense model to a pruned, recovered one that talks: the committed configurations one after another, timed."""
+"""From a dense model to a pruned, recovered one that talks: the committed configurations one after another, timed.
+
+Two chains: the recommended one and that of the original recipe, each in its folder with an empty cache.
+"""
 
 import os
 from pathlib import Path
@@ -9,55 +12,55 @@ from bench import figures, record
 from bench.experiments.runs import corpus, run_main, say
 
 CONFIGS = "configs/structured_pruning"
-STEPS = (  # command, configuration
-    ("prune", "prune"),
-    ("verify", "prune"),
-    ("fit", "recover"),
-    ("export", "export"),
-    ("validate", "validate"),
-    ("generate", "recover"),
-)
+COMMANDS = ("prune", "verify", "fit", "export", "validate", "generate")
+_O = "original"
+CHAINS = {  # the configuration of each command
+    "recommended": ("prune", "prune", "recover", "export", "validate", "recover"),
+    _O: (_O, _O, f"{_O}_recover", f"{_O}_export", f"{_O}_validate", f"{_O}_recover"),
+}
 LIMIT_MIN = 10
 
 
 def run(records: Path, folder: Path, model: Path) -> None:
-    """Run the chain in an empty folder, and append the time of each command and of all.
+    """Run the chains in empty folders, and append the time of each command and of all.
 
     Raises:
         RuntimeError: A command failed.
     """
+    for chain, configs in CHAINS.items():
+        _chain(records, folder / chain, model, chain, configs)
+
+
+def _chain(records: Path, folder: Path, model: Path, chain: str, configs: tuple[str, ...]) -> None:
     place = folder / "runs/llama_gqa/model"  # where the configurations look for the dense model
     place.parent.mkdir(parents=True)
     place.symlink_to(model.resolve(), target_is_directory=True)
-    command = f"python -m bench experiment structured_chain --model {model.name}"
     took: dict[str, float] = {}
     with mock.patch.dict(os.environ, PARE_CACHE=str(folder / "cache")):
-        for name, config in STEPS:
+        for name, config in zip(COMMANDS, configs, strict=True):
             talk = ["--prompt", "It was", "--max_new_tokens", "20"] if name == "generate" else corpus()
             took[name] = run_main(folder, name, f"{CONFIGS}/{config}.yaml", *talk)
-            say(f"{name}: {took[name]:.0f} s")
+            say(f"{chain}, {name}: {took[name]:.0f} s")
     total = sum(took.values()) / 60
+    ppl = _ppl(folder, recovered=configs[2])
     figures.append(
         records,
-        figure="structure-chain",
-        what="prune, verify, fit, export, validate and generate from the committed configurations, empty cache; "
-        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items()),
+        figure=f"structure-chain-{chain}",
+        what=f"{chain}: {', '.join(COMMANDS[:-1])} and {COMMANDS[-1]} from the committed configurations, empty cache ("
+        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items())
+        + f"); perplexity {ppl['dense']:.1f} dense, {ppl['pruned']:.1f} pruned, {ppl['recovered']:.1f} recovered",
         value=total,
         unit="min",
         target=f"≤ {LIMIT_MIN} min",
         reached=total <= LIMIT_MIN,
-        command=command,
-        details={"seconds": took, "said": (folder / "output.log").read_text().strip().splitlines()[-1], **_ppl(folder)},
+        command=f"python -m bench experiment structured_chain --model {model.name}",
+        details={"seconds": took, "ppl": ppl, "said": (folder / "output.log").read_text().strip().splitlines()[-1]},
     )
 
 
-def _ppl(folder: Path) -> dict[str, Any]:
+def _ppl(folder: Path, recovered: str) -> dict[str, Any]:
     """Perplexities that the chain left behind: of the dense model, after pruning, after recovery."""
     found, _ = record.read(folder / "runs/results.jsonl")
-    pruned = next(one["structure"] for one in found if one["run_name"] == "prune")  # verify, later, has the name too
-    recovered = next(one for one in found if one["run_name"] == "recover")
-    return {
-        "ppl_dense": pruned["ppl_before"],
-        "ppl_pruned": pruned["ppl_after"],
-        "ppl_recovered": recovered["val_ppl"],
-    }
+    pruning = next(one["structure"] for one in found if "ppl_before" in one.get("structure", {}))
+    recovery = next(one for one in found if one["run_name"] == recovered)
+    return {"dense": pruning["ppl_before"], "pruned": pruning["ppl_after"], "recovered": recovery["val_ppl"]}
