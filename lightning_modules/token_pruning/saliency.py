@@ -84,9 +84,8 @@ class TokenSaliency(L.LightningModule):
 
     def depends(self) -> dict[str, Any]:
         """What the values depend on."""
-        target = {name: value for name, value in vars(self.target).items() if not name.startswith("_")}
         return {
-            "target": {"class": type(self.target).__name__, **target},
+            "target": self.target.describe(),
             "layers": self.layers,
             "tokenizer": fingerprint(self.trainer.datamodule.tokenizer),
             "base": identity_of(self.model),

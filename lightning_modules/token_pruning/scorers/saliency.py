@@ -34,7 +34,7 @@ class SaliencyOracle(Oracle):
 
     def config(self) -> dict[str, Any]:
         """See `Scorer.config`."""
-        return {"target": type(self.target).__name__}
+        return {"target": self.target.describe()}
 
     def measure(self, model: Any, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See `Oracle.measure`."""

@@ -5,6 +5,7 @@ Shape legend: B sequences, N tokens, H hidden size.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,17 @@ class Target(ABC):
         Returns:
             float32 [B, N] by layer; of no meaning outside the prompts. Not finite where half precision overflowed.
         """
+
+    def describe(self) -> dict[str, Any]:
+        """Class and settings, JSON-able; of targets within this one too. Equal for targets that give equal values."""
+        settings = {name: _plain(value) for name, value in vars(self).items() if not name.startswith("_")}
+        return {"class": type(self).__name__, **settings}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Target):
+        return value.describe()
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def hidden_gradients(

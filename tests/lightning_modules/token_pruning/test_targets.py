@@ -1,9 +1,13 @@
 """Saliency against what it claims to be the derivative of."""
 
+import json
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_modules.token_pruning.losses import normalise
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.soft_mask import FLOOR, layer_inputs
 from lightning_modules.token_pruning.targets import known_targets
@@ -11,7 +15,9 @@ from lightning_modules.token_pruning.targets.future_attention import FutureAtten
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from lightning_modules.token_pruning.targets.gradient_norm import GradientNorm
 from lightning_modules.token_pruning.targets.gradient_times_hidden import GradientTimesHidden
+from lightning_modules.token_pruning.targets.self_information import SelfInformation
 from lightning_modules.token_pruning.targets.signed_gradient_times_hidden import SignedGradientTimesHidden
+from lightning_modules.token_pruning.targets.weighted_sum import WeightedSum
 from tests.lightning_modules.token_pruning.models import build, shared, tokens
 
 RESPONSE, LENGTH, LAYER = 6, 30, 1
@@ -111,19 +117,62 @@ def test_gate_gradient_points_where_leaving_a_token_out_does():
     assert F.cosine_similarity(found, removed, dim=0) > 0.5
 
 
-OURS = [target for target in known_targets() if target.__module__.startswith("lightning_modules.")]
+@torch.no_grad()
+def test_self_information_of_a_token_is_what_the_model_reading_up_to_it_did_not_expect():
+    model, ids = shared("llama"), tokens(1, LENGTH, seed=1)
+    pad = torch.zeros(1, 4, dtype=torch.long)
+    padded = {"input_ids": torch.cat([pad, ids], 1), "labels": torch.cat([pad - 100, ids], 1)}
+    padded["attention_mask"] = torch.cat([pad, torch.ones_like(ids)], 1)
+    found = SelfInformation().values(model, split_batch(padded, RESPONSE), [LAYER])[LAYER][0, 4:]
+    assert found[0].item() == pytest.approx(math.log(model.config.vocab_size))
+    for token in (1, 12, LENGTH - RESPONSE - 1):
+        expected = -model(ids[:, :token]).logits[0, -1].log_softmax(-1)[ids[0, token]]
+        torch.testing.assert_close(found[token], expected)
 
 
-@pytest.mark.parametrize("target", OURS, ids=lambda t: t.__name__)
+def test_a_weighted_sum_adds_targets_of_one_scale():
+    model, samples = shared("llama"), _samples()
+    parts = [FutureAttention(), SelfInformation()]
+    first, second = (normalise(part.values(model, samples, [LAYER])[LAYER], samples.prompt) for part in parts)
+    torch.testing.assert_close(WeightedSum(parts, [2.0, -1.0]).values(model, samples, [LAYER])[LAYER], 2 * first - second)
+    torch.testing.assert_close(WeightedSum(parts).values(model, samples, [LAYER])[LAYER], first + second)
+    described = WeightedSum([GateGradient(signed=False)]).describe()
+    assert json.loads(json.dumps(described)) == {
+        "class": "WeightedSum",
+        "targets": [{"class": "GateGradient", "signed": False}],
+        "weights": [1.0],
+    }
+    with pytest.raises(ValueError, match="one weight for each"):
+        WeightedSum(parts, [1.0])
+    with pytest.raises(ValueError, match="one weight for each"):
+        WeightedSum([])
+
+
+def test_a_weighted_sum_shows_what_overflowed():
+    class Overflows(FutureAttention):
+        def values(self, model, samples, layers):
+            found = super().values(model, samples, layers)
+            found[LAYER][0, 3] = torch.inf
+            return found
+
+    found = WeightedSum([SelfInformation(), Overflows()]).values(shared("llama"), _samples(), [LAYER])[LAYER]
+    assert not found[0].isfinite().all() and found[1].isfinite().all()
+
+
+KNOWN = [target for target in known_targets() if target.__module__.startswith("lightning_modules.")]
+OURS = [target() for target in KNOWN if target is not WeightedSum] + [WeightedSum([SelfInformation(), GateGradient()])]
+
+
+@pytest.mark.parametrize("target", OURS, ids=lambda t: type(t).__name__)
 def test_every_target_ignores_padding_other_samples_and_the_prompt_s_own_labels(target):
     model, both = shared("llama"), _samples()
-    together = target().values(model, both, [0, 3])
-    alone = target().values(model, both.pick(torch.tensor([1])), [0, 3])
+    together = target.values(model, both, [0, 3])
+    alone = target.values(model, both.pick(torch.tensor([1])), [0, 3])
     ids, pad = both.input_ids[1:], torch.zeros(1, 7, dtype=torch.long)
     labels = torch.cat([both.labels[1:], pad - 100], 1)
     mask = torch.cat([torch.ones_like(ids), pad], 1)
     padded = split_batch({"input_ids": torch.cat([ids, pad], 1), "labels": labels, "attention_mask": mask}, 3)
-    padded_values = target().values(model, padded, [0, 3])
+    padded_values = target.values(model, padded, [0, 3])
     for layer in (0, 3):
         assert together[layer].shape == (2, LENGTH) and together[layer].dtype == torch.float32
         torch.testing.assert_close(together[layer][1:], alone[layer], rtol=1e-3, atol=1e-6)
@@ -132,4 +181,4 @@ def test_every_target_ignores_padding_other_samples_and_the_prompt_s_own_labels(
 
 
 def test_the_one_known_to_be_wrong_is_labelled():
-    assert [t.__name__ for t in OURS if t.control] == ["SignedGradientTimesHidden"]
+    assert [t.__name__ for t in KNOWN if t.control] == ["SignedGradientTimesHidden"]

@@ -1,0 +1,38 @@
+"""Several targets as one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_modules.token_pruning.losses import normalise
+from lightning_modules.token_pruning.samples import Samples
+from lightning_modules.token_pruning.targets.base import Target
+
+
+class WeightedSum(Target):
+    """Weighted sum of other targets, each brought to mean 0 and deviation 1 in every prompt first.
+
+    Args:
+        targets: What is added.
+        weights: Of each; by default 1.
+
+    Raises:
+        ValueError: no targets, or not one weight for each.
+    """
+
+    def __init__(self, targets: list[Target], weights: list[float] | None = None) -> None:
+        self.targets, self.weights = targets, [1.0] * len(targets) if weights is None else weights
+        if not targets or len(self.weights) != len(targets):
+            raise ValueError(f"targets and weights: need one weight for each, got {len(targets)} and {len(self.weights)}")
+
+    def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
+        """See ``Target.values``."""
+        totals = {layer: torch.zeros(samples.prompt.shape, device=samples.prompt.device) for layer in layers}
+        for target, weight in zip(self.targets, self.weights, strict=True):
+            for layer, value in target.values(model, samples, layers).items():
+                # ``normalise`` hides what is not finite; the sum must not
+                broken = ~value.isfinite()
+                totals[layer] += weight * normalise(value, samples.prompt).masked_fill(broken, torch.nan)
+        return totals
