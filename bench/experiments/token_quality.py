@@ -20,22 +20,22 @@ Row = dict[str, Any]
 def run(records: Path, folder: Path, model: Path) -> None:
     """Measure and append the figures, task by task; what is trained already in a `--folder` is not trained again."""
     given = [*corpus(), "--model.base", str(model), "--data.tokenizer", str(model)]
-    for rows in _text(folder / "given", [*given, "--model.schedule.init_args.layers=[1,3,5]"], repeats=0.0):
+    for rows in _text(records, folder / "given", [*given, "--model.schedule.init_args.layers=[1,3,5]"], repeats=0.0):
         _append(records, "given", rows)
     for part in ("start", "model"):
         if not (folder / "reader/runs/reader/model").exists():
             _step(folder / "reader", "fit", f"reader_{part}", *corpus())
-    for rows in _text(folder / "reader", corpus(), repeats=0.5):
+    for rows in _text(records, folder / "reader", corpus(), repeats=0.5):
         _append(records, "reader", rows)
     _append(records, "recall", _recall(folder / "recall"))
 
 
-def _text(folder: Path, arguments: list[str], repeats: float) -> Iterator[list[Row]]:
-    """A book that the model was not trained on; rows of each task."""
+def _text(records: Path, folder: Path, arguments: list[str], repeats: float) -> Iterator[list[Row]]:
+    """A book that the model was not trained on; rows of each task, and how long training took."""
     few = ["--data.max_train_blocks", "1000", "--data.repeats", str(repeats)]
     _step(folder, "predict", "saliency", *arguments, *few)
     if not (folder / "runs/token_pruner").exists():
-        _step(folder, "fit", "train", *arguments, *few)
+        _trained(records, folder.name, _step(folder, "fit", "train", *arguments, *few))
     for task in ("suffix", "repeated"):
         yield _rows(folder, "quality", *arguments, "--model.tasks", f"[{task}]")
 
@@ -50,9 +50,10 @@ def _recall(folder: Path) -> list[Row]:
     return _rows(folder, "recall_quality")
 
 
-def _step(folder: Path, command: str, name: str, *arguments: str) -> None:
+def _step(folder: Path, command: str, name: str, *arguments: str) -> float:
     took = run_main(folder, command, f"{CONFIGS}/{name}.yaml", *arguments)
     say(f"{name}: {took:.0f} s")
+    return took
 
 
 def _rows(folder: Path, name: str, *arguments: str) -> list[Row]:
@@ -81,6 +82,20 @@ def _append(records: Path, model: str, rows: list[Row]) -> None:
             _cost(records, name, what, found["mlp", keep], whole)
         if task == "recall":
             _answers(records, name, what, found["mlp", keep], found["random", keep], whole)
+
+
+def _trained(records: Path, model: str, seconds: float) -> None:
+    """Training the scorers must take less than ten minutes on two cores."""
+    figures.append(
+        records,
+        figure=f"learned-time-{model}",
+        what=f"training the scorers of model `{model}`, start and validation included",
+        value=seconds / 60,
+        unit="min",
+        target="≤ 10 min",
+        reached=seconds <= 600,
+        command=COMMAND,
+    )
 
 
 def _frontier(records: Path, model: str, task: str, row: Row, whole: Row) -> None:
