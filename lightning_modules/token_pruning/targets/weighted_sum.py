@@ -24,8 +24,9 @@ class WeightedSum(Target):
 
     def __init__(self, targets: list[Target], weights: list[float] | None = None) -> None:
         self.targets, self.weights = targets, [1.0] * len(targets) if weights is None else weights
-        if not targets or len(self.weights) != len(targets):
-            raise ValueError(f"targets and weights: need one weight for each, got {len(targets)} and {len(self.weights)}")
+        counts = len(targets), len(self.weights)
+        if not targets or counts[0] != counts[1]:
+            raise ValueError(f"targets, weights: need at least one target and one weight for each, got {counts}")
 
     def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See ``Target.values``."""

@@ -134,8 +134,8 @@ def test_a_weighted_sum_adds_targets_of_one_scale():
     model, samples = shared("llama"), _samples()
     parts = [FutureAttention(), SelfInformation()]
     first, second = (normalise(part.values(model, samples, [LAYER])[LAYER], samples.prompt) for part in parts)
-    torch.testing.assert_close(WeightedSum(parts, [2.0, -1.0]).values(model, samples, [LAYER])[LAYER], 2 * first - second)
-    torch.testing.assert_close(WeightedSum(parts).values(model, samples, [LAYER])[LAYER], first + second)
+    for weights, expected in ((None, first + second), ([2.0, -1.0], 2 * first - second)):
+        torch.testing.assert_close(WeightedSum(parts, weights).values(model, samples, [LAYER])[LAYER], expected)
     described = WeightedSum([GateGradient(signed=False)]).describe()
     assert json.loads(json.dumps(described)) == {
         "class": "WeightedSum",
