@@ -108,14 +108,15 @@ class PrefillTiming(Measurement):
             peaks = {name: peak_bytes(arm, *devices) for name, arm in arms.items()}
         length, cost, rows = ids.shape[1], Cost.of(model), []
         for name in arms:
-            stats = percentiles(times[name])
+            stats, faster = percentiles(times[name]), ratio_with_spread(times["baseline"], times[name])
             rows.append(
                 {
                     "length": length,
                     "arm": name,
                     "ms_median": stats["p50"],
                     "ms_iqr": stats["iqr"],
-                    "speedup": ratio_with_spread(times["baseline"], times[name])["ratio"],
+                    "speedup": faster["ratio"],
+                    "speedup_spread": faster["spread"],
                     "bound": cost.bound(length, setups[name][1], setups[name][0]) if name in setups else 1.0,
                     "peak_bytes": peaks[name],
                 }

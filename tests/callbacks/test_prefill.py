@@ -76,6 +76,7 @@ def test_timing_compares_four_arms_and_records_them(tmp_path, capsys):
     assert baseline["speedup"] == baseline["bound"] == 1 and whole["bound"] == 1
     assert pruned["bound"] == Cost.of(model).bound(120, SCHEDULE, LastWindow())
     assert pruned["peak_bytes"] < baseline["peak_bytes"] and pruned["ms_median"] > 0 and pruned["ms_iqr"] >= 0
+    assert baseline["speedup_spread"] == 0 and pruned["speedup_spread"] >= 0
     assert "only 200 tokens" in block["skipped"]["5000"]
     assert prefill.parse(block).at(120, "pruned").speedup == pruned["speedup"]  # the report reads what was written
     output = capsys.readouterr().out
