@@ -175,20 +175,34 @@ class TokenPruning(L.LightningModule):
         return loss
 
     def losses(self, samples: Samples) -> dict[str, Tensor]:
-        """Every loss whose weight is not 0, by name; those of the scores are sums over layers."""
+        """Every loss whose weight is not 0, by name; those of the scores are sums over layers.
+
+        Without losses on the pruned model's logits nothing is to be sent back through the model: it only reads.
+        """
         model, prompt = self.model, samples.prompt
         budget = Budget.of(self.schedule, model.config.num_hidden_layers, prompt)
-        pruning = Pruning(lambda layer, hidden: self.pruner(hidden, layer), prompt, budget, self.temperature)
-        with layer_inputs(model, samples.real, pruning):
-            logits = model(**samples.inputs(), use_cache=False).logits
+        pruning = Pruning(self._score, prompt, budget, self.temperature)
+        through = bool(self.weights["lm"] or self.weights["kl"])
+        with torch.set_grad_enabled(through), layer_inputs(model, samples.real, pruning):
+            logits = model(**samples.inputs(), use_cache=False, logits_to_keep=0 if through else 1).logits
+        found = self._logit_losses(samples, logits) if through else {}
+        found |= self._score_losses(samples, budget, pruning)
+        return {name: loss for name, loss in found.items() if self.weights[name]}
+
+    def _score(self, layer: int, hidden_BNH: Tensor) -> Tensor:
+        with torch.enable_grad():
+            scores: Tensor = self.pruner(hidden_BNH, layer)
+        return scores
+
+    def _logit_losses(self, samples: Samples, logits: Tensor) -> dict[str, Tensor]:
+        """Losses of the pruned model on the responses."""
         nll, tokens = response_nll(logits, samples.labels)
         found = {"lm": nll.sum() / tokens.sum().clamp_min(1)}
         if self.weights["kl"]:
             with torch.no_grad():
-                unpruned = model(**samples.inputs(), use_cache=False).logits
+                unpruned = self.model(**samples.inputs(), use_cache=False).logits
             found["kl"] = divergence(logits, unpruned, samples.labels)
-        found |= self._score_losses(samples, budget, pruning)
-        return {name: loss for name, loss in found.items() if self.weights[name]}
+        return found
 
     def _score_losses(self, samples: Samples, budget: Budget, pruning: Pruning) -> dict[str, Tensor]:
         """Losses on the scores of tokens that reached each stage and may be dropped there."""

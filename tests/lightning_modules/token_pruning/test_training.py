@@ -68,6 +68,17 @@ def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tm
     assert validated.callback_metrics["val/ppl_learned_0_5"] == metrics["val/ppl_learned_0_5"]
 
 
+@pytest.mark.parametrize(("loss", "back"), [("lm", True), ("kl", True), ("mse", False), ("ratio", False)])
+def test_only_losses_of_the_model_are_sent_back_through_it(base, data, saliency, tmp_path, loss, back):  # noqa: F811
+    weights = {f"{name}_weight": float(name == loss) for name in ("lm", "mse", "ranking", "kl", "ratio")}
+    module = _module(base, tmp_path, saliency=saliency, **weights)
+    _trainer(fast_dev_run=1, limit_val_batches=0).fit(module, data)
+    outputs = []
+    module.model.get_decoder().norm.register_forward_hook(lambda _, __, output: outputs.append(output))
+    module.losses(split_batch(next(iter(data.train_dataloader())), 8))
+    assert outputs[0].requires_grad is back
+
+
 @pytest.mark.parametrize("loss", ["lm", "mse", "ranking", "kl", "ratio"])
 def test_every_loss_alone_reaches_every_scorer_and_nothing_else(base, data, saliency, tmp_path, loss):  # noqa: F811
     weights = {f"{name}_weight": float(name == loss) for name in ("lm", "mse", "ranking", "kl", "ratio")}
