@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_modules.token_pruning.anatomy import anatomy
+from lightning_modules.token_pruning.losses import normalise
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.selection import select
 
@@ -106,8 +107,9 @@ class Pruning:
         score: From a stage's layer and hidden states [B, N, H] to scores [B, N].
         prompt_BN: Tokens that may be dropped.
         budget: How many stay.
-        temperature: None keeps or drops for good. A number draws Gumbel noise, drops by the noisy scores, and lets
-            gradients through as if the mask were the sigmoid of the distance to the cut over the temperature.
+        temperature: None keeps or drops for good. A number brings the scores of each prompt to deviation 1, adds
+            Gumbel noise of this size, drops by what comes out, and lets gradients through as if the mask were the
+            sigmoid of the distance to the cut over the temperature.
 
     Attributes:
         scores: Scores of each stage [B, N], without noise.
@@ -137,13 +139,16 @@ class Pruning:
         before = self.alive[self.budget.stages[stage - 1]] if stage else torch.ones_like(self.prompt)
         # layers may be on several devices; masks are where the prompt is
         scores = self.scores[layer] = self.score(layer, hidden_BNH).to(self.prompt.device)
-        noisy = scores if self.temperature is None else scores + self.temperature * _gumbel_difference(scores)
+        free = before & self.prompt & ~self.budget.protected
+        noisy = scores
+        if self.temperature is not None:
+            # noise is as large as what it disturbs: otherwise scores outgrow it, and nothing is tried any more
+            noisy = normalise(scores, free) + self.temperature * _gumbel_difference(scores)
         kept, cut = keep_best(noisy.detach(), before & self.prompt, self.budget.protected, self.budget.tokens[stage])
         self.alive[layer] = kept | ~self.prompt
         mask = kept.float()
         if self.temperature is not None:
             soft = torch.sigmoid((noisy - cut[:, None]) / self.temperature)
-            free = before & self.prompt & ~self.budget.protected
             mask = mask + torch.where(free, soft - soft.detach(), 0.0)
         mask = torch.where(self.prompt, mask, 1.0)
         log_mask = torch.log(FLOOR + (1 - FLOOR) * mask)

@@ -121,6 +121,19 @@ def test_gradients_reach_the_scores_of_dropped_and_kept_tokens():
     assert not offset.grad[0][protected | ~prompt].any()
 
 
+@torch.no_grad()
+def test_noise_is_as_large_as_the_scores_that_it_disturbs():
+    model, samples, chosen = shared("llama"), _samples(), []
+    for scale in (1.0, 1e4):
+        torch.manual_seed(0)
+        _, pruning = _masked(model, samples, 1.0, lambda layer, hidden, scale=scale: scale * _norm(layer, hidden))
+        chosen.append(pruning.alive)
+    _, without = _masked(model, samples)
+    for layer in (1, 3):
+        assert torch.equal(chosen[0][layer], chosen[1][layer])
+        assert not torch.equal(chosen[1][layer], without.alive[layer])
+
+
 def test_the_best_stay_and_of_equals_the_earlier():
     scores = torch.tensor([[5.0, 1.0, 4.0, 4.0, 0.0], [0.0, 0.0, 0.0, 9.0, 9.0]])
     candidates = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 1]], dtype=torch.bool)
