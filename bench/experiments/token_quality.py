@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import figures, record
-from bench.experiments.runs import corpus, run_main, say
+from bench.experiments.runs import BOOKS, corpus, run_main, say
 
 CONFIGS = "configs/token_pruning"
+FOREIGN = BOOKS.parent / "wikitext2/valid.txt"  # text of another kind than models and scorers are trained on
 COMMAND = "python -m bench experiment token_quality --model FOLDER"
 WINDOWS = 500
 Row = dict[str, Any]
@@ -33,13 +34,14 @@ def _given(records: Path, folder: Path, model: Path) -> None:
 
 
 def _reader(records: Path, folder: Path) -> None:
-    """The model that looks back, trained first."""
+    """The model that looks back, trained first; also on text of another kind."""
     for part in ("start", "model"):
         if not (folder / "runs/reader/model").exists():
             _step(folder, "fit", f"reader_{part}", *corpus())
     base = [*corpus(), "--data.max_train_blocks", "4000", "--data.repeats", "0.5"]
     _step(folder, "predict", "saliency", *base)
     _text(records, folder, base, [])
+    _compare(records, folder, "reader-on-wikitext", [*base, "--data.val", str(FOREIGN)])
 
 
 def _text(records: Path, folder: Path, base: list[str], training: list[str]) -> None:
@@ -56,8 +58,13 @@ def _text(records: Path, folder: Path, base: list[str], training: list[str]) -> 
             reached=took <= 600,
             command=COMMAND,
         )
+    _compare(records, folder, folder.name, base)
+
+
+def _compare(records: Path, folder: Path, name: str, arguments: list[str]) -> None:
+    """Every scorer on both tasks."""
     for task in ("suffix", "repeated"):
-        _append(records, folder.name, _rows(folder, "quality", *base, "--model.tasks", f"[{task}]"))
+        _append(records, name, _rows(folder, "quality", *arguments, "--model.tasks", f"[{task}]"))
 
 
 def _recall(folder: Path) -> list[Row]:
