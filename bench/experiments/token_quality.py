@@ -18,7 +18,13 @@ Row = dict[str, Any]
 
 
 def run(records: Path, folder: Path, model: Path) -> None:
-    """Measure and append the figures, task by task; what is trained already in a `--folder` is not trained again."""
+    """Measure and append the figures, task by task; what is trained already in a `--folder` is not trained again.
+
+    Raises:
+        FileNotFoundError: The text of another kind is not beside this checkout.
+    """
+    if not FOREIGN.is_file():
+        raise FileNotFoundError(f"no text at {FOREIGN}: give any plain text of another kind than the books there")
     _given(records, folder / "given", model)
     _reader(records, folder / "reader")
     _append(records, "recall", _recall(folder / "recall"))
