@@ -12,7 +12,7 @@ from bench import figures, record
 from bench.experiments.runs import run_main, say
 
 REPEATS = {2048: 21, 4096: 7, 8192: 7}  # of each length: where a pass is short, the machine's noise is a larger part
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 1024,
     "intermediate_size": 4864,
@@ -36,12 +36,11 @@ def run(records: Path, folder: Path) -> None:
             say(f"{length} tokens: {block['skipped'][str(length)]}")
 
 
-def measure(folder: Path, length: int, repeats: int, **shape: int) -> dict[str, Any]:
-    """Run `validate` on a model of this shape; the block `prefill` of its record."""
+def measure(folder: Path, length: int, repeats: int) -> dict[str, Any]:
+    """Run `validate` on a model of `SHAPE`; the block `prefill` of its record."""
     base = folder / "model"
     if not base.exists():
-        settings: dict[str, Any] = {**SHAPE, **shape}
-        AutoModelForCausalLM.from_config(Qwen2Config(**settings)).save_pretrained(base)
+        AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE)).save_pretrained(base)
     timing = {"class_path": "PrefillTiming", "init_args": {"lengths": [length], "repeats": repeats, "warmup": 1}}
     schedule = {
         "class_path": "lightning_modules.token_pruning.schedule.Schedule",

@@ -79,6 +79,21 @@ def _before(labels: Tensor, real: Tensor) -> Tensor:
     return real & ((labels != IGNORED).cumsum(1) == 0)
 
 
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of every token but the first.
+
+    Args:
+        logits: [B, N, V]; position n predicts token n + 1.
+        labels: int64 [B, N], ``IGNORED`` where nothing is to be predicted.
+
+    Returns:
+        Nats, float32 [B, N - 1]; 0 where nothing is to be predicted.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
+
+
 def response_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of every sample's response.
 
@@ -89,11 +104,7 @@ def response_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Sums in nats, float32 [B], and numbers of predicted tokens, int64 [B].
     """
-    targets = labels[:, 1:]
-    nll = torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
-    )
-    return nll.sum(1), (targets != IGNORED).sum(1)
+    return token_nll(logits, labels).sum(1), (labels[:, 1:] != IGNORED).sum(1)
 
 
 def check_data(data: Any, model: Any) -> None:

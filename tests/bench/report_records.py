@@ -58,6 +58,7 @@ PREFILL = {
             "ms_median": n / up,
             "ms_iqr": n / 50,
             "speedup": up,
+            "speedup_spread": up / 50,
             "bound": b,
             "peak_bytes": n * 1e5,
         }

@@ -15,7 +15,7 @@ _LEAD = (
     "Time to the first token, all arms interleaved in one process, median and interquartile range. The dashed line of "
     "the same colour is the speed-up that the arithmetic left out would allow; a point above it deserves distrust."
 )
-_VALUES = ("ms_median", "ms_iqr", "speedup", "bound", "peak_bytes")
+_VALUES = ("ms_median", "ms_iqr", "speedup", "speedup_spread", "bound", "peak_bytes")
 _LONGEST = ("length (tokens)", "unpruned (ms)", "pruned (ms)", "speed-up (×)", "bound (×)", "overhead of keeping all")
 _MEMORY_ARMS = ("baseline", "pruned")
 
@@ -29,6 +29,7 @@ class Point:
     ms_median: float
     ms_iqr: float | None
     speedup: float | None
+    speedup_spread: float | None
     bound: float | None
     peak_bytes: float | None
 
@@ -113,11 +114,6 @@ def _line(points: list[Point], arm: str, field: str) -> tuple[list[int], list[fl
     return [length for length, _ in pairs], [value for _, value in pairs]
 
 
-def _speedup_error(point: Point) -> float:
-    """Half the interquartile range of the time, carried over to the speed-up."""
-    return 0.0 if point.ms_iqr is None or not point.speedup else point.speedup * point.ms_iqr / 2 / point.ms_median
-
-
 def _chart(index: int, name: str, prefill: Prefill) -> Chart:
     points = prefill.points
     arms = list(dict.fromkeys(p.arm for p in points))
@@ -129,7 +125,7 @@ def _chart(index: int, name: str, prefill: Prefill) -> Chart:
         for place, arm in enumerate(arms):
             look: dict[str, Any] = {"color": palette.hue(place), "label": drawing.label(arm)}
             lengths, speedups = _line(points, arm, "speedup")
-            errors = [_speedup_error(p) for p in points if p.arm == arm and p.speedup is not None]
+            errors = [p.speedup_spread or 0.0 for p in points if p.arm == arm and p.speedup is not None]
             axes[0].errorbar(lengths, speedups, yerr=errors, marker="o", **look)
             axes[0].plot(*_line(points, arm, "bound"), color=look["color"], linestyle="--", linewidth=1.1)
             if memory:
@@ -146,7 +142,8 @@ def _chart(index: int, name: str, prefill: Prefill) -> Chart:
         drawing.legend(figure, axes)
 
     best = max((p for p in points if p.speedup is not None), key=lambda p: p.speedup or 0)
-    headers = ["length (tokens)", "arm", "median (ms)", "IQR (ms)", "speed-up (×)", "bound (×)", "peak memory (bytes)"]
+    speedup = ("speed-up (×)", "± (×)", "bound (×)")
+    headers = ["length (tokens)", "arm", "median (ms)", "IQR (ms)", *speedup, "peak memory (bytes)"]
     return Chart(
         f"prefill-{index}",
         f"Prefill speed-up by prompt length: {name}",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_modules.token_pruning.samples import Samples
+from lightning_modules.token_pruning.samples import Samples, token_nll
 from lightning_modules.token_pruning.targets.base import Target
 
 
@@ -25,11 +25,6 @@ class SelfInformation(Target):
     def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See ``Target.values``."""
         logits = model(**samples.inputs(), use_cache=False).logits
-        nats_BN = F.cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(), samples.input_ids[:, 1:].to(logits.device), reduction="none"
-        )
-        guess = math.log(logits.shape[-1])
-        nats_BN = F.pad(nats_BN, (1, 0), value=guess).to(samples.real.device)
+        nats_BN = F.pad(token_nll(logits, samples.input_ids.to(logits.device)), (1, 0)).to(samples.real.device)
         first_BN = samples.real & (samples.real.cumsum(1) == 1)
-        nats_BN = nats_BN.masked_fill(first_BN, guess)
-        return dict.fromkeys(layers, nats_BN)
+        return dict.fromkeys(layers, nats_BN.masked_fill(first_BN, math.log(logits.shape[-1])))
