@@ -12,15 +12,18 @@ from typing import Any
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 from rich.console import Console
 
-from bench import bounds as limits
-from bench import compare as comparison
-from bench import env as environment
-from bench import experiments, figures, record, trace_summary
-from bench import link as links
-from bench import pivot as pivots
-from bench.collectives_command import collectives
+from bench import experiments
+from bench.network import bounds as limits
+from bench.network import link as links
+from bench.network.collectives_command import collectives
 from bench.sweep import sweep
-from bench.tables import Table
+from bench.tables import compare as comparison
+from bench.tables import figures
+from bench.tables import pivot as pivots
+from common.records import env as environment
+from common.records import record
+from common.tables import Table
+from common.trace import summary as trace_summary
 
 console = Console()
 
@@ -176,7 +179,7 @@ def env(full: bool = False, json: bool = False) -> int:
         full: Also try torch.compile on each device, which takes 10 s and more.
         json: Print the report as JSON.
     """
-    report = environment.check(full)
+    report = environment.check(full, {"link emulation": links.check})
     if json:
         print(_to_json(report))
     else:
@@ -186,7 +189,7 @@ def env(full: bool = False, json: bool = False) -> int:
 
 def experiment(
     name: str,
-    records: Path = Path("bench/results/pretraining.jsonl"),
+    records: Path = Path("docs/results/records/pretraining.jsonl"),
     folder: Path | None = None,
     model: Path | None = None,
 ) -> None:

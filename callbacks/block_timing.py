@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import interleaved, percentiles, ratio_with_spread
+from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from lightning_modules.block_sparsity.bands import to_bands
 from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.packed_model import PackedLinear

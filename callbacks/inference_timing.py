@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from bench.inference import compare_models, decode_work, prefill_work
 from callbacks.measurement import Measurement
+from common.measure.inference import compare_models, decode_work, prefill_work
 from lightning_modules.structured_pruning.footprint import Anatomy
 from lightning_modules.structured_pruning.loading import load
 

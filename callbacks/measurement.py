@@ -19,7 +19,7 @@ class Measurement(Callback):
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """Fields of the run record (``bench/schema.py``), on rank 0 at the end; none if nothing was measured."""
+        """Fields of the run record (``common.records.schema``), on rank 0 at the end; none if nothing was measured."""
 
 
 def completes_step(trainer: Trainer) -> bool:

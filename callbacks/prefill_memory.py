@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from bench.memory import limit_process, longest_that_fits, resident_now, resident_peak
 from callbacks.measurement import Measurement
 from callbacks.prefill_timing import chosen, placed, pruned_read, read
+from common.measure.memory import limit_process, longest_that_fits, resident_now, resident_peak
 from lightning_modules.token_pruning.anatomy import anatomy, input_device
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule

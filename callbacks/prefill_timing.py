@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache
 
-from bench.memory import attention_kernels, peak_bytes
-from bench.timing import interleaved, percentiles, ratio_with_spread
 from callbacks.measurement import Measurement
+from common.measure.memory import attention_kernels, peak_bytes
+from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from lightning_modules.data.progress import stage
 from lightning_modules.token_pruning.anatomy import anatomy, placement
 from lightning_modules.token_pruning.flops import Cost

@@ -10,10 +10,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
-from bench import record, schema
 from callbacks.log_config import LogConfig
 from callbacks.measurement import Measurement, completes_step
 from callbacks.model_card import HFExport
+from common.records import record, schema
 
 _LOSS_WINDOW = 10  # optimizer steps that train_loss is the mean of
 _HPARAMS = ("compress_method", "world_size", "batch_size", "max_length", "precision", "seed")

@@ -7,9 +7,9 @@ import torch
 from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch import LightningModule, Trainer
 
-from bench.peaks import peak_flops
-from bench.timing import percentiles
 from callbacks.measurement import Measurement, StepClock, completes_step
+from common.measure.peaks import peak_flops
+from common.measure.timing import percentiles
 from lightning_modules.causal_lm import CausalLM
 
 

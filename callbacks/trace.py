@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from bench import trace_summary
 from callbacks.measurement import Measurement, completes_step
+from common.trace import summary as trace_summary
 
 
 class Trace(Measurement):

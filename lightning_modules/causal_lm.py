@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from common.randomness import run_seed, step_seed
 from lightning_modules.export import export
 from lightning_modules.perplexity import next_token_nll, perplexity
-from lightning_modules.randomness import run_seed, step_seed
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 

@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench import figures
 from bench.experiments.runs import ROOT, books, fit, say
+from bench.tables import figures
 
 SEEDS, STEPS_PER_EPOCH, VAL_BLOCKS = (1, 2, 3), 5, 32
 CONFIG, SCHEDULE = "configs/block_sparsity/progressive.yaml", "configs/block_sparsity/progressive.csv"

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import figures
 from bench.experiments.runs import ROOT, say
+from bench.tables import figures
 
 SIZE, REPEATS = 4096, 9
 COMMAND = "python -m bench experiment block_speed --records runs/block_sparsity.jsonl"

@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import figures
 from bench.experiments.runs import ROOT, say
+from bench.tables import figures
 
-COMMAND = "python -m bench experiment codec_speed --records bench/results/compression.jsonl"
+COMMAND = "python -m bench experiment codec_speed --records docs/results/records/compression.jsonl"
 _TARGETS = {"compiled": 1.5, "slabs": 4.0}  # Int8 with error feedback, encode and decode
 
 

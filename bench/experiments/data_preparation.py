@@ -5,9 +5,9 @@ import random
 import re
 from pathlib import Path
 
-from bench import figures
 from bench.experiments.runs import ROOT, main_py, say
-from bench.process import Measured, run_measured
+from bench.network.process import Measured, run_measured
+from bench.tables import figures
 
 SIZE_MB, CONFIG = 440, "configs/pretraining/gpt2_tiny.yaml"
 COMMAND = "python -m bench experiment data_preparation"

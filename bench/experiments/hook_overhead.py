@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import figures
 from bench.experiments.runs import ROOT, fit, say
-from bench.timing import ratio_with_spread
+from bench.tables import figures
+from common.measure.timing import ratio_with_spread
 
 REPEATS, STEPS, CONFIG = 4, 40, "configs/pretraining/gpt2_tiny.yaml"
 ARMS = {"native": "null", "none": "NoCompression", "none_a2a": "NoCompressionA2A"}

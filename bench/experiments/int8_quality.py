@@ -3,8 +3,8 @@
 import statistics
 from pathlib import Path
 
-from bench import figures
 from bench.experiments.runs import books, fit, say
+from bench.tables import figures
 
 SEEDS, CONFIG = (1, 2, 3), "configs/pretraining/gpt2_tiny.yaml"
 ARMS = {"none": "NoCompression", "int8": "Int8"}

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bench import figures
 from bench.experiments.runs import fit, say
+from bench.tables import figures
 
 STEPS, CONFIG = 50, "configs/pretraining/gpt2_tiny.yaml"
 ARMS = {"native": "null", "none": "NoCompression", "none_a2a": "NoCompressionA2A"}

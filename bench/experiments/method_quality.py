@@ -3,10 +3,10 @@
 import statistics
 from pathlib import Path
 
-from bench import figures
 from bench.experiments.runs import books_beside, sweep
+from bench.tables import figures
 
-_COMMAND = "python -m bench experiment method_quality --records bench/results/quality.jsonl"
+_COMMAND = "python -m bench experiment method_quality --records docs/results/records/quality.jsonl"
 _FINE = ("bf16", "fp16", "fp8", "int8")  # of 16 or 8 bits, rounding to nearest
 _FEEDBACK = "ef_"
 

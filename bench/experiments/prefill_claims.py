@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import figures
 from bench.experiments.runs import ROOT
+from bench.tables import figures
 
 COMMAND = "python -m bench experiment prefill_claims"
 QWEN2_7B = {

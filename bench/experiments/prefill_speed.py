@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from bench import figures, record
 from bench.experiments.runs import run_main, say
+from bench.tables import figures
+from common.records import record
 
 REPEATS = {2048: 21, 4096: 7, 8192: 7}  # of each length: where a pass is short, the machine's noise is a larger part
 SHAPE: dict[str, Any] = {

@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from bench import figures
 from bench.experiments.runs import fit
+from bench.tables import figures
 
 COMMAND = "python -m bench experiment quickstart"
 

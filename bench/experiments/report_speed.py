@@ -1,6 +1,6 @@
 """How long the report of a thousand records takes to make and to open in a browser, and how large it is.
 
-The records are the runs of `bench/results`, repeated as if with other seeds.
+The records are the runs of `docs/results/records`, repeated as if with other seeds.
 """
 
 import shutil
@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from bench import figures, record
 from bench.experiments.runs import ROOT, say
+from bench.tables import figures
+from common.records import record
 
 RECORDS, REPEATS = 1000, 3
-_COMMAND = "python -m bench experiment report_speed --records bench/results/report.jsonl"
+_COMMAND = "python -m bench experiment report_speed --records docs/results/records/report.jsonl"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -23,7 +24,7 @@ def run(records: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     many, page = folder / "many.jsonl", folder / "report.html"
     many.unlink(missing_ok=True)
-    files = sorted((ROOT / "bench/results").glob("*.jsonl"))
+    files = sorted((ROOT / "docs/results/records").glob("*.jsonl"))
     runs = [one for file in files for one in record.read(file)[0] if one.get("kind") == "run"]
     for i in range(RECORDS):
         turn, one = divmod(i, len(runs))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from common.records import record
 
 ROOT = Path(__file__).parents[2]
 BOOKS = ROOT.parent / "shared/data/books"

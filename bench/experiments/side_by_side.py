@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import figures, record
 from bench.experiments.runs import ROOT, say
+from bench.tables import figures
+from common.records import record
 
 _HEADERS = 66  # bytes of Ethernet (14), IPv4 (20) and TCP with timestamps (32) that the interface counts per packet
 _REPEATS = 3
-_COMMAND = "python -m bench experiment side_by_side --records bench/results/compression.jsonl"
-_PROGRAM = ("-m", "strategies.side_by_side")
+_COMMAND = "python -m bench experiment side_by_side --records docs/results/records/compression.jsonl"
+_PROGRAM = ("-m", "bench.side_by_side")
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 

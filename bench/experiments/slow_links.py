@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import bounds, figures, record
 from bench.experiments.runs import sweep
+from bench.network import bounds
+from bench.tables import figures
+from common.records import record
 
 SWEEPS = ("links", "both_ways", "time_to_target")
-_COMMAND = "python -m bench experiment slow_links --records bench/results/links.jsonl"
+_COMMAND = "python -m bench experiment slow_links --records docs/results/records/links.jsonl"
 _MODEL_TOLERANCE = 0.15
 _TARGET_PPL = 620
 Runs = Mapping[tuple[str, str], Mapping[str, Any]]

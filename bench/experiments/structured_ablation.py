@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import figures
 from bench.experiments.runs import BOOKS, ROOT, say
+from bench.tables import figures
 
 SEEDS, BUDGETS, RECOVERY_STEPS = (1, 2, 3), (0.25, 0.5), 16
 Cell = tuple[str, str, float]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bench import figures, record
 from bench.experiments.runs import corpus, run_main, say
+from bench.tables import figures
+from common.records import record
 
 CONFIGS = "configs/structured_pruning"
 COMMANDS = ("prune", "verify", "fit", "export", "validate", "generate")

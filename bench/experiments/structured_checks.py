@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import figures
 from bench.experiments.runs import books, fit, say
+from bench.tables import figures
 
 CONFIG = "configs/structured_pruning/prune.yaml"
 BUDGETS = (0.1, 0.25, 0.5)

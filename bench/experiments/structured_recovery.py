@@ -8,8 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench import figures
 from bench.experiments.runs import books, fit, say
+from bench.tables import figures
 
 PRUNE, RECOVER = (f"configs/structured_pruning/{name}.yaml" for name in ("prune", "recover"))
 TARGETS, SEEDS = {0.25: 1.1, 0.5: 1.3}, (1, 2, 3)

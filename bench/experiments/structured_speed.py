@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from bench import figures
 from bench.experiments.runs import fit, say
+from bench.tables import figures
 
 PRUNE, VALIDATE = (f"configs/structured_pruning/{name}.yaml" for name in ("prune", "validate"))
 COMMAND = "python -m bench experiment structured_speed --model FOLDER"

@@ -7,8 +7,9 @@ each: collect saliency, train the scorers, and let `main.py verify` compare them
 from pathlib import Path
 from typing import Any
 
-from bench import figures, record
 from bench.experiments.runs import BOOKS, corpus, run_main, say
+from bench.tables import figures
+from common.records import record
 
 CONFIGS = "configs/token_pruning"
 FOREIGN = BOOKS.parent / "wikitext2/valid.txt"  # text of another kind than models and scorers are trained on

@@ -7,11 +7,11 @@ file a section; `drawing.py` and `palette.py` draw; `page.py` and `export.py` wr
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import record
 from bench.report import export, page
 from bench.report.evidence import Evidence, sort
 from bench.report.sections import SECTIONS
 from bench.report.values import count
+from common.records import record
 
 
 def read(results: Path) -> tuple[Evidence, str]:

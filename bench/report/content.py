@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
-from bench.tables import Table
+from common.tables import Table
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from bench import bounds, figures, record
+from bench.network import bounds
 from bench.report.groups import Group, group
 from bench.report.link import link_rate
 from bench.report.palette import Colours
 from bench.report.values import Record, count, text
-from bench.schema import OPTIONAL, REQUIRED
+from bench.tables import figures
+from common.records import record
+from common.records.schema import OPTIONAL, REQUIRED
 
 Parsed = TypeVar("Parsed")
 _FLAWS = {"run": " without run_name", "figure": " with missing or mistyped fields"}

@@ -11,7 +11,7 @@ from typing import Any
 from bench.report import drawing
 from bench.report.content import Chart, Section, Sheet
 from bench.report.values import Spread
-from bench.tables import Table
+from common.tables import Table
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from bench.report.link import link_label, link_rate, modelled, step_ms
 from bench.report.values import Record, Spread, number, per_step, quantity, ratio, spread, text, total
-from bench.tables import NOT_RECORDED
+from common.tables import NOT_RECORDED
 
 # Methods that send what they would have sent anyway; the first that ran in a setting is its baseline.
 UNCOMPRESSED = ("none", "native", "none_a2a")

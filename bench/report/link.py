@@ -1,6 +1,6 @@
 """The network a run went over, as its record tells it."""
 
-from bench.link import rate_bits_per_s
+from bench.network.link import rate_bits_per_s
 from bench.report.values import Record, number, quantity, text
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from bench.report import drawing, palette
 from bench.report.content import Section
 from bench.report.values import Spread
-from bench.tables import NOT_RECORDED, Table, cell
+from common.tables import NOT_RECORDED, Table, cell
 
 _HERE = Path(__file__).parent
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from bench.compare import lookup
-from bench.tables import NOT_RECORDED, cell
+from bench.tables.compare import lookup
+from common.tables import NOT_RECORDED, cell
 
 Record = Mapping[str, Any]
 

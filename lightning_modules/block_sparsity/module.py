@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from common.files import replacing
 from lightning_modules.block_sparsity import lora
 from lightning_modules.block_sparsity.demotion import Budget
 from lightning_modules.block_sparsity.evaluation import calibration_batches, validation_perplexity
@@ -24,7 +25,6 @@ from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM, load_pretrained
 from lightning_modules.distillation import divergence
-from lightning_modules.folders import replacing
 from lightning_modules.perplexity import next_token_nll
 
 _CHECKPOINT = "block_sparsity"

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from common.randomness import run_seed
 from lightning_modules.data.cache import cache_root, explain_unwritable, lock_of, locked, remove_leftovers
 from lightning_modules.data.loading import Blocks, ResumableLoader, Samples, Windows, as_is
 from lightning_modules.data.prepare import finished
 from lightning_modules.data.repeats import Repeats
 from lightning_modules.data.sampler import FixedOrderSampler, Position, ResumableSampler
 from lightning_modules.data.tokenizer import fingerprint, load_tokenizer
-from lightning_modules.randomness import run_seed
 
 
 class _Start(NamedTuple):

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from common.randomness import run_seed
 from lightning_modules.data.loading import ResumableLoader, as_is
 from lightning_modules.data.sampler import FixedOrderSampler, Position, ResumableSampler
 from lightning_modules.data.tokenizer import END_OF_TEXT
 from lightning_modules.perplexity import IGNORED
-from lightning_modules.randomness import run_seed
 
 _START, _FIRST = 0, 1  # token ids; keys, values and noise follow
 _NOISE = 16  # different noise words

@@ -6,9 +6,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.randomness import run_seed
 from lightning_modules.data.loading import Blocks
 from lightning_modules.data.sampler import FixedOrderSampler
-from lightning_modules.randomness import run_seed
 
 _SHORTEST, _LONGEST = 8, 128  # tokens of a passage
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lightning_modules.folders import replacing
+from common.files import replacing
 from lightning_modules.structured_pruning.anatomy import family
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 

@@ -10,9 +10,9 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from common.files import replacing
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
 from lightning_modules.distillation import divergence
-from lightning_modules.folders import replacing
 from lightning_modules.perplexity import next_token_nll
 from lightning_modules.structured_pruning import adapter as adapters
 from lightning_modules.structured_pruning.loading import checked, load

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
+from common.randomness import run_seed, step_seed
 from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
-from lightning_modules.randomness import run_seed, step_seed
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.anatomy import input_device
 from lightning_modules.token_pruning.evaluation import PruningQuality

@@ -102,7 +102,7 @@ COLLECTIVES = {
 
 def template() -> dict[str, Any]:
     """A recorded run of two ranks."""
-    with open(Path(ROOT) / "bench/results/profile.jsonl") as file:
+    with open(Path(ROOT) / "docs/results/records/profile.jsonl") as file:
         runs = [json.loads(line) for line in file]
     return next(run for run in runs if run["run_name"] == "profile_2_ranks")
 

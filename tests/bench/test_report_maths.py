@@ -9,7 +9,7 @@ from bench.report.evidence import sort
 from bench.report.link import link_label
 from bench.report.palette import HUES, Colours
 from bench.report.sections import breakdown, curves, prefill, quality, rates, scaling, tiers
-from bench.tables import Table
+from common.tables import Table
 from tests.bench import report_records as synthetic
 
 

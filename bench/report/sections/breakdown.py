@@ -14,7 +14,7 @@ from bench.report.groups import Group, panels
 from bench.report.link import modelled, step_ms
 from bench.report.palette import PHASES, TEXT
 from bench.report.values import Record, Spread, per_step, total
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "Mean optimizer step. Encode, wire and decode are timed inside the collectives, the wire including the wait for "

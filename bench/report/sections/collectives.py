@@ -10,7 +10,7 @@ from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.link import link_label
 from bench.report.values import Record, number, text
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "What the network does without any training: median over repeats of the slowest rank. Bandwidth is the bytes that "

@@ -11,7 +11,7 @@ from bench.report.content import Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.groups import Group, Panel, panels, representatives
 from bench.report.values import Record, Spread, number, spread
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "Validations made during training, mean over seeds with a band of one standard deviation. Time is training time; "

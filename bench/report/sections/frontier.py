@@ -11,7 +11,7 @@ from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.values import number
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "Lower left is better: less of the unpruned model's prefill time, less loss. A line joins the budgets of a scorer; "

@@ -6,7 +6,7 @@ from bench.report.content import Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.groups import SETTING, Group, Panel, panels, varying
 from bench.report.values import Spread, count, per_step, spread
-from bench.tables import NOT_RECORDED, Table
+from common.tables import NOT_RECORDED, Table
 
 _LEAD = (
     "One row per method and setting, over seeds: mean ± sample standard deviation. Speed-up is the median step time of "

@@ -1,10 +1,10 @@
 """Figures: one measured number each, against its target."""
 
-from bench import figures
 from bench.report.content import Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.values import Record
-from bench.tables import Table
+from bench.tables import figures
+from common.tables import Table
 
 _LEAD = "The newest measurement of each figure, the target it was held against, and the command that measures it again."
 

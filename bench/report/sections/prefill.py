@@ -9,7 +9,7 @@ from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.values import Record, number, text
-from bench.tables import Table, percent
+from common.tables import Table, percent
 
 _LEAD = (
     "Time to the first token, all arms interleaved in one process, median and interquartile range. The dashed line of "

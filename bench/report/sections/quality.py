@@ -13,7 +13,7 @@ from bench.report.evidence import Evidence
 from bench.report.groups import Group, Panel, bytes_per_step, panels, representatives, train_seconds
 from bench.report.palette import TEXT, Colours
 from bench.report.values import Record, Spread, number
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "Lower left is better. The line joins the methods that no other method beats on both axes (Pareto front of the "

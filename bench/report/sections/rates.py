@@ -13,7 +13,7 @@ from bench.report.evidence import Evidence
 from bench.report.groups import Group, panels
 from bench.report.palette import TEXT
 from bench.report.values import Spread, quantity
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "Speed-up per step over the uncompressed run on the same link. Above the line at 1 compression pays. The rate at "

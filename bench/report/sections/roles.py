@@ -9,7 +9,7 @@ from bench.report.content import Chart, Section
 from bench.report.evidence import Evidence
 from bench.report.groups import Group, panels, representatives
 from bench.report.values import Record, number
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "Bytes a rank sends in one optimizer step, by what they encode, as counted at the collective call: after packing, "

@@ -8,8 +8,8 @@ from markupsafe import Markup, escape
 from bench.report.content import Markings, Section, Sheet
 from bench.report.evidence import Evidence, run_name, shared
 from bench.report.values import Record, text
-from bench.schema import OPTIONAL, REQUIRED
-from bench.tables import NOT_RECORDED, Table, cell
+from common.records.schema import OPTIONAL, REQUIRED
+from common.tables import NOT_RECORDED, Table, cell
 
 _LEAD = (
     "One entry per run: the command that repeats it and what it recorded. What is equal in all runs, and machines and "

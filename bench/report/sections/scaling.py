@@ -13,7 +13,7 @@ from bench.report.evidence import Evidence
 from bench.report.groups import Group, panels
 from bench.report.palette import TEXT
 from bench.report.values import Spread, ratio
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "Tokens per second of all ranks together; the batch per rank stays the same, so the work grows with the ranks. "

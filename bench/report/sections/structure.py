@@ -12,7 +12,7 @@ from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.values import number
-from bench.tables import Table, percent
+from common.tables import Table, percent
 
 _LEAD = (
     "Query-head groups (with their keys and values) and feed-forward channels that each layer keeps. PPL before and "

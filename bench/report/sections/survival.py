@@ -9,7 +9,7 @@ from markupsafe import Markup
 from bench.report import drawing
 from bench.report.content import Block, Markings, Section, Sheet
 from bench.report.evidence import Evidence
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "The prompt as the model read it. Tokens with a coloured ground were dropped, the number says at which stage; the "

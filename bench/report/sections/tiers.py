@@ -15,7 +15,7 @@ from PIL import Image
 from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Markings, Section, Sheet
 from bench.report.evidence import Evidence
-from bench.tables import Table
+from common.tables import Table
 
 _LEAD = (
     "Weight blocks are dense, 2:4 or top-k. Blocks only ever move down; a violation is a weight that came back. "

@@ -5,7 +5,7 @@ from markupsafe import Markup
 from bench.report.content import Block, Markings, Section, Sheet
 from bench.report.evidence import Evidence, run_name
 from bench.report.values import Record, count, text
-from bench.tables import Table
+from common.tables import Table
 
 _MAX_PROBLEMS = 100
 

@@ -1,7 +1,7 @@
 """One score, one file: subclassing `Score` in a new file of this folder is all it takes to add one."""
 
+from common.variants import import_siblings
 from lightning_modules.block_sparsity.scores.base import Score
-from lightning_modules.extensions import import_siblings
 
 __all__ = ["Score"]
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from common.randomness import step_seed
 from lightning_modules.block_sparsity.scores.base import Score
-from lightning_modules.randomness import step_seed
 
 
 class Random(Score):

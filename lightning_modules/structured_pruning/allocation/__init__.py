@@ -1,6 +1,6 @@
 """One allocation, one file: subclassing `Allocation` in a new file of this folder is all it takes to add one."""
 
-from lightning_modules.extensions import import_siblings
+from common.variants import import_siblings
 from lightning_modules.structured_pruning.allocation.base import Allocation
 
 __all__ = ["Allocation"]

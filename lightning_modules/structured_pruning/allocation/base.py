@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from lightning_modules.extensions import Variant
+from common.variants import Variant
 from lightning_modules.structured_pruning.anatomy import LayerShape
 from lightning_modules.structured_pruning.budget import Removal
 from lightning_modules.structured_pruning.importance.base import LayerScores

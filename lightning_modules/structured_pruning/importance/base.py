@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.extensions import Variant
+from common.variants import Variant
 
 
 class LayerScores(NamedTuple):

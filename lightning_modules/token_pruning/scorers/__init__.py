@@ -1,6 +1,6 @@
 """One scorer, one file: subclassing `Scorer` in a new file of this folder is all it takes to add one."""
 
-from lightning_modules.extensions import import_siblings, variants
+from common.variants import import_siblings, variants
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
 
 __all__ = ["Context", "Scorer", "known_scorers"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_modules.extensions import Variant
+from common.variants import Variant
 from lightning_modules.token_pruning.anatomy import Anatomy
 
 

@@ -1,6 +1,6 @@
 """One saliency target, one file: subclassing ``Target`` in a new file of this folder is all it takes to add one."""
 
-from lightning_modules.extensions import import_siblings, variants
+from common.variants import import_siblings, variants
 from lightning_modules.token_pruning.targets.base import Target
 
 __all__ = ["Target", "known_targets"]

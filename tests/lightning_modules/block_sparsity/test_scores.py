@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from common.variants import variants
 from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores.base import Score
 from lightning_modules.block_sparsity.scores.gradient import Gradient
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.stream import LayerInputs, decoder_layers, input_norms, linear_layers
-from lightning_modules.extensions import variants
 from tests.lightning_modules.block_sparsity.toy import batches, tiny_llama
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_modules.extensions import variants
+from common.variants import variants
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.base import WeightedAllocation, prunable_parameters, water_fill
 from lightning_modules.structured_pruning.allocation.global_ranking import Global

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_modules.extensions import variants
+from common.variants import variants
 from lightning_modules.structured_pruning.anatomy import ATTENTION, MLP, decoder_layers, shape_of
 from lightning_modules.structured_pruning.importance import Importance, LayerScores
 from lightning_modules.structured_pruning.importance.activation import Activation

@@ -1,0 +1,1 @@
+"""Records as tables: side by side, by row and column, and figures in documents."""

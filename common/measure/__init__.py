@@ -1,0 +1,1 @@
+"""Stopwatch, memory and peaks."""

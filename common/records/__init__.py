@@ -1,0 +1,1 @@
+"""Run records: what a run measured, on which machine, from which code."""

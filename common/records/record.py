@@ -1,0 +1,180 @@
+"""Run records: one strict-JSON object a run, appended to results.jsonl and never edited.
+
+A measurement that was not made is null, never 0. A measurement that came out as NaN or infinite is a result (a run
+diverged), so it is kept: JSON has no such numbers, they are written as the strings "NaN", "Infinity" and "-Infinity",
+and `read` turns them back into floats.
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.records import machine
+from common.records.schema import OPTIONAL, REQUIRED, Field
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _has_type(value: Any, name: str) -> bool:
+    if isinstance(value, bool):  # bool is an int to Python, not to a reader of the record
+        return name in ("bool", "any")
+    checks: dict[str, Any] = {"str": str, "int": Integral, "bool": bool, "list": list | tuple, "object": Mapping}
+    if name == "number":
+        return isinstance(value, Real) or (isinstance(value, str) and value in _NON_FINITE)
+    return name == "any" or isinstance(value, checks[name])
+
+
+def check_types(record: Mapping[str, Any], fields: Mapping[str, Field]) -> list[str]:
+    """Complaints about the values of those `fields` that the record has; empty when all is well."""
+    problems = []
+    for name, field in fields.items():
+        if name not in record:
+            continue
+        value = record[name]
+        if value is None:
+            if not field.nullable:
+                problems.append(f"{name} is null, expected {field.type}")
+        elif not _has_type(value, field.type):
+            problems.append(f"{name} is {type(value).__name__} {value!r:.60}, expected {field.type}")
+    return problems
+
+
+def validate(record: Mapping[str, Any]) -> None:
+    """Check a run record against `REQUIRED` and `OPTIONAL`; names in neither are allowed and not checked.
+
+    Raises:
+        ValueError: Naming every missing required field and every value of the wrong type.
+    """
+    missing = [name for name in REQUIRED if name not in record]
+    problems = [f"missing: {', '.join(missing)} (null means not measured)"] if missing else []
+    problems += check_types(record, {**REQUIRED, **OPTIONAL})
+    if problems:
+        raise ValueError("invalid run record: " + "; ".join(problems))
+
+
+def stamp() -> dict[str, Any]:
+    """Where a number came from: git_commit, git_dirty, versions, machine, date (UTC ISO 8601).
+
+    git values are None outside a git checkout. Contains no host name, user name or path.
+    """
+    return {
+        **machine.git_state(),
+        "versions": machine.versions(),
+        "machine": machine.identity(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _to_json(value: Any) -> Any:
+    """Copy of `value` in strict-JSON types: NumPy scalars become numbers, non-finite floats strings, paths text."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+        return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} {value!r:.60} cannot be stored in a record")
+
+
+def _from_json(value: Any, name: str = "") -> Any:
+    """Inverse of `_to_json` for non-finite floats; fields that hold text keep their text."""
+    if isinstance(value, dict):
+        return {key: _from_json(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    known = REQUIRED.get(name) or OPTIONAL.get(name)
+    if isinstance(value, str) and not (known and known.type == "str"):
+        return _NON_FINITE.get(value, value)
+    return value
+
+
+def append(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Append a record as one line, durably, while other processes may do the same.
+
+    The file is locked; a torn last line of a killed writer is left as it is and closed with a newline, so it cannot
+    swallow this record; after an error part-way (disk full) the file is cut back to its former length.
+
+    Args:
+        path: The .jsonl file; it and its folder are created when missing.
+        record: The record, see `validate`. Not validated here.
+
+    Raises:
+        TypeError: The record holds something JSON cannot (a tensor, say); nothing is written.
+        OSError: The write failed; nothing of the record is left in the file.
+    """
+    line = json.dumps(_to_json(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        try:
+            done = 0
+            while done < len(line):
+                done += os.write(handle, line[done:])
+            os.fsync(handle)
+        except BaseException:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)  # also releases the lock
+    if size == 0:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new file's directory entry durable too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def read(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
+    """All readable records of a file, in file order.
+
+    Returns:
+        The records, and the number of non-empty lines skipped because they are not a strict-JSON object (torn by a
+        killed writer).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    records: list[dict[str, Any]] = []
+    skipped = 0
+    for line in Path(path).read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode(), parse_constant=_refuse)
+        except ValueError:
+            skipped += 1
+            continue
+        if isinstance(record, dict):
+            records.append(_from_json(record))
+        else:
+            skipped += 1
+    return records, skipped

@@ -1,0 +1,89 @@
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.measure import peaks
+from common.records import env
+from common.records.record import stamp
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def report():
+    """The report of the real command."""
+    command = [sys.executable, "-m", "bench", "env", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    content = json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))
+    assert done.returncode == (1 if content["missing"] else 0), done.stderr
+    return content
+
+
+def test_the_report_is_of_this_machine(report):
+    assert report["versions"] == stamp()["versions"]
+    assert report["machine"]["cpu"] == stamp()["machine"]["cpu"]
+    assert 0 < report["ram_available_gb"] <= report["machine"]["ram_gb"]
+    assert len(report["speeds"]) == 1 + torch.cuda.device_count()
+    for row in report["speeds"]:
+        assert min(row["matmul_gflops_fp32"], row["matmul_gflops_bf16"], row["copy_gb_per_s"]) > 0
+    assert report["speeds"][0]["peak_tflops_bf16"] is None
+    assert report["missing"] == [], "the tests run where everything required is installed"
+    assert report["distributed"]["gloo"] is torch.distributed.is_gloo_available()
+
+
+def test_attention_kernels_were_really_tried(report):
+    results = {(row["device"], row["kernel"], row["dtype"]): row["result"] for row in report["attention"]}
+    assert len(results) == 8 * (1 + torch.cuda.device_count())
+    assert results["cpu", "math", "float32"] == "ok"
+    assert results["cpu", "flash", "float32"] == "ok"
+    assert results["cpu", "cudnn", "float32"] != "ok"
+
+
+def test_the_report_is_shown_whole(report):
+    shown = {table.title: table.markdown() for table in env.tables(report)}
+    assert torch.__version__ in shown["versions"]
+    assert "cudnn" in shown["attention kernels, really run"]
+    assert "link emulation" in shown["runs here"] and "gloo" in shown["runs here"]
+    assert "matmul_gflops_fp32" in shown["measured speed"]
+
+
+def test_missing_requirements_and_how_to_get_them(tmp_path, report):
+    setup = tmp_path / "setup.cfg"
+    setup.write_text(
+        "[metadata]\nname = app\n[options]\ninstall_requires =\n    torch>=2\n    torch>=99\n    no-such-thing\n"
+        "[options.extras_require]\ntest =\n    pytest>=1\n    absent-tool\ndev =\n    app[test]\n"
+    )
+    missing = env.requirements(setup)
+    assert missing == {"": ["torch>=99", "no-such-thing"], "test": ["absent-tool"], "dev": []}
+    tables = env.tables({**report, "missing": missing.pop(""), "missing_extras": missing})
+    shown = next(table for table in tables if table.title == "requirements").markdown()
+    assert "torch>=99, no-such-thing" in shown and "pip install -e '.[test]'" in shown
+
+
+def test_an_attempt_reports_error_and_reasons():
+    def fail():
+        warnings.warn("because of this", stacklevel=1)
+        raise RuntimeError("no kernel\nlong trace")
+
+    assert env._attempt(lambda: None) == "ok"
+    assert env._attempt(fail) == "RuntimeError: no kernel; because of this"
+
+
+def test_peaks_are_dense(monkeypatch):
+    assert peaks.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    gpu = torch.device("cuda", 0)
+
+    def named(name):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        return peaks.peak_flops(gpu, torch.bfloat16)
+
+    assert named("NVIDIA H200") == 989.5e12
+    assert named("NVIDIA H200 NVL") == 835.5e12
+    assert named("NVIDIA H100 80GB HBM3") == pytest.approx(989e12, rel=0.01)
+    assert named("NVIDIA A100-SXM4-80GB") == 312e12
+    assert named("Unheard-of 9000") is None
