@@ -1,12 +1,8 @@
 """Block sparsity: time and memory of scoring and demotion, and speed of products with packed weights."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from bench.experiments.runs import ROOT, say
+from bench.experiments.runs import json_lines, say
 from bench.tables import figures
 
 SIZE, REPEATS = 4096, 9
@@ -17,10 +13,7 @@ WHAT = {1: "decode, batch 1", 8: "decode, batch 8", 64: "decode, batch 64", 512:
 def run(records: Path, folder: Path) -> None:
     """Measure and append the figures."""
     say(f"timing one iteration and products of {SIZE}×{SIZE}")
-    command = [sys.executable, "-m", "callbacks.block_timing", str(SIZE), str(REPEATS)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    (found,) = json_lines("callbacks.block_timing", str(SIZE), str(REPEATS), log=folder / "block_timing.log")
     demotion = found["demotion"]
     matrix = f"scoring and demotion of a {SIZE}×{SIZE} matrix (second iteration of the schedule)"
     rows: list[tuple[str, str, float, str, str, bool | None]] = [

@@ -1,13 +1,10 @@
 """Nanoseconds per element that codecs take on one thread, and up to which link rate they pay."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.experiments.runs import ROOT, say
+from bench.experiments.runs import json_lines, say
 from bench.tables import figures
 
 COMMAND = "python -m bench experiment codec_speed --records docs/results/records/compression.jsonl"
@@ -16,7 +13,6 @@ _TARGETS = {"compiled": 1.5, "slabs": 4.0}  # Int8 with error feedback, encode a
 
 def run(records: Path, folder: Path) -> None:
     """Measure and append the figures."""
-    folder.mkdir(parents=True, exist_ok=True)
     say("timing codecs; compiling takes a few minutes")
     lines = measure(folder)
     floor = lines.pop(("copy", "", "copy"))
@@ -74,12 +70,7 @@ def measure(folder: Path, *arguments: str) -> dict[tuple[str, str, str], dict[st
     Raises:
         RuntimeError: It failed; the message ends with its last output.
     """
-    with open(folder / "codec_speed.log", "w") as log:
-        command = [sys.executable, "-m", "strategies.codec_speed", *arguments]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{(folder / 'codec_speed.log').read_text()[-2000:]}")
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = json_lines("strategies.codec_speed", *arguments, log=folder / "codec_speed.log")
     return {(line["method"], line["backend"], line["phase"]): line for line in lines}
 
 

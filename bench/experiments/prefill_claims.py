@@ -2,12 +2,10 @@
 
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import ROOT
+from bench.experiments.runs import json_lines
 from bench.tables import figures
 
 COMMAND = "python -m bench experiment prefill_claims"
@@ -46,10 +44,8 @@ def _bounds(folder: Path, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
     model = folder / "qwen2-7b"
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text(json.dumps(QWEN2_7B))
-    command = [sys.executable, "-m", "lightning_modules.token_pruning.bound", "--model", str(model), "--tail", "0"]
-    command += ["--lengths", *map(str, lengths)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    arguments = ("--model", str(model), "--tail", "0", "--lengths", *map(str, lengths))
+    return list(json_lines("lightning_modules.token_pruning.bound", *arguments, log=folder / "bound.log"))
 
 
 def _append(records: Path, claim: str, claimed: float, bound: float, unit: str) -> None:

@@ -1,11 +1,12 @@
 """Running `main.py` for an experiment and reading what it left behind."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,50 @@ def run_main(folder: Path, command: str, config: str, *overrides: str, prefix: S
         tail = (folder / "output.log").read_text()[-2000:]
         raise RuntimeError(f"exit status {code} of {' '.join(started_as)}\n{tail}")
     return wall
+
+
+def json_lines(module: str, *arguments: str, log: Path) -> Iterator[dict[str, Any]]:
+    """Run `python -m MODULE ARGUMENTS` from the repository, in a process of its own, and read what it prints.
+
+    Args:
+        module: Module to run; one that starts others, such as `torch.distributed.run`, does as well.
+        arguments: Its arguments.
+        log: File that receives stderr (replaced), and stdout's lines that are no JSON objects.
+
+    Yields:
+        The JSON objects that it prints, one a line, as they come.
+
+    Raises:
+        RuntimeError: It failed; the message names the command and ends with the end of the log.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(log, "w") as errors,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    yield json.loads(line)
+                else:
+                    errors.write(line)
+                    errors.flush()
+        except BaseException:  # whoever reads has stopped: an interrupt, or a generator that is closed
+            process.terminate()
+            raise
+    if process.returncode:
+        tail = log.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"exit status {process.returncode} of {' '.join(command)}\n{tail}")
 
 
 def sweep(name: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:

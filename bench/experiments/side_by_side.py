@@ -1,12 +1,10 @@
 """Every method on the same gradients: its error against the published one, and its bytes on a real interface."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import ROOT, say
+from bench.experiments.runs import json_lines, say
 from bench.tables import figures
 from common.records import record
 
@@ -14,14 +12,15 @@ _HEADERS = 66  # bytes of Ethernet (14), IPv4 (20) and TCP with timestamps (32) 
 _REPEATS = 3
 _COMMAND = "python -m bench experiment side_by_side --records docs/results/records/compression.jsonl"
 _PROGRAM = ("-m", "bench.side_by_side")
-_TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+_TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 def run(records: Path, folder: Path) -> None:
     """Measure and append a record a method, and the two figures."""
     from tests.strategies.oracles import NMSE  # worked out apart from the methods
 
-    fresh = _lines(*_TORCHRUN, "2", *_PROGRAM, "--steps", "1")
+    log = folder / "side_by_side.log"
+    fresh = json_lines(*_TORCHRUN, "2", *_PROGRAM, "--steps", "1", log=log)
     deviations = {
         line["method"]: abs(line["nmse"] / NMSE[line["method"]] - 1)
         for line in fresh
@@ -43,17 +42,17 @@ def run(records: Path, folder: Path) -> None:
     )
     for source in ("gauss", "uneven", "transformer"):
         for ranks in ("2", "4"):
-            for line in _lines(*_TORCHRUN, ranks, *_PROGRAM, "--gradients", source):
+            for line in json_lines(*_TORCHRUN, ranks, *_PROGRAM, "--gradients", source, log=log):
                 record.append(records, {"kind": "method", "case": f"{source}, {ranks} ranks", **line, **record.stamp()})
             say(f"{source}, {ranks} ranks")
-    _wire(records)
+    _wire(records, log)
 
 
-def _wire(records: Path) -> None:
-    link = (sys.executable, "-m", "bench", "link", "--rate", "1gbit", "--", sys.executable)
+def _wire(records: Path, log: Path) -> None:
+    link = ("bench", "link", "--rate", "1gbit", "--", sys.executable, *_PROGRAM, "--nic", "eth0")
     least: dict[str, dict[str, Any]] = {}
     for _ in range(_REPEATS):  # packets that are sent again only add: the least is what the method sends
-        for line in _lines(*link, *_PROGRAM, "--nic", "eth0"):
+        for line in json_lines(*link, log=log):
             line["bytes_net"] = line["bytes_nic"] - _HEADERS * line["packets_nic"]
             least[line["method"]] = min(line, least.get(line["method"], line), key=lambda one: one["bytes_net"])
     differences: dict[str, float] = {}
@@ -75,11 +74,3 @@ def _wire(records: Path) -> None:
         command=_COMMAND,
         details={"worst": worst, "deviations": differences},
     )
-
-
-def _lines(*command: str) -> list[dict[str, Any]]:
-    """The JSON lines that a command prints."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode} of {' '.join(command)}\n{done.stderr[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

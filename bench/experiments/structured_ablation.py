@@ -6,13 +6,11 @@ full recovery gains is the experiment `structured_recovery`.
 
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import BOOKS, ROOT, say
+from bench.experiments.runs import BOOKS, json_lines, say
 from bench.tables import figures
 
 SEEDS, BUDGETS, RECOVERY_STEPS = (1, 2, 3), (0.25, 0.5), 16
@@ -50,17 +48,11 @@ def _lines(model: Path, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
         return
     arguments = ["--model", str(model), "--train", str(BOOKS / "train.json"), "--val", str(BOOKS / "valid.json")]
     arguments += ["--seed", str(seed), "--recovery-steps", str(RECOVERY_STEPS), "--budgets", *map(str, BUDGETS)]
-    command = [sys.executable, "-m", "lightning_modules.structured_pruning.ablation", *arguments]
-    lines: list[str] = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout or ():
-            if line.startswith("{"):
-                lines.append(line)
-                yield json.loads(line)
-    if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode} of {' '.join(command)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    finished.write_text("".join(lines))
+    lines = []
+    for line in json_lines("lightning_modules.structured_pruning.ablation", *arguments, log=folder / "ablation.log"):
+        lines.append(line)
+        yield line
+    finished.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def _cell(records: Path, cell: Cell, ppl: list[float], when: str, dense: float, command: str) -> None:
