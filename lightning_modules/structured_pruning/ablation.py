@@ -83,7 +83,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--seed", type=int, default=1, help="of the choice of calibration text")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5])
-    known = {cls.__name__: cls for cls in variants(Allocation)}  # type: ignore[type-abstract]
+    known = {cls.__name__: cls for cls in variants(Allocation)}
     parser.add_argument("--allocations", nargs="+", choices=known, default=["Uniform", "Inverse", "Global"])
     parser.add_argument("--recovery-steps", type=int, default=0)
     parser.add_argument("--max-val-blocks", type=int, default=48)
@@ -103,7 +103,7 @@ def main() -> None:
     print(json.dumps({"dense": ppl(model, data.val_dataloader()), "seed": options.seed}), flush=True)
     importances = [
         cls(**({"seed": options.seed} if "seed" in inspect.signature(cls).parameters else {}))
-        for cls in variants(Importance)  # type: ignore[type-abstract]
+        for cls in variants(Importance)
     ]
     allocations = [known[name]() for name in options.allocations]
     folder = cache_root(None).with_name("structured_pruning")

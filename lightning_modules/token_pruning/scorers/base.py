@@ -3,7 +3,7 @@
 Shape legend: B rows, N tokens that are still there, H hidden width, D rotary width.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None
 
 
-class Scorer(Variant, ABC):
+class Scorer(Variant):
     """Says which prompt tokens to keep.
 
     Attributes (of the class):
@@ -68,8 +68,3 @@ class Scorer(Variant, ABC):
     def flops(self, tokens: int, hidden_size: int) -> float:
         """Floating-point operations to score so many tokens once; 0 where it is beneath counting."""
         return 0.0
-
-    @classmethod
-    def examples(cls) -> "list[Scorer]":
-        """Instances that the law tests run."""
-        return [cls()]

@@ -1,5 +1,7 @@
 """Keep what the end of the prompt attends to."""
 
+from typing import Self
+
 from torch import Tensor
 
 from lightning_modules.token_pruning.attention import tail_attention
@@ -23,8 +25,8 @@ class LastWindow(Scorer):
         self.window = window
 
     @classmethod
-    def examples(cls) -> list[Scorer]:
-        """See `Scorer.examples`."""
+    def examples(cls) -> list[Self]:
+        """See `Variant.examples`."""
         return [cls(), cls(window=1)]
 
     def score(self, hidden_BNH: Tensor, layer: int, context: Context) -> Tensor:

@@ -1,7 +1,7 @@
 """Keep what a trained scorer says matters."""
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -23,12 +23,12 @@ class MLP(Scorer):
         self.pruner = pruner
         self._loaded = self._ready = TokenPruner.load(pruner) if isinstance(pruner, str) else pruner
 
-    def config(self) -> dict[str, Any]:
-        """See `Scorer.config`; of a pruner in memory, how it was trained."""
+    def arguments(self) -> dict[str, Any]:
+        """See `Variant.arguments`; of a pruner in memory, how it was trained."""
         return {"pruner": self.pruner if isinstance(self.pruner, str) else self._loaded.notes}
 
     @classmethod
-    def examples(cls) -> list[Scorer]:
+    def examples(cls) -> list[Self]:
         """None: scorers are trained for one model."""
         return []
 

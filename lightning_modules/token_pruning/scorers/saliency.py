@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_modules.token_pruning.samples import Samples
-from lightning_modules.token_pruning.scorers.base import Scorer
 from lightning_modules.token_pruning.scorers.oracle import Oracle
 from lightning_modules.token_pruning.targets import Target
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
@@ -25,16 +24,7 @@ class SaliencyOracle(Oracle):
     @property
     def name(self) -> str:
         """See `Variant.name`; which saliency, too."""
-        return f"oracle_{type(self.target).__module__.rpartition('.')[2]}"
-
-    @classmethod
-    def examples(cls) -> list[Scorer]:
-        """See `Scorer.examples`."""
-        return [cls()]
-
-    def config(self) -> dict[str, Any]:
-        """See `Scorer.config`."""
-        return {"target": self.target.describe()}
+        return f"oracle_{self.target.name}"
 
     def measure(self, model: Any, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See `Oracle.measure`."""

@@ -3,21 +3,21 @@
 Shape legend: B sequences, N tokens, H hidden size.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.variants import Variant
 from lightning_modules.token_pruning.samples import Samples, response_nll
 from lightning_modules.token_pruning.soft_mask import layer_inputs
 
 _HALF_SCALE = 2.0**10  # float16 gradients of single tokens lie below its smallest number
 
 
-class Target(ABC):
+class Target(Variant):
     """How much each prompt token matters for the response, seen from a layer's output; higher means keep.
 
     Attributes:
@@ -38,17 +38,6 @@ class Target(ABC):
         Returns:
             float32 [B, N] by layer; of no meaning outside the prompts. Not finite where half precision overflowed.
         """
-
-    def describe(self) -> dict[str, Any]:
-        """Class and settings, JSON-able; of targets within this one too. Equal for targets that give equal values."""
-        settings = {name: _plain(value) for name, value in vars(self).items() if not name.startswith("_")}
-        return {"class": type(self).__name__, **settings}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Target):
-        return value.describe()
-    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def hidden_gradients(

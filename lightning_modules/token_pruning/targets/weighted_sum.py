@@ -1,6 +1,7 @@
 """Several targets as one."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from transformers import PreTrainedModel
 from lightning_modules.token_pruning.losses import normalise
 from lightning_modules.token_pruning.samples import Samples
 from lightning_modules.token_pruning.targets.base import Target
+from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
+from lightning_modules.token_pruning.targets.self_information import SelfInformation
 
 
 class WeightedSum(Target):
@@ -27,6 +30,11 @@ class WeightedSum(Target):
         counts = len(targets), len(self.weights)
         if not targets or counts[0] != counts[1]:
             raise ValueError(f"targets, weights: need at least one target and one weight for each, got {counts}")
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        """See `Variant.examples`."""
+        return [cls([SelfInformation(), GateGradient()], [1.0, 0.5])]
 
     def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See ``Target.values``."""

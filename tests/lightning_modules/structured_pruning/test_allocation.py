@@ -32,7 +32,7 @@ def _scores(seed: int = 0) -> list[LayerScores]:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.69])
-@pytest.mark.parametrize("allocation", variants(Allocation), ids=lambda cls: cls.__name__)  # type: ignore[type-abstract]
+@pytest.mark.parametrize("allocation", variants(Allocation), ids=lambda cls: cls.__name__)
 def test_every_allocation_meets_the_target_within_its_cap(allocation, share):
     method = allocation(cap=0.7)
     target = round(share * WHOLE)

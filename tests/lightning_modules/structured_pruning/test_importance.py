@@ -18,7 +18,7 @@ from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.slicing import slice_model
 from tests.lightning_modules.structured_pruning.toy import batches, plan_for, tiny
 
-ALL = variants(Importance)  # type: ignore[type-abstract]
+ALL = variants(Importance)
 
 
 def _loss(model, batch):

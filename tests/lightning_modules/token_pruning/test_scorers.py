@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.variants import variants
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.token_pruning.anatomy import SUPPORTED, anatomy
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, response_nll
 from lightning_modules.token_pruning.schedule import Schedule
-from lightning_modules.token_pruning.scorers import Context, known_scorers
+from lightning_modules.token_pruning.scorers import Context, Scorer
 from lightning_modules.token_pruning.scorers.duplication import Duplication
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
 from lightning_modules.token_pruning.scorers.key_norm import KeyNorm
@@ -27,7 +28,7 @@ from tests.lightning_modules.token_pruning.models import HIDDEN, build, shared, 
 AFTER, N = [1, 3], 60
 SCHEDULE = Schedule(layers=AFTER, keep=0.6, tail=0.0, min_tail=5)
 # other tests may define scorers of their own
-KNOWN = [cls for cls in known_scorers() if cls.__module__.startswith("lightning_modules.")]
+KNOWN = [cls for cls in variants(Scorer) if cls.__module__.startswith("lightning_modules.")]
 EXAMPLES = [example for cls in KNOWN for example in cls.examples()]
 METHODS = [example for example in EXAMPLES if not example.oracle]
 
@@ -96,7 +97,7 @@ def test_repeatable_scorers_choose_alike_alone_and_in_a_padded_batch(scorer):
 
 @pytest.mark.parametrize("scorer", METHODS, ids=repr)
 def test_scorers_can_be_made_again_from_their_configuration(scorer):
-    assert repr(type(scorer)(**scorer.config())) == repr(scorer)
+    assert repr(type(scorer)(**scorer.arguments())) == repr(scorer)
 
 
 def test_random_draws_differ_between_prompts_and_repeat_with_the_seed():

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.variants import variants
 from lightning_modules.token_pruning.losses import normalise
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.soft_mask import FLOOR, layer_inputs
-from lightning_modules.token_pruning.targets import known_targets
+from lightning_modules.token_pruning.targets import Target
 from lightning_modules.token_pruning.targets.future_attention import FutureAttention
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from lightning_modules.token_pruning.targets.gradient_norm import GradientNorm
@@ -159,8 +160,8 @@ def test_a_weighted_sum_shows_what_overflowed():
     assert not found[0].isfinite().all() and found[1].isfinite().all()
 
 
-KNOWN = [target for target in known_targets() if target.__module__.startswith("lightning_modules.")]
-OURS = [target() for target in KNOWN if target is not WeightedSum] + [WeightedSum([SelfInformation(), GateGradient()])]
+KNOWN = [target for target in variants(Target) if target.__module__.startswith("lightning_modules.")]
+OURS = [example for target in KNOWN for example in target.examples()]
 
 
 @pytest.mark.parametrize("target", OURS, ids=lambda t: type(t).__name__)
