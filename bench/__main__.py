@@ -49,9 +49,9 @@ def _show(table: Table, markdown: bool) -> None:
 
 
 def _read(path: Path) -> list[dict]:
-    records, skipped = record.read(path)
-    if skipped:
-        print(f"{path}: {skipped} broken line(s) skipped", file=sys.stderr)
+    records, broken = record.read(path)
+    if broken:
+        print(record.passed_over(path, broken), file=sys.stderr)
     return records
 
 

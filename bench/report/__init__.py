@@ -23,14 +23,14 @@ def read(results: Path) -> tuple[Evidence, str]:
     """
     files = sorted(results.glob("*.jsonl")) if results.is_dir() else [results]
     found: list[dict] = []
-    broken = 0
+    broken: list[str] = []
     for path in files:
-        records, skipped = record.read(path)
+        records, lines = record.read(path)
         found += records
-        broken += skipped
+        broken += [record.passed_over(path, lines)] if lines else []
     if not found:
-        lines = f" ({count(broken, 'broken line')} skipped)" if broken else ""
-        raise ValueError(f"{results}: no records to report{lines}; runs append theirs through the RunRecord callback")
+        why = f" ({'; '.join(broken)})" if broken else ""
+        raise ValueError(f"{results}: no records to report{why}; runs append theirs through the RunRecord callback")
     return sort(found, broken), ", ".join(path.name for path in files)
 
 

@@ -74,16 +74,15 @@ def run_name(run: Record) -> str:
     return text(run["run_name"]) if run.get("run_name") is not None else "unnamed"
 
 
-def sort(records: Iterable[Record], broken: int = 0) -> Evidence:
+def sort(records: Iterable[Record], broken: Sequence[str] = ()) -> Evidence:
     """Records by kind.
 
     Args:
         records: All readable records, in file order.
-        broken: Lines that were no records at all.
+        broken: What is to be said of lines that were no records at all.
     """
     evidence, foreign = Evidence(), Counter[str]()
-    if broken:
-        evidence.problems.append(f"{broken} broken line(s) skipped: not a JSON object")
+    evidence.problems += broken
     found: list[Record] = []
     for one in records:
         kind = one.get("kind", "run")

@@ -94,9 +94,9 @@ def _known(results: Path, allow_other_machine: bool) -> list[dict[str, Any]]:
     """
     if not results.exists():
         return []
-    known, skipped = record.read(results)
-    if skipped:
-        print(f"{results}: {skipped} broken line(s) skipped", file=sys.stderr)
+    known, broken = record.read(results)
+    if broken:
+        print(record.passed_over(results, broken), file=sys.stderr)
     here = machine.identity()
     for entry in known if not allow_other_machine else ():
         there = entry.get("machine") or {}

@@ -3,13 +3,17 @@
 A measurement that was not made is null, never 0. A measurement that came out as NaN or infinite is a result (a run
 diverged), so it is kept: JSON has no such numbers, they are written as the strings "NaN", "Infinity" and "-Infinity",
 and `read` turns them back into floats.
+
+Every line ends with a digest of what stands before it, so that a damaged or edited record is noticed, not believed.
+Lines of before this rule have none; after the first line of a file that has one, all have.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,6 +22,7 @@ from typing import Any, NoReturn
 from common.records import machine
 from common.records.schema import OPTIONAL, REQUIRED, Field
 
+DIGEST = "digest"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -117,7 +122,7 @@ def append(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
         TypeError: The record holds something JSON cannot (a tensor, say); nothing is written.
         OSError: The write failed; nothing of the record is left in the file.
     """
-    line = json.dumps(_to_json(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    line = sealed(_to_json(record))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -140,6 +145,16 @@ def append(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
         _sync_folder(path.parent)
 
 
+def sealed(record: Mapping[str, Any]) -> bytes:
+    """The line of a record in strict-JSON types, its digest (SHA-256 of the line without it) last."""
+    plain = {name: value for name, value in record.items() if name != DIGEST}
+    return _text({**plain, DIGEST: hashlib.sha256(_text(plain)).hexdigest()}) + b"\n"
+
+
+def _text(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a new file's directory entry durable too."""
     handle = os.open(folder, os.O_RDONLY)
@@ -153,28 +168,35 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def read(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
+def read(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
     """All readable records of a file, in file order.
 
     Returns:
-        The records, and the number of non-empty lines skipped because they are not a strict-JSON object (torn by a
-        killed writer).
+        The records, and the numbers (from 1) of the lines passed over: torn by a killed writer, damaged, or edited.
 
     Raises:
         FileNotFoundError: There is no such file.
     """
     records: list[dict[str, Any]] = []
-    skipped = 0
-    for line in Path(path).read_bytes().split(b"\n"):
+    broken: list[int] = []
+    sealing = False
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode(), parse_constant=_refuse)
         except ValueError:
-            skipped += 1
+            record = None
+        sealing |= isinstance(record, dict) and DIGEST in record
+        if not isinstance(record, dict) or (sealing and sealed(record) != line + b"\n"):
+            broken.append(number)
             continue
-        if isinstance(record, dict):
-            records.append(_from_json(record))
-        else:
-            skipped += 1
-    return records, skipped
+        record.pop(DIGEST, None)
+        records.append(_from_json(record))
+    return records, broken
+
+
+def passed_over(path: str | os.PathLike, lines: Sequence[int]) -> str:
+    """What to tell of lines that `read` passed over."""
+    shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+    return f"{Path(path).name}: {len(lines)} broken line(s) skipped (torn, damaged or edited): {shown}"

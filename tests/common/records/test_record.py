@@ -73,7 +73,7 @@ def test_round_trip_keeps_values_and_writes_strict_json(tmp_path):
     for line in path.read_text().splitlines():
         json.loads(line, parse_constant=refuse)
     (first, second), skipped = record.read(path)
-    assert skipped == 0
+    assert skipped == []
     assert second == RUN
     assert math.isnan(first["train_loss"]) and first["val_ppl"] == math.inf and first["x"] == [-math.inf, 0.5]
     assert first["run_name"] == "NaN"
@@ -94,15 +94,42 @@ def test_torn_last_line_does_not_swallow_the_next_record(tmp_path):
     path.write_bytes(torn)
     record.append(path, {"n": 3})
     assert path.read_bytes().startswith(torn)
-    assert record.read(path) == ([{"n": 1}, {"n": 3}], 1)
+    assert record.read(path) == ([{"n": 1}, {"n": 3}], [2])
 
 
 def test_reader_skips_and_counts_lines_that_are_not_records(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"n": NaN}\n\n[1]\n{"n": 1}\n{"n": 2}')
-    assert record.read(path) == ([{"n": 1}, {"n": 2}], 2)
+    assert record.read(path) == ([{"n": 1}, {"n": 2}], [1, 3])
     with pytest.raises(FileNotFoundError):
         record.read(tmp_path / "absent.jsonl")
+
+
+def test_a_flipped_bit_anywhere_in_a_line_is_noticed(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"n": 0, "from": "before lines had digests"}\n')
+    record.append(path, {"n": 1, "ppl": 23.5, "text": "größer"})
+    record.append(path, {"n": 2, "digest": "of its own"})
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    second = whole.index(b"\n", first) + 1
+    for place in range(second, len(whole) - 1):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            records, broken = record.read(path)
+            assert [one["n"] for one in records] == [0, 1] and broken[0] == 3
+    path.write_bytes(whole.replace(b"23.5", b"22.5"))
+    records, broken = record.read(path)
+    assert [one["n"] for one in records] == [0, 2] and broken == [2]
+    assert record.passed_over(path, broken) == "results.jsonl: 1 broken line(s) skipped (torn, damaged or edited): 2"
+
+
+def test_a_line_without_a_digest_after_one_with_is_not_believed(tmp_path):
+    path = tmp_path / "results.jsonl"
+    record.append(path, {"n": 1})
+    with open(path, "a") as file:
+        file.write('{"n": 2}\n')
+    assert record.read(path) == ([{"n": 1}], [2])
 
 
 def _append_many(path, writer):
@@ -119,7 +146,7 @@ def test_concurrent_writers_lose_and_mix_nothing(tmp_path):
     for writer in writers:
         writer.join()
     records, skipped = record.read(path)
-    assert skipped == 0
+    assert skipped == []
     assert sorted((r["writer"], r["n"]) for r in records) == [(w, n) for w in range(2) for n in range(25)]
 
 
@@ -173,7 +200,7 @@ def test_stamp_is_storable_and_names_no_host(tmp_path):
     stamp = record.stamp()
     record.validate({**RUN, **stamp, "config": {"a": 1}})
     record.append(tmp_path / "r.jsonl", stamp)
-    assert record.read(tmp_path / "r.jsonl") == ([stamp], 0)
+    assert record.read(tmp_path / "r.jsonl") == ([stamp], [])
     assert stamp["versions"]["torch"] == torch.__version__
     assert stamp["versions"]["python"] and stamp["machine"]["cores_logical"] >= 1
     assert stamp["date"].endswith("+00:00")
