@@ -38,6 +38,15 @@ class PareCLI(LightningCLI):
         own = ("prepare", "prune", "verify", "export", "generate")
         return LightningCLI.subcommands() | {command: {"model", "datamodule"} for command in own}
 
+    def check_arguments(self) -> None:
+        """Let the module refuse what cannot succeed before any text or weight is read."""
+        check = getattr(self.model, "check_arguments", None)
+        if check is not None:
+            check(self.subcommand, self.datamodule)
+
+    before_fit = before_validate = before_test = before_predict = check_arguments
+    before_prune = before_verify = before_export = check_arguments
+
 
 def quiet() -> None:
     """Hide third-party messages that no user can act on."""

@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT))
 import main
 from callbacks.commands import PareTrainer
+from lightning_modules import EmbeddedDocs, Pretraining
 from strategies.compressors import known_compressors
 
 # Configurations of main.py, each with the arguments that its header names.
@@ -146,6 +147,23 @@ def trained(tmp_path_factory) -> Path:
 
 
 LONG = ["--trainer.max_steps", "12", "--trainer.accumulate_grad_batches", "2", "--trainer.strategy.compressor", "Int8"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse by an old name
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prune", "verify", "export"])
+def test_a_module_may_refuse_before_any_data_is_prepared(command, monkeypatch):
+    told = []
+
+    def refuse(module, command, datamodule):
+        told.append((command, datamodule.name))
+        raise ValueError("budget: too much")
+
+    monkeypatch.setattr(Pretraining, "check_arguments", refuse, raising=False)
+    monkeypatch.setattr(EmbeddedDocs, "prepare_data", lambda self: told.append("prepared"))
+    monkeypatch.setattr(sys, "argv", ["main.py", command, *TINY])
+    with pytest.raises(ValueError, match="budget: too much"):
+        main.main()
+    assert told == [(command, "embedded")]
 
 
 def test_fit_leaves_a_record_with_every_required_field(trained):

@@ -97,6 +97,10 @@ class InstructData(PreparedData):
             if is_path(source):
                 source_files(field, source)
 
+    def inputs(self) -> list[Path]:
+        """See ``PreparedData.inputs``."""
+        return [Path(s).expanduser() for _, s, _ in self.sources if is_path(s)] + super().inputs()
+
     def source_key(self) -> Any:
         """Path, size and time of change of every file, or name and splits of the Hub dataset."""
         key = {field: self._identity(field, source, split) for field, source, split in self.sources}

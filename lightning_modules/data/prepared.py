@@ -66,6 +66,11 @@ class PreparedData(L.LightningDataModule, ABC):
         self.train: Dataset
         self.val: Dataset
 
+    def inputs(self) -> list[Path]:
+        """Files and folders that are read: nothing may be written over them."""
+        folder = Path(self._tokenizer_source or "").expanduser()
+        return [folder] if self._tokenizer_source and folder.exists() else []
+
     @abstractmethod
     def source_key(self) -> Any:
         """What the text depends on, as JSON-able values; another key makes another cache."""

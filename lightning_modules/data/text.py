@@ -57,6 +57,11 @@ class TextCorpus(TextDataModule):
             if source is not None and is_path(source):
                 source_files(field, source)
 
+    def inputs(self) -> list[Path]:
+        """See ``PreparedData.inputs``."""
+        sources = (self.train_source, self.val_source)
+        return [Path(s).expanduser() for s in sources if s is not None and is_path(s)] + super().inputs()
+
     def source_key(self) -> Any:
         """Path, size and time of change of every file, or name and splits of the Hub dataset."""
         key: dict[str, Any] = {field: self._identity(field, source, split) for field, source, split in self._parts()}

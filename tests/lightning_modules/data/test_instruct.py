@@ -1,6 +1,7 @@
 """Instruction data: what is read, what is learnt from it, and that no sample sees another."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,12 @@ def test_prompts_and_responses(make, tmp_path, tokenizer):
     learnt = batch["labels"][batch["labels"] != -100]
     assert data.tokenizer.decode(learnt) == "The Rhine<|endoftext|>"
     assert torch.equal(learnt, batch["input_ids"][batch["labels"] != -100])
+
+
+def test_inputs_are_the_files_and_folders_that_are_read(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}))
+    data = InstructData(str(tmp_path / "a.jsonl"), str(tokenizer), val=str(tmp_path))
+    assert set(data.inputs()) == {tmp_path / "a.jsonl", tmp_path, Path(tokenizer)}
 
 
 def test_chat_template_of_the_tokenizer(make):

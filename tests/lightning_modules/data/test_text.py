@@ -21,6 +21,14 @@ def corpus(tmp_path, train, **kwargs):
     return TextCorpus(train, **{"cache_dir": str(tmp_path / "cache"), "block_size": 16, "vocab_size": 300, **kwargs})
 
 
+def test_inputs_are_the_files_and_folders_that_are_read(tmp_path):
+    train = write(tmp_path / "a.json", sentences(0, 4))
+    (tmp_path / "tokenizer").mkdir()
+    data = TextCorpus(train, str(tmp_path), tokenizer=str(tmp_path / "tokenizer"))
+    assert data.inputs() == [Path(train), tmp_path, tmp_path / "tokenizer"]
+    assert TextCorpus("owner/hub-data", tokenizer="gpt2", val_split="test").inputs() == []
+
+
 def ready(data):
     data.prepare_data()
     data.setup("fit")
