@@ -1,6 +1,6 @@
 """The packed form in bands: what a product with packed weights wants to read. The same bytes in another order.
 
-A band is a row of blocks. All bands have equally many blocks of each tier (the budget "band" sees to that): they are
+A band is a row of blocks. All bands have equally many blocks of each tier (the scope "band" sees to that): they are
 equal work and need no pointers. A band's blocks are sorted by tier, then by column, so that its values are read one
 after the other and only the input is gathered. Of r bands with D dense, M 2:4 and T top-k blocks each, of side b:
 
@@ -44,7 +44,7 @@ def to_bands(parts: Parts, layout: Layout, name: str) -> Parts:
         if count.min() != count.max():
             raise ValueError(
                 f"{name}: its bands of {layout.block} rows have {int(count.min())} to {int(count.max())} {tier} "
-                "blocks; the band form needs equally many in each: prune with budget band"
+                "blocks; the band form needs equally many in each: prune with scope band"
             )
     if across > torch.iinfo(torch.int16).max:
         raise ValueError(f"{name}: the band form counts block columns in 16 bits, {across} are too many")

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_modules.block_sparsity.scored import Scored, slab_elements
-from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Index, Tiers, pad
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Index, TierMap, pad
 
-Budget = Literal["matrix", "global", "band"]
+Scope = Literal["matrix", "global", "band"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Ratios:
 
 
 def demote(
-    scores: Mapping[str, Scored], tiers: Mapping[str, Tiers], target: Ratios, budget: Budget = "matrix"
+    scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target: Ratios, scope: Scope = "matrix"
 ) -> dict[str, Tensor]:
     """Bring every tier map to the target ratios, in place, strictly downwards.
 
@@ -50,7 +50,7 @@ def demote(
         scores: How to score each matrix.
         tiers: Its tier map; all-dense in the first iteration.
         target: Ratios after the iteration.
-        budget: Who competes: the blocks of one matrix, of all matrices together ("global"), or of one row of blocks
+        scope: Who competes: the blocks of one matrix, of all matrices together ("global"), or of one row of blocks
             ("band", which gives every band equally many blocks of each tier).
 
     Returns:
@@ -59,15 +59,15 @@ def demote(
     Raises:
         ValueError: The target would bring a block back, or a score is not finite. The tier maps are left as they were.
     """
-    flows = _flows(tiers, target, budget)
+    flows = _flows(tiers, target, scope)
     sums = {name: block_sums(scores[name], tiers[name]) for name in tiers}
     for tier, cut in ((DENSE, _to_two_of_four), (MID, _to_topk)):
-        for name, chosen_rc in _lowest_blocks(_means(sums, tiers), tiers, tier, flows, budget).items():
+        for name, chosen_rc in _lowest_blocks(_means(sums, tiers), tiers, tier, flows, scope).items():
             cut(scores[name], tiers[name], chosen_rc, sums[name])
     return _means(sums, tiers)
 
 
-def block_sums(scores: Scored, tiers: Tiers) -> Tensor:
+def block_sums(scores: Scored, tiers: TierMap) -> Tensor:
     """Sum of the scores of the weights that each block still has, ``float32 [r, c]``.
 
     Raises:
@@ -92,11 +92,11 @@ def block_sums(scores: Scored, tiers: Tiers) -> Tensor:
     return sums_rc
 
 
-def _means(sums: Mapping[str, Tensor], tiers: Mapping[str, Tiers]) -> dict[str, Tensor]:
+def _means(sums: Mapping[str, Tensor], tiers: Mapping[str, TierMap]) -> dict[str, Tensor]:
     return {name: sums_rc / tiers[name].kept_per_block() for name, sums_rc in sums.items()}
 
 
-def quantiles(means: Mapping[str, Tensor], tiers: Mapping[str, Tiers]) -> dict[str, list[float]]:
+def quantiles(means: Mapping[str, Tensor], tiers: Mapping[str, TierMap]) -> dict[str, list[float]]:
     """Minimum, quartiles and maximum of the block scores in each tier, over all matrices; empty for an empty tier."""
     found = {}
     for tier, label in ((DENSE, "dense"), (MID, "2:4"), (TOPK, "topk")):
@@ -107,7 +107,7 @@ def quantiles(means: Mapping[str, Tensor], tiers: Mapping[str, Tiers]) -> dict[s
     return found
 
 
-def _slabs(tiers: Tiers) -> Iterator[tuple[slice, slice]]:
+def _slabs(tiers: TierMap) -> Iterator[tuple[slice, slice]]:
     """Rows of the matrix and rows of blocks, some whole bands at a time."""
     rows, columns = tiers.shape
     bands = max(1, slab_elements(tiers.map_rc.device) // (columns * tiers.block))
@@ -116,12 +116,12 @@ def _slabs(tiers: Tiers) -> Iterator[tuple[slice, slice]]:
         yield slice(first * tiers.block, min(last * tiers.block, rows)), slice(first, last)
 
 
-def _flows(tiers: Mapping[str, Tiers], target: Ratios, budget: Budget) -> dict[str, tuple[Tensor, Tensor]]:
+def _flows(tiers: Mapping[str, TierMap], target: Ratios, scope: Scope) -> dict[str, tuple[Tensor, Tensor]]:
     """Blocks that leave the dense tier and blocks that enter the top-k tier, by matrix, one number a group."""
     flows: dict[str, tuple[Tensor, Tensor]] = {}
     all_dense, all_topk, blocks = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), 0
     for name, matrix in tiers.items():
-        groups = matrix.map_rc if budget == "band" else matrix.map_rc.reshape(1, -1)
+        groups = matrix.map_rc if scope == "band" else matrix.map_rc.reshape(1, -1)
         dense, topk = (groups == DENSE).sum(1), (groups == TOPK).sum(1)
         want_dense, _, want_topk = target.counts(groups.shape[1])
         flows[name] = (dense - want_dense, want_topk - topk)
@@ -130,7 +130,7 @@ def _flows(tiers: Mapping[str, Tiers], target: Ratios, budget: Budget) -> dict[s
             all_topk + topk.sum().cpu(),
             blocks + groups.numel(),
         )
-    if budget == "global":
+    if scope == "global":
         want_dense, _, want_topk = target.counts(blocks)
         device = next(iter(tiers.values())).map_rc.device
         both = ((all_dense - want_dense).view(1).to(device), (want_topk - all_topk).view(1).to(device))
@@ -147,14 +147,14 @@ def _flows(tiers: Mapping[str, Tiers], target: Ratios, budget: Budget) -> dict[s
 
 def _lowest_blocks(
     means: Mapping[str, Tensor],
-    tiers: Mapping[str, Tiers],
+    tiers: Mapping[str, TierMap],
     tier: int,
     flows: Mapping[str, tuple[Tensor, Tensor]],
-    budget: Budget,
+    scope: Scope,
 ) -> dict[str, Tensor]:
     """The blocks of ``tier`` that leave it, bool ``[r, c]`` by matrix."""
     eligible = {name: matrix.map_rc == tier for name, matrix in tiers.items()}
-    if budget == "global":
+    if scope == "global":
         count = next(iter(flows.values()))[tier]
         pooled = torch.cat([m.flatten() for m in means.values()])[None]
         chosen = lowest(pooled, torch.cat([e.flatten() for e in eligible.values()])[None], count)[0]
@@ -162,7 +162,7 @@ def _lowest_blocks(
         return {name: part.view(means[name].shape) for name, part in zip(means, parts, strict=True)}
     found = {}
     for name, values_rc in means.items():
-        shape = values_rc.shape if budget == "band" else (1, -1)
+        shape = values_rc.shape if scope == "band" else (1, -1)
         picked = lowest(values_rc.reshape(shape), eligible[name].reshape(shape), flows[name][tier])
         found[name] = picked.view(values_rc.shape)
     return found
@@ -181,7 +181,7 @@ def lowest(values_GN: Tensor, eligible_GN: Tensor, count_G: Tensor) -> Tensor:
     return below_GN | (equal_GN & (equal_GN.cumsum(1) <= room_G1))
 
 
-def _to_two_of_four(scores: Scored, tiers: Tiers, chosen_rc: Tensor, sums_rc: Tensor) -> None:
+def _to_two_of_four(scores: Scored, tiers: TierMap, chosen_rc: Tensor, sums_rc: Tensor) -> None:
     """Keep the two best of every four neighbours in a row, of equals the first; the blocks' sums follow."""
     for index, scores_nbb in scores.blocks(_index(chosen_rc), tiers.block):
         a, b, c, d = scores_nbb.unflatten(-1, (-1, 4)).unbind(-1)
@@ -203,7 +203,7 @@ def _two(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return (x & y) | (z & (x | y))
 
 
-def _to_topk(scores: Scored, tiers: Tiers, chosen_rc: Tensor, sums_rc: Tensor) -> None:
+def _to_topk(scores: Scored, tiers: TierMap, chosen_rc: Tensor, sums_rc: Tensor) -> None:
     """Keep the k best weights of each block among those it still has, of equals the first; the blocks' sums follow."""
     k = tiers.k
     for index, scores_nbb in scores.blocks(_index(chosen_rc), tiers.block):

@@ -13,13 +13,15 @@ from transformers.utils import logging as transformers_logging
 
 from common.files import replacing
 from lightning_modules.block_sparsity import lora
-from lightning_modules.block_sparsity.demotion import Budget
+from lightning_modules.block_sparsity.demotion import Scope
 from lightning_modules.block_sparsity.evaluation import calibration_batches, validation_perplexity
 from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
 from lightning_modules.block_sparsity.packed_model import PACKED_FILE, load_packed, read_tiers, write_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner
 from lightning_modules.block_sparsity.reconstruction import reconstruct
-from lightning_modules.block_sparsity.schedule import CubicSchedule, Row, Schedule
+from lightning_modules.block_sparsity.schedules import Schedule
+from lightning_modules.block_sparsity.schedules.base import Row
+from lightning_modules.block_sparsity.schedules.cubic import CubicSchedule
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.verification import compare
@@ -45,7 +47,7 @@ class BlockSparsity(CausalLM):
         score: Importance of a weight; by default Wanda.
         block: Side of a block, a multiple of 4.
         topk: Weights that a top-k block keeps.
-        budget: Who competes for the tiers: the blocks of one "matrix", all ("global"), or one row of blocks ("band").
+        scope: Who competes for the tiers: the blocks of one "matrix", all ("global"), or one row of blocks ("band").
         row_relative: Divide scores by the mean of their row, as Wanda compares within rows.
         pattern: "tiers", or "unstructured" with the same share of zeros in every row (a baseline).
         calibration_blocks: Blocks of training text that scores and reconstruction see.
@@ -57,7 +59,8 @@ class BlockSparsity(CausalLM):
         distill_weight: Share of the distillation loss.
         iteration_lr_factor: The learning rate is multiplied by this at every iteration after the first.
         export_dtype: Type of packed values; "int8" stores the tiers in 8 bits with scales, everything else in float16.
-        export_bands: Pack in bands of rows, as products with packed weights read them; needs the budget "band".
+        export_bands: Pack in bands of rows, as products with packed weights read them; needs the scope "band".
+        budget: The old name of ``scope``; an error says so.
         **kwargs: Optimizer and schedule, see ``CausalLM``.
     """
 
@@ -70,7 +73,7 @@ class BlockSparsity(CausalLM):
         score: Score | None = None,
         block: int = 16,
         topk: int = 10,
-        budget: Budget = "matrix",
+        scope: Scope = "matrix",
         row_relative: bool = False,
         pattern: Pattern = "tiers",
         calibration_blocks: int = 32,
@@ -83,9 +86,12 @@ class BlockSparsity(CausalLM):
         iteration_lr_factor: float = 1.0,
         export_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16",
         export_bands: bool = False,
+        budget: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if budget is not None:
+            raise ValueError(f"model.budget is now called model.scope: give model.scope {budget}")
         for name, value in {"calibration_blocks": calibration_blocks, "lora_rank": lora_rank}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -99,7 +105,7 @@ class BlockSparsity(CausalLM):
         self.reconstruction_steps, self.reconstruction_lr = reconstruction_steps, reconstruction_lr
         self.teacher, self.distill_weight = teacher, distill_weight
         self.iteration_lr_factor, self._packing = iteration_lr_factor, (export_dtype, export_bands)
-        self._pruning = {"block": block, "k": topk, "pattern": pattern, "budget": budget, "row_relative": row_relative}
+        self._pruning = {"block": block, "k": topk, "pattern": pattern, "scope": scope, "row_relative": row_relative}
         self.pruner: Pruner
         self._teacher: list[Any] = []  # in a list, so that it is no submodule and in no checkpoint
 

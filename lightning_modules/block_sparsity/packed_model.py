@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lightning_modules.block_sparsity import sealed
 from lightning_modules.block_sparsity.bands import band_product, from_bands, to_bands
 from lightning_modules.block_sparsity.packing import PARTS, Layout, block_product, pack, unpack, unpack_keep
-from lightning_modules.block_sparsity.tiers import Tiers
+from lightning_modules.block_sparsity.tiers import TierMap
 
 PACKED_FILE = "packed.safetensors"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
@@ -71,7 +71,7 @@ def write_packed(
     folder: Path,
     model: PreTrainedModel,
     state: Mapping[str, Tensor],
-    tiers: Mapping[str, Tiers],
+    tiers: Mapping[str, TierMap],
     dtype: str,
     bands: bool = False,
 ) -> dict[str, float]:
@@ -81,7 +81,7 @@ def write_packed(
         folder: An existing folder.
         model: The architecture.
         state: Its weights, pruned ones zero.
-        tiers: Tiers of the pruned matrices.
+        tiers: Tier maps of the pruned matrices.
         dtype: Type of all stored values: "float16", "bfloat16", "float32", or "int8" for the tiers' values (what is
             not pruned then stays float16).
         bands: Write the band form.

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Tiers, pad, to_blocks
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, TierMap, pad, to_blocks
 
 PARTS = ("map", "dense", "mid", "mid_index", "topk", "topk_index")
 _SCALE = ".scale"
@@ -36,7 +36,7 @@ class Layout:
     k: int
 
 
-def pack(weight_RC: Tensor, tiers: Tiers, dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(weight_RC: Tensor, tiers: TierMap, dtype: torch.dtype) -> dict[str, Tensor]:
     """The kept weights of a matrix.
 
     Args:

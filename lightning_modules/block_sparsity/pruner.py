@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.block_sparsity import sealed
-from lightning_modules.block_sparsity.demotion import Budget, Ratios, demote, quantiles
+from lightning_modules.block_sparsity.demotion import Ratios, Scope, demote, quantiles
 from lightning_modules.block_sparsity.masks import unstructured
 from lightning_modules.block_sparsity.packing import Layout
 from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.stream import linear_layers
-from lightning_modules.block_sparsity.tiers import Tiers, pack_bits, pad, unpack_bits
+from lightning_modules.block_sparsity.tiers import TierMap, pack_bits, pad, unpack_bits
 
 TIERS_FILE = "tiers.safetensors"
 Pattern = Literal["tiers", "unstructured"]
@@ -29,7 +29,7 @@ class Pruner:
         block: Side of a block.
         k: Weights that a top-k block keeps.
         pattern: "tiers", or "unstructured": the same share of zeros, wherever in a row they are (a baseline).
-        budget: Who competes, see ``demotion.demote``.
+        scope: Who competes, see ``demotion.demote``.
         row_relative: Divide scores by the mean score of what their row still has.
 
     Attributes:
@@ -39,7 +39,7 @@ class Pruner:
         quantiles: Of the block scores in each tier at the last iteration; empty before it, or without tiers.
 
     Raises:
-        ValueError: See ``Tiers`` and ``linear_layers``.
+        ValueError: See ``TierMap`` and ``linear_layers``.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Pruner:
         block: int = 16,
         k: int = 10,
         pattern: Pattern = "tiers",
-        budget: Budget = "matrix",
+        scope: Scope = "matrix",
         row_relative: bool = False,
     ) -> None:
-        self.block, self.k, self.pattern, self.budget, self.row_relative = block, k, pattern, budget, row_relative
+        self.block, self.k, self.pattern, self.scope, self.row_relative = block, k, pattern, scope, row_relative
         self.matrices = linear_layers(model)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         shapes = {name: (m.out_features, m.in_features) for name, m in self.matrices.items()}
-        tiers = {n: Tiers(n, s, block, k, self.matrices[n].weight.device) for n, s in shapes.items()}
+        tiers = {n: TierMap(n, s, block, k, self.matrices[n].weight.device) for n, s in shapes.items()}
         self.tiers = tiers if pattern == "tiers" else {}
         self._masks = {} if self.tiers else {n: t.keep_RC for n, t in tiers.items()}
         self.quantiles: dict[str, list[float]] = {}
@@ -84,7 +84,7 @@ class Pruner:
         statistics = score.statistics(model, self.matrices, batches, device)
         scores = {name: self._scored(name, score, statistics.get(name)) for name in self.matrices}
         if self.tiers:
-            self.quantiles = quantiles(demote(scores, self.tiers, target, self.budget), self.tiers)
+            self.quantiles = quantiles(demote(scores, self.tiers, target, self.scope), self.tiers)
             return
         sparsity = target.sparsity(self.block, self.k)
         self._masks = {

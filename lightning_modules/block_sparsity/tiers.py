@@ -29,7 +29,7 @@ def check_sizes(block: int, k: int) -> None:
         )
 
 
-class Tiers:
+class TierMap:
     """Tier map and kept weights of one matrix. It only ever loses weights.
 
     Args:

@@ -3,17 +3,19 @@
 Shape legend: R, C rows (outputs) and columns (inputs) of a matrix; B sequences, T tokens.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from common.variants import Variant
 
-class Score(ABC):
+
+class Score(Variant):
     """How important each weight of a matrix is, from the weight and one statistic of its matrix.
 
-    Scores are compared inside one matrix (or row, or, under a global budget, over all matrices).
+    Scores are compared inside one matrix (or row, or, under a global scope, over all matrices).
     """
 
     def statistics(

@@ -12,16 +12,16 @@ from lightning_modules.block_sparsity.packed_model import PackedLinear, read_tie
 from lightning_modules.block_sparsity.packing import Layout, pack, unpack
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
-from lightning_modules.block_sparsity.tiers import Tiers
+from lightning_modules.block_sparsity.tiers import TierMap
 from tests.lightning_modules.block_sparsity.toy import batches, scored, tiny_llama
 
 CPU = torch.device("cpu")
 
 
-def _pruned(shape, ratios, block=16, k=10, budget="band"):
+def _pruned(shape, ratios, block=16, k=10, scope="band"):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    tiers = Tiers("layer7", shape, block, k, CPU)
-    demote({"layer7": scored(weight.abs())}, {"layer7": tiers}, Ratios(*ratios), budget)
+    tiers = TierMap("layer7", shape, block, k, CPU)
+    demote({"layer7": scored(weight.abs())}, {"layer7": tiers}, Ratios(*ratios), scope)
     return weight.masked_fill_(~tiers.keep_RC, 0.0), tiers, Layout(*shape, block, k)
 
 
@@ -86,15 +86,15 @@ def test_bytes_are_the_formula():
 
 
 def test_bands_that_differ_are_refused_with_the_way_out():
-    weight, tiers, layout = _pruned((64, 160), (0.3, 0.4, 0.3), budget="matrix")
-    with pytest.raises(ValueError, match=r"layer7.*budget band"):
+    weight, tiers, layout = _pruned((64, 160), (0.3, 0.4, 0.3), scope="matrix")
+    with pytest.raises(ValueError, match=r"layer7.*scope band"):
         to_bands(pack(weight, tiers, torch.float16), layout, "layer7")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_model_in_bands_is_the_plain_packed_one_and_multiplies_band_by_band(dtype, tmp_path):
     model = tiny_llama()
-    pruner = Pruner(model, block=8, k=6, budget="band")
+    pruner = Pruner(model, block=8, k=6, scope="band")
     pruner.prune(model, Ratios(0.25, 0.5, 0.25), Magnitude(), [], CPU)
     mask_weights(pruner.matrices, pruner.keep)
     for name, bands in (("plain", False), ("bands", True)):

@@ -5,7 +5,7 @@ import torch
 
 from lightning_modules.block_sparsity.demotion import Ratios, block_sums, demote, quantiles
 from lightning_modules.block_sparsity.masks import unstructured
-from lightning_modules.block_sparsity.tiers import Tiers, pack_bits, unpack_bits
+from lightning_modules.block_sparsity.tiers import TierMap, pack_bits, unpack_bits
 from tests.lightning_modules.block_sparsity.toy import loop_iteration, scored
 
 SEED_ROWS = [(0.9, 0.1, 0.0), (0.8, 0.1, 0.1), (0.65, 0.2, 0.15), (0.5, 0.3, 0.2), (0.35, 0.45, 0.2)]
@@ -13,7 +13,7 @@ SEED_SPARSITIES = [5.0, 14.6, 24.4, 34.2, 41.7]
 
 
 def _tiers(shape, block=16, k=10, name="m"):
-    return Tiers(name, shape, block, k, torch.device("cpu"))
+    return TierMap(name, shape, block, k, torch.device("cpu"))
 
 
 def _scores(shape, seed=0):

@@ -14,7 +14,7 @@ from lightning_modules.block_sparsity import BlockSparsity, load_packed
 from lightning_modules.block_sparsity.masks import mask_weights, violations
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.block_sparsity.reconstruction import reconstruct
-from lightning_modules.block_sparsity.schedule import LinearSchedule
+from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
 from tests.lightning_modules.block_sparsity.toy import batches, save_tiny, tiny_llama
 from tests.lightning_modules.data.toy import Toy
 
@@ -180,7 +180,7 @@ def test_prune_export_verify_and_unpack(dense, data_cache, tmp_path, capsys):
     pruned, packed, plain = tmp_path / "pruned", tmp_path / "packed", tmp_path / "plain"
     assert _module(dense, pruned, reconstruction_steps=2).prune(data, CPU, dry_run=True) is None
     assert "packed_ratio" in capsys.readouterr().out and not pruned.exists()
-    fields = _module(dense, pruned, reconstruction_steps=2, budget="band").prune(data, CPU)
+    fields = _module(dense, pruned, reconstruction_steps=2, scope="band").prune(data, CPU)
     assert fields["tiers"]["iterations"][0]["violations"] == 0 and fields["val_ppl"] > 1
     sizes = _module(pruned, packed).export(data, CPU)["tiers"]
     assert sizes["packed_bits_per_weight"] == pytest.approx(sizes["planned"]["packed_bits_per_weight"], rel=0.1)

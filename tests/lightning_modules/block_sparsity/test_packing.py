@@ -14,7 +14,7 @@ from lightning_modules.block_sparsity.packed_model import PACKED_FILE, PackedLin
 from lightning_modules.block_sparsity.packing import Layout, pack, unpack, unpack_keep
 from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
-from lightning_modules.block_sparsity.tiers import Tiers
+from lightning_modules.block_sparsity.tiers import TierMap
 from tests.lightning_modules.block_sparsity.toy import batches, scored, tiny_llama
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ FORMULA = {(0.9, 0.1, 0.0), (0.35, 0.45, 0.2), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)}
 
 def _pruned(shape, ratios, block=16, k=10, seed=0):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    tiers = Tiers("m", shape, block, k, CPU)
+    tiers = TierMap("m", shape, block, k, CPU)
     demote({"m": scored(weight.abs())}, {"m": tiers}, Ratios(*ratios))
     return weight.masked_fill(~tiers.keep_RC, 0.0), tiers
 

@@ -6,7 +6,7 @@ import torch
 from lightning_modules.block_sparsity.bands import band_product, to_bands
 from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.packing import Layout, pack
-from lightning_modules.block_sparsity.tiers import Tiers
+from lightning_modules.block_sparsity.tiers import TierMap
 from tests.lightning_modules.block_sparsity.toy import scored
 from tests.triton_tools import compiled, interpreting
 
@@ -24,7 +24,7 @@ def _apart(shape, ratios, dtype, rows):
     from lightning_modules.block_sparsity.triton_bands import kernel_product
 
     draw = torch.Generator().manual_seed(1)
-    weight, tiers = torch.randn(shape, generator=draw), Tiers("m", shape, 16, 10, torch.device("cpu"))
+    weight, tiers = torch.randn(shape, generator=draw), TierMap("m", shape, 16, 10, torch.device("cpu"))
     demote({"m": scored(weight.abs())}, {"m": tiers}, Ratios(*ratios), "band")
     layout = Layout(*shape, 16, 10)
     parts = to_bands(pack(weight.masked_fill_(~tiers.keep_RC, 0.0), tiers, dtype), layout, "m")
