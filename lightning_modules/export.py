@@ -40,7 +40,7 @@ def export(
     still_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if still_meta or unexpected:
         raise ValueError(f"weights do not fit the architecture: missing {still_meta}, unexpected {list(unexpected)}")
-    with replacing(folder) as beside:
+    with replacing(folder, "model") as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(card, encoding="utf-8")

@@ -1,9 +1,10 @@
 """Checkpoints that exist only when they are complete."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from common.files import recover, remove, swap
 
 
 @contextmanager
@@ -25,30 +26,21 @@ def replace_when_complete(path: Path, barrier: Callable[[], None], rank: int) ->
     beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(beside)
+        recover(path)
+        remove(beside)
+        remove(old)
     barrier()
     try:
         yield beside
     except Exception as error:
         # torch's writers report a full disk as a corrupt archive; say what it means for the user
         if rank == 0:
-            _remove(beside)
+            remove(beside)
         raise OSError(
             f"could not save the checkpoint {path} ({error}); an earlier one is untouched. Make room in "
             f"{path.parent}, check that it can be written to, or choose another dirpath"
         ) from error
     barrier()
     if rank == 0:
-        _remove(old)
-        if path.exists() or path.is_symlink():
-            path.rename(old)
-        beside.rename(path)
-        _remove(old)
+        swap(beside, path)
     barrier()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,38 +1,20 @@
 """Files of a report: the page, its tables for papers and slides, its charts; each written beside and then renamed."""
 
 import csv
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.report import drawing
 from bench.report.content import Chart, Section, Sheet
 from bench.report.values import Spread
+from common.files import replacing_file, write_text
 from common.tables import Table
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, renamed to it when the block ends well and removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def page(path: Path, text: str) -> None:
     """Write the HTML file."""
-    with beside(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _numbered(sections: Sequence[Section]) -> list[tuple[str, str, Table]]:
@@ -46,9 +28,11 @@ def tables(folder: Path, sections: Sequence[Section]) -> list[Path]:
     """Write every table, also those behind charts, as Markdown and as CSV; returns the files."""
     written = []
     for name, title, table in _numbered(sections):
-        with beside(folder / f"{name}.md") as temporary:
-            temporary.write_text(f"**{title}**\n\n{table.markdown()}", encoding="utf-8")
-        with beside(folder / f"{name}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        write_text(folder / f"{name}.md", f"**{title}**\n\n{table.markdown()}")
+        with (
+            replacing_file(folder / f"{name}.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file).writerows(plain(table))
         written += [folder / f"{name}.md", folder / f"{name}.csv"]
     return written
@@ -79,7 +63,7 @@ def figures(folder: Path, sections: Sequence[Section]) -> list[Path]:
     written = []
     for chart in (block for section in sections for block in section.blocks if isinstance(block, Chart)):
         png, svg = folder / f"{chart.name}.png", folder / f"{chart.name}.svg"
-        with beside(png) as first, beside(svg) as second:
+        with replacing_file(png) as first, replacing_file(svg) as second:
             drawing.write(chart, first, second)
         written += [png, svg]
     return written

@@ -4,13 +4,12 @@ A document holds `<!-- begin:NAME -->` and `<!-- end:NAME -->`; what stands betw
 """
 
 import os
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import write_text
 from common.records import record
 from common.records.schema import Field
 from common.tables import Table, cell
@@ -159,20 +158,10 @@ def update_file(path: str | os.PathLike, marker: str, table: str) -> None:
     Raises:
         ValueError: The markers are not there exactly once each, in this order; the file is left as it was.
     """
-    path = Path(path).resolve()  # rename onto the file itself, not onto a link to it
+    path = Path(path)
     begin, end = f"<!-- begin:{marker} -->", f"<!-- end:{marker} -->"
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{path.name} must contain {begin} and then {end}, once each")
     before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(f"{before}\n\n{table.strip()}\n\n{after}")
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.copymode(path, beside)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    write_text(path, f"{before}\n\n{table.strip()}\n\n{after}")

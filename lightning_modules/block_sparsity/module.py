@@ -254,7 +254,7 @@ class BlockSparsity(CausalLM):
         self._merge()
         self.check_masks("before saving")
         transformers_logging.disable_progress_bar()  # a bar for one file says nothing
-        with replacing(self.output) as folder:
+        with replacing(self.output, "model", [self.pretrained, self.teacher]) as folder:
             self.plain_model.save_pretrained(folder, state_dict=lora.plain_state(self.plain_model))
             data.tokenizer.save_pretrained(folder)
             self.pruner.save(folder)
@@ -281,7 +281,7 @@ class BlockSparsity(CausalLM):
             self.save(data)
             return self.pruner.result([])
         self._need_tiers()
-        with replacing(self.output) as folder:
+        with replacing(self.output, "packed model", [self.pretrained]) as folder:
             model = self.plain_model
             sizes = write_packed(folder, model, model.state_dict(), self.pruner.tiers, *self._packing)
             data.tokenizer.save_pretrained(folder)

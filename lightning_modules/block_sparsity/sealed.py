@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +10,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.files import replacing_file
+
 _KIND, _HASH = "pare", "sha256"
 
 
 def write(path: Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors beside the file and rename, so that the file is there completely or not at all.
+    """Write tensors to a file that is there completely or not at all.
 
     Args:
         path: Destination.
@@ -25,14 +26,8 @@ def write(path: Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mappin
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     described = {**metadata, _KIND: kind}
-    beside = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing_file(path) as beside:
         save_file(stored, beside, {**described, _HASH: _digest(stored, described)})
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Finished preparation stages on disk: written beside, renamed when complete, guarded by a lock."""
+"""Where prepared data lie, and the lock that guards them."""
 
 import errno
 import fcntl
@@ -59,38 +59,6 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
-@contextmanager
-def write_folder(final: Path) -> Iterator[Path]:
-    """A new folder that takes its final name only when the block ends without an error.
-
-    Yields:
-        The folder to write to. Files in it reach the disk before the folder is renamed, so that a finished name means
-        finished content even after a power cut.
-    """
-    partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        partial.rename(final)
-        _sync(final.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def write_file(final: Path, text: str) -> None:
-    """Write a small file so that it is there completely or not at all."""
-    partial = final.with_name(final.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.rename(final)
-    _sync(final.parent)
-
-
 def remove_leftovers(ours: Path) -> None:
     """Delete what dead preparations left half-written beside the folder ``ours``, whose lock the caller holds.
 
@@ -108,11 +76,3 @@ def remove_leftovers(ours: Path) -> None:
 def lock_of(folder: Path) -> Path:
     """The lock file that guards a cache folder."""
     return folder.with_name(folder.name + ".lock")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from common.files import replacing_file
 from lightning_modules.data.hub import hub_rows
 from lightning_modules.data.progress import stage
 from lightning_modules.data.readers import document_text
@@ -42,8 +43,7 @@ def export(dataset: str, output: Path, config: str | None = None, split: str = "
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output: no such folder: {output.parent}")
     limit, size, records = int(max_mb * 1e6), 0, 0
-    partial = output.with_name(output.name + ".partial")
-    try:
+    with replacing_file(output) as partial:
         with (
             partial.open("w", encoding="utf-8") as file,
             stage(f"Exporting {dataset}", limit, "bytes") as done,
@@ -61,9 +61,6 @@ def export(dataset: str, output: Path, config: str | None = None, split: str = "
             file.write("\n]\n")
         if records == 0:
             raise ValueError(f"{dataset}: the split '{split}' has no rows")
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
     return records
 
 

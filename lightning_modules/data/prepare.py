@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_modules.data.cache import write_file, write_folder
+from common.files import replacing, write_text
 from lightning_modules.data.packing import pack_blocks
 from lightning_modules.data.progress import stage
 from lightning_modules.data.readers import text_digest
@@ -72,7 +72,7 @@ def prepare(
         if not (folder / split).exists():
             _write_blocks(folder / split, rows, split, Encoder(tokenizer), block_size, threads)
     summary = {split: json.loads((folder / split / "counts.json").read_text()) for split in SPLITS}
-    write_file(folder / "summary.json", json.dumps(summary))
+    write_text(folder / "summary.json", json.dumps(summary))
     shutil.rmtree(rows, ignore_errors=True)
 
 
@@ -93,7 +93,7 @@ def summary(folder: Path) -> dict[str, Split]:
 
 def _write_rows(final: Path, documents: Iterable[tuple[str, str]]) -> None:
     counts, validation = Counter[str](), set[bytes]()
-    with write_folder(final) as folder:
+    with replacing(final, "cache") as folder:
         writers = {split: _RowWriter(folder / f"{split}.arrow") for split in SPLITS}
         for split, text in documents:
             digest = text_digest(text)
@@ -157,7 +157,7 @@ def _train_tokenizer(final: Path, rows: Path, vocab_size: int) -> None:
     skip = -(-size // _TRAIN_BPE)
 
     with (
-        write_folder(final) as folder,
+        replacing(final, "cache") as folder,
         stage(f"Training a tokenizer of {vocab_size:,} tokens", size // skip, "bytes") as done,
     ):
 
@@ -178,7 +178,7 @@ def _write_blocks(final: Path, rows: Path, split: str, encoder: Encoder, block_s
     documents = json.loads((rows / "counts.json").read_text())[split]
     schema = pa.schema([("input_ids", pa.list_(pa.int32(), block_size))])
     rest, tokens, blocks, read = np.empty(0, np.int32), 0, 0, 0
-    with write_folder(final) as folder:
+    with replacing(final, "cache") as folder:
         with (
             stage(f"Tokenising {split}", documents, "documents") as done,
             pa.OSFile(str(folder / "blocks.arrow"), "wb") as file,

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from lightning_modules.data.cache import write_file, write_folder
+from common.files import replacing, write_text
 from lightning_modules.data.instructions import Instruction, Prompt, Template, shorten, write_prompt
 from lightning_modules.data.prepare import SPLITS
 from lightning_modules.data.readers import in_validation, text_digest
@@ -108,13 +108,13 @@ def prepare_samples(folder: Path, samples: Iterable[tuple[str, Instruction]], en
     """
     final = folder / "samples"
     if not final.exists():
-        with write_folder(final) as beside:
+        with replacing(final, "cache") as beside:
             counts = _write(beside, samples, encoder)
             (beside / "counts.json").write_text(json.dumps(counts))
         for split, found in counts.items():
             notes = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in found.items() if n and name != "samples")
             rank_zero_info(f"{split}: {found['samples']:,} samples ({notes})")
-    write_file(folder / "summary.json", (final / "counts.json").read_text())
+    write_text(folder / "summary.json", (final / "counts.json").read_text())
 
 
 def _write(folder: Path, samples: Iterable[tuple[str, Instruction]], encoder: SampleEncoder) -> dict[str, Counter[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from common.files import write_text
 from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning.anatomy import decoder_layers
 
@@ -44,10 +45,7 @@ def measure(
         else:
             with skipped(layers[index - 1]):
                 losses.append(mean_nll(model, batches))
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        beside = cache.with_name(f".{cache.name}.partial")
-        beside.write_text(json.dumps(losses), encoding="utf-8")
-        beside.replace(cache)
+        write_text(cache, json.dumps(losses))
         done(index)
     return LayerDamage(losses[0], losses[1 : len(layers) + 1])
 

@@ -70,7 +70,7 @@ def save(
     Raises:
         OSError: The folder cannot be written; an earlier one is still there.
     """
-    with replacing(folder) as beside:
+    with replacing(folder, "model") as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(card, encoding="utf-8")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.files import write_text
 from lightning_modules.structured_pruning.anatomy import LayerShape, query_heads_of
 
 FILE = "pruning_plan.json"
@@ -57,10 +58,7 @@ class PruningPlan:
 
     def save(self, path: Path) -> None:
         """Write the plan, complete or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_text(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "PruningPlan":

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.files import replacing_file
 from lightning_modules.structured_pruning import layer_damage
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
@@ -125,10 +126,8 @@ class Pruner:
                 scores = checked(self.importance.score(self.model, _Counted(self.batches, done)))
                 self.score_seconds = time.perf_counter() - started
             parts = {f"{i}.{kind}": part for i, layer in enumerate(scores) for kind, part in layer._asdict().items()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.partial")
-            save_file({name: part.contiguous() for name, part in parts.items()}, beside)
-            beside.replace(path)
+            with replacing_file(path) as beside:
+                save_file({name: part.contiguous() for name, part in parts.items()}, beside)
         return scores
 
     @property

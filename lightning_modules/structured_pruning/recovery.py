@@ -192,7 +192,7 @@ class LoraRecovery(CausalLM):
         if config is None:
             config, weights = adapters.read_adapter(Path(str(self.adapter)), self.base, base_hash)
         adapted = adapters.attach(base, config, weights)
-        with replacing(folder) as beside:
+        with replacing(folder, "model", [self.base, self.adapter, self.teacher_path]) as beside:
             adapters.save_adapter(beside / _ADAPTER, adapted, self.base, base_hash)
             # merged in float32, written in the dtype that the base has on disk
             stored = AutoConfig.from_pretrained(checked(self.base)).dtype or torch.float32

@@ -7,7 +7,6 @@ Shape legend: B sequences, N tokens, H hidden size.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from common.files import replacing
 from lightning_modules.token_pruning.identity import differences, identity_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -100,23 +100,13 @@ class TokenPruner(nn.Module):
         """Write ``model.safetensors``, ``config.json`` and ``README.md``; the folder appears complete or not at all.
 
         Raises:
-            ValueError: the folder holds something else than an earlier pruner.
+            ValueError: the folder holds what Pare did not write.
         """
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-            raise ValueError(f"{folder} is not empty and holds no token pruner: give a new folder")
-        beside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
         weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
-        (beside / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n")
-        (beside / "README.md").write_text(self._card())
-        if folder.exists():
-            folder.rename(old)
-        beside.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with replacing(folder, "token pruner") as beside:
+            save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+            (beside / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
+            (beside / "README.md").write_text(self._card(), encoding="utf-8")
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds: the constructor's arguments."""

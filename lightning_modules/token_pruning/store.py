@@ -5,7 +5,6 @@ holds. ``saliency.json`` is written first, with what the values depend on, and c
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from common.files import replacing_file
 
 INDEX = "saliency.json"
 _FORMAT = "pare-saliency"
@@ -167,9 +168,5 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    with replacing_file(path) as beside:
+        beside.write_bytes(content)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.data.cache import cache_root, locked, write_folder
+from lightning_modules.data.cache import cache_root, locked
 from tests.lightning_modules.data.toy import Toy, sentences
 
 ROOT = Path(__file__).parents[3]
@@ -184,18 +184,6 @@ def test_a_training_document_that_validates_is_left_out(tmp_path):
     assert data.describe()["documents"] == {"val": 10, "train": 10}
     train = data.tokenizer.decode(data.train[:]["input_ids"].flatten())
     assert not any(text in train for text in shared)
-
-
-def test_folder_gets_its_name_only_when_complete(tmp_path):
-    final = tmp_path / "stage"
-    with pytest.raises(RuntimeError), write_folder(final) as folder:
-        (folder / "half").write_text("half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with write_folder(final) as folder:
-        (folder / "whole").write_text("whole")
-        assert not final.exists()
-    assert [path.name for path in final.iterdir()] == ["whole"]
 
 
 def test_lock_is_not_inherited_by_children_that_outlive_the_holder(tmp_path):

@@ -34,7 +34,8 @@ def test_saved_and_loaded_with_one_call(tmp_path):
     pruner.notes["target"] = "gate"
     for _ in range(2):  # the second replaces the first
         pruner.save(tmp_path / "pruner")
-    assert sorted(f.name for f in (tmp_path / "pruner").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    names = sorted(f.name for f in (tmp_path / "pruner").iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors", "pare.json"]
     assert [f.name for f in tmp_path.iterdir()] == ["pruner"]
     again = TokenPruner.load(tmp_path / "pruner", model)
     hidden = torch.randn(1, 5, 64)
