@@ -18,7 +18,7 @@ from bench.network import link as links
 from bench.network.collectives_command import collectives
 from bench.sweep import sweep
 from bench.tables import compare as comparison
-from bench.tables import figures
+from bench.tables import documents, figures
 from bench.tables import pivot as pivots
 from common.records import env as environment
 from common.records import record
@@ -32,9 +32,11 @@ class Parser(ArgumentParser):
     """Parser in which a switch is `--markdown`, not `--markdown true`."""
 
     def add_argument(self, *args, **kwargs):
-        """Add an argument; one of type bool becomes a pair of switches, and `--output` is also `-o`."""
+        """Add an argument: switches for one of type bool, `--output` also as `-o`, `file` by its place."""
         if args == ("--output",):
             args = ("-o", "--output")
+        if args == ("--file",):
+            args, kwargs = ("file",), {**kwargs, "nargs": "?"}
         if kwargs.get("type") is bool:
             del kwargs["type"]
             kwargs["action"] = ActionYesNo
@@ -55,14 +57,7 @@ def _read(path: Path) -> list[dict]:
     return records
 
 
-def compare(
-    results: Path,
-    runs: str | None = None,
-    fields: str | None = None,
-    markdown: bool = False,
-    into: Path | None = None,
-    marker: str = "runs",
-) -> None:
+def compare(results: Path, runs: str | None = None, fields: str | None = None, markdown: bool = False) -> None:
     """Show run records side by side; what was not measured says "not recorded".
 
     Args:
@@ -70,31 +65,31 @@ def compare(
         runs: Names of the runs to show, separated by commas; all without.
         fields: Fields to show, separated by commas, dots reaching into blocks ("machine.cpu").
         markdown: Print a Markdown table.
-        into: Document whose text between `<!-- begin:MARKER -->` and `<!-- end:MARKER -->` is replaced instead.
-        marker: MARKER in that document.
     """
     chosen = comparison.select(_read(results), runs.split(",") if runs else None)
-    shown = comparison.compare(chosen, fields.split(",") if fields else comparison.DEFAULT_FIELDS)
-    if into is None:
-        _show(shown, markdown)
-    else:
-        figures.update_file(into, marker, f"{shown.markdown()}\nMeasured on {figures.origin(chosen[-1])}.\n")
+    _show(comparison.compare(chosen, fields.split(",") if fields else comparison.DEFAULT_FIELDS), markdown)
 
 
-def table(records: Path, into: Path | None = None, marker: str = "figures", only: str | None = None) -> None:
-    """Show the figures (measured against target) of a file, or write them into a document.
+def table(file: Path | None = None, only: str | None = None, check: bool = False) -> int:
+    """Write the tables of all documents anew from their records, or show the figures of one file against targets.
 
     Args:
-        records: The .jsonl file with the figures.
-        only: Identifiers of the figures to show, separated by commas; all without.
-        into: Document whose text between `<!-- begin:MARKER -->` and `<!-- end:MARKER -->` is replaced.
-        marker: MARKER in that document.
+        file: The .jsonl file with the figures to show; without it, the documents are written.
+        only: Identifiers of the figures to show, separated by commas, `*` for anything; all without.
+        check: Write nothing; the exit status is 1 when a document differs from its records.
     """
-    text = figures.render_table(_read(records), only.split(",") if only else None)
-    if into is None:
-        print(text, end="")
-    else:
-        figures.update_file(into, marker, text)
+    if file is not None:
+        print(figures.render_table(_read(file), only.split(",") if only else None), end="")
+        return 0
+    changed = documents.drifted(documents.documents())
+    for path, text in changed.items():
+        name = path.relative_to(documents.ROOT)
+        if check:
+            print(f"{name} differs from its records: python -m bench table", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"{name} written")
+    return 1 if check and changed else 0
 
 
 def pivot(
@@ -105,8 +100,6 @@ def pivot(
     where: str = "",
     repeat: str = "seed",
     markdown: bool = False,
-    into: Path | None = None,
-    marker: str = "pivot",
 ) -> None:
     """Show values of many records by row and column, mean ± sd over repeats: rows compress_method, column strategy.
 
@@ -119,16 +112,9 @@ def pivot(
         where: Only records with these values: "kind=wire,world_size=2".
         repeat: Field that differs between repeats of one measurement.
         markdown: Print a Markdown table.
-        into: Document whose text between `<!-- begin:MARKER -->` and `<!-- end:MARKER -->` is replaced instead.
-        marker: MARKER in that document.
     """
-    conditions = dict(pair.split("=", 1) for pair in where.split(",") if pair)
-    chosen = pivots.where(limits.annotate(_read(records)), conditions)
-    shown = pivots.pivot(chosen, rows.split(","), column, values.split(","), repeat)
-    if into is None:
-        _show(shown, markdown)
-    else:
-        figures.update_file(into, marker, f"{shown.markdown()}\nMeasured on {figures.origin(chosen[-1])}.\n")
+    chosen = pivots.where(limits.annotate(_read(records)), pivots.conditions(where))
+    _show(pivots.pivot(chosen, rows.split(","), column, values.split(","), repeat), markdown)
 
 
 def trace(traces: Path, markdown: bool = False, json: bool = False) -> None:
@@ -189,7 +175,7 @@ def env(full: bool = False, json: bool = False) -> int:
 
 def experiment(
     name: str,
-    records: Path = Path("docs/results/records/pretraining.jsonl"),
+    records: Path | None = None,
     folder: Path | None = None,
     model: Path | None = None,
 ) -> None:
@@ -197,7 +183,7 @@ def experiment(
 
     Args:
         name: Name of a file in bench/experiments.
-        records: Where the figures go; `python -m bench table` shows them.
+        records: Where the figures go; by default the file in docs/results/records that the experiment names.
         folder: Working folder of the runs; by default a temporary one that is removed.
         model: Hugging Face folder of the model to experiment on, for experiments that need one.
     """
@@ -208,6 +194,7 @@ def experiment(
     if wanted != (model is not None):
         raise ValueError(f"experiment {name} needs --model FOLDER" if wanted else f"experiment {name} takes no --model")
     options = {"model": model.resolve()} if model is not None else {}
+    records = records or documents.RECORDS / getattr(module, "RECORDS", f"{name}.jsonl")
     with tempfile.TemporaryDirectory() as temporary:
         module.run(records.resolve(), (folder or Path(temporary)).resolve(), **options)
     table(records)

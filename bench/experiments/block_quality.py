@@ -7,6 +7,7 @@ from typing import Any
 from bench.experiments.runs import ROOT, books, fit, say
 from bench.tables import figures
 
+RECORDS = "block_sparsity.jsonl"
 SEEDS, STEPS_PER_EPOCH, VAL_BLOCKS = (1, 2, 3), 5, 32
 CONFIG, SCHEDULE = "configs/block_sparsity/progressive.yaml", "configs/block_sparsity/progressive.csv"
 HEADER = "iteration,dense,mid_2_4,topk,dense_to_2_4,mid_2_4_to_topk,epochs"

@@ -30,8 +30,9 @@ from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.tiers import TierMap
 
+RECORDS = "block_sparsity.jsonl"
 SIZE, REPEATS = 4096, 9
-COMMAND = "python -m bench experiment block_speed --records runs/block_sparsity.jsonl"
+COMMAND = "python -m bench experiment block_speed"
 WHAT = {1: "decode, batch 1", 8: "decode, batch 8", 64: "decode, batch 64", 512: "prefill, 512 tokens"}
 BLOCK, K = 16, 10
 BEFORE, AFTER = Ratios(0.9, 0.1, 0.0), Ratios(0.8, 0.1, 0.1)  # the second iteration moves blocks in both steps

@@ -7,7 +7,8 @@ from typing import Any
 from bench.experiments.runs import json_lines, say
 from bench.tables import figures
 
-COMMAND = "python -m bench experiment codec_speed --records docs/results/records/compression.jsonl"
+RECORDS = "compression.jsonl"
+COMMAND = "python -m bench experiment codec_speed"
 _TARGETS = {"compiled": 1.5, "slabs": 4.0}  # Int8 with error feedback, encode and decode
 
 

@@ -9,6 +9,7 @@ from bench.experiments.runs import ROOT, main_py, say
 from bench.network.process import Measured, run_measured
 from bench.tables import figures
 
+RECORDS = "pretraining.jsonl"
 SIZE_MB, CONFIG = 440, "configs/pretraining/gpt2_tiny.yaml"
 COMMAND = "python -m bench experiment data_preparation"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from bench.experiments.runs import ROOT, fit, losses, main_py, say
 from bench.tables import figures
 
+RECORDS = "pretraining.jsonl"
 STEPS, INTERRUPT, CONFIG = 60, 30, "configs/pretraining/gpt2_tiny.yaml"
 # gradient accumulation 2; GPT-2's dropout of 0.1 is on; an epoch is longer than the run, so the stop is mid-epoch
 ARGUMENTS = [

@@ -9,6 +9,7 @@ from bench.experiments.runs import ROOT, fit, say
 from bench.tables import figures
 from common.measure.timing import ratio_with_spread
 
+RECORDS = "pretraining.jsonl"
 REPEATS, STEPS, CONFIG = 4, 40, "configs/pretraining/gpt2_tiny.yaml"
 ARMS = {"native": "null", "none": "NoCompression", "none_a2a": "NoCompressionA2A"}
 COMMAND = "python -m bench experiment hook_overhead"

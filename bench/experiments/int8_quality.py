@@ -6,6 +6,7 @@ from pathlib import Path
 from bench.experiments.runs import books, fit, say
 from bench.tables import figures
 
+RECORDS = "pretraining.jsonl"
 SEEDS, CONFIG = (1, 2, 3), "configs/pretraining/gpt2_tiny.yaml"
 ARMS = {"none": "NoCompression", "int8": "Int8"}
 

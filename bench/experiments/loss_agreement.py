@@ -5,6 +5,7 @@ from pathlib import Path
 from bench.experiments.runs import fit, say
 from bench.tables import figures
 
+RECORDS = "pretraining.jsonl"
 STEPS, CONFIG = 50, "configs/pretraining/gpt2_tiny.yaml"
 ARMS = {"native": "null", "none": "NoCompression", "none_a2a": "NoCompressionA2A"}
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from bench.experiments.runs import books_beside, sweep
 from bench.tables import figures
 
-_COMMAND = "python -m bench experiment method_quality --records docs/results/records/quality.jsonl"
+RECORDS = "quality.jsonl"
+_COMMAND = "python -m bench experiment method_quality"
 _FINE = ("bf16", "fp16", "fp8", "int8")  # of 16 or 8 bits, rounding to nearest
 _FEEDBACK = "ef_"
 

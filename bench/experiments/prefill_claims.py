@@ -8,6 +8,7 @@ from typing import Any
 from bench.experiments.runs import json_lines
 from bench.tables import figures
 
+RECORDS = "token_pruning.jsonl"
 COMMAND = "python -m bench experiment prefill_claims"
 QWEN2_7B = {
     "model_type": "qwen2",

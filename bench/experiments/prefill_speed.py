@@ -12,6 +12,7 @@ from bench.experiments.runs import run_main, say
 from bench.tables import figures
 from common.records import record
 
+RECORDS = "token_pruning.jsonl"
 REPEATS = {2048: 21, 4096: 7, 8192: 7}  # of each length: where a pass is short, the machine's noise is a larger part
 SHAPE: dict[str, Any] = {
     "vocab_size": 4096,

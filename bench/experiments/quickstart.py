@@ -8,6 +8,7 @@ from unittest import mock
 from bench.experiments.runs import fit
 from bench.tables import figures
 
+RECORDS = "pretraining.jsonl"
 COMMAND = "python -m bench experiment quickstart"
 
 

@@ -14,8 +14,9 @@ from bench.experiments.runs import ROOT, say
 from bench.tables import figures
 from common.records import record
 
+RECORDS = "report.jsonl"
 RECORDS, REPEATS = 1000, 3
-_COMMAND = "python -m bench experiment report_speed --records docs/results/records/report.jsonl"
+_COMMAND = "python -m bench experiment report_speed"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -8,9 +8,10 @@ from bench.experiments.runs import json_lines, say
 from bench.tables import figures
 from common.records import record
 
+RECORDS = "compression.jsonl"
 _HEADERS = 66  # bytes of Ethernet (14), IPv4 (20) and TCP with timestamps (32) that the interface counts per packet
 _REPEATS = 3
-_COMMAND = "python -m bench experiment side_by_side --records docs/results/records/compression.jsonl"
+_COMMAND = "python -m bench experiment side_by_side"
 _PROGRAM = ("-m", "bench.side_by_side")
 _TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
 

@@ -13,8 +13,9 @@ from bench.network import bounds
 from bench.tables import figures
 from common.records import record
 
+RECORDS = "links.jsonl"
 SWEEPS = ("links", "both_ways", "time_to_target")
-_COMMAND = "python -m bench experiment slow_links --records docs/results/records/links.jsonl"
+_COMMAND = "python -m bench experiment slow_links"
 _MODEL_TOLERANCE = 0.15
 _TARGET_PPL = 620
 Runs = Mapping[tuple[str, str], Mapping[str, Any]]

@@ -13,6 +13,7 @@ from typing import Any
 from bench.experiments.runs import BOOKS, json_lines, say
 from bench.tables import figures
 
+RECORDS = "ablation.jsonl"
 SEEDS, BUDGETS, RECOVERY_STEPS = (1, 2, 3), (0.25, 0.5), 16
 Cell = tuple[str, str, float]
 

@@ -28,6 +28,8 @@ LARGEST_WEIGHT = 4096 * 14336
 FOREIGN = """
 import sys, torch
 from transformers import AutoModelForCausalLM
+
+RECORDS = "structured.jsonl"
 pruned = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 stock = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 assert not any(name.startswith("lightning") for name in sys.modules)

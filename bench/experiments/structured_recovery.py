@@ -11,6 +11,7 @@ from typing import Any
 from bench.experiments.runs import books, fit, say
 from bench.tables import figures
 
+RECORDS = "structured.jsonl"
 PRUNE, RECOVER = (f"configs/structured_pruning/{name}.yaml" for name in ("prune", "recover"))
 TARGETS, SEEDS = {0.25: 1.1, 0.5: 1.3}, (1, 2, 3)
 STEPS = 150

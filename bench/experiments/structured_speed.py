@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from bench.experiments.runs import fit, say
 from bench.tables import figures
 
+RECORDS = "structured.jsonl"
 PRUNE, VALIDATE = (f"configs/structured_pruning/{name}.yaml" for name in ("prune", "validate"))
 COMMAND = "python -m bench experiment structured_speed --model FOLDER"
 BUDGETS, PROMPT, REPEATS = (0.25, 0.5), 256, 5

@@ -5,6 +5,7 @@ from pathlib import Path
 from bench.experiments.runs import fit, say
 from bench.tables import figures
 
+RECORDS = "compression.jsonl"
 STEPS, CONFIG = 12, "configs/pretraining/gpt2_tiny.yaml"
 # compressor of gradients, of parameters, and the share that should not be exceeded
 ARMS = {
@@ -38,6 +39,6 @@ def run(records: Path, folder: Path) -> None:
             unit="of fp32",
             target="report" if bound is None else f"≤ {bound}",
             reached=None if bound is None else share <= bound,
-            command="python -m bench experiment total_traffic --records docs/results/records/compression.jsonl",
+            command="python -m bench experiment total_traffic",
             details={"bytes_per_step": totals[arm], "steps": STEPS},
         )

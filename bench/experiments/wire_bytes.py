@@ -6,6 +6,7 @@ from pathlib import Path
 from bench.experiments.runs import fit
 from bench.tables import figures
 
+RECORDS = "pretraining.jsonl"
 CONFIG, BLOCK = "configs/pretraining/two_hosts.yaml", 256
 _HEADERS = 66  # bytes of Ethernet (14), IPv4 (20) and TCP with timestamps (32) that the interface counts per packet
 

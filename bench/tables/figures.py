@@ -1,15 +1,12 @@
-"""Figures: one measured number against its target, recorded by the experiment that measured it, shown in a document.
-
-A document holds `<!-- begin:NAME -->` and `<!-- end:NAME -->`; what stands between is written from the records.
-"""
+"""Figures: one measured number against its target, recorded by the experiment that measured it."""
 
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
-from common.files import write_text
 from common.records import record
 from common.records.schema import Field
 from common.tables import Table, cell
@@ -95,10 +92,12 @@ def latest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(newest.values())
 
 
-def measured(entry: Mapping[str, Any]) -> str:
-    """Value, spread and unit of a figure as text."""
+def measured(entry: Mapping[str, Any], digits: int | None = None) -> str:
+    """Value, spread and unit of a figure as text; rounded to so many significant digits and without spread if given."""
     if entry["value"] is None:
         return "not measured"
+    if digits is not None:
+        return f"{cell(float(format(entry['value'], f'.{digits}g')))} {entry['unit']}".strip()
     spread = f" ± {cell(entry['spread'])}" if entry.get("spread") is not None else ""
     return f"{cell(entry['value'])}{spread} {entry['unit']}".strip()
 
@@ -119,49 +118,59 @@ def origin(entry: Mapping[str, Any]) -> str:
     return f"{', '.join(hardware)}; torch {versions['torch']}; {entry['date'][:10]}; {commit}"
 
 
-def render_table(records: Iterable[Mapping[str, Any]], only: Sequence[str] | None = None) -> str:
-    """Markdown table of the newest record of each figure, and beneath it where they were measured.
+def commit(entry: Mapping[str, Any]) -> str:
+    """The commit at which a record was made, short."""
+    return (entry["git_commit"] or "unknown commit")[:10] + (" with local changes" if entry["git_dirty"] else "")
+
+
+def origins(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Where all of the records were measured: a line for each machine, with commits and days."""
+    made: dict[str, dict[str, None]] = defaultdict(dict)
+    for entry in entries:
+        machine, _, place = origin(entry).rpartition("; torch ")
+        version, day, at = place.split("; ")
+        made[f"{machine}; torch {version}"][f"{at}, {day}"] = None
+    return "\n".join(f"Measured on {machine} ({'; '.join(at)}).\n" for machine, at in made.items())
+
+
+COLUMNS = ("figure", "measured", "target", "reached")
+
+
+def render_table(
+    records: Iterable[Mapping[str, Any]], only: Sequence[str] | None = None, columns: Sequence[str] = COLUMNS
+) -> str:
+    """Markdown table of the newest record of each figure; beneath it where they were measured, and how again.
 
     Args:
         records: Records of any kind; those that are not figures are passed over.
-        only: Identifiers of the figures to show, in this order; None shows all.
+        only: Identifiers of the figures to show, in this order, `*` for anything; None shows all.
+        columns: Columns to show, of `COLUMNS` and `commit`; commits are told apart also where they differ.
 
     Raises:
-        ValueError: There is no figure among the records, or not one of those asked for.
+        ValueError: There is no figure among the records, not one of those asked for, or no such column.
     """
     found = {entry["figure"]: entry for entry in latest(records)}
-    missing = [name for name in only or () if name not in found]
+    wanted = {name: [figure for figure in found if fnmatchcase(figure, name)] for name in only or found}
+    missing = [name for name, figures in wanted.items() if not figures]
     if missing or not found:
         raise ValueError(f"no figure {', '.join(missing)} among the records; there are: {', '.join(found) or 'none'}")
-    chosen = [found[name] for name in only or found]
-    rows = [
-        [e["what"], measured(e), e["target"], _verdict(e), f"`{e['command']}`" if e["command"] else ""] for e in chosen
-    ]
-    origins: dict[str, list[str]] = defaultdict(list)
-    for entry in chosen:
-        origins[origin(entry)].append(entry["figure"])
-    lines = [
-        f"Measured on {origin}" + (f" ({', '.join(names)})" if len(origins) > 1 else "") + ".\n"
-        for origin, names in origins.items()
-    ]
-    return Table(["figure", "measured", "target", "reached", "command"], rows).markdown() + "\n" + "\n".join(lines)
-
-
-def update_file(path: str | os.PathLike, marker: str, table: str) -> None:
-    """Replace the text between a document's markers, atomically (written beside, then renamed).
-
-    Args:
-        path: The document.
-        marker: NAME in `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
-        table: New text between them.
-
-    Raises:
-        ValueError: The markers are not there exactly once each, in this order; the file is left as it was.
-    """
-    path = Path(path)
-    begin, end = f"<!-- begin:{marker} -->", f"<!-- end:{marker} -->"
-    text = path.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{path.name} must contain {begin} and then {end}, once each")
-    before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-    write_text(path, f"{before}\n\n{table.strip()}\n\n{after}")
+    chosen = [found[name] for name in dict.fromkeys(chain.from_iterable(wanted.values()))]
+    if len({commit(entry) for entry in chosen}) > 1:
+        columns = [*columns, "commit"]
+    makers = {
+        "figure": lambda entry: entry["what"],
+        "measured": measured,
+        "target": lambda entry: entry["target"],
+        "reached": _verdict,
+        "commit": commit,
+    }
+    unknown = [name for name in columns if name not in makers]
+    if unknown:
+        raise ValueError(f"no column {', '.join(unknown)}; there are: {', '.join(makers)}")
+    rows = [[makers[name](entry) for name in columns] for entry in chosen]
+    # without the records' file, which has moved since: an experiment knows its own
+    commands = dict.fromkeys(entry["command"].partition(" --records ")[0] for entry in chosen)
+    again = "; ".join(f"`{command}`" for command in commands if command)
+    return (
+        Table(columns, rows).markdown() + f"\n{origins(chosen)}" + (f"\nMeasured again by {again}.\n" if again else "")
+    )

@@ -8,6 +8,11 @@ from bench.tables.compare import lookup
 from common.tables import Table, cell
 
 
+def conditions(text: str) -> dict[str, str]:
+    """Conditions of `where` as text: "kind=wire,world_size=2"."""
+    return dict(pair.split("=", 1) for pair in text.split(",") if pair)
+
+
 def where(records: Iterable[Mapping[str, Any]], conditions: Mapping[str, str]) -> list[Mapping[str, Any]]:
     """Records whose fields (dots reach into blocks) read as the conditions say."""
     return [r for r in records if all(str(lookup(r, field)) == text for field, text in conditions.items())]
