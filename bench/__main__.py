@@ -81,7 +81,7 @@ def table(file: Path | None = None, only: str | None = None, check: bool = False
     if file is not None:
         print(figures.render_table(_read(file), only.split(",") if only else None), end="")
         return 0
-    changed = documents.drifted(documents.documents())
+    changed = documents.drifted(documents.ROOT)
     for path, text in changed.items():
         name = path.relative_to(documents.ROOT)
         if check:
@@ -194,7 +194,7 @@ def experiment(
     if wanted != (model is not None):
         raise ValueError(f"experiment {name} needs --model FOLDER" if wanted else f"experiment {name} takes no --model")
     options = {"model": model.resolve()} if model is not None else {}
-    records = records or documents.RECORDS / getattr(module, "RECORDS", f"{name}.jsonl")
+    records = records or documents.ROOT / documents.RECORDS / getattr(module, "RECORDS", f"{name}.jsonl")
     with tempfile.TemporaryDirectory() as temporary:
         module.run(records.resolve(), (folder or Path(temporary)).resolve(), **options)
     table(records)

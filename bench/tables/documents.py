@@ -13,7 +13,7 @@ A comment in a document is the recipe; what stands between it and the next `<!--
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,20 @@ from common.records import record
 from common.tables import Table
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "docs/results/records"
+RECORDS = "docs/results/records"
 _BLOCK = re.compile(r"<!-- (table|figure): ([^\n]*?) -->(.*?)<!-- end -->", re.S)
 _OPENING, _CLOSING = re.compile(r"<!-- (?:table|figure):"), "<!-- end -->"
 Records = list[dict[str, Any]]
 
 
 def documents(root: Path = ROOT) -> list[Path]:
-    """Every document of the repository: Markdown at the top, the READMEs of the rooms, the pages of docs/."""
-    rooms = [*root.glob("*/README.md"), *root.glob("*/*/README.md")]
-    return sorted({*root.glob("*.md"), *rooms, *root.glob("docs/**/*.md")})
+    """Every document of a repository: Markdown at the top, READMEs of packages, the pages of docs/."""
+    packages = [path.parent for pattern in ("*/__init__.py", "*/*/__init__.py") for path in root.glob(pattern)]
+    readmes = [folder / "README.md" for folder in packages if (folder / "README.md").is_file()]
+    return sorted({*root.glob("*.md"), *readmes, *root.glob("docs/**/*.md")})
 
 
-def render(text: str, records: Path = RECORDS) -> str:
+def render(text: str, records: Path) -> str:
     """The text of a document with all tables and figures as the records have them now.
 
     Args:
@@ -60,19 +61,19 @@ def render(text: str, records: Path = RECORDS) -> str:
     return _BLOCK.sub(replaced, text)
 
 
-def drifted(paths: Iterable[Path], records: Path = RECORDS) -> dict[Path, str]:
-    """What the documents that differ from their records should be.
+def drifted(root: Path) -> dict[Path, str]:
+    """What those documents of a repository that differ from their records should be.
 
     Raises:
         ValueError: See `render`; the message begins with the document.
     """
     found = {}
-    for path in paths:
+    for path in documents(root):
         text = path.read_text(encoding="utf-8")
         try:
-            rendered = render(text, records)
+            rendered = render(text, root / RECORDS)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path.relative_to(root)}: {error}") from error
         if rendered != text:
             found[path] = rendered
     return found

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from bench.tables.compare import lookup
@@ -9,13 +10,14 @@ from common.tables import Table, cell
 
 
 def conditions(text: str) -> dict[str, str]:
-    """Conditions of `where` as text: "kind=wire,world_size=2"."""
+    """Conditions of `where` as text: "kind=wire,axes.network=*bit"."""
     return dict(pair.split("=", 1) for pair in text.split(",") if pair)
 
 
 def where(records: Iterable[Mapping[str, Any]], conditions: Mapping[str, str]) -> list[Mapping[str, Any]]:
-    """Records whose fields (dots reach into blocks) read as the conditions say."""
-    return [r for r in records if all(str(lookup(r, field)) == text for field, text in conditions.items())]
+    """Records whose fields (dots reach into blocks) read as the conditions say, `*` for anything."""
+    wanted = conditions.items()
+    return [r for r in records if all(fnmatchcase(str(lookup(r, field)), text) for field, text in wanted)]
 
 
 def pivot(

@@ -107,7 +107,7 @@ def git_state(file: Path = Path(__file__)) -> dict[str, str | bool | None]:
     """Commit and dirty flag of the checkout that holds `file`.
 
     Dirty means: a tracked file differs from the commit, or a Python or YAML file is untracked (a new method is picked
-    up by being there). Result files lying about do not count.
+    up by being there). Documents and records, which do not run, and result files lying about do not count.
 
     Args:
         file: A source file of the code that ran. When git does not track it (an installed copy inside some other
@@ -120,7 +120,9 @@ def git_state(file: Path = Path(__file__)) -> dict[str, str | bool | None]:
     top = _git(file.parent, "rev-parse", "--show-toplevel")
     if commit is None or top is None:
         return {"git_commit": commit, "git_dirty": None}
-    changed = _git(Path(top), "status", "--porcelain", "--untracked-files=no")
+    changed = _git(
+        Path(top), "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs", ":(exclude)*.md"
+    )
     untracked = _git(Path(top), "ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
     dirty = None if changed is None or untracked is None else bool(changed or untracked)
     return {"git_commit": commit, "git_dirty": dirty}

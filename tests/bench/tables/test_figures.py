@@ -20,11 +20,12 @@ def test_the_newest_record_of_a_figure_wins_and_order_is_kept(tmp_path):
     assert (first, second) == ("a", "b")
     text = figures.render_table(records)
     header, _, row_a, row_b = text.splitlines()[:4]
-    assert header == "| figure | measured | target | reached | command |"
-    assert row_a == "| Prefill speed-up | 2.25 ± 0.125 × | ≥ 2 × | yes | `python -m x` |"
-    assert row_b == "| GPU \\| speed | not measured | ≥ 2 × | not measured | `python -m x` |"
+    assert header == "| figure | measured | target | reached |"
+    assert row_a == "| Prefill speed-up | 2.25 ± 0.125 × | ≥ 2 × | yes |"
+    assert row_b == "| GPU \\| speed | not measured | ≥ 2 × | not measured |"
     assert "1.5" not in text
     assert text.splitlines()[5].startswith("Measured on ") and records[0]["date"][:10] in text
+    assert text.endswith("\nMeasured again by `python -m x`.\n")
 
 
 def test_an_older_date_later_in_the_file_does_not_win(tmp_path):
@@ -34,14 +35,18 @@ def test_an_older_date_later_in_the_file_does_not_win(tmp_path):
     assert figures.latest(record.read(path)[0])[0]["value"] == 2.0
 
 
-def test_figures_from_two_machines_are_told_apart(tmp_path):
+def test_figures_of_two_machines_and_two_commits_are_told_apart(tmp_path):
     path = tmp_path / "figures.jsonl"
-    entry = figures.append(path, figure="a", value=2.0, reached=True, **BASE)
+    entry = {**figures.append(path, figure="a", value=2.0, reached=True, **BASE), "git_commit": "a" * 40}
     gpu = {**entry["machine"], "gpus": [{"name": "NVIDIA X"}]}
-    record.append(path, {**entry, "figure": "b", "machine": gpu})
-    lines = figures.render_table(record.read(path)[0]).splitlines()
-    assert [line for line in lines if line.startswith("Measured on") and line.endswith("(a).")]
-    assert [line for line in lines if line.startswith("Measured on 1 × NVIDIA X") and line.endswith("(b).")]
+    later = {**entry, "figure": "b", "machine": gpu, "git_commit": "b" * 40, "git_dirty": True}
+    text = figures.render_table([{**entry, "git_dirty": False}, later])
+    header, _, row_a, row_b = text.splitlines()[:4]
+    assert header.endswith("| reached | commit |")
+    assert row_a.endswith(f"| {'a' * 10} |") and row_b.endswith(f"| {'b' * 10} with local changes |")
+    of_a, of_b = [line for line in text.splitlines() if line.startswith("Measured on")]
+    assert f"({'a' * 10}, " in of_a and "NVIDIA" not in of_a
+    assert of_b.startswith("Measured on 1 × NVIDIA X") and f"({'b' * 10} with local changes, " in of_b
 
 
 def test_chosen_figures_in_the_order_asked_for(tmp_path):
@@ -50,12 +55,16 @@ def test_chosen_figures_in_the_order_asked_for(tmp_path):
         figures.append(path, figure=name, value=2.0, reached=None, **{**BASE, "what": name, "target": "report"})
     records, _ = record.read(path)
     rows = figures.render_table(records, ["c", "a"]).splitlines()[2:4]
-    assert rows == [
-        "| c | 2 × | report | reported | `python -m x` |",
-        "| a | 2 × | report | reported | `python -m x` |",
+    assert rows == ["| c | 2 × | report | reported |", "| a | 2 × | report | reported |"]
+    assert figures.render_table(records, ["b", "*"], ["measured", "figure"]).splitlines()[2:5] == [
+        "| 2 × | b |",
+        "| 2 × | a |",
+        "| 2 × | c |",
     ]
     with pytest.raises(ValueError, match="no figure d"):
         figures.render_table(records, ["a", "d"])
+    with pytest.raises(ValueError, match="no column speed"):
+        figures.render_table(records, ["a"], ["speed"])
 
 
 def test_what_is_no_honest_figure_is_refused(tmp_path):
@@ -69,44 +78,19 @@ def test_what_is_no_honest_figure_is_refused(tmp_path):
         figures.render_table([])
 
 
-def test_update_file_replaces_only_what_is_between_the_markers(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("# A\n<!-- begin:figures -->\nold\n<!-- end:figures -->\nlast\n")
-    path.chmod(0o600)
-    for table in ("| new |\n", "| newer |\n"):
-        figures.update_file(path, "figures", table)
-        assert path.read_text() == f"# A\n<!-- begin:figures -->\n\n{table}\n<!-- end:figures -->\nlast\n"
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "nothing",
-        "<!-- begin:figures -->",
-        "<!-- end:figures --><!-- begin:figures -->",
-        "<!-- begin:figures --><!-- begin:figures --><!-- end:figures -->",
-    ],
-)
-def test_update_file_refuses_missing_markers(tmp_path, text):
-    path = tmp_path / "README.md"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="begin:figures"):
-        figures.update_file(path, "figures", "x")
-    assert path.read_text() == text
-
-
-def test_table_command(tmp_path, capsys):
-    records, document = tmp_path / "figures.jsonl", tmp_path / "README.md"
+def test_table_command_shows_one_file(tmp_path, capsys):
+    records = tmp_path / "figures.jsonl"
     figures.append(records, figure="a", value=2.0, reached=True, **BASE)
     with open(records, "a") as file:
         file.write(json.dumps({"kind": "figure"})[:-3])
-    document.write_text("<!-- begin:m --><!-- end:m -->")
-    assert main(["table", str(records), "--into", str(document), "--marker", "m"]) == 0
-    assert "1 broken line" in capsys.readouterr().err
-    assert "| Prefill speed-up | 2 × |" in document.read_text()
     assert main(["table", str(records)]) == 0
-    assert "| Prefill speed-up | 2 × |" in capsys.readouterr().out
-    assert main(["table", str(records), "--into", str(document)]) == 1
-    assert "begin:figures" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "1 broken line" in shown.err and "| Prefill speed-up | 2 × |" in shown.out
+    assert main(["table", str(records), "--only", "b*"]) == 1
+    assert "no figure b*" in capsys.readouterr().err
+
+
+def test_value_rounded_to_digits_has_no_spread(tmp_path):
+    entry = figures.append(tmp_path / "f.jsonl", figure="a", value=104716.2, reached=None, spread=3.0, **BASE)
+    assert figures.measured(entry, 2) == "100,000 ×" and figures.measured({**entry, "value": 1.0549}, 3) == "1.05 ×"
+    assert figures.measured({**entry, "value": None}, 2) == "not measured"

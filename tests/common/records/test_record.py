@@ -179,15 +179,20 @@ def _git(folder, *args):
 def test_git_state_tells_commit_dirt_and_absence(tmp_path):
     code = tmp_path / "code.py"
     code.write_text("a = 1\n")
+    records = tmp_path / "docs/results/records/r.jsonl"
+    records.parent.mkdir(parents=True)
+    records.write_text("")
     nothing = {"git_commit": None, "git_dirty": None}
     assert machine.git_state(code) == nothing
     _git(tmp_path, "init", "-q")
     assert machine.git_state(code) == nothing, "a file that the checkout does not track is not that commit's code"
-    _git(tmp_path, "add", "code.py")
+    _git(tmp_path, "add", "code.py", "docs")
     _git(tmp_path, "commit", "-q", "-m", "one")
     clean = {"git_commit": _git(tmp_path, "rev-parse", "HEAD"), "git_dirty": False}
     assert machine.git_state(code) == clean
     (tmp_path / "results.jsonl").write_text("{}\n")
+    assert machine.git_state(code) == clean
+    records.write_text("{}\n")  # an experiment appends here between two of its stamps
     assert machine.git_state(code) == clean
     (tmp_path / "new_method.py").write_text("b = 2\n")
     assert machine.git_state(code) == {**clean, "git_dirty": True}

@@ -1,0 +1,91 @@
+"""Documents hold what their records say; a figure that was changed by hand, or measured anew, is found."""
+
+import pytest
+
+from bench.__main__ import main
+from bench.tables import documents, figures
+from common.records import record
+
+BASE = {"unit": "×", "target": "report", "reached": None, "command": "python -m x --records old/place.jsonl"}
+DOCUMENT = """# A
+<!-- table: figures f.jsonl only=s* columns=figure,measured -->
+<!-- end -->
+It is <!-- figure: f.jsonl speed digits=2 -->fast<!-- end --> at least.
+<!-- table: records f.jsonl -->old<!-- end -->
+"""
+
+
+@pytest.fixture
+def records(tmp_path):
+    folder = tmp_path / "docs/results/records"
+    figures.append(folder / "f.jsonl", figure="speed", what="Speed", value=1.234, spread=0.1, **BASE)
+    figures.append(folder / "f.jsonl", figure="cost", what="Cost", value=5.0, **BASE)
+    return folder
+
+
+def test_tables_and_figures_are_written_and_the_rest_is_left(records):
+    text = documents.render(DOCUMENT, records)
+    assert "\n| Speed | 1.234 ± 0.1 × |\n" in text and "| Cost" not in text
+    assert "\nIt is <!-- figure: f.jsonl speed digits=2 -->1.2 ×<!-- end --> at least.\n" in text
+    assert "| [f.jsonl](records/f.jsonl) | 2 | 0 |" in text
+    assert "Measured again by `python -m x`." in text and "old" not in text
+    assert documents.render(text, records) == text
+
+
+def test_pivot_and_compare_name_every_commit(tmp_path):
+    stamp = record.stamp()
+    for method, commit in (("a", "1" * 40), ("b", "2" * 40)):
+        made = {**stamp, "kind": "run", "run_name": method, "compress_method": method, "world_size": 2}
+        record.append(tmp_path / "runs.jsonl", {**made, "val_ppl": 3.5, "git_commit": commit})
+    recipes = (
+        "pivot runs.jsonl rows=compress_method column=world_size values=val_ppl where=run_name=*",
+        "compare runs.jsonl fields=val_ppl",
+    )
+    for recipe in recipes:
+        text = documents.render(f"<!-- table: {recipe} -->\n<!-- end -->", tmp_path)
+        assert "3.5" in text and "1111111111" in text and "2222222222" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ("table: figures f.jsonl only=nothing", "no figure nothing"),
+        ("table: figures g.jsonl", "g.jsonl"),
+        ("table: f.jsonl", "the first word says which table: figures, pivot, compare, records"),
+        ("table: figures f.jsonl colour=red", "colour"),
+        ("figure: f.jsonl nothing", "no figure nothing in f.jsonl"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_named(records, recipe, why):
+    with pytest.raises(ValueError, match=why) as error:
+        documents.render(f"<!-- {recipe} -->x<!-- end -->", records)
+    assert recipe in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- table: figures f.jsonl -->", "<!-- end -->", "<!-- figure: f.jsonl\nspeed --><!-- end -->"]
+)
+def test_markers_come_in_pairs(records, text):
+    with pytest.raises(ValueError, match="needs a recipe in one line and one"):
+        documents.render(text, records)
+
+
+def test_check_finds_what_drifted_and_table_repairs_it(records, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    page = tmp_path / "docs/page.md"
+    page.write_text(DOCUMENT)
+    assert main(["table", "--check"]) == 1
+    assert "docs/page.md differs from its records" in capsys.readouterr().err and page.read_text() == DOCUMENT
+    assert main(["table"]) == 0 and main(["table", "--check"]) == 0
+    page.write_text(page.read_text().replace("1.234", "1.334"))
+    assert main(["table", "--check"]) == 1
+
+
+def test_documents_of_this_repository_hold_what_their_records_say():
+    assert not documents.drifted(documents.ROOT), "python -m bench table"
+
+
+def test_every_records_file_is_shown():
+    pages = "".join(path.read_text() for path in documents.documents())
+    for file in (documents.ROOT / documents.RECORDS).glob("*.jsonl"):
+        assert f" {file.name} " in pages, f"no table in docs/results shows {file.name}"
