@@ -15,7 +15,7 @@ from bench.tables import figures
 from common.records import record
 
 RECORDS = "report.jsonl"
-RECORDS, REPEATS = 1000, 3
+COUNT, REPEATS = 1000, 3
 _COMMAND = "python -m bench experiment report_speed"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -27,7 +27,7 @@ def run(records: Path, folder: Path) -> None:
     many.unlink(missing_ok=True)
     files = sorted((ROOT / "docs/results/records").glob("*.jsonl"))
     runs = [one for file in files for one in record.read(file)[0] if one.get("kind") == "run"]
-    for i in range(RECORDS):
+    for i in range(COUNT):
         turn, one = divmod(i, len(runs))
         again = {"seed": (runs[one].get("seed") or 0) + 1000 * turn, "run_name": f"{runs[one]['run_name']} {turn}"}
         record.append(many, runs[one] | again)
@@ -61,7 +61,7 @@ def _figure(
     figures.append(
         records,
         figure=f"report-{name}",
-        what=f"report of {RECORDS:,} records: {what}",
+        what=f"report of {COUNT:,} records: {what}",
         value=value,
         spread=(max(values) - min(values)) / 2 if values and len(values) > 1 else None,
         unit=unit,
