@@ -20,6 +20,7 @@ from bench.sweep import sweep
 from bench.tables import compare as comparison
 from bench.tables import documents, figures
 from bench.tables import pivot as pivots
+from common.files import write_text
 from common.records import env as environment
 from common.records import record
 from common.tables import Table
@@ -87,7 +88,7 @@ def table(file: Path | None = None, only: str | None = None, check: bool = False
         if check:
             print(f"{name} differs from its records: python -m bench table", file=sys.stderr)
         else:
-            path.write_text(text, encoding="utf-8")
+            write_text(path, text)
             print(f"{name} written")
     return 1 if check and changed else 0
 
