@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from callbacks.measurement import Measurement
 from common.measure.memory import attention_kernels, peak_bytes
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
-from lightning_modules.data.progress import stage
+from common.progress import stage
 from lightning_modules.token_pruning.anatomy import anatomy, placement
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner

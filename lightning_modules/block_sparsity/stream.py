@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.data.progress import stage
+from common.progress import stage
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

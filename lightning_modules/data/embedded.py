@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from common.progress import stage
 from lightning_modules.data.base import TextDataModule
 from lightning_modules.data.docstrings import parse_folders, source_files, topics_of
-from lightning_modules.data.progress import stage
 from lightning_modules.data.readers import check_percent, in_validation, text_digest
 
 Source = Literal["topics", "stdlib", "torch", "transformers"]

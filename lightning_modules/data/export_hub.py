@@ -12,8 +12,8 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from common.files import replacing_file
+from common.progress import stage
 from lightning_modules.data.hub import hub_rows
-from lightning_modules.data.progress import stage
 from lightning_modules.data.readers import document_text
 
 _FIELDS = ("id", "title", "text")

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from common.progress import stage
 from lightning_modules.data.hub import hub_rows
 from lightning_modules.data.instructions import Instruction, Template, recognise
 from lightning_modules.data.loading import Samples
 from lightning_modules.data.packing import pack_whole
 from lightning_modules.data.prepared import PreparedData
-from lightning_modules.data.progress import stage
 from lightning_modules.data.readers import check_percent, read_records
 from lightning_modules.data.samples import FORMAT, SampleEncoder, open_samples, prepare_samples, split_of, summary
 from lightning_modules.data.text import is_path, source_files

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.files import replacing, write_text
+from common.progress import stage
 from lightning_modules.data.packing import pack_blocks
-from lightning_modules.data.progress import stage
 from lightning_modules.data.readers import text_digest
 from lightning_modules.data.tokenizer import Encoder, single_threaded, train_bpe
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.progress import stage
 from lightning_modules.data.base import TextDataModule
 from lightning_modules.data.hub import hub_documents
-from lightning_modules.data.progress import stage
 from lightning_modules.data.readers import (
     READERS,
     check_percent,

@@ -16,9 +16,9 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
+from common.progress import stage
 from common.variants import variants
 from lightning_modules.data.cache import cache_root
-from lightning_modules.data.progress import stage
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of

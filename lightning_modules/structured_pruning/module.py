@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
+from common.progress import stage
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
 from lightning_modules.data.cache import cache_root
-from lightning_modules.data.progress import stage
 from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.inverse import Inverse

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 
+from common.progress import stage
 from lightning_modules.causal_lm import load_pretrained
-from lightning_modules.data.progress import stage
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.tasks import (

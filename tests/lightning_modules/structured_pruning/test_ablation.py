@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_modules.data.progress import stage
+from common.progress import stage
 from lightning_modules.structured_pruning import ablation
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
 from lightning_modules.structured_pruning.evaluation import first_blocks, ppl

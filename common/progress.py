@@ -1,0 +1,71 @@
+"""Progress of long work outside training: a bar for people; for logs a line now and then, and one at the end."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning_utilities.core import rank_zero
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LOG_EVERY_S = 30.0
+
+
+def interactive() -> bool:
+    """Whether somebody watches: standard error is a terminal and this is no CI job."""
+    return sys.stderr.isatty() and os.environ.get("CI", "").lower() not in ("1", "true")
+
+
+@contextmanager
+def stage(title: str, total: int, unit: str = "", start: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show one stage as it goes, with the time left, and log one line when it is done.
+
+    On a terminal it is a bar, elsewhere a line every half minute.
+
+    Args:
+        title: What is being done, e.g. ``"Reading train.json"``.
+        total: Amount of work.
+        unit: ``"bytes"`` for sizes; anything else names what is counted.
+        start: What of it an earlier run has done.
+
+    Yields:
+        A function to call with the amount done so far, ``start`` included.
+    """
+    started = said = time.monotonic()
+    watched = interactive()
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    shown = start
+
+    def show(done: int) -> None:
+        nonlocal shown, said
+        if watched and done - shown >= total / 500:  # a call for every small document would cost more than the document
+            shown = done
+            bar.update(task, completed=done)
+        elif not watched and (now := time.monotonic()) - said >= LOG_EVERY_S:
+            said = now
+            left = _duration((now - started) / max(done - start, 1) * max(total - done, 0))
+            _log(f"{title}: {_size(done, unit, bare=True)} of {_size(total, unit)}, {left} left")
+
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not watched) as bar:
+        task = bar.add_task(title, total=total, completed=start)
+        yield show
+    before = f", {_size(start, unit)} of it before" if start else ""
+    _log(f"{title}: {_size(total, unit)} in {time.monotonic() - started:.1f} s{before}")
+
+
+def _log(line: str) -> None:
+    if not getattr(rank_zero.rank_zero_only, "rank", 0):  # unset where there is no Lightning, and so no other rank
+        rank_zero.log.info(line)
+
+
+def _size(count: int, unit: str, bare: bool = False) -> str:
+    number, name = (f"{count / 1e6:.1f}", "MB") if unit == "bytes" else (f"{count:,}", unit)
+    return number if bare or not name else f"{number} {name}"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
