@@ -61,7 +61,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
             self._take_up_owed()
             return super()._setup_model(model)
         wrapped = FixedBuckets(model, self.determine_ddp_device_ids(), self.bucket_cap_mb)
-        self.units = bucket_units(wrapped, self.traffic)
+        self._take_units(bucket_units(wrapped, self.traffic))
         install_hook(wrapped, self.units, self._reduce_replicated)
         self._warm_up(self.world_size)
         self._take_up_owed()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from unittest import mock
 
 import lightning.pytorch.strategies.fsdp as lightning_fsdp
@@ -18,27 +18,43 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.wrap import CustomPolicy
 
 from strategies.compressors import Compressor
 from strategies.engine import CompressedEngine
 from strategies.kernels import Choice
 from strategies.precision import ShardedPrecision
 from strategies.traffic import Traffic
-from strategies.units import Unit, count_parameter_gathers, fsdp_units, install_hook, transformer_blocks
+from strategies.units import (
+    Unit,
+    begin_forward,
+    count_parameter_gathers,
+    end_forward,
+    fsdp_units,
+    install_hook,
+    is_trained,
+)
+from strategies.wrapping import chosen_blocks, trained_apart
+
+_ROOT = "_fsdp_root"  # where a module keeps what wraps it, out of its submodules' sight: every stage needs it again
 
 
 class CompressedFSDP(CompressedEngine, FSDPStrategy):
     """Fully sharded data parallel training with compressed gradients.
 
     Every FSDP unit gets its own communication hook, so that bytes, times and state are kept per unit. By default each
-    block that a Hugging Face model declares indivisible is one unit, and the rest (embeddings, final norm) the root.
+    block that a Hugging Face model declares indivisible, or else each repeated block, is one unit, and the rest
+    (embeddings, final norm) the root. Trained modules among frozen parameters, such as adapters, are units as well.
+
+    Under manual optimization a training step may run backward and step as often as it likes; after a backward pass the
+    root's parameters are there again once an optimizer has stepped.
 
     Args:
         compressor: How gradients are reduced, e.g. ``Int8``; none leaves torch's own path untouched and uncounted.
         sharding_strategy: FULL_SHARD (parameters, gradients and optimizer states), SHARD_GRAD_OP (parameters stay
             gathered between forward and backward) or NO_SHARD (everything replicated).
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
-        auto_wrap_policy: Module classes (or a policy) that become units, instead of the model's own blocks.
+        auto_wrap_policy: Module classes (or a policy) that become units, instead of the blocks that are found.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
             variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
 
@@ -62,13 +78,15 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
                 f"sharding_strategy={sharding_strategy}: FSDP1 skips the inter-node reduction when a communication "
                 "hook is set, so replicas would drift apart. Use FULL_SHARD, SHARD_GRAD_OP or NO_SHARD."
             )
+        classes = isinstance(auto_wrap_policy, set | list | tuple | frozenset)
         super().__init__(
             sharding_strategy=sharding_strategy,
             state_dict_type=state_dict_type,
-            auto_wrap_policy=auto_wrap_policy,
+            auto_wrap_policy=None if classes else auto_wrap_policy,
             **kwargs,
         )
         self.compressor = compressor
+        self.block_classes = auto_wrap_policy if classes else None
         self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
@@ -86,33 +104,81 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         FSDPStrategy.precision_plugin.fset(self, plugin)
 
     def _setup_model(self, model: nn.Module) -> FSDP:
-        """Wrap ``model``; FSDP1 needs the CPU named as its device, which Lightning does not do."""
-        if "auto_wrap_policy" not in self.kwargs and (blocks := transformer_blocks(model)):
-            self.kwargs |= lightning_fsdp._auto_wrap_policy_kwargs(blocks, {})
+        """Wrap ``model``, once: what an earlier stage has wrapped is taken up again."""
+        root: FSDP | None = vars(model).get(_ROOT)
+        if root is None:
+            root = vars(model)[_ROOT] = self._wrap(model)
+        elif (root.sharding_strategy, root.mixed_precision) != (self.sharding_strategy, self.mixed_precision_config):
+            raise ValueError(
+                f"another Trainer has sharded this module, with {root.sharding_strategy.name} and its own precision; "
+                "use that Trainer again, or load a checkpoint into a new module"
+            )
+        lightning_fsdp._move_torchmetrics_to_device(root, self.root_device)
+        self.precision_plugin.root = root
+        if self.compressor is not None and self.world_size > 1:
+            self._install_compressor(root)
+            self._warm_up(dist.get_world_size(root.process_group))
+        return root
+
+    def _wrap(self, model: nn.Module) -> FSDP:
+        """FSDP1 needs the CPU named as its device, which Lightning does not do."""
+        options: dict[str, Any] = {**self.kwargs}
+        if any(isinstance(module, FSDP) for module in model.modules()):
+            options.pop("auto_wrap_policy", None)  # configure_model has wrapped what it wanted
+        elif "auto_wrap_policy" not in options:
+            blocks = chosen_blocks(model, self.block_classes)
+            apart = trained_apart(model, blocks) if self.compressor is not None else []
+            options["auto_wrap_policy"] = CustomPolicy(lambda module: type(module) in blocks or module in apart)
         root = FSDP(
             model,
             cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
             device_id=self.root_device,
-            **self.kwargs,
+            **options,
         )
-        lightning_fsdp._move_torchmetrics_to_device(root, self.root_device)
         lightning_fsdp._setup_activation_checkpointing(root, self._activation_checkpointing_kwargs)
-        self.precision_plugin.root = root
-        if self.compressor is not None and self.world_size > 1:
-            self._install_compressor(root)
-            self._warm_up(self.units[0].world_size)
         return root
 
     def _install_compressor(self, root: FSDP) -> None:
-        self.units = []
+        units = []
         for module, unit in fsdp_units(root, self.traffic):
             sharded = module.sharding_strategy != ShardingStrategy.NO_SHARD
             install_hook(module, unit, self._reduce_sharded if sharded else self._reduce_replicated)
             if sharded:
                 count_parameter_gathers(module, unit)
-            self.units.append(unit)
+            if is_trained(module):
+                units.append(unit)
+        self._take_units(units)
+
+    # Manual optimization runs backward inside training_step, which is the root's forward: the forward is ended first.
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``Strategy.training_step``."""
+        module: Any = self.lightning_module
+        if module.automatic_optimization:
+            return super().training_step(*args, **kwargs)
+        root = cast("FSDP", self.model)
+        with self.precision_plugin.train_step_context():
+            args, kwargs = begin_forward(root, args, kwargs)
+            try:
+                return module.training_step(*args, **kwargs)
+            finally:
+                end_forward(root, None)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """See ``Strategy.pre_backward``."""
+        super().pre_backward(closure_loss)
+        root = cast("FSDP", self.model)
+        if not self.lightning_module.automatic_optimization:
+            end_forward(root, closure_loss)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``Strategy.optimizer_step``."""
+        result, root = super().optimizer_step(*args, **kwargs), cast("FSDP", self.model)
+        if not self.lightning_module.automatic_optimization:
+            begin_forward(root, (), {})
+        return result
 
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole (averaged) gradient, on device; call between backward and the optimizer step."""

@@ -28,15 +28,19 @@ from strategies.fsdp2_collectives import (
 from strategies.fsdp2_units import ShardedModule, sharded_modules
 from strategies.kernels import Choice
 from strategies.traffic import Traffic
-from strategies.units import Unit, transformer_blocks
+from strategies.units import Unit
+from strategies.wrapping import chosen_blocks
 
 
 class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
     """Fully sharded data parallel training (``fully_shard``) with compressed gradients and parameter gathers.
 
-    Shards each block that a Hugging Face model declares indivisible, and the rest as the root, unless
-    ``configure_model`` of the LightningModule has applied ``fully_shard`` itself. Gradients are reduced in fp32, under
-    ``bf16-mixed`` too.
+    Shards each block that a Hugging Face model declares indivisible, or else each repeated block, and the rest as the
+    root, unless ``configure_model`` of the LightningModule has applied ``fully_shard`` itself. Gradients are reduced in
+    fp32, under ``bf16-mixed`` too; frozen parameters have none.
+
+    Under manual optimization a training step may run backward and step as often as it likes; after a backward pass the
+    root's parameters are there again once an optimizer has stepped.
 
     Args:
         compressor: How gradients are reduced, e.g. ``Int8``; none leaves torch's own path untouched and uncounted.
@@ -47,6 +51,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         replicas: Copies of the sharded model (HSDP): ranks are cut into so many groups in rank order, the compressor
             works inside each, and torch's own all-reduce between them. Usually 1, or the number of nodes.
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
+        auto_wrap_policy: Module classes that are sharded on their own, instead of the blocks that are found.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
             variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
@@ -66,6 +71,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
         replicas: int = 1,
         state_dict_type: Literal["full", "sharded"] = "sharded",
+        auto_wrap_policy: set[type[nn.Module]] | None = None,
         kernels: Choice = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -91,6 +97,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         self.parameter_compressor = parameter_compressor
         self.sharding_strategy = ShardingStrategy[sharding_strategy]
         self.replicas = replicas
+        self.block_classes = auto_wrap_policy
         self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
@@ -144,15 +151,15 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             # None: as True, but the root, which backward needs at once, stays gathered
             "reshard_after_forward": None if self.sharding_strategy == ShardingStrategy.FULL_SHARD else False,
         }
-        blocks = transformer_blocks(model)
+        blocks = chosen_blocks(model, self.block_classes)
         for module in reversed(list(model.modules())):  # children before the modules that hold them
-            if type(module) in blocks:
+            if type(module) in blocks and module is not model:
                 fully_shard(module, **options)
         fully_shard(model, **options)
 
     def _install(self, model: nn.Module) -> None:
         """Give every FSDP module its own collectives (torch's setters do not recurse)."""
-        self.units = []
+        units: list[Unit] = []
         if self.compressor is None and self.parameter_compressor is None:
             return
         for sharded in sharded_modules(model, self.traffic):
@@ -163,6 +170,8 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             sharded.module.set_custom_all_gather(gather)
             if self.compressor is not None and sharded.unit is not None:
                 self._install_compressor(sharded, sharded.unit)
+                units.append(sharded.unit)
+        self._take_units(units)
 
     def _install_compressor(self, sharded: ShardedModule, unit: Unit) -> None:
         module = sharded.module
@@ -173,14 +182,23 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             module.set_reduce_scatter_unused_params(True, recurse=False)
         if sharded.replicas is not None:
             module.set_all_reduce_hook(count_replica_all_reduce(unit, sharded.replicas))
-        self.units.append(unit)
 
     # Running.
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``training_step`` as the root's forward, whose hooks gather the root's parameters."""
         with self.precision_plugin.train_step_context():
-            return self._as_forward("training_step", *args, **kwargs)
+            result = self._as_forward("training_step", *args, **kwargs)
+        if not self.lightning_module.automatic_optimization:
+            self._reshard()  # what the last optimizer step has gathered
+        return result
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``Strategy.optimizer_step``; inside a training step its next forward pass needs the root's parameters."""
+        result = super().optimizer_step(*args, **kwargs)
+        if not self.lightning_module.automatic_optimization and isinstance(self.model, FSDPModule):
+            self.model.unshard()
+        return result
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """See ``training_step``."""

@@ -40,6 +40,7 @@ class CompressedEngine(ParallelStrategy):
     codec_backend: str | None = None
     loaded_from: Any = None  # the checkpoint that is being restored, for messages
     owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
+    _served: Any = None  # the module whose units these are
 
     @property
     def saves_one_file(self) -> bool:
@@ -56,6 +57,15 @@ class CompressedEngine(ParallelStrategy):
         if isinstance(plugin, MixedPrecision) and plugin.precision == "bf16-mixed":
             plugin = UnscaledPrecision(plugin.device)
         ParallelStrategy.precision_plugin.fset(self, plugin)
+
+    def _take_units(self, units: list[Unit]) -> None:
+        """Reduce ``units`` from now on. What the same module's units owed in an earlier stage stays owed."""
+        before = {unit.name: unit for unit in self.units} if self._served is self.lightning_module else {}
+        for unit in units:
+            earlier = before.get(unit.name)
+            if earlier is not None and (earlier.parameters, earlier.numel) == (unit.parameters, unit.numel):
+                unit.state = earlier.state
+        self.units, self._served = units, self.lightning_module
 
     def _reduce_sharded(self, unit: Unit, grad: Tensor, output: Tensor) -> None:
         """``grad [N]`` of this rank → mean shard ``output [N/n]``."""
@@ -139,6 +149,8 @@ class CompressedEngine(ParallelStrategy):
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return
         self.owed = residuals.saved_ranks(path) if path.is_dir() else ranks
+        for unit in self.units:  # of an earlier stage
+            unit.state.clear()
         if self.restore_checkpoint_after_setup:  # else there are no units yet: setting up asks for it
             self._take_up_owed()
 

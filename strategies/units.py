@@ -6,12 +6,14 @@ each wrapped module its own hook and state is what makes per-unit state and per-
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.fsdp import ShardingStrategy, _runtime_utils
+from torch.distributed.fsdp._common_utils import TrainingState
 
 from strategies.traffic import Traffic
 
@@ -102,24 +104,35 @@ def _gaps(parameters: list[ParameterSlice]) -> list[tuple[int, int]]:
     return [*gaps, (position, 1 << 62)] if parameters else []
 
 
-def transformer_blocks(module: nn.Module) -> set[type[nn.Module]]:
-    """The block classes that a Hugging Face model declares indivisible (``_no_split_modules``): the natural units.
-
-    Returns:
-        The classes found in ``module``; empty when no submodule declares any.
-    """
-    names = {name for m in module.modules() for name in (getattr(m, "_no_split_modules", None) or ())}
-    return {type(m) for m in module.modules() if type(m).__name__ in names}
-
-
 def fsdp_units(root: FSDP, traffic: Traffic) -> Iterator[tuple[FSDP, Unit]]:
-    """Yield every FSDP module that holds parameters, with its unit."""
+    """Yield every FSDP module that holds parameters, with its unit.
+
+    Raises:
+        ValueError: A unit holds both trained and frozen parameters: FSDP1 would reduce all of them.
+    """
     for name, module in root.named_modules():
         if not isinstance(module, FSDP) or module._handle is None:
             continue
         flat = module._handle.flat_param
         clean = clean_name(name) or "root"
+        trained = [fqn for fqn, p in zip(flat._fqns, flat._params or (), strict=False) if p.requires_grad]
+        if is_trained(module) and len(trained) < len(flat._params or ()):
+            raise mixed(f"{clean}.{trained[0]}")
         yield module, Unit(clean, list(_slices(flat)), _padded_numel(module), module.process_group, traffic)
+
+
+def is_trained(module: FSDP) -> bool:
+    """Whether a parameter of this FSDP module's own unit is trained."""
+    flat = module._handle.flat_param
+    return any(p.requires_grad for p in (flat._params if flat._params is not None else [flat]))
+
+
+def mixed(parameter: str) -> ValueError:
+    """What to raise when FSDP1 would reduce frozen parameters along with ``parameter``."""
+    return ValueError(
+        f"{parameter} is trained and shares an FSDP1 unit with frozen parameters, whose gradients would be sent too. "
+        "Use CompressedFSDP2, which reduces only what is trained (--trainer.strategy.class_path CompressedFSDP2)"
+    )
 
 
 def _padded_numel(module: FSDP) -> int:
@@ -154,7 +167,7 @@ def install_hook(module: FSDP, unit: Unit, hook: Callable[..., None]) -> None:
 def count_parameter_gathers(module: FSDP, unit: Unit) -> None:
     """Count and time the parameter all-gathers that FSDP itself issues for this module."""
     handle = module._handle
-    gather = handle._all_gather_flat_param
+    gather = type(handle)._all_gather_flat_param.__get__(handle)  # its own, also when this is called again
 
     def counted(unsharded: Tensor) -> Tensor:
         with unit.traffic.timed(unit.name, "wire", unsharded.device, "all_gather", parameters=True):
@@ -165,6 +178,19 @@ def count_parameter_gathers(module: FSDP, unit: Unit) -> None:
         return result
 
     handle._all_gather_flat_param = counted  # type: ignore[method-assign]
+
+
+def begin_forward(root: FSDP, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What FSDP1 does before the root's forward: its parameters are gathered; the arguments, in the compute dtype."""
+    args, kwargs = _runtime_utils._root_pre_forward(root, root, args, kwargs)
+    unshard, inner = _runtime_utils._pre_forward_unshard, root._fsdp_wrapped_module
+    return _runtime_utils._pre_forward(root, root._handle, unshard, inner, args, kwargs)
+
+
+def end_forward(root: FSDP, output: Tensor | None) -> None:
+    """What FSDP1 does after the root's forward, so that a backward pass from ``output`` may begin."""
+    if root.training_state == TrainingState.FORWARD_BACKWARD:
+        _runtime_utils._post_forward(root, root._handle, _runtime_utils._post_forward_reshard, root, None, output)
 
 
 def clean_name(name: str) -> str:

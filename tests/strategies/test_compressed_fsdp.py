@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
 
 from strategies import CompressedFSDP
 from strategies.compressors import known_compressors
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
-from strategies.units import transformer_blocks
-from tests.strategies.engines import Block, Module, error, fit, reference, tolerance
+from tests.strategies.engines import error, fit, reference, tolerance
 
 COMPRESSORS = [cls.examples()[0] for cls in known_compressors()]
 
@@ -30,11 +28,6 @@ def test_every_unit_has_its_name_and_its_parameters(two_ranks):
     assert first[1] == ["up.weight", "up.bias", "down.weight", "down.bias"]
     assert root[1] == ["net.inlet.weight", "net.inlet.bias", "net.outlet.weight", "net.outlet.bias"]
     assert first[3] == 7 * 13 + 13 + 13 * 7 + 7 <= first[2]
-
-
-def test_blocks_are_found_by_the_models_own_declaration():
-    assert transformer_blocks(Module()) == {Block}
-    assert transformer_blocks(nn.Linear(2, 2)) == set()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
