@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.measurement import Measurement
 from common.measure.inference import compare_models, decode_work, prefill_work
-from lightning_modules.structured_pruning.footprint import Anatomy
 from lightning_modules.structured_pruning.loading import load
+from lightning_modules.structured_pruning.model_shape import ModelShape
 
 
 class InferenceTiming(Measurement):
@@ -75,10 +75,10 @@ class InferenceTiming(Measurement):
         works, memory = [], {}
         for name, model in models.items():
             item = model.dtype.itemsize
-            anatomy = Anatomy.of(model, item)
-            cost = anatomy.footprint(self.prompt_tokens)
-            read = (cost.decoder_parameters + anatomy.head_parameters) * item
-            head = 2 * anatomy.head_parameters
+            whole = ModelShape.of(model, item)
+            cost = whole.footprint(self.prompt_tokens)
+            read = (cost.decoder_parameters + whole.head_parameters) * item
+            head = 2 * whole.head_parameters
             if phase == "prefill":
                 works.append(prefill_work(cost.flops_per_token - head, head, read, batch, self.prompt_tokens))
             else:

@@ -2,19 +2,43 @@
 
 The seed chooses the calibration text. The short recovery trains low-rank adapters on that text for a few steps; what a
 full recovery gains is the experiment `structured_recovery`.
+
+A seed is measured in a process of its own, in which a model is loaded once and parts are scored once for all budgets:
+
+python -m bench.experiments.structured_ablation --model FOLDER --train train.json --val val.json
 """
 
+import argparse
+import inspect
+import itertools
 import json
+import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.experiments.runs import BOOKS, json_lines, say
 from bench.tables import figures
+from common.progress import stage
+from common.variants import variants
+from lightning_modules.data.cache import cache_root
+from lightning_modules.data.text import TextCorpus
+from lightning_modules.structured_pruning.allocation import Allocation
+from lightning_modules.structured_pruning.budget import channel_multiple, removed_parameters
+from lightning_modules.structured_pruning.evaluation import first_blocks, ppl
+from lightning_modules.structured_pruning.importance import Importance
+from lightning_modules.structured_pruning.loading import load
+from lightning_modules.structured_pruning.model_shape import ModelShape
+from lightning_modules.structured_pruning.planner import Planner
+from lightning_modules.structured_pruning.rounds import short_recovery
+from lightning_modules.structured_pruning.slicing import slice_model
 
 RECORDS = "ablation.jsonl"
 SEEDS, BUDGETS, RECOVERY_STEPS = (1, 2, 3), (0.25, 0.5), 16
+CALIBRATION_BLOCKS, VALIDATION_BLOCKS, BLOCK = 128, 48, 256
 Cell = tuple[str, str, float]
 
 
@@ -48,9 +72,10 @@ def _lines(model: Path, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, finished.read_text().splitlines())
         return
     arguments = ["--model", str(model), "--train", str(BOOKS / "train.json"), "--val", str(BOOKS / "valid.json")]
-    arguments += ["--seed", str(seed), "--recovery-steps", str(RECOVERY_STEPS), "--budgets", *map(str, BUDGETS)]
+    arguments += ["--seed", str(seed)]
     lines = []
-    for line in json_lines("lightning_modules.structured_pruning.ablation", *arguments, log=folder / "ablation.log"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for line in json_lines(__name__, *arguments, log=folder / f"seed-{seed}.log"):
         lines.append(line)
         yield line
     finished.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -106,3 +131,84 @@ def _orderings(records: Path, found: dict[Cell, list[float]], budget: float, com
             command=command,
             details={"corpus": BOOKS.name},
         )
+
+
+def cells(
+    model: Any,
+    base: str,
+    data: TextCorpus,
+    importances: Sequence[Importance],
+    allocations: Sequence[Allocation],
+    budgets: Sequence[float],
+    cache: Path,
+) -> Iterator[dict[str, Any]]:
+    """Prune a copy of the model in every way.
+
+    Args:
+        model: The dense model; not changed.
+        base: Its folder or hub name.
+        data: Calibration text (training batches) and evaluation text (validation batches), set up.
+        importances: What is worth keeping within a layer.
+        allocations: How a budget is divided among the layers.
+        budgets: Shares of the decoder's parameters to remove.
+        cache: Folder for damages and scores.
+
+    Yields:
+        The names of a cell, its perplexity ``ppl``, and ``ppl_recovered``, that after a short recovery on the
+        calibration text.
+    """
+    whole = ModelShape.of(model, torch.float32.itemsize)
+    multiple = channel_multiple(whole.shapes, None)
+    batches = first_blocks(data.train_dataloader(), CALIBRATION_BLOCKS)
+    for importance, allocation in itertools.product(importances, allocations):
+        planner = Planner(model, base, batches, importance, allocation, multiple, 0, cache, stage)
+        for budget in budgets:
+            target = removed_parameters(budget, "decoder", whole.footprint(data.block_size))
+            pruned = slice_model(model, planner.plan(target, {}))
+            before = ppl(pruned, data.val_dataloader())
+            recovered = short_recovery(pruned, batches, RECOVERY_STEPS, learning_rate=1e-3)
+            yield {
+                "importance": type(importance).__name__,
+                "allocation": type(allocation).__name__,
+                "budget": budget,
+                "ppl": before,
+                "ppl_recovered": ppl(recovered, data.val_dataloader()),
+            }
+
+
+def seeded(importance: type[Importance], seed: int) -> Importance:
+    """An importance with this seed, where it draws anything; else with its defaults."""
+    takes_seed = "seed" in inspect.signature(importance).parameters
+    return importance(**({"seed": seed} if takes_seed else {}))
+
+
+def main() -> None:
+    """Print a line for the dense model, then one a cell, as they are measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "train", "val"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--seed", type=int, default=1, help="of the choice of calibration text")
+    options = parser.parse_args()
+    os.environ["PL_GLOBAL_SEED"] = str(options.seed)  # what `run_seed` reads: decides the order of the text
+    torch.manual_seed(options.seed)  # the adapters' first values
+    model, _ = load(options.model)
+    data = TextCorpus(
+        options.train,
+        options.val,
+        tokenizer=options.model,
+        block_size=BLOCK,
+        batch_size=8,
+        max_val_blocks=VALIDATION_BLOCKS,
+    )
+    data.prepare_data()
+    data.setup("fit")
+    print(json.dumps({"dense": ppl(model, data.val_dataloader()), "seed": options.seed}), flush=True)
+    importances = [seeded(cls, options.seed) for cls in variants(Importance)]
+    allocations = [cls() for cls in variants(Allocation)]
+    cache = cache_root(None).with_name("structured_pruning")
+    for cell in cells(model, options.model, data, importances, allocations, BUDGETS, cache):
+        print(json.dumps(cell | {"seed": options.seed}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

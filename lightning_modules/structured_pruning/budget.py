@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from lightning_modules.structured_pruning.anatomy import LayerShape
 from lightning_modules.structured_pruning.footprint import Footprint, parameters_of
 from lightning_modules.structured_pruning.importance.base import Keep
+from lightning_modules.structured_pruning.layers import LayerShape
 
-Unit = Literal["decoder", "parameters", "bytes"]
+BudgetUnit = Literal["decoder", "parameters", "bytes"]
 _LARGEST_MULTIPLE = 64  # channels: tensor cores and 16×16 blocks stay aligned
 _FEWEST_STEPS = 8  # a small MLP must still have so many widths to choose from
 
@@ -24,7 +24,7 @@ class Removal(NamedTuple):
     channels: float
 
 
-def removed_parameters(amount: float, unit: Unit, dense: Footprint) -> int:
+def removed_parameters(amount: float, unit: BudgetUnit, dense: Footprint) -> int:
     """Parameters to remove.
 
     Args:

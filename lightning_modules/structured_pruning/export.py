@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from lightning_modules.structured_pruning.anatomy import decoder_layers, family, shape_of
+from lightning_modules.structured_pruning.layers import decoder_layers, family, shape_of
 from lightning_modules.structured_pruning.slicing import global_fields
 
 _STOCK: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}

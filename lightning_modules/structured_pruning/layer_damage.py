@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.files import write_text
 from lightning_modules.perplexity import mean_nll
-from lightning_modules.structured_pruning.anatomy import decoder_layers
+from lightning_modules.structured_pruning.layers import decoder_layers
 
 
 @dataclass(frozen=True)

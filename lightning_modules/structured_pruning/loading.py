@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from common.files import replacing
-from lightning_modules.structured_pruning.anatomy import family
+from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 
 

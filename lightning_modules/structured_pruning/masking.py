@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.structured_pruning.anatomy import LayerShape, decoder_layers, rows_of, shape_of
 from lightning_modules.structured_pruning.layer_damage import skipped
+from lightning_modules.structured_pruning.layers import LayerShape, decoder_layers, rows_of, shape_of
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 
 

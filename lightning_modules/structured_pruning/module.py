@@ -17,19 +17,19 @@ from lightning_modules.data.cache import cache_root
 from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
-from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
-from lightning_modules.structured_pruning.budget import Unit, channel_multiple, removed_parameters
+from lightning_modules.structured_pruning.budget import BudgetUnit, channel_multiple, removed_parameters
 from lightning_modules.structured_pruning.evaluation import first_blocks, peak_memory_bytes, ppl, training_pass_seconds
 from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
-from lightning_modules.structured_pruning.footprint import Anatomy
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
-from lightning_modules.structured_pruning.iterative import composed, short_recovery
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.loading import load, load_on_meta, save
 from lightning_modules.structured_pruning.masking import masked
+from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
+from lightning_modules.structured_pruning.planner import Planner
 from lightning_modules.structured_pruning.provenance import model_hash
-from lightning_modules.structured_pruning.prune import Pruner
+from lightning_modules.structured_pruning.rounds import composed, short_recovery
 from lightning_modules.structured_pruning.search import largest_share
 from lightning_modules.structured_pruning.verify import compare, in_float32, proven_slice, reference_logits
 
@@ -74,7 +74,7 @@ class StructuredPruning(CausalLM):
         base: str,
         output: str,
         budget: float = 0.25,
-        budget_unit: Unit = "decoder",
+        budget_unit: BudgetUnit = "decoder",
         importance: Importance | None = None,
         allocation: Allocation | None = None,
         drop_layers: int = 0,
@@ -138,14 +138,14 @@ class StructuredPruning(CausalLM):
         block = datamodule.block_size
         if dry_run and self._needs_no_weights():
             counted: Any = load_on_meta(self.base)
-            anatomy = Anatomy.of(counted, _DTYPES[self.dtype_name].itemsize)
-            multiple = channel_multiple(anatomy.shapes, self.multiple)
-            plan = self._pruner(counted, [], multiple).plan(self._target(anatomy, block), self._settings())
-            return _shown(self.base, report.structure(anatomy, plan, block, {}))
+            whole = ModelShape.of(counted, _DTYPES[self.dtype_name].itemsize)
+            multiple = channel_multiple(whole.shapes, self.multiple)
+            plan = self._planner(counted, [], multiple).plan(self._target(whole, block), self._settings())
+            return _shown(self.base, report.structure(whole, plan, block, {}))
         model, tokenizer = load(self.base, device, _DTYPES[self.dtype_name])
         check_vocabulary(model, datamodule.tokenizer)
-        anatomy = Anatomy.of(model, _DTYPES[self.dtype_name].itemsize)
-        multiple = channel_multiple(anatomy.shapes, self.multiple)
+        whole = ModelShape.of(model, _DTYPES[self.dtype_name].itemsize)
+        multiple = channel_multiple(whole.shapes, self.multiple)
         batches = first_blocks(datamodule.train_dataloader(), self.calibration_blocks)
         measured: dict[str, Any] = {}
         if not dry_run or self.max_ppl_ratio is not None:
@@ -155,25 +155,25 @@ class StructuredPruning(CausalLM):
         plans: list[PruningPlan] = []
         removed = 0
         for number in range(1, self.rounds + 1):
-            pruner = self._pruner(model, batches, multiple)
+            planner = self._planner(model, batches, multiple)
             part = 1.0 if dry_run else number / self.rounds
-            plans.append(self._plan(pruner, anatomy, datamodule, part, removed, measured))
+            plans.append(self._plan(planner, whole, datamodule, part, removed, measured))
             if dry_run:
-                return _shown(self.base, report.structure(anatomy, plans[0], block, measured))
-            measured |= {"score_seconds": pruner.score_seconds, "peak_memory_bytes": peak_memory_bytes(device)}
-            del pruner  # it holds the model that is about to be replaced
+                return _shown(self.base, report.structure(whole, plans[0], block, measured))
+            measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+            del planner  # it holds the model that is about to be replaced
             ids = self._verification_ids(datamodule).to(device)
             model, verification = proven_slice(model, plans[-1], ids, self.tolerance)
             if not self.importance.control:  # a control that fails is what it is there for; its record says so
                 verification.raise_if_failed()
             measured |= asdict(verification)
-            removed = anatomy.footprint(block).parameters - model.num_parameters()
+            removed = whole.footprint(block).parameters - model.num_parameters()
             if number < self.rounds:
                 with stage(f"Recovery after round {number}", self.recovery_steps, "steps") as done:
                     model = short_recovery(model, batches, self.recovery_steps, self.recovery_learning_rate, done)
         measured["ppl_after"] = self._ppl(model, datamodule, "Perplexity after")
         plan = composed(plans)
-        structure = report.structure(anatomy, plan, block, measured)
+        structure = report.structure(whole, plan, block, measured)
         save(self.output, model, tokenizer, report.card(self.base, structure | {"dataset": datamodule.name}), plan)
         structure["reload_difference"] = largest_difference(model, load(self.output, device, model.dtype)[0], ids)
         print(f"pruned model: {self.output}")
@@ -183,13 +183,13 @@ class StructuredPruning(CausalLM):
         measured = self.allocation.needs_damage or self.allocation.needs_scores or self.drop_layers
         return not measured and self.plan_path is None and self.max_ppl_ratio is None
 
-    def _pruner(self, model: Any, batches: list[dict[str, Tensor]], multiple: int) -> Pruner:
-        return Pruner(
+    def _planner(self, model: Any, batches: list[dict[str, Tensor]], multiple: int) -> Planner:
+        return Planner(
             model, self.base, batches, self.importance, self.allocation, multiple, self.drop_layers, self.cache, stage
         )
 
-    def _target(self, anatomy: Anatomy, block: int) -> int:
-        return removed_parameters(self.budget, self.budget_unit, anatomy.footprint(block))
+    def _target(self, whole: ModelShape, block: int) -> int:
+        return removed_parameters(self.budget, self.budget_unit, whole.footprint(block))
 
     def _settings(self) -> dict[str, Any]:
         names = ("budget", "budget_unit", "max_ppl_ratio", "rounds", "recovery_steps", "recovery_learning_rate")
@@ -197,8 +197,8 @@ class StructuredPruning(CausalLM):
 
     def _plan(
         self,
-        pruner: Pruner,
-        anatomy: Anatomy,
+        planner: Planner,
+        whole: ModelShape,
         datamodule: LightningDataModule,
         part: float,
         removed: int,
@@ -207,21 +207,21 @@ class StructuredPruning(CausalLM):
         """The given plan; or the one for this part of the budget; or the one for the largest share under the limit."""
         if self.plan_path is not None:
             plan = PruningPlan.load(Path(self.plan_path))
-            plan.check_fits(pruner.shapes, pruner.hash)
+            plan.check_fits(planner.shapes, planner.hash)
             return plan
-        target = self._target(anatomy, datamodule.block_size)
+        target = self._target(whole, datamodule.block_size)
         if self.max_ppl_ratio is None:
-            return pruner.plan(round(part * target) - removed, self._settings() | {"parameters_requested": target})
-        decoder = anatomy.footprint(datamodule.block_size).decoder_parameters
+            return planner.plan(round(part * target) - removed, self._settings() | {"parameters_requested": target})
+        decoder = whole.footprint(datamodule.block_size).decoder_parameters
 
         def perplexity(share: float) -> float:
-            with masked(pruner.model, pruner.plan(round(share * decoder), {})):
-                found = self._ppl(pruner.model, datamodule, f"Trying {share:.1%}")
+            with masked(planner.model, planner.plan(round(share * decoder), {})):
+                found = self._ppl(planner.model, datamodule, f"Trying {share:.1%}")
             rank_zero_info(f"removing {share:.2%} of the decoder's parameters: perplexity {found:.2f}")
             return found
 
         share = largest_share(perplexity, self.max_ppl_ratio * measured["ppl_before"], self.budget)
-        return pruner.plan(round(share * decoder), self._settings() | {"share_found": share})
+        return planner.plan(round(share * decoder), self._settings() | {"share_found": share})
 
     def verify(self, datamodule: LightningDataModule, device: torch.device) -> dict[str, Any]:
         """Compare the saved model with the dense one whose removed parts are zeroed; fields of the run record.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_text
-from lightning_modules.structured_pruning.anatomy import LayerShape, query_heads_of
+from lightning_modules.structured_pruning.layers import LayerShape, query_heads_of
 
 FILE = "pruning_plan.json"
 _FORMAT = 1

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_modules.structured_pruning.anatomy import LayerShape
-from lightning_modules.structured_pruning.footprint import Anatomy
+from lightning_modules.structured_pruning.layers import LayerShape
+from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 
 
@@ -24,14 +24,14 @@ def layer_fields(shapes: Sequence[LayerShape], kept: Sequence[LayerPlan]) -> lis
     ]
 
 
-def structure(anatomy: Anatomy, plan: PruningPlan, block_size: int, measured: dict[str, Any]) -> dict[str, Any]:
+def structure(whole: ModelShape, plan: PruningPlan, block_size: int, measured: dict[str, Any]) -> dict[str, Any]:
     """The record's block: layers, costs before and after, where the plan comes from, and what was measured.
 
     ``budget_requested`` and ``budget_obtained`` are parameters removed.
     """
-    before, after = anatomy.footprint(block_size), anatomy.footprint(block_size, plan.layers)
+    before, after = whole.footprint(block_size), whole.footprint(block_size, plan.layers)
     return {
-        "layers": layer_fields(anatomy.shapes, plan.layers),
+        "layers": layer_fields(whole.shapes, plan.layers),
         **before.fields("before"),
         **after.fields("after"),
         "block_size": block_size,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lightning_modules.structured_pruning.anatomy import decoder_layers, family, rows_of, shape_of
+from lightning_modules.structured_pruning.layers import decoder_layers, family, rows_of, shape_of
 from lightning_modules.structured_pruning.per_layer_models import CLASSES
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.structured_pruning.anatomy import decoder_layers, rows_of, shape_of
+from lightning_modules.structured_pruning.layers import decoder_layers, rows_of, shape_of
 from lightning_modules.structured_pruning.plan import PruningPlan
 from lightning_modules.structured_pruning.slicing import slice_model
 

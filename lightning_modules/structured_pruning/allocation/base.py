@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from common.variants import Variant
-from lightning_modules.structured_pruning.anatomy import LayerShape
 from lightning_modules.structured_pruning.budget import Removal
 from lightning_modules.structured_pruning.importance.base import LayerScores
 from lightning_modules.structured_pruning.layer_damage import LayerDamage
+from lightning_modules.structured_pruning.layers import LayerShape
 
 _TINY = 1e-9  # least weight of a layer, so that λ · weight can reach every rate
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from lightning_modules.structured_pruning.allocation.base import Allocation
-from lightning_modules.structured_pruning.anatomy import LayerShape
 from lightning_modules.structured_pruning.budget import Removal
 from lightning_modules.structured_pruning.importance.base import LayerScores
 from lightning_modules.structured_pruning.layer_damage import LayerDamage
+from lightning_modules.structured_pruning.layers import LayerShape
 
 
 class Global(Allocation):

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
 from lightning_modules.structured_pruning.evaluation import backward
 from lightning_modules.structured_pruning.importance.base import Importance, LayerScores, gradients_of
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 
 
 class GateTaylor(Importance):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.structured_pruning.anatomy import ATTENTION, MLP, decoder_layers, shape_of
 from lightning_modules.structured_pruning.importance.base import Importance, LayerScores
+from lightning_modules.structured_pruning.layers import ATTENTION, MLP, decoder_layers, shape_of
 
 
 class Magnitude(Importance):

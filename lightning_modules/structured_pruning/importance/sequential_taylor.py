@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
 from lightning_modules.structured_pruning.importance.base import Keep, LayerScores, best
 from lightning_modules.structured_pruning.importance.weight_taylor import WeightTaylor, saliences
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.masking import layer_masked
 from lightning_modules.structured_pruning.plan import LayerPlan
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.structured_pruning.anatomy import ATTENTION, MLP, decoder_layers, shape_of
 from lightning_modules.structured_pruning.evaluation import backward
 from lightning_modules.structured_pruning.importance.base import Importance, LayerScores, gradients_of
+from lightning_modules.structured_pruning.layers import ATTENTION, MLP, decoder_layers, shape_of
 
 # Sums of |w · g| of one layer: rows of q, k, v, gate and up (biases included), columns of o and down, by projection.
 Salience = dict[str, Tensor]

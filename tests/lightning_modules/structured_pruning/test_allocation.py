@@ -12,11 +12,11 @@ from lightning_modules.structured_pruning.allocation.global_ranking import Globa
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.inverse_ppl import InversePPL
 from lightning_modules.structured_pruning.allocation.rank import Rank
-from lightning_modules.structured_pruning.anatomy import LayerShape
 from lightning_modules.structured_pruning.budget import Removal, channel_multiple, removed_parameters, whole_parts
-from lightning_modules.structured_pruning.footprint import Anatomy, parameters_of
 from lightning_modules.structured_pruning.importance import LayerScores
 from lightning_modules.structured_pruning.layer_damage import LayerDamage
+from lightning_modules.structured_pruning.layers import LayerShape
+from lightning_modules.structured_pruning.model_shape import ModelShape, parameters_of
 from lightning_modules.structured_pruning.search import largest_share
 from tests.lightning_modules.structured_pruning.toy import plan_for, tiny
 
@@ -121,16 +121,16 @@ def test_footprints_are_those_of_the_sliced_model():
         dense = tiny(tie_word_embeddings=tied)
         plan = plan_for(dense)
         sliced = slice_model(dense, plan)
-        after = Anatomy.of(dense, 4).footprint(16, plan.layers)
+        after = ModelShape.of(dense, 4).footprint(16, plan.layers)
         assert after.parameters == sliced.num_parameters() and after.weight_bytes == 4 * after.parameters
-        assert after == Anatomy.of(sliced, 4).footprint(16)
+        assert after == ModelShape.of(sliced, 4).footprint(16)
         cache = sliced(torch.arange(5)[None], use_cache=True).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert after.kv_bytes_per_token == held / 5
 
 
 def test_budgets_in_parameters_and_bytes():
-    dense = Anatomy.of(tiny(), 4).footprint(16)
+    dense = ModelShape.of(tiny(), 4).footprint(16)
     assert removed_parameters(0.25, "decoder", dense) == round(0.25 * dense.decoder_parameters)
     assert removed_parameters(dense.parameters - 1000, "parameters", dense) == 1000
     assert removed_parameters(dense.weight_bytes - 4000, "bytes", dense) == 1000

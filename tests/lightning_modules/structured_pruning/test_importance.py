@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from common.variants import variants
-from lightning_modules.structured_pruning.anatomy import ATTENTION, MLP, decoder_layers, shape_of
 from lightning_modules.structured_pruning.importance import Importance, LayerScores
 from lightning_modules.structured_pruning.importance.activation import Activation
 from lightning_modules.structured_pruning.importance.base import Keep, best, checked
@@ -13,6 +12,7 @@ from lightning_modules.structured_pruning.importance.gate_taylor import GateTayl
 from lightning_modules.structured_pruning.importance.misaligned import Misaligned
 from lightning_modules.structured_pruning.importance.sequential_taylor import SequentialTaylor
 from lightning_modules.structured_pruning.importance.weight_taylor import WeightTaylor
+from lightning_modules.structured_pruning.layers import ATTENTION, MLP, decoder_layers, shape_of
 from lightning_modules.structured_pruning.plan import LayerPlan
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.slicing import slice_model

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.slicing import slice_model

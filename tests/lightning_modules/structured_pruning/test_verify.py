@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
 from lightning_modules.structured_pruning.importance.base import best
 from lightning_modules.structured_pruning.importance.per_tensor_truncation import PerTensorTruncation
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.plan import LayerPlan
 from lightning_modules.structured_pruning.provenance import model_hash

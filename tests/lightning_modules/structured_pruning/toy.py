@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash
 

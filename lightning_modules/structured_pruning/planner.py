@@ -15,11 +15,11 @@ from torch import Tensor
 from common.files import replacing_file
 from lightning_modules.structured_pruning import layer_damage
 from lightning_modules.structured_pruning.allocation import Allocation
-from lightning_modules.structured_pruning.anatomy import decoder_layers, shape_of
 from lightning_modules.structured_pruning.budget import Removal, whole_parts
 from lightning_modules.structured_pruning.importance import Importance, LayerScores
 from lightning_modules.structured_pruning.importance.base import Keep, best, checked
 from lightning_modules.structured_pruning.layer_damage import LayerDamage
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash, settings_hash, tokens_hash
 
@@ -32,7 +32,7 @@ class Stage(Protocol):
 
 
 @dataclass
-class Pruner:
+class Planner:
     """Plans the pruning of one model.
 
     Damages and scores are measured once and kept in files whose names depend on weights and calibration text, so that

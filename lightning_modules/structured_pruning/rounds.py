@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from lightning_modules.structured_pruning.anatomy import ATTENTION, MLP
 from lightning_modules.structured_pruning.evaluation import backward
+from lightning_modules.structured_pruning.layers import ATTENTION, MLP
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 
 _RANK = 8
