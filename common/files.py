@@ -86,7 +86,7 @@ def _foreign(folder: Path) -> str | None:
         return folder.name if os.path.lexists(folder) else None
     manifest = _read_manifest(folder) if (folder / MARKER).is_file() else None
     ours = set(manifest["files"] or {}) | {MARKER} if manifest is not None else set()
-    return next((name for name in _files(folder) if name not in ours and "__pycache__" not in name), None)
+    return next((name for name in names(folder) if name not in ours and "__pycache__" not in name), None)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -149,9 +149,9 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
                 yield partial
                 if path.exists():
                     shutil.copymode(path, partial)
-                _sync(partial)
+                sync(partial)
                 partial.replace(path)
-                _sync(path.parent)
+                sync(path.parent)
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -197,7 +197,7 @@ def start(path: Path, kind: str | None = None) -> Path:
     The marker comes first, so that what is removed later, also after a kill, is known to be Pare's.
     """
     recover(path)
-    partial = _partial(path)
+    partial = partial_of(path)
     _remove_ours(partial)
     _remove_ours(_old(path))
     if kind is not None:
@@ -216,7 +216,7 @@ def swap(partial: Path, path: Path) -> None:
     if os.path.lexists(path):
         path.rename(old)
     partial.rename(path)
-    _sync(path.parent)  # else a power cut could bring back neither name
+    sync(path.parent)  # else a power cut could bring back neither name
     remove(old)
 
 
@@ -231,7 +231,7 @@ def recover(path: Path) -> None:
     with suppress(InUseError), lock(path):
         if os.path.lexists(old) and not os.path.lexists(path):
             old.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
 
 
 def recover_all(folder: Path) -> None:
@@ -255,7 +255,8 @@ def _remove_ours(leftover: Path) -> None:
     remove(leftover)
 
 
-def _partial(path: Path) -> Path:
+def partial_of(path: Path) -> Path:
+    """Where a replacement of ``path`` is written."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -263,7 +264,7 @@ def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the content of a file, or the names in a folder, on the disk: a rename may overtake what it names."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -275,15 +276,15 @@ def _sync(path: Path) -> None:
 # ---- manifests ------------------------------------------------------------------------------------------------------
 
 
-def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+def hashes(folder: Path, only: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of a folder's files, all of which reach the disk before this returns.
 
     Args:
         folder: What was written.
-        names: Only these, relative to it; by default all but the marker.
+        only: These names, relative to it; by default all but the marker.
     """
     found = {}
-    for name in _files(folder) if names is None else names:
+    for name in names(folder) if only is None else only:
         if name == MARKER:
             continue
         with open(folder / name, "rb") as file:
@@ -295,11 +296,12 @@ def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[s
 
 def write_manifest(folder: Path, kind: str, files: dict[str, dict[str, Any]] | None, ranks: int | None = None) -> None:
     """Write ``pare.json``; None for ``files`` says that the folder is not complete."""
-    manifest = {"pare": 1, "kind": kind, "ranks": ranks, "files": files and dict(sorted(files.items()))}
+    manifest: dict[str, Any] = {"pare": 1, "kind": kind, "ranks": ranks, "files": files and dict(sorted(files.items()))}
+    manifest["sha256"] = _digest(manifest)
     (folder / MARKER).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / MARKER)
+    sync(folder / MARKER)
     for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _sync(inner)
+        sync(inner)
 
 
 def check_manifest(folder: str | Path, part: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
@@ -341,16 +343,18 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """None where the file is no manifest, or is damaged."""
     try:
         manifest = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        entries = manifest["files"] or {}
-        sound = manifest["pare"] == 1 and all(
-            isinstance(e["bytes"], int) and isinstance(e["sha256"], str) for e in entries.values()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return manifest if manifest["pare"] == 1 and manifest["sha256"] == _digest(manifest) else None
+    except (ValueError, KeyError, TypeError):
         return None
-    return manifest if sound else None
 
 
-def _files(folder: Path) -> list[str]:
+def _digest(manifest: dict[str, Any]) -> str:
+    """Hash of the manifest itself: else a flipped bit in it would be blamed on the file that it describes."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def names(folder: Path) -> list[str]:
     """Names of all files and links below a folder, relative to it."""
     return sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()

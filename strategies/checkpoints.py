@@ -1,46 +1,261 @@
-"""Checkpoints that exist only when they are complete."""
+"""Checkpoints that exist only when they are complete, and whose damage is noticed before anything is loaded.
 
+A sharded checkpoint is a folder with a manifest (``common.files``). A checkpoint of one file is a zip archive, as
+``torch.save`` writes; its manifest is the archive's comment, so that file and manifest cannot be parted.
+"""
+
+import errno
+import hashlib
+import json
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from common.files import recover, remove, swap
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
+
+from common import files
+from common.files import DamagedError, check_manifest, check_output, disk_full, lock, recover, remove, start, swap
+
+Gather = Callable[[Any], list[Any]]
+"""Gives every rank what all ranks gave, in order of rank."""
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
+"""What gloo says when another process of the group is gone."""
+
+_END = b"PK\x05\x06"  # a zip archive's last record: 22 bytes, the last two are the length of the comment after it
+_NO_HASH = "0" * 64
+
+
+# ---- a folder that all ranks write to -------------------------------------------------------------------------------
 
 
 @contextmanager
-def replace_when_complete(path: Path, barrier: Callable[[], None], rank: int) -> Iterator[Path]:
-    """Yield a path beside ``path`` for all ranks to write to; rank 0 renames it once every rank is done.
+def replacing_together(path: Path, gather: Gather, rank: int) -> Iterator[Path]:
+    """Yield a folder beside ``path`` for all ranks to write to; rank 0 puts it in place once every rank is done.
 
-    A process killed while writing leaves the previous ``path`` whole and a hidden ``.NAME.partial`` that the next save
-    removes. (An existing *folder* cannot be replaced in one step: it is moved aside first, so that at any moment one
-    complete copy is on disk.)
+    A rank hashes the files that it has written itself: they are still in its machine's memory, the ranks work at the
+    same time, and what one rank says about its files needs no second reading over a network file system.
 
     Args:
-        path: The checkpoint's final file or folder.
-        barrier: Waits for all ranks.
+        path: The checkpoint's final folder.
+        gather: See ``Gather``.
         rank: This process's rank.
 
     Raises:
-        OSError: Writing failed; the message names the path.
+        OSError: Writing failed on some rank; all ranks raise, and the message names path and rank.
+        ValueError: There is a folder of somebody else's at ``path``.
     """
-    beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recover(path)
-        remove(beside)
-        remove(old)
-    barrier()
+    with ExitStack() as held:
+        try:
+            with agreed(path, gather) as mine:
+                if rank == 0:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(lock(path))
+                    _check_place(path)
+                    start(path, "checkpoint")
+            partial = files.partial_of(path)
+            with agreed(path, gather) as mine:
+                yield partial
+                names = (name for name in files.names(partial) if _writer(name) == rank)
+                mine.own = files.hashes(partial, names)
+            with agreed(path, gather):
+                if rank == 0:
+                    written = {name: entry for own in mine.all for name, entry in own.items()}
+                    files.write_manifest(partial, "checkpoint", written, ranks=len(mine.all))
+                    swap(partial, path)
+        finally:
+            if rank == 0:
+                remove(files.partial_of(path))
+
+
+class _Outcome:
+    """What this rank tells the others, and once they have all spoken, what they told."""
+
+    own: Any = None
+    all: list[Any] = []  # noqa: RUF012 - replaced, never changed
+
+
+@contextmanager
+def agreed(path: Path, gather: Gather) -> Iterator[_Outcome]:
+    """Run a block on every rank; when it fails on one, all raise the same error.
+
+    torch's ``CheckpointException`` is a ``BaseException``, which nothing else would report.
+    """
+    outcome, failure, raised = _Outcome(), None, None
     try:
-        yield beside
+        yield outcome
+    except (Exception, CheckpointException) as error:
+        raised = error
+        if any(text in str(error) for text in LOST_PEER):  # who is gone answers no question
+            raise _lost(path, error) from error
+        failure = (isinstance(error, ValueError), disk_full(error), reason(error))
+    try:
+        told = gather((outcome.own, failure))
     except Exception as error:
-        # torch's writers report a full disk as a corrupt archive; say what it means for the user
-        if rank == 0:
-            remove(beside)
-        raise OSError(
-            f"could not save the checkpoint {path} ({error}); an earlier one is untouched. Make room in "
-            f"{path.parent}, check that it can be written to, or choose another dirpath"
-        ) from error
-    barrier()
-    if rank == 0:
-        swap(beside, path)
-    barrier()
+        raise _lost(path, error) from error
+    outcome.all = [own for own, _ in told]
+    for other, (_, problem) in enumerate(told):
+        if problem is not None:
+            refused, full, text = problem
+            if refused:
+                raise ValueError(text) from raised
+            advice = f"make room in {path.parent}" if full else f"check that {path.parent} can be written to"
+            raise OSError(
+                errno.ENOSPC if full else errno.EIO,
+                f"could not save the checkpoint {path} (rank {other}: {text}); an earlier one is untouched; {advice}",
+            ) from raised
+
+
+def _lost(path: Path, error: BaseException) -> RuntimeError:
+    return RuntimeError(
+        f"could not save the checkpoint {path}: another rank is gone ({reason(error)}); an earlier one is untouched"
+    )
+
+
+def reason(error: BaseException) -> str:
+    """One line for an error; for torch's checkpoint errors, which carry tracebacks, that of the rank at fault."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if disk_full(error):
+        return "the disk is full"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _writer(name: str) -> int:
+    """The rank that writes a file of a sharded checkpoint: ``__1_0.distcp``, ``compressor.rank1.pt``; else rank 0."""
+    found = re.search(r"(?:__|\.rank)(\d+)[_.]", name)
+    return int(found[1]) if found else 0
+
+
+def _check_place(path: Path) -> None:
+    """Refuse to replace a folder that is no checkpoint; one without a manifest has Lightning's ``meta.pt``."""
+    check_output(path, "checkpoint", overwrite=not path.is_dir() or (path / "meta.pt").is_file())
+
+
+def check_together(path: Path, gather: Gather, rank: int) -> None:
+    """Look for damage before a checkpoint is loaded: the ranks share the files of a folder, rank 0 reads a single file.
+
+    Raises:
+        DamagedError: On all ranks, naming the first file that is missing, cut short or changed.
+    """
+    ranks, problem = len(gather(None)), None
+    try:
+        if path.is_dir():
+            check_manifest(path, part=(rank, ranks))
+        elif rank == 0:
+            check_seal(path)
+    except DamagedError as error:
+        problem = str(error)
+    problems = [text for text in gather(problem) if text is not None]
+    if problems:
+        raise DamagedError(problems[0])
+
+
+# ---- a single file --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sealing(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` for one process to write a zip archive to; sealed, it takes its place.
+
+    Raises:
+        ValueError: There is a folder of somebody else's at ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path):
+        _check_place(path)
+        partial = start(path)
+        try:
+            yield partial
+            seal(partial)
+            swap(partial, path)
+        finally:
+            remove(partial)
+
+
+class SealedCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints of one file, complete or not at all, with a manifest that loading looks at."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """See ``sealing`` and ``TorchCheckpointIO.save_checkpoint``.
+
+        Raises:
+            OSError: The file cannot be written; the message names it, says what is kept and what to do.
+        """
+        if "://" in str(path):  # not a file of this machine: nothing here can rename it
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with files.explained(Path(path)), sealing(Path(path)) as partial:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: Any = None
+    ) -> Any:
+        """See ``TorchCheckpointIO.load_checkpoint``.
+
+        Raises:
+            DamagedError: The file is cut short or changed.
+        """
+        if "://" not in str(path):
+            recover(Path(path))
+            if Path(path).is_file():
+                check_seal(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
+def seal(path: Path) -> None:
+    """Append a manifest to a zip archive, as its comment; the hash covers everything but itself."""
+
+    def comment(digest: str) -> bytes:
+        return json.dumps({"pare": 1, "kind": "checkpoint", "sha256": digest}).encode()
+
+    with path.open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(len(comment(_NO_HASH)).to_bytes(2, "little"))
+        file.seek(0)
+        found = hashlib.file_digest(file, "sha256")
+        found.update(comment(_NO_HASH))
+        file.seek(0, 2)
+        file.write(comment(found.hexdigest()))
+    files.sync(path)
+
+
+def check_seal(path: Path) -> None:
+    """Compare a file with the manifest at its end; one without passes.
+
+    Raises:
+        DamagedError: The file is cut short or changed.
+    """
+    damaged = DamagedError(f"{path} is not what was written: cut short, or changed; go on from another checkpoint")
+    with path.open("rb") as file:
+        archive = file.read(4) == b"PK\x03\x04"
+        file.seek(0, 2)
+        size = file.tell()
+        file.seek(max(0, size - 1000))
+        tail = file.read()
+        at = tail.rfind(_END)
+        if at < 0:
+            if archive:
+                raise damaged
+            return  # what torch wrote before it wrote archives
+        comment, length = tail[at + 22 :], int.from_bytes(tail[at + 20 : at + 22], "little")
+        if length == len(comment) == 0:
+            return  # not written by Pare, or before it sealed its files
+        try:
+            expected = json.loads(comment)["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise damaged from None
+        found = hashlib.sha256()
+        file.seek(0)
+        left = size - len(comment)
+        while left:
+            block = file.read(min(left, 1 << 20))
+            found.update(block)
+            left -= len(block)
+        found.update(comment.replace(expected.encode(), _NO_HASH.encode()))
+    if found.hexdigest() != expected:
+        raise damaged

@@ -1,6 +1,7 @@
 """What the engines have in common: reducing a unit's gradient under the counters, and checkpoints that are whole."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from common.files import partial_of, recover
 from strategies import residuals, transport
-from strategies.checkpoints import replace_when_complete
+from strategies.checkpoints import agreed, check_together, replacing_together, sealing
 from strategies.compressors import Compressor
 from strategies.kernels import Choice, Job, choose
 from strategies.precision import UnscaledPrecision
@@ -115,33 +117,58 @@ class CompressedEngine(ParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint folder or file that appears under ``filepath`` only when it is complete."""
-        with replace_when_complete(Path(self.broadcast(filepath)), self.barrier, self.global_rank) as beside:
-            stateful = any(unit.state for unit in self.units)
-            owed = residuals.collect(self.units, repr(self.compressor)) if stateful else None
-            if owed is not None and self.saves_one_file:
+        path = Path(self.broadcast(filepath))
+        stateful = any(unit.state for unit in self.units)
+        owed = residuals.collect(self.units, repr(self.compressor)) if stateful else None
+        if self.saves_one_file:
+            if owed is not None:
                 ranks = [None] * self.world_size if self.global_rank == 0 else None
                 dist.gather_object(owed, ranks)
                 checkpoint["compressor"] = ranks
+            with ExitStack() as held:  # three steps: where rank 0 fails, the others must not wait in the next one
+                with agreed(path, self._gather):
+                    if self.global_rank == 0:
+                        held.enter_context(sealing(path))
+                with agreed(path, self._gather):
+                    super().save_checkpoint(checkpoint, partial_of(path), storage_options)
+                with agreed(path, self._gather):
+                    held.close()
+            return
+        with replacing_together(path, self._gather, self.global_rank) as beside:
             super().save_checkpoint(checkpoint, beside, storage_options)
-            if owed is not None and not self.saves_one_file:
+            if owed is not None:
                 torch.save(owed, residuals.rank_file(beside, self.global_rank))
+
+    def _gather(self, told: Any) -> list[Any]:
+        """What every rank told, on every rank."""
+        if self.world_size == 1:
+            return [told]
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, told)
+        return every
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint; one that does not fit this model is refused by name.
 
         Raises:
             FileNotFoundError: No such checkpoint.
+            DamagedError: A file of it is missing, cut short or changed.
             ValueError: The checkpoint holds other parameters than the model, or another compressor's residuals.
         """
-        if not Path(checkpoint_path).exists():
+        path = Path(checkpoint_path)
+        if self.global_rank == 0:
+            recover(path)
+        self.barrier()
+        if not path.exists():
             raise FileNotFoundError(f"no checkpoint at {checkpoint_path}; see the run's checkpoints folder")
+        check_together(path, self._gather, self.global_rank)
         self.loaded_from = checkpoint_path
         try:
             # a checkpoint is data: unless told otherwise, refuse one that carries code
             loaded = super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
         except (RuntimeError, KeyError, dist.checkpoint.api.CheckpointException) as error:
             raise misfit(checkpoint_path, error) from error
-        self._restore_residuals(Path(checkpoint_path), loaded.pop("compressor", []))
+        self._restore_residuals(path, loaded.pop("compressor", []))
         return loaded
 
     def _restore_residuals(self, path: Path, ranks: list[dict[str, Any]]) -> None:
