@@ -4,12 +4,15 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from callbacks.model_card import HFExport
 from callbacks.run_record import RunRecord
 from callbacks.survival import show, survival
 from lightning_modules import generation
+from lightning_modules.causal_lm import check_vocabulary
+from lightning_modules.loading import Dtype, load, load_tokenizer
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
@@ -77,20 +80,32 @@ class PareTrainer(Trainer):
         temperature: float = 0.8,
         top_p: float = 0.95,
         max_new_tokens: int = 128,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        chat: bool = False,
+        dtype: Dtype = "float32",
+        attention: str | None = None,
         scorer: Scorer | None = None,
         schedule: Schedule | None = None,
         show_survival: bool = False,
     ) -> None:
         """Stream a continuation of a prompt, or open a prompt loop; with a scorer the prompt is pruned.
 
+        What the model's own generation configuration says of sampling and lengths does not count.
+
         Args:
             model: Unused; the exported model is loaded.
-            datamodule: Unused.
-            model_dir: Hugging Face folder or hub name; by default where the config's HFExport wrote.
+            datamodule: Its ``tokenizer`` is taken where the model's folder has none.
+            model_dir: Hugging Face folder, GGUF file or hub name; by default where the config's HFExport wrote.
             prompt: What to continue; none opens the loop.
             temperature: 0 takes the likeliest token; higher is more varied.
             top_p: Sample from the smallest set of tokens with this probability.
             max_new_tokens: Longest continuation, in tokens.
+            top_k: Sample from this many likeliest tokens; 0 from all.
+            repetition_penalty: Scores of tokens that are there already are divided by this; 1 is none.
+            chat: The prompt is a message to a chat model: the tokenizer's chat template renders it.
+            dtype: What weights are loaded as; "auto" is what they are on disk.
+            attention: Attention kernel, as transformers names it; None takes transformers' choice.
             scorer: Prune the prompt: which tokens to keep.
             schedule: After which layers and how many; by default after layers 4, 7, 10, …, 70 % each.
             show_survival: After the continuation, show which prompt token was dropped where, and record it.
@@ -101,16 +116,23 @@ class PareTrainer(Trainer):
         exported = next((str(c.dirpath.resolve()) for c in self.callbacks if isinstance(c, HFExport)), None)
         if model_dir is None and exported is None:
             raise ValueError("nothing to load: give --model_dir, or a config with an HFExport callback")
-        loaded, tokenizer = generation.load(model_dir or str(exported))
-        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         if show_survival and (scorer is None or prompt is None):
             raise ValueError("show_survival needs a scorer and a prompt")
+        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        options |= {"top_k": top_k, "repetition_penalty": repetition_penalty}
+        generation.sampling(temperature, top_p, top_k)  # refuses what is out of range before anything is loaded
+        folder = model_dir or str(exported)
+        tokenizer = load_tokenizer(folder, datamodule)
+        loaded: Any = load(folder, dtype, attention)
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        check_vocabulary(loaded, tokenizer)
         pruning = PromptPruner(scorer, schedule).prefill(loaded) if scorer is not None else nullcontext()
         with pruning as run:
             if prompt is None:
-                generation.repl(loaded, tokenizer, **options)
+                generation.repl(loaded, tokenizer, chat, **options)
             else:
-                generation.stream(loaded, tokenizer, prompt, **options)
+                asked = [{"role": "user", "content": prompt}] if chat else prompt
+                generation.stream(loaded, tokenizer, asked, **options)
         if show_survival and run is not None:
             fields = survival(run, tokenizer)
             show(fields)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.measurement import Measurement
 from common.measure.inference import compare_models, decode_work, prefill_work
-from lightning_modules.structured_pruning.loading import load
+from lightning_modules.loading import load
 from lightning_modules.structured_pruning.model_shape import ModelShape
 
 
@@ -20,12 +20,13 @@ class InferenceTiming(Measurement):
     what they say. Memory is counted (weights and cached keys and values) and, on a GPU, also measured.
 
     Args:
-        dense: Hugging Face folder or hub name of the dense model.
+        dense: Hugging Face folder, GGUF file or hub name of the dense model.
         pruned: The same of the pruned model; merge adapters first, they cost time of their own.
         prompt_tokens: Tokens of every prompt.
         new_tokens: Decoding steps of one timed call.
         batch_sizes: Prompts computed together.
         repeats: Timed rounds.
+        attention: Attention kernel of both, as transformers names it; None takes transformers' choice.
     """
 
     during_validate = True
@@ -38,11 +39,13 @@ class InferenceTiming(Measurement):
         new_tokens: int = 16,
         batch_sizes: list[int] = [1, 8, 64],  # noqa: B006 (jsonargparse shows it)
         repeats: int = 5,
+        attention: str | None = None,
     ) -> None:
         sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
         for name, value in {**sizes, "batch_sizes": min(batch_sizes, default=0)}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self.attention = attention
         self.folders = {"dense": dense, "pruned": pruned}
         self.prompt_tokens, self.new_tokens, self.batch_sizes, self.repeats = (
             prompt_tokens, new_tokens, batch_sizes, repeats,
@@ -55,7 +58,9 @@ class InferenceTiming(Measurement):
             return
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         device = trainer.strategy.root_device
-        models = {name: load(folder, device, dtype)[0] for name, folder in self.folders.items()}
+        models: dict[str, Any] = {
+            name: load(folder, dtype, self.attention).to(device) for name, folder in self.folders.items()
+        }
         self.rows = []
         for batch in self.batch_sizes:
             for phase in ("prefill", "decode"):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from common.randomness import run_seed, step_seed
 from lightning_modules.export import export
+from lightning_modules.loading import Dtype
 from lightning_modules.perplexity import next_token_nll, perplexity
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -34,6 +35,9 @@ class CausalLM(L.LightningModule):
         warmup_steps: Optimizer steps of linear warm-up.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         compile: Compile every transformer block with ``torch.compile``.
+        dtype: What the weights of a model that is read are loaded as; "auto" is what they are on disk.
+        attention: Attention kernel, as transformers names it: "sdpa", "eager", "flash_attention_2", …; None takes
+            transformers' choice.
     """
 
     trained_only = False
@@ -49,6 +53,8 @@ class CausalLM(L.LightningModule):
         warmup_steps: int = 100,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        dtype: Dtype = "float32",
+        attention: str | None = None,
     ) -> None:
         super().__init__()
         if learning_rate <= 0:
@@ -60,6 +66,7 @@ class CausalLM(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile
+        self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None  # a PreTrainedModel, once configure_model has run
         self.val_nll = MeanMetric().set_dtype(torch.float64)  # float32 counts stop at 16.7 million tokens
         self.parameter_count = 0
@@ -67,7 +74,7 @@ class CausalLM(L.LightningModule):
 
     @abstractmethod
     def build_model(self) -> PreTrainedModel:
-        """Make the model, in float32, on CPU. Called once per process, with the Trainer attached."""
+        """Make the model, on the CPU. Called once per process, with the Trainer attached."""
 
     def configure_model(self) -> None:
         """Build the model once, before the strategy wraps it."""
@@ -160,26 +167,6 @@ class CausalLM(L.LightningModule):
         """The same architecture on the meta device: costs no memory; for counting FLOPs and for export."""
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.model.config)
-
-
-def load_pretrained(
-    path: str, device_map: dict[str, int | str] | str | None = None, offload_folder: str | None = None
-) -> PreTrainedModel:
-    """Load a causal language model in float32 from a Hugging Face folder, or from the hub by name.
-
-    Args:
-        path: Folder or hub name.
-        device_map: Place its parts on several devices; None loads it on the CPU.
-        offload_folder: For parts that the map places on "disk".
-
-    Raises:
-        ValueError: A local folder that holds no model.
-    """
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json: give the folder that fit exported, or a hub name")
-    placed = {"device_map": device_map, "offload_folder": offload_folder} if device_map is not None else {}
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **placed)
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:

@@ -26,11 +26,12 @@ from common.progress import stage
 from common.variants import variants
 from lightning_modules.data.cache import cache_root
 from lightning_modules.data.text import TextCorpus
+from lightning_modules.loading import load
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.budget import channel_multiple, removed_parameters
 from lightning_modules.structured_pruning.evaluation import first_blocks, ppl
 from lightning_modules.structured_pruning.importance import Importance
-from lightning_modules.structured_pruning.loading import load
+from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.planner import Planner
 from lightning_modules.structured_pruning.rounds import short_recovery
@@ -191,7 +192,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["PL_GLOBAL_SEED"] = str(options.seed)  # what `run_seed` reads: decides the order of the text
     torch.manual_seed(options.seed)  # the adapters' first values
-    model, _ = load(options.model)
+    model = load(options.model, supported=family)
     data = TextCorpus(
         options.train,
         options.val,

@@ -16,7 +16,7 @@ from lightning_modules.block_sparsity import lora
 from lightning_modules.block_sparsity.demotion import Scope
 from lightning_modules.block_sparsity.evaluation import calibration_batches, validation_perplexity
 from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
-from lightning_modules.block_sparsity.packed_model import PACKED_FILE, load_packed, read_tiers, write_packed
+from lightning_modules.block_sparsity.packed_model import PACKED_FILE, read_tiers, write_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner
 from lightning_modules.block_sparsity.reconstruction import reconstruct
 from lightning_modules.block_sparsity.schedules import Schedule
@@ -25,8 +25,9 @@ from lightning_modules.block_sparsity.schedules.cubic import CubicSchedule
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.verification import compare
-from lightning_modules.causal_lm import CausalLM, load_pretrained
+from lightning_modules.causal_lm import CausalLM
 from lightning_modules.distillation import divergence
+from lightning_modules.loading import load
 from lightning_modules.perplexity import next_token_nll
 
 _CHECKPOINT = "block_sparsity"
@@ -40,7 +41,8 @@ class BlockSparsity(CausalLM):
     ``verify`` proves that a packed folder is the pruned one. A model that has tier maps beside it keeps them.
 
     Args:
-        pretrained: Hugging Face folder or hub name to start from; with tier maps in it, pruning goes on from them.
+        pretrained: Hugging Face folder, GGUF file or hub name to start from; with tier maps in it, pruning goes on from
+            them.
         output: Folder for the result.
         schedule: Iterations; by default five along a cubic curve to 35/45/20 % dense/2:4/top-k.
         iteration: Make only this iteration of the schedule; None makes all of them in ``fit``, the last in ``prune``.
@@ -115,14 +117,14 @@ class BlockSparsity(CausalLM):
         """See ``CausalLM.build_model``; masks that lie beside the model hold from the start."""
         folder = Path(self.pretrained)
         packed = (folder / PACKED_FILE).is_file()
-        model = load_packed(folder) if packed else load_pretrained(self.pretrained)
+        model = load(self.pretrained, **self.loading)
         self.pruner = Pruner(model, **self._pruning)  # type: ignore[arg-type]
         if packed:
             self.pruner.adopt(read_tiers(folder), str(folder / PACKED_FILE))
         elif (folder / TIERS_FILE).is_file():
             self.pruner.load(folder)
         check_held(self.pruner.matrices, self.pruner.keep, f"in {self.pretrained}")
-        return model.train()  # transformers loads in evaluation mode
+        return model.train()
 
     def configure_model(self) -> None:
         """Build the model, and adapters over it for LoRA."""
@@ -133,7 +135,7 @@ class BlockSparsity(CausalLM):
             assert self.model is not None
             self.model = lora.add_adapters(self.model, self.pruner.matrices, self.lora_rank)
         if self.teacher is not None:
-            self._teacher = [load_pretrained(self.teacher).eval().requires_grad_(False)]
+            self._teacher = [load(self.teacher, **self.loading).requires_grad_(False)]
 
     @property
     def plain_model(self) -> PreTrainedModel:

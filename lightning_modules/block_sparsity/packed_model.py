@@ -13,6 +13,7 @@ from lightning_modules.block_sparsity import sealed
 from lightning_modules.block_sparsity.bands import band_product, from_bands, to_bands
 from lightning_modules.block_sparsity.packing import PARTS, Layout, block_product, pack, unpack, unpack_keep
 from lightning_modules.block_sparsity.tiers import TierMap
+from lightning_modules.loading import FORMATS
 
 PACKED_FILE = "packed.safetensors"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
@@ -114,13 +115,18 @@ def write_packed(
 
 
 def load_packed(
-    folder: str | Path, dtype: torch.dtype = torch.float32, expand: bool = True, kernel: bool = False
+    folder: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    attention: str | None = None,
+    expand: bool = True,
+    kernel: bool = False,
 ) -> PreTrainedModel:
     """Load a packed model with one call.
 
     Args:
         folder: What ``export`` wrote.
-        dtype: Type to compute in.
+        dtype: Type to compute in; "auto" is that of the weights which are not packed.
+        attention: Attention kernel, as transformers names it; None takes transformers' choice.
         expand: Make plain dense layers; otherwise the weights stay packed in memory and are expanded layer by layer.
         kernel: Multiply layers that stay packed by a Triton kernel: for decoding on a CUDA device, in the band form.
 
@@ -131,10 +137,12 @@ def load_packed(
         ModuleNotFoundError: The kernel is asked for and triton is not installed.
     """
     folder = Path(folder)
-    tensors, layouts, _ = _read(folder)
+    tensors, layouts, packed_as = _read(folder)
+    dtype = _computing_dtype(dtype, packed_as)
     product = _kernel(folder, tensors, layouts) if kernel else None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _rest(tensors, layouts).items()}
     for name, layout in layouts.items():
         parts = _parts(tensors, name)
@@ -151,6 +159,17 @@ def load_packed(
         raise ValueError(f"{folder}: weights do not fit config.json: missing {missing}, unexpected {unexpected}")
     _fill_buffers(model)
     return model.eval()
+
+
+FORMATS[PACKED_FILE] = load_packed
+
+
+def _computing_dtype(asked: torch.dtype | str, packed_as: str) -> torch.dtype:
+    """The type to compute in; int8 values come with float16 weights around them."""
+    if isinstance(asked, torch.dtype):
+        return asked
+    name = packed_as if asked == "auto" else asked
+    return torch.float16 if name == "int8" else DTYPES[name]
 
 
 def read_tiers(folder: Path) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:

@@ -142,6 +142,11 @@ class PreparedData(L.LightningDataModule, ABC):
         return None if self._tokenizer_source is None else load_tokenizer(self._tokenizer_source)
 
     @property
+    def named_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that the argument names, before ``setup`` too; None where one is made from the text."""
+        return self._source_tokenizer
+
+    @property
     def _tokenizer_name(self) -> str:
         return self._tokenizer_source or f"byte-level BPE trained on {self.name}"
 

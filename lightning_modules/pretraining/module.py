@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lightning_modules.causal_lm import CausalLM, load_pretrained
+from lightning_modules.causal_lm import CausalLM
+from lightning_modules.loading import load
 
 _VOCAB_MULTIPLE = 64  # matrix products are faster when the vocabulary fills whole tiles
 _GPT2_62M = {"n_layer": 12, "n_embd": 512, "n_head": 8}
@@ -20,7 +21,7 @@ class Pretraining(CausalLM):
         model_type: An architecture of ``transformers.AutoConfig``: "gpt2", "llama", "qwen2", …
         config: Fields of its configuration; for GPT-2 the default is 12 layers of width 512, about 62 M parameters with
             GPT-2's own vocabulary.
-        pretrained: Continue from this Hugging Face folder or hub name instead of random weights.
+        pretrained: Continue from this Hugging Face folder, GGUF file or hub name instead of random weights.
         **kwargs: Optimizer and schedule, see ``CausalLM``.
     """
 
@@ -39,8 +40,9 @@ class Pretraining(CausalLM):
     def build_model(self) -> PreTrainedModel:
         """See ``CausalLM.build_model``; every rank draws the same weights, since all share one seed."""
         if self.pretrained is not None:
-            return load_pretrained(self.pretrained)
-        return AutoModelForCausalLM.from_config(self.architecture())
+            return load(self.pretrained, **self.loading).train()
+        kernel = self.loading["attention"]
+        return AutoModelForCausalLM.from_config(self.architecture(), attn_implementation=kernel)
 
     def architecture(self) -> Any:
         """The transformers configuration, completed from the data.

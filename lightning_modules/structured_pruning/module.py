@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -14,6 +14,7 @@ from torch import Tensor
 from common.progress import stage
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
 from lightning_modules.data.cache import cache_root
+from lightning_modules.loading import Dtype, load, load_config, load_on_meta, load_tokenizer
 from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
@@ -22,18 +23,17 @@ from lightning_modules.structured_pruning.evaluation import first_blocks, peak_m
 from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
-from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
-from lightning_modules.structured_pruning.loading import load, load_on_meta, save
+from lightning_modules.structured_pruning.layers import decoder_layers, family, shape_of
 from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.planner import Planner
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.rounds import composed, short_recovery
+from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.search import largest_share
 from lightning_modules.structured_pruning.verify import compare, in_float32, proven_slice, reference_logits
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WIDE = 0.1  # share of padding above which the export says that the gain is going
 
 
@@ -44,7 +44,7 @@ class StructuredPruning(CausalLM):
     model; ``export`` writes it as a stock class; ``validate`` is its perplexity.
 
     Args:
-        base: Hugging Face folder or hub name of the model to prune; may itself be pruned.
+        base: Hugging Face folder, GGUF file or hub name of the model to prune; may itself be pruned.
         output: Folder of the pruned model; an earlier one is replaced when the new one is complete.
         budget: For ``budget_unit`` "decoder" the share of the decoder layers' parameters to remove; for "parameters"
             and "bytes" what the whole model may keep.
@@ -62,6 +62,7 @@ class StructuredPruning(CausalLM):
         recovery_learning_rate: Its learning rate.
         plan: Slice by this plan instead of making one.
         dtype: What weights are loaded as and saved in; scores and verification are in float32.
+        attention: See ``CausalLM``.
         verify_blocks: Blocks of validation text that logits are compared on.
         tolerance: Largest difference of logits that rounding may cause, in float32.
         portable: Folder of the stock export; beside ``output`` when not given.
@@ -85,14 +86,15 @@ class StructuredPruning(CausalLM):
         recovery_steps: int = 50,
         recovery_learning_rate: float = 1e-4,
         plan: str | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Dtype = "float32",
+        attention: str | None = None,
         verify_blocks: int = 2,
         tolerance: float = 1e-4,
         portable: str | None = None,
         measure_cost: bool = False,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dtype=dtype, attention=attention)
         positive = {"calibration_blocks": calibration_blocks, "verify_blocks": verify_blocks, "tolerance": tolerance}
         positive |= {
             "rounds": rounds,
@@ -113,7 +115,7 @@ class StructuredPruning(CausalLM):
         self.drop_layers, self.multiple = drop_layers, channel_multiple
         self.calibration_blocks, self.max_ppl_ratio = calibration_blocks, max_ppl_ratio
         self.rounds, self.recovery_steps, self.recovery_learning_rate = rounds, recovery_steps, recovery_learning_rate
-        self.plan_path, self.dtype_name = plan, dtype
+        self.plan_path = plan
         self.verify_blocks, self.tolerance = verify_blocks, tolerance
         self.portable = Path(portable) if portable else self.output.with_name(f"{self.output.name}-portable")
         self.measure_cost = measure_cost
@@ -121,7 +123,16 @@ class StructuredPruning(CausalLM):
 
     def build_model(self) -> Any:
         """See ``CausalLM.build_model``: the pruned model, so that validation is of what was saved."""
-        return load(self.output)[0]
+        return self._load(self.output)
+
+    def _load(self, path: str | Path) -> Any:
+        return load(path, **self.loading, supported=family)
+
+    def _weights_dtype(self) -> torch.dtype:
+        """What weights are loaded as."""
+        name = self.loading["dtype"]
+        stored: Any = load_config(self.base).dtype if name == "auto" else getattr(torch, name)
+        return stored or torch.float32
 
     def prune(self, datamodule: LightningDataModule, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
         """Make and save the pruned model; fields of the run record.
@@ -137,14 +148,15 @@ class StructuredPruning(CausalLM):
         """
         block = datamodule.block_size
         if dry_run and self._needs_no_weights():
-            counted: Any = load_on_meta(self.base)
-            whole = ModelShape.of(counted, _DTYPES[self.dtype_name].itemsize)
+            counted: Any = load_on_meta(self.base, supported=family)
+            whole = ModelShape.of(counted, self._weights_dtype().itemsize)
             multiple = channel_multiple(whole.shapes, self.multiple)
             plan = self._planner(counted, [], multiple).plan(self._target(whole, block), self._settings())
             return _shown(self.base, report.structure(whole, plan, block, {}))
-        model, tokenizer = load(self.base, device, _DTYPES[self.dtype_name])
+        tokenizer = load_tokenizer(self.base, datamodule)
+        model: Any = self._load(self.base).to(device)
         check_vocabulary(model, datamodule.tokenizer)
-        whole = ModelShape.of(model, _DTYPES[self.dtype_name].itemsize)
+        whole = ModelShape.of(model, model.dtype.itemsize)
         multiple = channel_multiple(whole.shapes, self.multiple)
         batches = first_blocks(datamodule.train_dataloader(), self.calibration_blocks)
         measured: dict[str, Any] = {}
@@ -175,7 +187,8 @@ class StructuredPruning(CausalLM):
         plan = composed(plans)
         structure = report.structure(whole, plan, block, measured)
         save(self.output, model, tokenizer, report.card(self.base, structure | {"dataset": datamodule.name}), plan)
-        structure["reload_difference"] = largest_difference(model, load(self.output, device, model.dtype)[0], ids)
+        again: Any = load(self.output, model.dtype, self.loading["attention"]).to(device)
+        structure["reload_difference"] = largest_difference(model, again, ids)
         print(f"pruned model: {self.output}")
         return _shown(self.base, structure) | {"val_ppl": structure["ppl_after"]}
 
@@ -232,13 +245,12 @@ class StructuredPruning(CausalLM):
         """
         plan = PruningPlan.load(self.output / FILE)
         ids = self._verification_ids(datamodule).to(device)
-        dtype = _DTYPES[self.dtype_name]
-        dense, _ = load(self.base, device, dtype)
+        dense = self._load(self.base).to(device)
         plan.check_fits([shape_of(layer) for layer in decoder_layers(dense)], model_hash(dense))
         with in_float32(dense):
             reference = reference_logits(dense, plan, ids)
         del dense
-        pruned, _ = load(self.output, device, dtype)
+        pruned = self._load(self.output).to(device)
         with in_float32(pruned):
             verification = compare(*reference, pruned, ids, self.tolerance)
         verification.raise_if_failed()
@@ -252,7 +264,8 @@ class StructuredPruning(CausalLM):
             ValueError: The stock model's logits differ from the pruned one's; nothing is written.
         """
         ids = self._verification_ids(datamodule).to(device)
-        pruned, tokenizer = load(self.output, device, _DTYPES[self.dtype_name])
+        tokenizer = load_tokenizer(self.output, datamodule)
+        pruned = self._load(self.output).to(device)
         padded = pad_to_stock(pruned)
         with in_float32(pruned), in_float32(padded.model):
             difference = largest_difference(pruned, padded.model, ids)

@@ -8,14 +8,15 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from common.files import replacing
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
 from lightning_modules.distillation import divergence
+from lightning_modules.loading import load, load_config
 from lightning_modules.perplexity import next_token_nll
 from lightning_modules.structured_pruning import adapter as adapters
-from lightning_modules.structured_pruning.loading import checked, load
+from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.provenance import model_hash
 
 _ADAPTER = "adapter"  # folder of the adapter within the merged model's
@@ -90,12 +91,16 @@ class LoraRecovery(CausalLM):
         Raises:
             ValueError: ``adapter`` was trained on another base.
         """
-        model, _ = load(self.base)
-        self.base_hash = model_hash(model)
+        model = load(self.base, **self.loading, supported=family)
+        self.base_hash = self._hash(model)
         weights = None
         if self.adapter is not None:
             self.lora, weights = adapters.read_adapter(Path(self.adapter), self.base, self.base_hash)
         return adapters.attach(model, self.lora, weights).train()
+
+    def _hash(self, base: Any) -> str:
+        """Of the base in float32, so that it is the same whatever the adapters are trained beside."""
+        return model_hash(base if base.dtype == torch.float32 else load(self.base))
 
     def configure_model(self) -> None:
         """Build the model, and the teacher where there is one."""
@@ -106,7 +111,8 @@ class LoraRecovery(CausalLM):
         self.parameter_count -= trained  # of the model that comes of merging
         rank_zero_info(f"adapters of rank {self.lora.r}: {trained:,} parameters to train")
         if self.teacher_path is not None:
-            self.teacher = load(self.teacher_path)[0].requires_grad_(False).train()  # until on_train_start
+            teacher = load(self.teacher_path, **self.loading)
+            self.teacher = teacher.requires_grad_(False).train()  # until on_train_start
             if self.teacher.config.vocab_size != self.model.config.vocab_size:
                 raise ValueError(
                     f"teacher: its vocabulary has {self.teacher.config.vocab_size} tokens, the base's has "
@@ -186,7 +192,7 @@ class LoraRecovery(CausalLM):
         card: str,
     ) -> None:
         """Merge these adapters, or the saved ones, into a fresh copy of the base; write both."""
-        base, _ = load(self.base)
+        base = load(self.base, supported=family)
         check_vocabulary(base, tokenizer)
         base_hash = model_hash(base)
         if config is None:
@@ -195,7 +201,7 @@ class LoraRecovery(CausalLM):
         with replacing(folder, "model", [self.base, self.adapter, self.teacher_path]) as beside:
             adapters.save_adapter(beside / _ADAPTER, adapted, self.base, base_hash)
             # merged in float32, written in the dtype that the base has on disk
-            stored = AutoConfig.from_pretrained(checked(self.base)).dtype or torch.float32
+            stored = load_config(self.base).dtype or torch.float32
             adapted.merge_and_unload().to(stored).save_pretrained(beside)
             tokenizer.save_pretrained(beside)
             (beside / "README.md").write_text(card, encoding="utf-8")

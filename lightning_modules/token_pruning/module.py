@@ -1,7 +1,7 @@
 """Stage 2: train the scorers inside the real model, whose weights stay as they are."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -11,9 +11,9 @@ from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from common.randomness import run_seed, step_seed
-from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
+from lightning_modules.loading import load
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.anatomy import input_device
 from lightning_modules.token_pruning.evaluation import PruningQuality
@@ -34,7 +34,7 @@ class TokenPruning(L.LightningModule):
     alone trains the scorers.
 
     Args:
-        base: Hugging Face folder or hub name of the model to prune.
+        base: Hugging Face folder, GGUF file or hub name of the model to prune.
         schedule: Where and how much to prune while training.
         output: The trained pruner is saved here at the end of fit.
         pruner: Start from this saved pruner (``validate`` measures it) instead of random weights.
@@ -56,6 +56,8 @@ class TokenPruning(L.LightningModule):
         device_map: For ``validate``: how to spread the base model over devices, as transformers takes it: "auto",
             "balanced", or a device, "cpu" or "disk" for each part by name. None puts all of it on the rank's device.
         offload_folder: For parts that ``device_map`` places on "disk".
+        dtype: What the base model's weights are loaded as; "auto" is what they are on disk. Scorers are float32.
+        attention: Attention kernel of the base model: "sdpa" or "eager"; None takes transformers' choice.
 
     Raises:
         ValueError: a value outside its range.
@@ -83,6 +85,8 @@ class TokenPruning(L.LightningModule):
         warmup_steps: int = 20,
         device_map: dict[str, int | str] | str | None = None,
         offload_folder: str | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "float32",
+        attention: str | None = None,
     ) -> None:
         super().__init__()
         self.weights = {"lm": lm_weight, "mse": mse_weight, "ranking": ranking_weight}
@@ -97,7 +101,9 @@ class TokenPruning(L.LightningModule):
         self.saliency_path, self.target, self.width = saliency, target, width
         self.pairs, self.temperature, self.response, self.eval_keep = pairs, temperature, response, eval_keep
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
-        self.device_map, self.offload_folder = device_map, offload_folder
+        self.device_map = device_map
+        self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
+        self.loading |= {"device_map": device_map, "offload_folder": offload_folder}
         self.pruner: Any = None
         self.saliency: Saliency | None = None
         self._outside: list[Any] = []  # in a list, so that it is neither moved, trained nor saved
@@ -124,7 +130,7 @@ class TokenPruning(L.LightningModule):
         """Load the base model, and make or load the scorers."""
         if self.pruner is not None:
             return
-        model = load_pretrained(self.base, self.device_map, self.offload_folder).requires_grad_(False).eval()
+        model = load(self.base, **self.loading).requires_grad_(False)
         self._outside.append(model)
         layers = self.schedule.resolve(model.config.num_hidden_layers)
         if self.pruner_path is None:

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_modules.causal_lm import load_pretrained
 from lightning_modules.data.tokenizer import fingerprint
+from lightning_modules.loading import Dtype, load
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.samples import check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
@@ -26,16 +26,17 @@ class TokenSaliency(L.LightningModule):
     key made of the sample's own tokens.
 
     Args:
-        base: Hugging Face folder or hub name of the model to prune.
+        base: Hugging Face folder, GGUF file or hub name of the model to prune.
         folder: Where the values go.
         schedule: Says after which layers tokens are to be pruned.
         target: What is measured.
         num_samples: Stop after so many samples, all ranks together.
         response: Tokens at the end of a block of plain text that count as response.
-        dtype: Precision of the model: "float32", "bfloat16" or "float16".
+        dtype: What the model's weights are loaded as; "auto" is what they are on disk.
+        attention: Attention kernel, as transformers names it; None takes transformers' choice.
 
     Raises:
-        ValueError: ``num_samples`` or ``response`` below 1, or an unknown ``dtype``.
+        ValueError: ``num_samples`` or ``response`` below 1.
     """
 
     def __init__(
@@ -46,23 +47,22 @@ class TokenSaliency(L.LightningModule):
         target: Target,
         num_samples: int = 1000,
         response: int = 64,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
+        attention: str | None = None,
     ) -> None:
         super().__init__()
         if num_samples < 1 or response < 1:
             raise ValueError(f"num_samples and response must be at least 1, got {num_samples} and {response}")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         self.base, self.folder, self.schedule, self.target = base, Path(folder), schedule, target
-        self.num_samples, self.response, self.dtype_name = num_samples, response, dtype
+        self.num_samples, self.response = num_samples, response
+        self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
         self.skipped: Counter[str] = Counter()
 
     def configure_model(self) -> None:
         """Load the frozen model once."""
         if self.model is None:
-            dtype = getattr(torch, self.dtype_name)
-            self.model = load_pretrained(self.base).requires_grad_(False).eval().to(dtype)
+            self.model = load(self.base, **self.loading).requires_grad_(False)
             self.layers = self.schedule.resolve(self.model.config.num_hidden_layers)
 
     def setup(self, stage: str) -> None:

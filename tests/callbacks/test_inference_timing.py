@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import InferenceTiming, RunRecord
 from lightning_modules import Pretraining
-from lightning_modules.structured_pruning.loading import save
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
+from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
 from tests.lightning_modules.data.toy import Toy
 

@@ -17,7 +17,7 @@ from callbacks import PrefillMemory, PrefillTiming, RunRecord
 from callbacks.prefill_memory import _Cpu
 from callbacks.prefill_timing import pruned_read
 from callbacks.survival import show, survival
-from lightning_modules.causal_lm import load_pretrained
+from lightning_modules.loading import load
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
@@ -97,7 +97,7 @@ def test_the_modules_own_pruner_and_schedule_are_the_default(tmp_path):
 
 def test_an_offloaded_model_is_timed_where_it_is_and_its_times_are_doubted(tmp_path):
     build().save_pretrained(tmp_path / "model")
-    model = load_pretrained(str(tmp_path / "model"), on_disk(), str(tmp_path / "disk")).eval()
+    model = load(tmp_path / "model", device_map=on_disk(), offload_folder=str(tmp_path / "disk"))
     timing = PrefillTiming(Recency(), SCHEDULE, lengths=[64], repeats=1, warmup=0)
     with pytest.warns(UserWarning, match="times measure transfers: .*lm_head"):
         record, _ = _validate(tmp_path, timing, model)

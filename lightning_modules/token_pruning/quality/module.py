@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import torch
 
 from common.progress import stage
-from lightning_modules.causal_lm import load_pretrained
+from lightning_modules.loading import Dtype, load
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.tasks import (
@@ -34,7 +34,7 @@ class TokenQuality(L.LightningModule):
     ``token_quality``: a row for every task, scorer and share kept, with what it saves over chance and recency.
 
     Args:
-        base: Hugging Face folder or hub name of the model.
+        base: Hugging Face folder, GGUF file or hub name of the model.
         schedule: Where to prune; its shares are replaced by those of ``keep``.
         scorers: What to compare.
         keep: Shares that every stage keeps.
@@ -44,6 +44,8 @@ class TokenQuality(L.LightningModule):
         suffix: Tokens of the suffix in blocks of plain text.
         longbench: LongBench-style file with ``context``, ``input`` and ``answers``.
         max_prompt: Longest prompt of that file, in tokens.
+        dtype: What the model's weights are loaded as; "auto" is what they are on disk.
+        attention: Attention kernel, as transformers names it; None takes transformers' choice.
 
     Raises:
         ValueError: a value outside its range, two scorers of one name, or the task "longbench" without a file.
@@ -60,6 +62,8 @@ class TokenQuality(L.LightningModule):
         suffix: int = 64,
         longbench: str | None = None,
         max_prompt: int = 4096,
+        dtype: Dtype = "float32",
+        attention: str | None = None,
     ) -> None:
         super().__init__()
         if windows < 1 or suffix < 1 or not scorers or not tasks or not keep:
@@ -74,11 +78,12 @@ class TokenQuality(L.LightningModule):
         self.base, self.schedule, self.scorers, self.keep = base, schedule, scorers, keep
         self.tasks, self.windows, self.suffix = tasks, windows, suffix
         self.longbench, self.max_prompt = longbench, max_prompt
+        self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
 
     def verify(self, datamodule: Any, device: torch.device) -> dict[str, Any]:
         """Run all tasks; returns the record's ``token_quality``."""
-        self.model = load_pretrained(self.base).eval().to(device)
+        self.model = load(self.base, **self.loading).to(device)
         rows: list[dict[str, Any]] = []
         for task in self.tasks:
             found = self._task(task, datamodule, device)

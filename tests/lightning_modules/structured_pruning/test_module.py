@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.data.tokenizer import train_bpe
-from lightning_modules.structured_pruning import StructuredPruning, load
+from lightning_modules.loading import load
+from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.allocation.global_ranking import Global
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
@@ -82,7 +83,7 @@ def test_prune_verify_and_export(make, data, tmp_path):
     requested, obtained = structure["budget_requested"], structure["budget_obtained"]
     assert requested == round(0.25 * structure["decoder_parameters_before"])
     assert abs(requested - obtained) <= 0.005 * structure["decoder_parameters_before"]
-    model, _ = load(tmp_path / "pruned")
+    model = load(tmp_path / "pruned")
     assert model.num_parameters() == structure["parameters_after"]
     assert [entry["groups_kept"] for entry in structure["layers"]] == [
         layer.num_key_value_heads for layer in model.config.per_layer_config
@@ -145,7 +146,7 @@ def test_methods_combine(importance, allocation, make, data):
 def test_whole_layers_can_go(make, data, tmp_path):
     structure = make(drop_layers=1, budget=0.4, allocation=Inverse(cap=0.9)).prune(data, CPU)["structure"]
     assert [entry["groups_kept"] > 0 for entry in structure["layers"]].count(False) == 1
-    assert load(tmp_path / "pruned")[0].config.num_hidden_layers == 3
+    assert load(tmp_path / "pruned").config.num_hidden_layers == 3
     make().verify(data, CPU)
     with pytest.raises(ValueError, match="dropping 2 layers removes"):
         make(drop_layers=2, budget=0.3).prune(data, CPU)
@@ -157,14 +158,14 @@ def test_rounds_with_recovery_remove_the_whole_budget(make, data, tmp_path):
     module = make(rounds=2, recovery_steps=2, recovery_learning_rate=1e-2, budget=0.4)
     structure = module.prune(data, CPU)["structure"]
     assert abs(structure["budget_obtained"] - structure["budget_requested"]) <= 0.01 * structure["budget_requested"]
-    assert load(tmp_path / "pruned")[0].num_parameters() == structure["parameters_after"]
+    assert load(tmp_path / "pruned").num_parameters() == structure["parameters_after"]
     with pytest.raises(ValueError, match="weights were changed after pruning"):
         make().verify(data, CPU)
 
 
 def test_the_largest_budget_under_a_limit_is_found(make, data, base):
     # What the model itself finds likeliest: any pruning makes it less likely.
-    text = load(base)[0].generate(batches(1)[0]["input_ids"][:, :2], max_new_tokens=18, do_sample=False)
+    text = load(base).generate(batches(1)[0]["input_ids"][:, :2], max_new_tokens=18, do_sample=False)
     data.val_dataloader = lambda: [{"input_ids": text, "labels": text}]
     structure = make(max_ppl_ratio=1.2, budget=0.6, allocation=Inverse(cap=0.8)).prune(data, CPU)["structure"]
     assert 0 < structure["settings"]["share_found"] < 0.6

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import HFExport
 from lightning_modules.distillation import divergence
+from lightning_modules.loading import load
 from lightning_modules.structured_pruning import LoraRecovery
-from lightning_modules.structured_pruning.loading import load, save
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
+from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
 from strategies import CompressedFSDP
 from strategies.compressors.int8 import Int8
@@ -80,7 +81,7 @@ def logits(model):
 def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(folders):
     module = recovery(folders, rank=3)
     module.configure_model()
-    base, _ = load(folders / "base")
+    base = load(folders / "base")
     assert torch.equal(logits(module.model), logits(base))
     shapes = [p.weight.shape for n, p in base.named_modules() if n.endswith("_proj")]
     assert len(shapes) == 2 * 7
@@ -92,14 +93,14 @@ def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(folders):
 
 def test_fit_trains_merges_and_saves_what_loads_in_one_call(folders, tmp_path):
     module = fit(folders, 5, export=tmp_path / "recovered")
-    base, _ = load(folders / "base")
+    base = load(folders / "base")
     frozen = {
         n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in module.model.named_parameters()
     }
     assert all(torch.equal(frozen[name], p) for name, p in base.named_parameters())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
     assert type(merged).__name__ == "PerLayerLlamaForCausalLM"
-    adapted = PeftModel.from_pretrained(load(folders / "base")[0], str(tmp_path / "recovered/adapter")).eval()
+    adapted = PeftModel.from_pretrained(load(folders / "base"), str(tmp_path / "recovered/adapter")).eval()
     torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits(merged), logits(module.model.eval()), atol=1e-5, rtol=1e-4)
     assert (logits(merged) - logits(base)).abs().max() > 0.01
@@ -162,7 +163,7 @@ def test_recomputed_activations_give_the_same_adapters(folders):
 
 
 def test_the_teacher_is_followed_and_never_trained_or_saved(folders, tmp_path):
-    dense, _ = load(folders / "base-dense")
+    dense = load(folders / "base-dense")
     module = recovery(folders, teacher=str(folders / "base-dense"), distill_weight=1.0, temperature=1.0)
     fit(folders, 30, module, export=tmp_path / "recovered", save_to=tmp_path / "c.ckpt")
     assert all(torch.equal(p, q) for p, q in zip(module.teacher.parameters(), dense.parameters(), strict=True))
@@ -177,7 +178,7 @@ def test_the_teacher_is_followed_and_never_trained_or_saved(folders, tmp_path):
             return divergence(*scores, batch["labels"]).item()
 
     recovered = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
-    assert distance(recovered) < 0.8 * distance(load(folders / "base")[0])
+    assert distance(recovered) < 0.8 * distance(load(folders / "base"))
 
 
 def test_arguments_are_checked(folders, tmp_path):
@@ -209,6 +210,6 @@ def test_two_sharded_ranks_train_the_same_adapters_as_one(folders, tmp_path, two
     fit(folders, 4, recovery(folders), tmp_path / "alone", batch_size=4)
     sharded, alone = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("recovered", "alone"))
     difference = (logits(sharded) - logits(alone)).abs().max()
-    changed = (logits(alone) - logits(load(folders / "base")[0])).abs().max()
+    changed = (logits(alone) - logits(load(folders / "base"))).abs().max()
     assert difference < (0.2 if compressed else 1e-3) * changed
     assert all(".lora_" in name for name in torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_modules.causal_lm import load_pretrained
+from lightning_modules.loading import load
 from lightning_modules.token_pruning.module import TokenPruning
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.saliency import TokenSaliency
@@ -49,7 +49,7 @@ def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tm
     often = {"val_check_interval": 6, "check_val_every_n_epoch": None, "limit_val_batches": 2}
     trainer = _trainer(max_steps=6, callbacks=[checkpoint], enable_checkpointing=True, **often)
     trainer.fit(module, data)
-    before = load_pretrained(base).state_dict()
+    before = load(base).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in module.model.parameters())
     state = torch.load(checkpoint.last_model_path, weights_only=True)
@@ -109,7 +109,7 @@ def test_supervision_teaches_the_order_of_saliency(base, data, saliency, tmp_pat
 
 def test_an_offloaded_model_validates_to_the_same_numbers(base, data, tmp_path):  # noqa: F811
     options = {"mse_weight": 0.0, "ranking_weight": 0.0, "pruner": str(tmp_path / "saved")}
-    model = load_pretrained(base)
+    model = load(base)
     TokenPruner.for_model(model, SCHEDULE.resolve(LAYERS), width=32).save(tmp_path / "saved")
     places = {"device_map": on_disk(), "offload_folder": str(tmp_path / "disk")}
     found = []

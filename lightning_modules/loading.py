@@ -1,0 +1,211 @@
+"""The one way to load a causal language model and its tokenizer: a folder, a GGUF file, or a name on the Hub.
+
+Folders that transformers cannot read by itself (packed weights) are read by what their feature has put in ``FORMATS``.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+GgufConfig: Any = getattr(transformers, "GgufConfig", None)  # before there was one, transformers always expanded
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""What weights become in memory; "auto" is what they are on disk."""
+
+Reader = Callable[[Path, "Dtype | torch.dtype", "str | None"], PreTrainedModel]
+"""Reads a folder's model as this dtype and with this attention."""
+
+FORMATS: dict[str, Reader] = {}
+"""Special formats: the file that a folder of each has, and what reads such a folder."""
+
+_GGUF = ".gguf"
+
+
+class _Source(NamedTuple):
+    """Where a model is.
+
+    Attributes:
+        name: A folder that exists, or a Hub name.
+        options: What transformers needs besides.
+        local: Whether it is a folder.
+    """
+
+    name: str
+    options: dict[str, str]
+    local: bool
+
+
+def load(
+    path: str | Path,
+    dtype: Dtype | torch.dtype = "float32",
+    attention: str | None = None,
+    device_map: dict[str, int | str] | str | None = None,
+    offload_folder: str | None = None,
+    supported: Callable[[PretrainedConfig], Any] | None = None,
+) -> Any:
+    """Load a causal language model.
+
+    Args:
+        path: A Hugging Face folder, also a pruned or packed one of Pare's; a GGUF file, whose weights are expanded; or
+            a name on the Hub.
+        dtype: What weights become.
+        attention: Attention kernel, as transformers names it: "sdpa", "eager", "flash_attention_2", …; None takes
+            transformers' choice.
+        device_map: Place its parts on several devices; None loads it on the CPU.
+        offload_folder: For parts that the map places on "disk".
+        supported: Called with the configuration before weights are read; raises where the model cannot be used.
+
+    Returns:
+        A ``PreTrainedModel``, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: No such folder or file, or a name that cannot be had from the Hub; the message says how.
+        ValueError: A folder without a model, damaged or missing weights, or an attention that there is not.
+    """
+    config = load_config(path)
+    if supported is not None:
+        supported(config)
+    source = _locate(path)
+    folder = Path(source.name)
+    reader = next((read for file, read in FORMATS.items() if source.local and (folder / file).is_file()), None)
+    if reader is not None:
+        if device_map is not None:
+            raise ValueError(f"device_map: {path} is packed, and is loaded on one device; unpack it first (export)")
+        return reader(folder, dtype, attention)
+    options: dict[str, Any] = {
+        **source.options,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    if "gguf_file" in source.options and GgufConfig is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)  # packed, it can be neither trained nor saved
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if device_map is not None:
+        options |= {"device_map": device_map, "offload_folder": offload_folder}
+    transformers_logging.disable_progress_bar()  # of a file or two: says nothing
+    with _explained(path, source):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, **options)
+        except (ValueError, ImportError) as error:
+            if attention is None or "attention" not in str(error).lower():
+                raise
+            raise ValueError(f"attention {attention!r} cannot be used here: {_first_line(error)}") from error
+    model, found = loaded
+    wrong = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if wrong:  # transformers would go on with random weights
+        raise ValueError(
+            f"{path}: {len(wrong)} weights are missing or of other shapes than config.json says, e.g. {wrong[0]}: the "
+            "folder is incomplete, or its config.json is of another model; write or fetch it again"
+        )
+    return model.eval()
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """A model's configuration; costs no weights. Arguments and errors as for ``load``."""
+    source = _locate(path)
+    with _explained(path, source):
+        return AutoConfig.from_pretrained(source.name, **source.options)
+
+
+def load_on_meta(path: str | Path, supported: Callable[[PretrainedConfig], Any] | None = None) -> Any:
+    """The model without its weights: for counting. Arguments and errors as for ``load``."""
+    config = load_config(path)
+    if supported is not None:
+        supported(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_tokenizer(path: str | Path, data: Any = None) -> PreTrainedTokenizerBase:
+    """A model's tokenizer: the one beside the weights, or else the one that ``data.tokenizer`` names.
+
+    Args:
+        path: As for ``load``.
+        data: A DataModule with a ``named_tokenizer``, or none.
+
+    Raises:
+        FileNotFoundError: See ``load``.
+        ValueError: There is none, or it cannot be read.
+    """
+    source = _locate(path)
+    try:
+        with _explained(path, source):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.name, **source.options)
+            if not len(tokenizer):  # what transformers makes of some folders without one
+                raise ValueError("its vocabulary is empty")
+            return tokenizer
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for a broken file, transformers KeyError
+        named: PreTrainedTokenizerBase | None = getattr(data, "named_tokenizer", None)
+        if named is not None:
+            return named
+        raise ValueError(
+            f"{path} has no tokenizer that can be read: put tokenizer.json and tokenizer_config.json beside the "
+            f"weights, or name one (data.tokenizer) ({_first_line(error)})"
+        ) from error
+
+
+def _locate(path: str | Path) -> _Source:
+    """Find a model without reading it."""
+    name, local = str(path), Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            files = sorted(file.name for file in local.glob(f"*{_GGUF}"))
+            hint = f"name the file, {local / files[0]}" if files else "give a Hugging Face folder, or a Hub name"
+            raise ValueError(f"{path} has no config.json: {hint}")
+        return _Source(str(local), {}, True)
+    if local.is_file():
+        if local.suffix != _GGUF:
+            raise ValueError(f"{path} is a file: give the folder that it is in, or a GGUF file ({_GGUF})")
+        return _Source(str(local.parent), {"gguf_file": local.name}, True)
+    owner_name, _, file = name.rpartition("/")
+    on_hub = not name.startswith((".", "/", "~"))
+    if on_hub and name.endswith(_GGUF) and owner_name.count("/") == 1:
+        return _Source(owner_name, {"gguf_file": file}, False)
+    if not on_hub or name.count("/") > 1:
+        raise FileNotFoundError(f"no model folder at {path}: give a Hugging Face folder, a GGUF file or a Hub name")
+    return _Source(name, {}, False)
+
+
+@contextmanager
+def _explained(path: str | Path, source: _Source) -> Iterator[None]:
+    """Errors of transformers in words that say what to do."""
+    try:
+        yield
+    except ImportError as error:
+        if "gguf" not in str(error).lower():
+            raise
+        raise ValueError(f"{path}: reading GGUF files needs the package gguf: pip install 'pare[gguf]'") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path}: weights are cut short or damaged ({error}); write or fetch them again") from error
+    except OSError as error:
+        if source.local:
+            raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        why = "HF_HUB_OFFLINE is set, and the Hub's cache here has it not" if offline else _first_line(error)
+        raise FileNotFoundError(
+            f"no model {source.name!r}: it is no folder here, and could not be had from the Hub ({why}); fetch it "
+            f"where there is a network (hf download {source.name}), or give a folder"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

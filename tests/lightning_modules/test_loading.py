@@ -1,0 +1,147 @@
+"""One loader for folders, GGUF files and names, and what it says when something is wrong."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import gguf
+import pytest
+import torch
+
+from lightning_modules.block_sparsity.packed_model import write_packed
+from lightning_modules.block_sparsity.pruner import Pruner
+from lightning_modules.data.tokenizer import train_bpe
+from lightning_modules.loading import load, load_config, load_tokenizer
+from lightning_modules.structured_pruning.saving import save
+from lightning_modules.structured_pruning.slicing import slice_model
+from tests.lightning_modules import gguf_file
+from tests.lightning_modules.structured_pruning.toy import ids, plan_for, tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["the quick brown fox jumps over the lazy dog. "] * 50, 300)
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_dtype_and_attention_reach_the_model(folder):
+    assert load(folder).dtype == torch.float32
+    model = load(folder, "bfloat16", "eager")
+    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager" and not model.training
+    tiny(dtype=torch.float16).save_pretrained(folder)
+    assert load(folder).dtype == torch.float32 and load(folder, "auto").dtype == torch.float16
+
+
+def test_pruned_and_packed_folders_load_like_any_other(tmp_path, tokenizer):
+    dense = tiny()
+    pruned = slice_model(dense, plan_for(dense))
+    save(tmp_path / "pruned", pruned, tokenizer, "# card")
+    assert torch.equal(load(tmp_path / "pruned")(ids()).logits, pruned(ids()).logits)
+    assert load(tmp_path / "pruned", "bfloat16", "eager").config._attn_implementation == "eager"
+
+    pruner = Pruner(dense, block=4, k=2)
+    (tmp_path / "packed").mkdir()
+    write_packed(tmp_path / "packed", dense, dense.state_dict(), pruner.tiers, "bfloat16")
+    packed = load(tmp_path / "packed", attention="eager")
+    assert packed.dtype == torch.float32 and packed.config._attn_implementation == "eager"
+    assert load(tmp_path / "packed", "auto").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"device_map.*packed"):
+        load(tmp_path / "packed", device_map="auto")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gguf_file_is_read_and_can_be_saved_again(tmp_path, tokenizer, tied):
+    model = tiny(vocab_size=320, hidden_size=64, intermediate_size=96, head_dim=8, tie_word_embeddings=tied)
+    gguf_file.write(tmp_path / "model.gguf", model, tokenizer)
+    read = load(tmp_path / "model.gguf")
+    torch.testing.assert_close(read(ids()).logits, model(ids()).logits)
+    read.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(ids()).logits, read(ids()).logits)
+
+    text = "the quick dog, été <b>"
+    found = load_tokenizer(tmp_path / "model.gguf")
+    assert found(text).input_ids == tokenizer(text).input_ids
+    found.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved")(text).input_ids == tokenizer(text).input_ids
+
+
+def test_quantised_gguf_weights_are_expanded(tmp_path, tokenizer):
+    model = tiny(vocab_size=320, hidden_size=64, intermediate_size=96, head_dim=8)
+    gguf_file.write(tmp_path / "model.gguf", model, tokenizer, gguf.GGMLQuantizationType.Q8_0)
+    read = load(tmp_path / "model.gguf", "bfloat16")
+    assert {p.dtype for p in read.parameters()} == {torch.bfloat16}
+    weight, wanted = read.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight
+    assert 0 < (weight.float() - wanted).abs().max() < wanted.abs().max() / 100
+    read.save_pretrained(tmp_path / "saved")  # a quantised model could not be
+    assert load_config(tmp_path / "model.gguf").num_hidden_layers == 4
+
+
+def test_without_the_package_gguf_the_message_says_what_to_install(tmp_path, tokenizer, monkeypatch):
+    gguf_file.write(tmp_path / "model.gguf", tiny(vocab_size=320, head_dim=8), tokenizer)
+    monkeypatch.setattr("transformers.utils.import_utils._is_package_available", lambda *_, **__: (False, "0"))
+    for name in [name for name in sys.modules if name == "gguf" or name.startswith("gguf.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"model\.gguf.*pip install 'pare\[gguf\]'"):
+        load(tmp_path / "model.gguf")
+
+
+def test_what_is_not_there_is_said_with_what_to_do(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=r"no model 'nobody/nothing'.*HF_HUB_OFFLINE.*hf download nobody"):
+        load("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match=r"no model folder at .*/none"):
+        load(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load(tmp_path)
+    (folder.parent / "some.gguf").touch()
+    with pytest.raises(ValueError, match=r"name the file, .*some\.gguf"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is a file: give the folder"):
+        load(folder / "config.json")
+    with pytest.raises(ValueError, match="attention 'flush'"):
+        load(folder, attention="flush")
+    with pytest.raises(ValueError, match="only 2"):
+        load(folder, supported=lambda config: _only_two(config))
+
+
+def _only_two(config):
+    if config.num_hidden_layers != 2:
+        raise ValueError("only 2 layers")
+
+
+def test_damaged_and_incomplete_folders_are_refused(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    for field, value in (("num_hidden_layers", 5), ("intermediate_size", 64)):
+        (folder / "config.json").write_text(json.dumps(fields | {field: value}))
+        with pytest.raises(ValueError, match=r"weights are missing or of other shapes.*model\.layers\."):
+            load(folder)
+    (folder / "config.json").write_text(json.dumps(fields))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="model: weights are cut short or damaged"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model cannot be loaded: .*model\.safetensors"):
+        load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load(folder)
+
+
+def test_the_tokenizer_is_beside_the_weights_or_named_by_the_data(folder, tokenizer):
+    data = SimpleNamespace(named_tokenizer=object())
+    assert load_tokenizer(folder, data).get_vocab() == tokenizer.get_vocab()
+    (folder / "tokenizer.json").write_text("{}")
+    assert load_tokenizer(folder, data) is data.named_tokenizer
+    for damage in (lambda file: None, lambda file: file.unlink()):
+        damage(folder / "tokenizer.json")
+        for without in (None, SimpleNamespace(named_tokenizer=None)):
+            with pytest.raises(ValueError, match=r"model has no tokenizer.*data\.tokenizer"):
+                load_tokenizer(folder, without)
