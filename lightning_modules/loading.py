@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import transformers
@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+
+from common.files import check_manifest, recover
 
 GgufConfig: Any = getattr(transformers, "GgufConfig", None)  # before there was one, transformers always expanded
 
@@ -75,13 +77,18 @@ def load(
 
     Raises:
         FileNotFoundError: No such folder or file, or a name that cannot be had from the Hub; the message says how.
-        ValueError: A folder without a model, damaged or missing weights, or an attention that there is not.
+        ValueError: A folder without a model, damaged or missing weights, or an attention that there is not; of what
+            Pare wrote, ``DamagedError`` names the file.
     """
+    if isinstance(dtype, str) and dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}; got {dtype!r}")
     config = load_config(path)
     if supported is not None:
         supported(config)
     source = _locate(path)
     folder = Path(source.name)
+    if source.local and not source.options:
+        check_manifest(folder)
     reader = next((read for file, read in FORMATS.items() if source.local and (folder / file).is_file()), None)
     if reader is not None:
         if device_map is not None:
@@ -166,6 +173,7 @@ def load_tokenizer(path: str | Path, data: Any = None) -> PreTrainedTokenizerBas
 def _locate(path: str | Path) -> _Source:
     """Find a model without reading it."""
     name, local = str(path), Path(path).expanduser()
+    recover(local)
     if local.is_dir():
         if not (local / "config.json").is_file():
             files = sorted(file.name for file in local.glob(f"*{_GGUF}"))

@@ -8,6 +8,7 @@ import gguf
 import pytest
 import torch
 
+from common.files import DamagedError
 from lightning_modules.block_sparsity.packed_model import write_packed
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.data.tokenizer import train_bpe
@@ -105,6 +106,8 @@ def test_what_is_not_there_is_said_with_what_to_do(tmp_path, folder, monkeypatch
         load(tmp_path)
     with pytest.raises(ValueError, match=r"config\.json is a file: give the folder"):
         load(folder / "config.json")
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32.*int8"):
+        load(folder, "int8")
     with pytest.raises(ValueError, match="attention 'flush'"):
         load(folder, attention="flush")
     with pytest.raises(ValueError, match="only 2"):
@@ -133,6 +136,21 @@ def test_damaged_and_incomplete_folders_are_refused(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json"):
         load(folder)
+
+
+def test_a_changed_file_in_what_pare_wrote_is_named(tmp_path, tokenizer):
+    save(tmp_path / "model", tiny(), tokenizer, "# card")
+    weights = bytearray((tmp_path / "model/model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (tmp_path / "model/model.safetensors").write_bytes(weights)
+    with pytest.raises(DamagedError, match=r"model\.safetensors is not what was written"):
+        load(tmp_path / "model")
+
+
+def test_a_folder_whose_replacement_was_killed_is_found(tmp_path, tokenizer):
+    save(tmp_path / "model", tiny(), tokenizer, "# card")
+    (tmp_path / "model").rename(tmp_path / ".model.old")
+    assert load(tmp_path / "model").num_parameters() == tiny().num_parameters()
 
 
 def test_the_tokenizer_is_beside_the_weights_or_named_by_the_data(folder, tokenizer):

@@ -172,7 +172,6 @@ def test_what_is_prompt_and_what_is_response():
     assert blocks.prompt.sum(1).tolist() == [7] * 4 and len(set(blocks.keys())) == 1
 
 
-@pytest.mark.parametrize(("options", "names"), [({"num_samples": 0}, "num_samples"), ({"dtype": "int8"}, "int8")])
-def test_what_is_wrong_is_named(options, names):
-    with pytest.raises(ValueError, match=names):
-        TokenSaliency("b", "f", SCHEDULE, GateGradient(), **options)
+def test_what_is_wrong_is_named():
+    with pytest.raises(ValueError, match="num_samples"):
+        TokenSaliency("b", "f", SCHEDULE, GateGradient(), num_samples=0)
