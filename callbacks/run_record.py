@@ -42,7 +42,10 @@ class RunRecord(Measurement):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Remember the last losses; on the device, since reading each would make the host wait."""
         if completes_step(trainer) and outputs is not None:
-            self._losses.append(outputs["loss"].detach())
+            # modules that minimise something else than the cross entropy hand that over beside it
+            loss = outputs.get("train_loss", outputs["loss"])
+            if loss is not None:
+                self._losses.append(loss.detach())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record, on rank 0."""

@@ -13,9 +13,10 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from common.randomness import run_seed, step_seed
+from lightning_modules.distillation import distilled_loss
 from lightning_modules.export import export
 from lightning_modules.loading import Dtype
-from lightning_modules.perplexity import next_token_nll, perplexity
+from lightning_modules.perplexity import batch_nll, perplexity
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -95,25 +96,29 @@ class CausalLM(L.LightningModule):
                 if type(block).__name__ in (self.model._no_split_modules or ()):
                     block.compile()
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | dict[str, Tensor]:
         """Mean next-token loss of ``input_ids [B, T]`` against ``labels [B, T]``."""
-        nll, tokens = next_token_nll(self.logits(batch), batch["labels"])
+        nll, tokens = batch_nll(self.model, batch)
         loss = nll / tokens.clamp_min(1)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def logits(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
-        """Scores ``[B, T, V]`` of a batch, by this model or another.
+    def distilled_step(
+        self, batch: dict[str, Tensor], teacher: Any, weight: float, temperature: float = 1.0
+    ) -> dict[str, Tensor]:
+        """A training step with a teacher; ``train/loss`` is the cross entropy on the text, as without one.
 
-        No attention mask is needed: padding is on the right, or set apart by positions.
+        Returns:
+            ``loss``, which is minimised, and ``train_loss``, which is recorded.
         """
-        positions = batch.get("position_ids")
-        given = {} if positions is None else {"position_ids": positions}
-        return (model or self.model)(input_ids=batch["input_ids"], use_cache=False, **given).logits
+        found = distilled_loss(self.model, teacher, batch, weight, temperature)
+        self.log("train/loss", found.text, prog_bar=True)
+        self.log_dict({"train/divergence": found.divergence, "train/mixture": found.mixture})
+        return {"loss": found.mixture, "train_loss": found.text.detach()}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accumulate the token-weighted loss."""
-        nll, tokens = next_token_nll(self.logits(batch), batch["labels"])
+        nll, tokens = batch_nll(self.model, batch)
         self.val_nll.update(nll.double() / tokens.clamp_min(1), weight=tokens)
 
     def on_validation_epoch_end(self) -> None:

@@ -3,11 +3,47 @@
 Shape legend: B sequences, T tokens, V vocabulary.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.perplexity import IGNORED
+from lightning_modules.batches import IGNORED, Batch, labels, logits
+from lightning_modules.perplexity import next_token_nll
+
+
+class Losses(NamedTuple):
+    """Losses of a student, 0-d, in nats per predicted token.
+
+    Attributes:
+        mixture: What is minimised: (1 − weight) · text + weight · divergence.
+        text: Cross entropy on the text alone.
+        divergence: From the teacher, see ``divergence``.
+    """
+
+    mixture: Tensor
+    text: Tensor
+    divergence: Tensor
+
+
+def distilled_loss(student: Any, teacher: Any, batch: Batch, weight: float, temperature: float = 1.0) -> Losses:
+    """Learn from the text and from a teacher.
+
+    Args:
+        student: The model that learns.
+        teacher: Gets no gradients.
+        batch: Text, also padded or packed.
+        weight: Share of the teacher, from 0 to 1.
+        temperature: See ``divergence``.
+    """
+    scores = logits(student, batch)
+    with torch.no_grad():
+        wanted = logits(teacher, batch).to(scores.device)
+    predicted = labels(batch).to(scores.device)
+    nll, tokens = next_token_nll(scores, predicted)
+    text, distance = nll / tokens.clamp_min(1), divergence(scores, wanted, predicted, temperature)
+    return Losses((1 - weight) * text + weight * distance, text, distance)
 
 
 def divergence(student_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temperature: float = 1.0) -> Tensor:

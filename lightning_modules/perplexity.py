@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # label of a position that is not predicted
+from lightning_modules.batches import IGNORED, Batch, labels, logits
 
 
 def next_token_nll(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,28 +38,28 @@ def perplexity(mean_nll: float) -> float:
     return math.exp(mean_nll) if mean_nll < 700 else math.inf
 
 
+def batch_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """``next_token_nll`` of a model on a batch, padded or packed; gradients flow."""
+    scores = logits(model, batch)
+    return next_token_nll(scores, labels(batch).to(scores.device))
+
+
 @torch.no_grad()
-def mean_nll(
-    model: Any, batches: Iterable[dict[str, Tensor]], done: Callable[[int], None] = lambda count: None
-) -> float:
+def mean_nll(model: Any, batches: Iterable[Batch], done: Callable[[int], None] = lambda count: None) -> float:
     """Token-weighted mean negative log-likelihood, in nats per token.
 
     Args:
         model: A causal language model.
-        batches: ``{"input_ids": [B, T], "labels": [B, T]}``.
+        batches: See ``batches.Batch``.
         done: Told the number of batches done, for progress.
 
     Raises:
         ValueError: There is nothing to predict.
     """
-    device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    count = torch.zeros((), dtype=torch.int64, device=device)
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     for number, batch in enumerate(batches, 1):
-        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
-        nll, tokens = next_token_nll(logits, batch["labels"].to(device))
-        total += nll.double()
-        count += tokens
+        nll, tokens = batch_nll(model, batch)
+        total, count = total.to(nll.device) + nll.double(), count.to(nll.device) + tokens
         done(number)
     if not count:
         raise ValueError("data: no token to predict; give more text, or a smaller block_size")

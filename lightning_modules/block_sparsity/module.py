@@ -26,9 +26,8 @@ from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM
-from lightning_modules.distillation import divergence
+from lightning_modules.frozen import Frozen
 from lightning_modules.loading import load
-from lightning_modules.perplexity import next_token_nll
 
 _CHECKPOINT = "block_sparsity"
 
@@ -109,7 +108,7 @@ class BlockSparsity(CausalLM):
         self.iteration_lr_factor, self._packing = iteration_lr_factor, (export_dtype, export_bands)
         self._pruning = {"block": block, "k": topk, "pattern": pattern, "scope": scope, "row_relative": row_relative}
         self.pruner: Pruner
-        self._teacher: list[Any] = []  # in a list, so that it is no submodule and in no checkpoint
+        self._teacher: Frozen | None = None
 
     # ---- the model --------------------------------------------------------------------------------------------
 
@@ -135,7 +134,7 @@ class BlockSparsity(CausalLM):
             assert self.model is not None
             self.model = lora.add_adapters(self.model, self.pruner.matrices, self.lora_rank)
         if self.teacher is not None:
-            self._teacher = [load(self.teacher, **self.loading).requires_grad_(False)]
+            self._teacher = Frozen(load(self.teacher, **self.loading))
 
     @property
     def plain_model(self) -> PreTrainedModel:
@@ -195,20 +194,14 @@ class BlockSparsity(CausalLM):
                 "every rank; use one device or ddp"
             )
         self.pruner.to(self.device)
-        for model in self._teacher:
-            model.to(self.device)
+        if self._teacher is not None:
+            self._teacher.to(self.device)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | dict[str, Tensor]:
         """Next-token loss, mixed with the distance from the teacher where there is one."""
-        if not self._teacher:
+        if self._teacher is None:
             return super().training_step(batch, batch_idx)
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-        with torch.no_grad():
-            wanted = self._teacher[0](input_ids=batch["input_ids"], use_cache=False).logits
-        nll, tokens = next_token_nll(logits, batch["labels"])
-        text = nll / tokens.clamp_min(1)
-        self.log("train/loss", text, prog_bar=True)
-        return (1 - self.distill_weight) * text + self.distill_weight * divergence(logits, wanted, batch["labels"])
+        return self.distilled_step(batch, self._teacher.model, self.distill_weight)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Hold the masks in the gradients; this comes before clipping."""

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.perplexity import mean_nll, next_token_nll, perplexity
+from lightning_modules.batches import Batch
+from lightning_modules.perplexity import batch_nll, mean_nll, perplexity
 
 
-def ppl(model: Any, batches: Iterable[dict[str, Tensor]], done: Callable[[int], None] = lambda count: None) -> float:
+def ppl(model: Any, batches: Iterable[Batch], done: Callable[[int], None] = lambda count: None) -> float:
     """Perplexity: exp of ``mean_nll``."""
     return perplexity(mean_nll(model, batches, done))
 
 
-def training_pass_seconds(model: Any, batches: Sequence[dict[str, Tensor]]) -> float:
+def training_pass_seconds(model: Any, batches: Sequence[Batch]) -> float:
     """Wall-clock seconds of one plain forward and backward pass with gradients of all weights, over all batches."""
     started = time.perf_counter()
     for batch in batches:
@@ -34,11 +35,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def backward(model: Any, batch: dict[str, Tensor]) -> None:
+def backward(model: Any, batch: Batch) -> None:
     """One forward and backward pass of the mean next-token loss."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
-    nll, tokens = next_token_nll(logits, batch["labels"].to(device))
+    nll, tokens = batch_nll(model, batch)
     (nll / tokens.clamp_min(1)).backward()
 
 

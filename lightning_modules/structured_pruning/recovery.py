@@ -12,9 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.files import replacing
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
-from lightning_modules.distillation import divergence
 from lightning_modules.loading import load, load_config
-from lightning_modules.perplexity import next_token_nll
 from lightning_modules.structured_pruning import adapter as adapters
 from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.provenance import model_hash
@@ -124,20 +122,11 @@ class LoraRecovery(CausalLM):
         if self.teacher is not None:
             self.teacher.eval()
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | dict[str, Tensor]:
         """Mean next-token loss, mixed with the divergence from the teacher."""
         if self.teacher is None:
             return super().training_step(batch, batch_idx)
-        logits = self.logits(batch)
-        nll, tokens = next_token_nll(logits, batch["labels"])
-        with torch.no_grad():
-            wanted = self.logits(batch, self.teacher)
-        distance = divergence(logits, wanted, batch["labels"], self.temperature)
-        text = nll / tokens.clamp_min(1)
-        self.log_dict({"train/text_loss": text, "train/divergence": distance})
-        loss = (1 - self.distill_weight) * text + self.distill_weight * distance
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return self.distilled_step(batch, self.teacher, self.distill_weight, self.temperature)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from common.randomness import run_seed, step_seed
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
+from lightning_modules.frozen import Frozen
 from lightning_modules.loading import load
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.anatomy import input_device
@@ -106,7 +107,7 @@ class TokenPruning(L.LightningModule):
         self.loading |= {"device_map": device_map, "offload_folder": offload_folder}
         self.pruner: Any = None
         self.saliency: Saliency | None = None
-        self._outside: list[Any] = []  # in a list, so that it is neither moved, trained nor saved
+        self._base: Frozen | None = None
         self.quality = PruningQuality(eval_keep)
         self.supervised = MeanMetric()
 
@@ -117,9 +118,9 @@ class TokenPruning(L.LightningModule):
         Raises:
             AttributeError: It is not loaded yet; a record of such a module has no model.
         """
-        if not self._outside:
+        if self._base is None:
             raise AttributeError("configure_model has not loaded the base model yet")
-        return self._outside[0]
+        return self._base.model
 
     @property
     def parameter_count(self) -> int:
@@ -130,8 +131,8 @@ class TokenPruning(L.LightningModule):
         """Load the base model, and make or load the scorers."""
         if self.pruner is not None:
             return
-        model = load(self.base, **self.loading).requires_grad_(False)
-        self._outside.append(model)
+        self._base = Frozen(load(self.base, **self.loading))
+        model = self._base.model
         layers = self.schedule.resolve(model.config.num_hidden_layers)
         if self.pruner_path is None:
             self.pruner = TokenPruner.for_model(model, layers, self.width)
@@ -171,15 +172,16 @@ class TokenPruning(L.LightningModule):
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.started
         torch.manual_seed(step_seed(run_seed(), done, self.global_rank))
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
         """The weighted sum of losses over prompts pruned by noisy scores."""
         samples = split_batch(batch, self.response)
         parts = self.losses(samples) if len(samples.input_ids) else {}
-        loss: Tensor = sum((self.weights[name] * part for name, part in parts.items()), self._nothing())
+        total: Tensor = sum((self.weights[name] * part for name, part in parts.items()), self._nothing())
         for name, part in parts.items():
-            self.log(f"train/{name}", part)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+            # "loss" is the cross entropy wherever there is one
+            self.log("train/loss" if name == "lm" else f"train/{name}", part, prog_bar=name == "lm")
+        self.log("train/total", total, prog_bar=True)
+        return {"loss": total, "train_loss": parts["lm"].detach() if "lm" in parts else None}
 
     def losses(self, samples: Samples) -> dict[str, Tensor]:
         """Every loss whose weight is not 0, by name; those of the scores are sums over layers.

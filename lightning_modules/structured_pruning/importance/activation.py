@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.batches import Batch, logits, tokens_of
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.importance.base import Importance, LayerScores
 from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 
@@ -22,14 +24,14 @@ class Activation(Importance):
         device = next(model.parameters()).device
         linears = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder_layers(model)]
         energy = {linear: torch.zeros(linear.in_features, device=device) for pair in linears for linear in pair}
-        handles = [linear.register_forward_pre_hook(_add(total)) for linear, total in energy.items()]
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    model(input_ids=batch["input_ids"].to(device), use_cache=False, logits_to_keep=1)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.no_grad():
+            for batch in batches:
+                handles = [linear.register_forward_pre_hook(_add(total, batch)) for linear, total in energy.items()]
+                try:
+                    logits(model, batch, logits_to_keep=1)
+                finally:
+                    for handle in handles:
+                        handle.remove()
         scores = {linear: total * _column_energy(linear) for linear, total in energy.items()}
         return [
             LayerScores(scores[o].view(shape_of(layer).groups, -1).sum(1).cpu(), scores[down].cpu())
@@ -37,9 +39,9 @@ class Activation(Importance):
         ]
 
 
-def _add(total: Tensor) -> Any:
+def _add(total: Tensor, batch: Batch) -> Any:
     def hook(module: nn.Module, arguments: Any) -> None:
-        total.add_(arguments[0].float().square().flatten(0, -2).sum(0))
+        total.add_(tokens_of(arguments[0], batch).float().square().sum(0))
 
     return hook
 
