@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.batches import Batch, logits, tokens_of
-from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.importance.base import Importance, LayerScores
 from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 

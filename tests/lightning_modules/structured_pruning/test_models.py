@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.loading import load, load_on_meta
-from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
+from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.plan import FILE, LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.saving import save
