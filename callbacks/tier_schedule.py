@@ -4,15 +4,18 @@ import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.measurement import Measurement
 from lightning_modules.block_sparsity import BlockSparsity
 
+_LIGHTNING_DEFAULT = 1000  # what Trainer makes of max_epochs that nobody gave
+
 
 class TierSchedule(Measurement):
     """Runs the schedule of a BlockSparsity model: demotes when an iteration's epochs are over, checks the masks after
-    every epoch, saves the result at the end of fit. The schedule sets the Trainer's number of epochs.
+    every epoch, saves the result at the end of fit. The schedule sets the Trainer's number of epochs: leave
+    ``max_epochs`` out, or at -1.
 
     Args:
         patience: Go on to the next iteration after so many validations without a better perplexity; None fine-tunes
@@ -23,7 +26,9 @@ class TierSchedule(Measurement):
         if patience is not None and patience < 1:
             raise ValueError(f"TierSchedule.patience must be at least 1, got {patience}")
         self.patience = patience
-        self._next, self._since, self._stale, self._best = 0, 0, 0, math.inf
+        self._next = 0  # the row that begins next
+        self._since = 0  # the epoch in which the present one began
+        self._stale, self._best = 0, math.inf  # validations without a better perplexity, and the best
         self._finished: list[dict[str, Any]] = []
         self._result: dict[str, Any] = {}
 
@@ -31,17 +36,42 @@ class TierSchedule(Measurement):
         """Train for as many epochs as the schedule says.
 
         Raises:
-            ValueError: The model has no schedule, or its last iteration has no epoch to start in.
+            ValueError: The model has no schedule, its last iteration has no epoch to start in, the Trainer is asked for
+                another number of epochs, or the model refuses (see ``BlockSparsity.check_arguments``).
         """
         if not isinstance(pl_module, BlockSparsity):
             raise ValueError(f"TierSchedule needs a BlockSparsity model, not {type(pl_module).__name__}")
+        if stage != "fit":
+            return
         if pl_module.rows[-1].epochs < 1:
             raise ValueError(
                 f"schedule: iteration {pl_module.rows[-1].iteration} has no epochs to fine-tune in; give it some, or "
                 "use the prune command"
             )
-        if stage == "fit" and not trainer.fast_dev_run:
-            trainer.fit_loop.max_epochs = sum(row.epochs for row in pl_module.rows)
+        if trainer.fast_dev_run:
+            return
+        pl_module.check_arguments("fit", trainer.datamodule)
+        epochs = sum(row.epochs for row in pl_module.rows)
+        if trainer.max_epochs not in (None, -1, _LIGHTNING_DEFAULT, epochs):
+            raise ValueError(
+                f"trainer.max_epochs is {trainer.max_epochs}, but the schedule has {epochs} epochs: leave max_epochs "
+                "out, or change the schedule (model.iteration makes one iteration alone)"
+            )
+        trainer.fit_loop.max_epochs = epochs
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a limit of steps that would end before the last iteration begins.
+
+        Raises:
+            ValueError: ``max_steps`` is too small.
+        """
+        before = sum(row.epochs for row in pl_module.rows[:-1])
+        steps = before * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if self.patience is None and not trainer.fast_dev_run and 0 <= trainer.max_steps <= steps:
+            raise ValueError(
+                f"trainer.max_steps {trainer.max_steps} ends before iteration {pl_module.rows[-1].iteration} begins, "
+                f"after step {steps}: leave max_steps out; the schedule says how long to train"
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Demote when the current iteration's epochs are over (iterations without epochs follow at once)."""
@@ -50,7 +80,9 @@ class TierSchedule(Measurement):
             pl_module.start_iteration(row, trainer.datamodule, pl_module.device)
             if self._next:
                 pl_module.lower_learning_rate()
-            self._next, self._since, self._stale, self._best = self._next + 1, trainer.current_epoch, 0, math.inf
+            self._next += 1
+            self._since = trainer.current_epoch
+            self._stale, self._best = 0, math.inf
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Check the masks, note the iteration's perplexity, and stop early where nothing improves.
@@ -86,6 +118,10 @@ class TierSchedule(Measurement):
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save model, tokenizer and tier maps."""
+        if self._next < len(pl_module.rows):
+            rank_zero_warn(
+                f"stopped after iteration {self._next} of {len(pl_module.rows)}: what is saved is that far pruned"
+            )
         if trainer.is_global_zero and not trainer.fast_dev_run:
             pl_module.save(trainer.datamodule)
         trainer.strategy.barrier()
@@ -105,5 +141,7 @@ class TierSchedule(Measurement):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
-        self._next, self._since, self._stale = state_dict["next"], state_dict["since"], state_dict["stale"]
-        self._best, self._finished = state_dict["best"], state_dict["finished"]
+        self._next = state_dict["next"]
+        self._since = state_dict["since"]
+        self._stale, self._best = state_dict["stale"], state_dict["best"]
+        self._finished = state_dict["finished"]

@@ -109,7 +109,7 @@ OPTIONAL: dict[str, Field] = {
     "token_quality": Field("list", "", "task, scorer and share kept: loss, accuracy, tokens kept, prefill time"),
     "structure": Field("object", "", "structured-pruning block"),
     "inference": Field("object", "", "latency and memory of a pruned model beside the dense one, by phase and batch"),
-    "tiers": Field("object", "", "block-sparsity block"),
+    "tiers": Field("object", "", "block-sparsity block, see TIERS"),
     "survival": Field("object", "", "tokens of a prompt and the stage at which each was dropped"),
     "suspicious": Field("list", "", "reasons to distrust the record, such as a speed-up above its bound"),
     "config": Field("any", "", "full configuration the run was started with"),
@@ -118,4 +118,19 @@ OPTIONAL: dict[str, Field] = {
     "versions": Field("object", "", "Python and package versions"),
     "machine": Field("object", "", "processor, memory, GPUs"),
     "date": Field("str", "", "time of the stamp, UTC, ISO 8601"),
+}
+
+# Fields of the block `tiers`. The same name in what `prune --dry_run true` prints, and in `planned`, means the same,
+# computed from the shares of the tiers instead of measured.
+TIERS: dict[str, Field] = {
+    "iterations": Field("list", "", "iteration, its shares of the tiers, zeros, perplexity and mask violations"),
+    "matrices": Field("list", "", "name, rows and columns of blocks, and the tier of every block as a digit"),
+    "quantiles": Field("object", "", "minimum, quartiles and maximum of the block scores in each tier"),
+    "sparsity": Field("number", "fraction", "zeros in the pruned matrices"),
+    "model_sparsity": Field("number", "fraction", "the same zeros as a share of all parameters of the model"),
+    "packed_bytes": Field("int", "bytes", "size of the packed file on disk, which holds the whole model"),
+    "packed_bits_per_weight": Field("number", "bits", "packed tensors of the pruned matrices, per weight of theirs"),
+    "packed_ratio": Field("number", "ratio", "all weights of the model dense in 16 bits, over the packed whole model"),
+    "planned": Field("object", "", "what the shares of the tiers alone would give"),
+    "verified": Field("object", "", "what verify compared, and how far apart the logits were"),
 }

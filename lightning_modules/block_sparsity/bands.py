@@ -15,13 +15,23 @@ after the other and only the input is gathered. Of r bands with D dense, M 2:4 a
 and for int8 values the scales, by blocks as in ``packing``.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.block_sparsity.packing import Layout, pack_map, unpack, unpack_map
+from lightning_modules.block_sparsity.packing import (
+    Layout,
+    check_places,
+    check_tensors,
+    pack_map,
+    part_types,
+    unpack,
+    unpack_map,
+)
 from lightning_modules.block_sparsity.scored import slab_elements
-from lightning_modules.block_sparsity.tiers import NAMES
+from lightning_modules.block_sparsity.tiers import NAMES, check_sizes
 
 Parts = dict[str, Tensor]
 
@@ -59,10 +69,43 @@ def to_bands(parts: Parts, layout: Layout, name: str) -> Parts:
     }
 
 
+def check_bands(parts: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype) -> None:
+    """Refuse tensors that are not what ``to_bands`` gives for a matrix of this layout with values of this type.
+
+    Raises:
+        ValueError: Naming the part that is missing, of another shape or type, or has places that there are not.
+    """
+    check_sizes(layout.block, layout.k)
+    bands, across = layout.map_shape
+    check_tensors(parts, {"columns": ((bands, across), torch.int16)})
+    if not torch.equal(parts["columns"].sort(1).values, torch.arange(across, dtype=torch.int16).expand(bands, across)):
+        raise ValueError("columns does not name every column of blocks once in every band")
+    b = layout.block
+    dense, mid, topk = (_count(parts, part) for part in ("dense", "mid_index", "topk"))
+    if dense + mid + topk != across:
+        raise ValueError(f"a band has {dense} + {mid} + {topk} blocks where {across} are due")
+    shapes: dict[str, tuple[int, ...]] = {"dense": (bands, dense, b, b), "mid": (bands, 2, mid, b * b // 4)}
+    shapes |= {"mid_index": (bands, mid, b * b // 8)}
+    shapes |= {"topk": (bands, topk, layout.k), "topk_index": (bands, topk, layout.k)}
+    types = part_types(shapes, layout, dtype)
+    if dtype == torch.int8:  # scales are by rows of blocks, also where values are in planes
+        types["mid.scale"] = ((bands, mid, b, 1), torch.float16)
+    check_tensors(parts, types)
+    check_places(parts, b)
+
+
+def _count(parts: Mapping[str, Tensor], part: str) -> int:
+    tensor = parts.get(part)
+    if tensor is None or tensor.ndim < 2:
+        raise ValueError(f"{part} is missing or has no blocks")
+    return tensor.shape[1]
+
+
 def from_bands(parts: Parts, layout: Layout) -> Parts:
     """Inverse of ``to_bands``."""
     columns = parts["columns"].long()
-    b, counts = layout.block, [parts[part].shape[1] for part in ("dense", "mid_index", "topk")]
+    b = layout.block
+    counts = [parts[part].shape[1] for part in ("dense", "mid_index", "topk")]
     tiers = torch.arange(3, dtype=torch.uint8, device=columns.device).repeat_interleave(
         torch.tensor(counts).to(columns)
     )

@@ -59,10 +59,10 @@ def demote(
     Raises:
         ValueError: The target would bring a block back, or a score is not finite. The tier maps are left as they were.
     """
-    flows = _flows(tiers, target, scope)
+    moving = flows(tiers, target, scope)
     sums = {name: block_sums(scores[name], tiers[name]) for name in tiers}
     for tier, cut in ((DENSE, _to_two_of_four), (MID, _to_topk)):
-        for name, chosen_rc in _lowest_blocks(_means(sums, tiers), tiers, tier, flows, scope).items():
+        for name, chosen_rc in _lowest_blocks(_means(sums, tiers), tiers, tier, moving, scope).items():
             cut(scores[name], tiers[name], chosen_rc, sums[name])
     return _means(sums, tiers)
 
@@ -116,33 +116,37 @@ def _slabs(tiers: TierMap) -> Iterator[tuple[slice, slice]]:
         yield slice(first * tiers.block, min(last * tiers.block, rows)), slice(first, last)
 
 
-def _flows(tiers: Mapping[str, TierMap], target: Ratios, scope: Scope) -> dict[str, tuple[Tensor, Tensor]]:
-    """Blocks that leave the dense tier and blocks that enter the top-k tier, by matrix, one number a group."""
-    flows: dict[str, tuple[Tensor, Tensor]] = {}
-    all_dense, all_topk, blocks = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), 0
+def flows(tiers: Mapping[str, TierMap], target: Ratios, scope: Scope) -> dict[str, tuple[Tensor, Tensor]]:
+    """Blocks that leave the dense tier and blocks that enter the top-k tier, by matrix, one number a group.
+
+    Raises:
+        ValueError: The target would bring a block back.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    all_dense = torch.zeros((), dtype=torch.int64)
+    all_topk = torch.zeros((), dtype=torch.int64)
+    blocks = 0
     for name, matrix in tiers.items():
         groups = matrix.map_rc if scope == "band" else matrix.map_rc.reshape(1, -1)
         dense, topk = (groups == DENSE).sum(1), (groups == TOPK).sum(1)
         want_dense, _, want_topk = target.counts(groups.shape[1])
-        flows[name] = (dense - want_dense, want_topk - topk)
-        all_dense, all_topk, blocks = (
-            all_dense + dense.sum().cpu(),
-            all_topk + topk.sum().cpu(),
-            blocks + groups.numel(),
-        )
+        found[name] = (dense - want_dense, want_topk - topk)
+        all_dense += dense.sum().cpu()
+        all_topk += topk.sum().cpu()
+        blocks += groups.numel()
     if scope == "global":
         want_dense, _, want_topk = target.counts(blocks)
         device = next(iter(tiers.values())).map_rc.device
         both = ((all_dense - want_dense).view(1).to(device), (want_topk - all_topk).view(1).to(device))
-        flows = dict.fromkeys(tiers, both)
-    for name, (from_dense, to_topk) in flows.items():
+        found = dict.fromkeys(tiers, both)
+    for name, (from_dense, to_topk) in found.items():
         if (from_dense < 0).any() or (to_topk < 0).any():
             have = "/".join(f"{count}" for count in tiers[name].counts())
             raise ValueError(
                 f"{name} has {have} dense/2:4/top-k blocks; dense {target.dense:g}, mid_2_4 {target.mid_2_4:g}, topk "
                 f"{target.topk:g} would un-demote some of them: demotion is one way, give lower dense and higher topk"
             )
-    return flows
+    return found
 
 
 def _lowest_blocks(

@@ -1,5 +1,6 @@
 """Progressive block sparsity: masks held while fine-tuning, and the commands around it."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,14 +10,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from common.files import replacing
+from common.files import check_output, replacing
 from lightning_modules.block_sparsity import lora
 from lightning_modules.block_sparsity.demotion import Scope
-from lightning_modules.block_sparsity.evaluation import calibration_batches, validation_perplexity
+from lightning_modules.block_sparsity.evaluation import validation_perplexity
 from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
-from lightning_modules.block_sparsity.packed_model import PACKED_FILE, read_tiers, write_packed
+from lightning_modules.block_sparsity.packed_model import PACKED_FILE, read_tiers, write_model, write_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner
 from lightning_modules.block_sparsity.reconstruction import reconstruct
 from lightning_modules.block_sparsity.schedules import Schedule
@@ -24,10 +24,11 @@ from lightning_modules.block_sparsity.schedules.base import Row
 from lightning_modules.block_sparsity.schedules.cubic import CubicSchedule
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
+from lightning_modules.block_sparsity.tiers import check_sizes
 from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import load
+from lightning_modules.loading import load, load_config
 
 _CHECKPOINT = "block_sparsity"
 
@@ -42,7 +43,8 @@ class BlockSparsity(CausalLM):
     Args:
         pretrained: Hugging Face folder, GGUF file or hub name to start from; with tier maps in it, pruning goes on from
             them.
-        output: Folder for the result.
+        output: Folder for the result. An earlier result is replaced when the new one is complete.
+        overwrite: Replace ``output`` also where Pare did not write it.
         schedule: Iterations; by default five along a cubic curve to 35/45/20 % dense/2:4/top-k.
         iteration: Make only this iteration of the schedule; None makes all of them in ``fit``, the last in ``prune``.
         score: Importance of a weight; by default Wanda.
@@ -51,7 +53,8 @@ class BlockSparsity(CausalLM):
         scope: Who competes for the tiers: the blocks of one "matrix", all ("global"), or one row of blocks ("band").
         row_relative: Divide scores by the mean of their row, as Wanda compares within rows.
         pattern: "tiers", or "unstructured" with the same share of zeros in every row (a baseline).
-        calibration_blocks: Blocks of training text that scores and reconstruction see.
+        calibration_blocks: Blocks of training text (or samples), spread evenly over it, that scores and reconstruction
+            see.
         finetune: "full" trains every weight that is kept; "lora" trains adapters that are merged under the masks.
         lora_rank: Rank of the adapters.
         reconstruction_steps: After each demotion, fit every layer for so many steps to its outputs before; 0 does not.
@@ -59,7 +62,8 @@ class BlockSparsity(CausalLM):
         teacher: Dense model to distil from; None trains on the text alone.
         distill_weight: Share of the distillation loss.
         iteration_lr_factor: The learning rate is multiplied by this at every iteration after the first.
-        export_dtype: Type of packed values; "int8" stores the tiers in 8 bits with scales, everything else in float16.
+        export_dtype: Type of packed values; by default the model's own where it has 16 bits, else float16. "int8"
+            stores the tiers in 8 bits with scales, and everything else in that.
         export_bands: Pack in bands of rows, as products with packed weights read them; needs the scope "band".
         budget: The old name of ``scope``; an error says so.
         **kwargs: Optimizer and schedule, see ``CausalLM``.
@@ -69,6 +73,7 @@ class BlockSparsity(CausalLM):
         self,
         pretrained: str,
         output: str = "runs/block_sparsity/model",
+        overwrite: bool = False,
         schedule: Schedule | None = None,
         iteration: int | None = None,
         score: Score | None = None,
@@ -85,7 +90,7 @@ class BlockSparsity(CausalLM):
         teacher: str | None = None,
         distill_weight: float = 0.5,
         iteration_lr_factor: float = 1.0,
-        export_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16",
+        export_dtype: Literal["float16", "bfloat16", "float32", "int8"] | None = None,
         export_bands: bool = False,
         budget: str | None = None,
         **kwargs: Any,
@@ -93,22 +98,64 @@ class BlockSparsity(CausalLM):
         super().__init__(**kwargs)
         if budget is not None:
             raise ValueError(f"model.budget is now called model.scope: give model.scope {budget}")
-        for name, value in {"calibration_blocks": calibration_blocks, "lora_rank": lora_rank}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes(block, topk)
+        whole = {"calibration_blocks": (calibration_blocks, 1), "lora_rank": (lora_rank, 1)}
+        for name, (value, least) in {**whole, "reconstruction_steps": (reconstruction_steps, 0)}.items():
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, rate in {"reconstruction_lr": reconstruction_lr, "iteration_lr_factor": iteration_lr_factor}.items():
+            if not 0 < rate < math.inf:
+                raise ValueError(f"{name} must be above 0, got {rate}")
         if not 0 <= distill_weight <= 1:
             raise ValueError(f"distill_weight must be between 0 and 1, got {distill_weight}")
-        self.pretrained, self.output = pretrained, Path(output)
+        self.pretrained = pretrained
+        self.output = Path(output)
+        self.overwrite = overwrite
         self.schedule = schedule or CubicSchedule()
         self.rows = self.schedule.rows if iteration is None else [self.schedule.row(iteration)]
-        self.score, self.calibration_blocks = score or Wanda(), calibration_blocks
+        self.score = score or Wanda()
+        self.calibration_blocks = calibration_blocks
         self.finetune, self.lora_rank = finetune, lora_rank
         self.reconstruction_steps, self.reconstruction_lr = reconstruction_steps, reconstruction_lr
         self.teacher, self.distill_weight = teacher, distill_weight
-        self.iteration_lr_factor, self._packing = iteration_lr_factor, (export_dtype, export_bands)
+        self.iteration_lr_factor = iteration_lr_factor
+        self.export_dtype, self.export_bands = export_dtype, export_bands
         self._pruning = {"block": block, "k": topk, "pattern": pattern, "scope": scope, "row_relative": row_relative}
         self.pruner: Pruner
+        self.stored = torch.float32
+        """What ``pretrained`` is stored as, and results are."""
         self._teacher: Frozen | None = None
+
+    # ---- before any work ----------------------------------------------------------------------------------------
+
+    def check_arguments(self, command: str, data: Any) -> None:
+        """Refuse what a command cannot do, before any text or weight is read.
+
+        Args:
+            command: "fit", "prune", "export" or "verify"; others are not looked at.
+            data: The DataModule, whose files must not be overwritten.
+
+        Raises:
+            FileNotFoundError: There is nothing to export or verify.
+            ValueError: See ``common.files.check_output``.
+        """
+        if command in ("fit", "prune", "export"):
+            check_output(self.output, "model.output", self._inputs(data), self.overwrite)
+        folder = Path(self.pretrained)
+        packed = (folder / PACKED_FILE).is_file()
+        if command in ("export", "verify") and not (folder / TIERS_FILE).is_file():
+            if command == "verify" and packed:
+                raise ValueError(f"model.pretrained: {folder} is packed; give the pruned folder that it was made from")
+            if not packed:
+                raise FileNotFoundError(
+                    f"model.pretrained: {folder} has no tier maps ({TIERS_FILE}); prune or fit it first"
+                )
+        if command == "verify" and not (self.output / PACKED_FILE).is_file():
+            raise FileNotFoundError(f"model.output: {self.output} has no packed model ({PACKED_FILE}); export it first")
+
+    def _inputs(self, data: Any) -> list[Any]:
+        """What is read, and so must not be written over."""
+        return [self.pretrained, self.teacher, *(data.inputs() if hasattr(data, "inputs") else ())]
 
     # ---- the model --------------------------------------------------------------------------------------------
 
@@ -116,6 +163,7 @@ class BlockSparsity(CausalLM):
         """See ``CausalLM.build_model``; masks that lie beside the model hold from the start."""
         folder = Path(self.pretrained)
         packed = (folder / PACKED_FILE).is_file()
+        self.stored = load_config(self.pretrained).dtype or torch.float32
         model = load(self.pretrained, **self.loading)
         self.pruner = Pruner(model, **self._pruning)  # type: ignore[arg-type]
         if packed:
@@ -133,8 +181,6 @@ class BlockSparsity(CausalLM):
         if self.finetune == "lora":
             assert self.model is not None
             self.model = lora.add_adapters(self.model, self.pruner.matrices, self.lora_rank)
-        if self.teacher is not None:
-            self._teacher = Frozen(load(self.teacher, **self.loading))
 
     @property
     def plain_model(self) -> PreTrainedModel:
@@ -155,7 +201,7 @@ class BlockSparsity(CausalLM):
             ValueError: See ``demotion.demote``.
         """
         self._merge()
-        batches = calibration_batches(data, self.calibration_blocks)
+        batches = data.calibration(self.calibration_blocks)
         matrices, model = self.pruner.matrices, self.plain_model
         self.pruner.prune(model, row.ratios, self.score, batches, device)
         if self.reconstruction_steps:
@@ -194,7 +240,8 @@ class BlockSparsity(CausalLM):
                 "every rank; use one device or ddp"
             )
         self.pruner.to(self.device)
-        if self._teacher is not None:
+        if self.teacher is not None:
+            self._teacher = Frozen(load(self.teacher, **self.loading))
             self._teacher.to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | dict[str, Tensor]:
@@ -245,44 +292,59 @@ class BlockSparsity(CausalLM):
     # ---- results and commands --------------------------------------------------------------------------------
 
     def save(self, data: Any) -> None:
-        """Write the pruned model, its tokenizer and its tier maps to ``output``, complete or not at all."""
+        """Write the pruned model, its tokenizer and its tier maps to ``output``, complete or not at all.
+
+        Weights are written as what ``pretrained`` is stored as, and are rounded to it here: what is measured afterwards
+        is what was saved.
+        """
         self._merge()
+        with torch.no_grad():
+            for weight in self.plain_model.parameters():
+                weight.copy_(weight.to(self.stored))
         self.check_masks("before saving")
-        transformers_logging.disable_progress_bar()  # a bar for one file says nothing
-        with replacing(self.output, "model", [self.pretrained, self.teacher]) as folder:
-            self.plain_model.save_pretrained(folder, state_dict=lora.plain_state(self.plain_model))
+        with replacing(self.output, "model", self._inputs(data), self.overwrite) as folder:
+            write_model(folder, self.plain_model, self.stored)
             data.tokenizer.save_pretrained(folder)
             self.pruner.save(folder)
+        rank_zero_info(f"saved {self.output}")
 
     def prune(self, data: L.LightningDataModule, device: torch.device, dry_run: bool = False) -> dict[str, Any] | None:
         """One iteration without training; see ``PareTrainer.prune``."""
+        self.check_arguments("prune", data)
         row = self.rows[-1]
+        if not dry_run:
+            data.calibration(self.calibration_blocks)  # refuses too few blocks before the weights are read
         self.configure_model()
+        self.pruner.check_target(row.ratios)
         plan = self.pruner.plan(row.ratios)
         print("\n".join(f"{name}: {value:.4g}" for name, value in plan.items()))
         if dry_run:
             return None
         self.start_iteration(row, data, device)
+        self.save(data)  # first: whoever stops the measurement has the model
         ppl = validation_perplexity(self.plain_model, data, device)
         print(f"validation perplexity: {ppl:.3f}")
-        self.save(data)
         entry = self.pruner.iteration_result(row.iteration, ppl, self.check_masks("after saving"))
         return {"val_ppl": ppl, **self.pruner.result([entry])}
 
     def export(self, data: L.LightningDataModule, device: torch.device) -> dict[str, Any]:
         """Pack ``pretrained`` into ``output``; or unpack it, if it is packed. See ``PareTrainer.export``."""
+        self.check_arguments("export", data)
         self.configure_model()
         if (Path(self.pretrained) / PACKED_FILE).is_file():
             self.save(data)
             return self.pruner.result([])
         self._need_tiers()
-        with replacing(self.output, "packed model", [self.pretrained]) as folder:
-            model = self.plain_model
-            sizes = write_packed(folder, model, model.state_dict(), self.pruner.tiers, *self._packing)
+        model = self.plain_model
+        sixteen = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+        values = self.export_dtype or sixteen.get(self.stored, "float16")
+        model.config.dtype = self.stored
+        with replacing(self.output, "packed model", self._inputs(data), self.overwrite) as folder:
+            sizes = write_packed(folder, model, model.state_dict(), self.pruner.tiers, values, self.export_bands)
             data.tokenizer.save_pretrained(folder)
         print("\n".join(f"{name}: {value:,.4g}" for name, value in sizes.items()))
-        fields = self.pruner.result([])
-        return {"tiers": {**fields["tiers"], **sizes, "planned": self.pruner.plan(self.pruner.ratios())}}
+        planned = self.pruner.plan(self.pruner.ratios(), values, self.export_bands)
+        return {"tiers": {**self.pruner.result([])["tiers"], **sizes, "planned": planned}}
 
     def verify(self, data: L.LightningDataModule, device: torch.device) -> dict[str, Any]:
         """Prove that the packed ``output`` is the pruned ``pretrained``. See ``PareTrainer.verify``.
@@ -290,6 +352,7 @@ class BlockSparsity(CausalLM):
         Raises:
             ValueError: They differ.
         """
+        self.check_arguments("verify", data)
         self.configure_model()
         self._need_tiers()
         report = compare(self.plain_model, self.pruner, self.output, data, device)
@@ -297,5 +360,5 @@ class BlockSparsity(CausalLM):
         return {"tiers": {**self.pruner.result([])["tiers"], "verified": report}}
 
     def _need_tiers(self) -> None:
-        if not (Path(self.pretrained) / TIERS_FILE).is_file() or not self.pruner.tiers:
-            raise ValueError(f"pretrained: {self.pretrained} has no tier maps ({TIERS_FILE}); prune or fit it first")
+        if not self.pruner.tiers:
+            raise ValueError(f"model.pattern: an {self.pruner.pattern} mask has no tiers and cannot be packed")

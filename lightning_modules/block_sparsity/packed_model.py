@@ -7,16 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import logging as transformers_logging
 
-from lightning_modules.block_sparsity import sealed
-from lightning_modules.block_sparsity.bands import band_product, from_bands, to_bands
-from lightning_modules.block_sparsity.packing import PARTS, Layout, block_product, pack, unpack, unpack_keep
+from common.files import check_manifest
+from lightning_modules.block_sparsity import tensor_file
+from lightning_modules.block_sparsity.bands import band_product, check_bands, from_bands, to_bands
+from lightning_modules.block_sparsity.lora import plain_state
+from lightning_modules.block_sparsity.packing import (
+    DTYPES,
+    PARTS,
+    Layout,
+    block_product,
+    check_parts,
+    pack,
+    unpack,
+    unpack_keep,
+)
 from lightning_modules.block_sparsity.tiers import TierMap
 from lightning_modules.loading import FORMATS
 
 PACKED_FILE = "packed.safetensors"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 _KIND = "packed tiers"
 _BANDS = "columns"  # the part that only the band form has
 
@@ -28,17 +40,24 @@ class PackedLinear(nn.Module):
     """A linear layer that keeps only packed weights and expands them for each product.
 
     It saves memory, not arithmetic: every call writes the dense matrix once and forgets it; in the band form, some
-    bands at a time.
+    bands at a time. Its state is that of the ``nn.Linear`` that it stands for, so a model that is saved with packed
+    layers is a plain, dense folder.
 
     Args:
         parts: See ``packing.pack`` and ``bands.to_bands``.
         layout: The matrix's sizes.
         bias: ``[R]`` or None.
         product: Another way to multiply.
+        dtype: Type of the weight in the state.
     """
 
     def __init__(
-        self, parts: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, product: Product | None = None
+        self,
+        parts: Mapping[str, Tensor],
+        layout: Layout,
+        bias: Tensor | None,
+        product: Product | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -46,8 +65,10 @@ class PackedLinear(nn.Module):
         self.bias: Tensor | None
         self._names = list(parts)
         for name, tensor in parts.items():
-            self.register_buffer(f"packed_{name.replace('.', '_')}", tensor)
+            self.register_buffer(f"packed_{name.replace('.', '_')}", tensor, persistent=False)
         self.register_buffer("bias", bias)
+        self._like: Tensor
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # follows what _apply does
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -63,9 +84,27 @@ class PackedLinear(nn.Module):
         for name, tensor in self.parts.items():
             moved = fn(tensor)
             setattr(self, f"packed_{name.replace('.', '_')}", moved if moved.dtype == tensor.dtype else tensor)
+        self._like = fn(self._like)
         if self.bias is not None:
             self.bias = fn(self.bias)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        blocks = _in_blocks(self.parts, self.layout)
+        destination[f"{prefix}weight"] = unpack(blocks, self.layout, self._like.dtype).contiguous()
+
+
+def write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Write a plain Hugging Face folder, without adapters, with weights and configuration of a type."""
+    transformers_logging.disable_progress_bar()  # a bar for one file says nothing
+    with torch.device("meta"):
+        shell: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
+    state = {name: w.to(dtype) if w.is_floating_point() else w for name, w in plain_state(model).items()}
+    shell.load_state_dict(state, strict=False, assign=True)
+    shell.tie_weights()
+    shell.generation_config = model.generation_config
+    shell.save_pretrained(folder)
 
 
 def write_packed(
@@ -76,20 +115,19 @@ def write_packed(
     dtype: str,
     bands: bool = False,
 ) -> dict[str, float]:
-    """Write configuration and one packed file.
+    """Write configuration, generation settings and one packed file.
 
     Args:
-        folder: An existing folder.
-        model: The architecture.
+        folder: A folder that is being written.
+        model: The architecture; its configuration's dtype is what ``load_packed`` makes of it.
         state: Its weights, pruned ones zero.
         tiers: Tier maps of the pruned matrices.
         dtype: Type of all stored values: "float16", "bfloat16", "float32", or "int8" for the tiers' values (what is
-            not pruned then stays float16).
+            not pruned is then stored in the configuration's type where that has 16 bits, else in float16).
         bands: Write the band form.
 
     Returns:
-        ``packed_bytes`` of the file, ``packed_bits_per_weight`` of the pruned matrices, and ``packed_ratio``: the file
-        with all weights dense in 16 bits, over this one.
+        ``packed_bytes``, ``packed_bits_per_weight`` and ``packed_ratio``, see ``common/records/schema.py``.
 
     Raises:
         ValueError: See ``packing.pack`` and ``bands.to_bands``.
@@ -100,15 +138,20 @@ def write_packed(
         layout = Layout(*matrix.shape, matrix.block, matrix.k)
         parts = pack(state[f"{name}.weight"], matrix, DTYPES[dtype])
         parts = to_bands(parts, layout, name) if bands else parts
-        layouts[name], tensors = vars(layout), tensors | {f"{name}.{part}": t for part, t in parts.items()}
+        layouts[name] = vars(layout)
+        tensors |= {f"{name}.{part}": t for part, t in parts.items()}
     bits = 8 * sum(t.nbytes for t in tensors.values()) / sum(matrix.keep_RC.numel() for matrix in tiers.values())
-    other = DTYPES["float16" if dtype == "int8" else dtype]
+    other = DTYPES[dtype]
+    if dtype == "int8":
+        other = model.config.dtype if model.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
     rest = {name: w for name, w in state.items() if name.removesuffix(".weight") not in tiers}
     if model.config.tie_word_embeddings:
         rest = {name: w for name, w in rest.items() if name not in (model._tied_weights_keys or ())}
     tensors |= {name: w.to(other) if w.is_floating_point() else w for name, w in rest.items()}
-    sealed.write(folder / PACKED_FILE, _KIND, tensors, {"dtype": dtype, "matrices": json.dumps(layouts)})
+    tensor_file.write(folder / PACKED_FILE, _KIND, tensors, {"dtype": dtype, "matrices": json.dumps(layouts)})
     model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
     size = (folder / PACKED_FILE).stat().st_size
     whole = sum(p.numel() for p in model.parameters()) * 2
     return {"packed_bytes": size, "packed_bits_per_weight": bits, "packed_ratio": whole / size}
@@ -116,7 +159,7 @@ def write_packed(
 
 def load_packed(
     folder: str | Path,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str = "auto",
     attention: str | None = None,
     expand: bool = True,
     kernel: bool = False,
@@ -125,24 +168,32 @@ def load_packed(
 
     Args:
         folder: What ``export`` wrote.
-        dtype: Type to compute in; "auto" is that of the weights which are not packed.
+        dtype: Type to compute in; "auto" is that of the model which was packed.
         attention: Attention kernel, as transformers names it; None takes transformers' choice.
         expand: Make plain dense layers; otherwise the weights stay packed in memory and are expanded layer by layer.
         kernel: Multiply layers that stay packed by a Triton kernel: for decoding on a CUDA device, in the band form.
 
     Raises:
         FileNotFoundError: There is no packed model.
-        ValueError: The file is cut short, altered, or does not fit the configuration beside it; or the kernel is asked
-            for and the file is not in bands.
+        ValueError: A file is missing, cut short or altered, or does not fit the configuration beside it; or the kernel
+            is asked for and the file is not in bands.
         ModuleNotFoundError: The kernel is asked for and triton is not installed.
     """
-    folder = Path(folder)
-    tensors, layouts, packed_as = _read(folder)
-    dtype = _computing_dtype(dtype, packed_as)
+    check_manifest(folder)
+    return _load(Path(folder), dtype, attention, expand, kernel)
+
+
+def _load(
+    folder: Path, dtype: torch.dtype | str, attention: str | None, expand: bool = True, kernel: bool = False
+) -> PreTrainedModel:
+    """``load_packed`` of a folder whose manifest has been checked."""
+    tensors, layouts, _ = _read(folder)
     product = _kernel(folder, tensors, layouts) if kernel else None
+    config = AutoConfig.from_pretrained(folder)
+    dtype = _dtype(dtype, config)
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    _check_fit(folder, model, tensors, layouts)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _rest(tensors, layouts).items()}
     for name, layout in layouts.items():
         parts = _parts(tensors, name)
@@ -151,25 +202,53 @@ def load_packed(
         else:
             parent, _, attribute = name.rpartition(".")
             bias = state.pop(f"{name}.bias", None)
-            setattr(model.get_submodule(parent), attribute, PackedLinear(parts, layout, bias, product))
-    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
+            setattr(model.get_submodule(parent), attribute, PackedLinear(parts, layout, bias, product, dtype))
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    missing = [name for name, p in model.named_parameters() if p.is_meta]
-    if missing or unexpected:
-        raise ValueError(f"{folder}: weights do not fit config.json: missing {missing}, unexpected {unexpected}")
     _fill_buffers(model)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
-FORMATS[PACKED_FILE] = load_packed
+FORMATS[PACKED_FILE] = _load
 
 
-def _computing_dtype(asked: torch.dtype | str, packed_as: str) -> torch.dtype:
-    """The type to compute in; int8 values come with float16 weights around them."""
+def _dtype(asked: torch.dtype | str, config: Any) -> torch.dtype:
     if isinstance(asked, torch.dtype):
         return asked
-    name = packed_as if asked == "auto" else asked
-    return torch.float16 if name == "int8" else DTYPES[name]
+    return (config.dtype or torch.float32) if asked == "auto" else DTYPES[asked]
+
+
+def _check_fit(
+    folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]
+) -> None:
+    """Refuse weights that are not those of the model that config.json describes.
+
+    Args:
+        folder: For the message.
+        model: On the meta device.
+        tensors: All that the file holds.
+        layouts: The packed matrices.
+
+    Raises:
+        ValueError: Naming what is missing, too much or of another shape.
+    """
+    rest = _rest(tensors, layouts)
+    found = {name: tuple(tensor.shape) for name, tensor in rest.items()}
+    found |= {f"{name}.weight": (layout.rows, layout.columns) for name, layout in layouts.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    for name in sorted(set(wanted) - tied | set(found)):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{folder}: {PACKED_FILE} does not fit config.json: {name} is {_shape(found.get(name))} in the file, "
+                f"{_shape(wanted.get(name))} by the configuration; one of the two is another model's"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "×".join(map(str, shape))
 
 
 def read_tiers(folder: Path) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:
@@ -191,9 +270,20 @@ def is_banded(folder: Path) -> bool:
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], str]:
-    tensors, about = sealed.read(folder / PACKED_FILE, _KIND)
-    layouts = {name: Layout(**sizes) for name, sizes in json.loads(about["matrices"]).items()}
-    return tensors, layouts, about["dtype"]
+    """Tensors, layouts by matrix, and type of the tiers' values, each checked against the others."""
+    path = folder / PACKED_FILE
+    tensors, about = tensor_file.read(path, _KIND, ("matrices", "dtype"))
+    dtype, matrix = about["dtype"], "the list of matrices"
+    layouts = {}
+    try:
+        for matrix, sizes in json.loads(about["matrices"]).items():
+            layouts[matrix] = layout = Layout(**sizes)
+            parts = _parts(tensors, matrix)
+            check = check_bands if _BANDS in parts else check_parts
+            check(parts, layout, DTYPES[dtype])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # a wrong list of sizes raises any of these
+        raise ValueError(f"{path}: damaged, {matrix}: {error}; write or fetch it again") from error
+    return tensors, layouts, dtype
 
 
 def _parts(tensors: Mapping[str, Tensor], matrix: str) -> dict[str, Tensor]:

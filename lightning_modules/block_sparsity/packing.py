@@ -14,13 +14,18 @@ With int8 values each list is int8 with one float16 scale for every row of a den
 top-k block.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, TierMap, pad, to_blocks
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, TierMap, check_sizes, pad, to_blocks
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+"""Types that values are stored in."""
 
 PARTS = ("map", "dense", "mid", "mid_index", "topk", "topk_index")
 _SCALE = ".scale"
@@ -34,6 +39,11 @@ class Layout:
     columns: int
     block: int
     k: int
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        return -(-self.rows // self.block), -(-self.columns // self.block)
 
 
 def pack(weight_RC: Tensor, tiers: TierMap, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -57,18 +67,85 @@ def pack(weight_RC: Tensor, tiers: TierMap, dtype: torch.dtype) -> dict[str, Ten
     topk, kept_topk = blocks[tiers.map_rc == TOPK].flatten(1), keep[tiers.map_rc == TOPK].flatten(1)
     pairs, places = _first(kept_mid, 2), _first(kept_topk, tiers.k)
     nibbles = (pairs[..., 0] | pairs[..., 1] << 2).flatten(1)
-    index = torch.uint8 if tiers.block**2 <= 256 else torch.int16
     parts = {
         "map": pack_map(tiers.map_rc),
         "dense": blocks[tiers.map_rc == DENSE],
         "mid": mid.gather(-1, pairs).flatten(-2),
         "mid_index": (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8),
         "topk": topk.gather(-1, places),
-        "topk_index": places.to(index),
+        "topk_index": places.to(index_type(tiers.block)),
     }
     for name in ("dense", "mid", "topk"):
         parts |= _narrow(tiers.name, name, parts[name], dtype)
     return parts
+
+
+def check_parts(parts: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype) -> None:
+    """Refuse tensors that are not what ``pack`` gives for a matrix of this layout with values of this type.
+
+    Raises:
+        ValueError: Naming the part that is missing, of another shape or type, or has places that there are not.
+    """
+    check_sizes(layout.block, layout.k)
+    if min(layout.rows, layout.columns) < layout.block:
+        raise ValueError(f"a matrix of {layout.rows}×{layout.columns} is smaller than a block of {layout.block}")
+    blocks = math.prod(layout.map_shape)
+    check_tensors(parts, {"map": ((-(-blocks // 4),), torch.uint8)})
+    map_rc = unpack_map(parts["map"], layout)
+    if (map_rc > TOPK).any():
+        raise ValueError("map has values other than 0, 1 and 2")
+    counts = torch.bincount(map_rc.flatten().long(), minlength=3).tolist()
+    b = layout.block
+    shapes = {"dense": (b, b), "mid": (b, b // 2), "mid_index": (b * b // 8,)}
+    shapes |= {"topk": (layout.k,), "topk_index": (layout.k,)}
+    tier_of = {"dense": DENSE, "mid": MID, "mid_index": MID, "topk": TOPK, "topk_index": TOPK}
+    wanted = {part: (counts[tier_of[part]], *shape) for part, shape in shapes.items()}
+    check_tensors(parts, part_types(wanted, layout, dtype))
+    check_places(parts, b)
+
+
+def part_types(
+    shapes: Mapping[str, tuple[int, ...]], layout: Layout, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of all parts but the map, from the shapes without scales."""
+    types = {"mid_index": torch.uint8, "topk_index": index_type(layout.block)}
+    wanted = {part: (shape, types.get(part, dtype)) for part, shape in shapes.items()}
+    if dtype == torch.int8:
+        wanted |= {part + _SCALE: ((*shapes[part][:-1], 1), torch.float16) for part in ("dense", "mid", "topk")}
+    return wanted
+
+
+def check_tensors(parts: Mapping[str, Tensor], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Refuse tensors of other shapes or types than these.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for part, (shape, dtype) in wanted.items():
+        tensor = parts.get(part)
+        if tensor is None:
+            raise ValueError(f"{part} is missing")
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{part} is {tensor.dtype} {tuple(tensor.shape)} where {dtype} {shape} is due")
+
+
+def check_places(parts: Mapping[str, Tensor], block: int) -> None:
+    """Refuse indices that point beyond a block or twice to one place; both forms store them ascending.
+
+    Raises:
+        ValueError: There are some.
+    """
+    places = parts["topk_index"].int()
+    if not ((places >= 0) & (places < block * block)).all() or not (places[..., 1:] > places[..., :-1]).all():
+        raise ValueError(f"topk_index has places that a block of {block}×{block} does not have, or has one twice")
+    for nibble in (parts["mid_index"] & 15, parts["mid_index"] >> 4):
+        if not (nibble & 3 < nibble >> 2).all():
+            raise ValueError("mid_index names one place of a group of four twice")
+
+
+def index_type(block: int) -> torch.dtype:
+    """Type of a place in a block."""
+    return torch.uint8 if block * block <= 256 else torch.int16
 
 
 def unpack(parts: dict[str, Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -96,7 +173,7 @@ def unpack_keep(parts: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tenso
 
 def unpack_map(packed: Tensor, layout: Layout) -> Tensor:
     """The tier map ``[r, c]``."""
-    rows, columns = -(-layout.rows // layout.block), -(-layout.columns // layout.block)
+    rows, columns = layout.map_shape
     twos = (packed[:, None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)) & 3
     return twos.flatten()[: rows * columns].view(rows, columns)
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.block_sparsity import sealed
-from lightning_modules.block_sparsity.demotion import Ratios, Scope, demote, quantiles
+from lightning_modules.batches import Batch
+from lightning_modules.block_sparsity import tensor_file
+from lightning_modules.block_sparsity.demotion import Ratios, Scope, demote, flows, quantiles
 from lightning_modules.block_sparsity.masks import unstructured
-from lightning_modules.block_sparsity.packing import Layout
+from lightning_modules.block_sparsity.packing import DTYPES, Layout
 from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.stream import linear_layers
@@ -51,7 +52,8 @@ class Pruner:
         scope: Scope = "matrix",
         row_relative: bool = False,
     ) -> None:
-        self.block, self.k, self.pattern, self.scope, self.row_relative = block, k, pattern, scope, row_relative
+        self.block, self.k = block, k
+        self.pattern, self.scope, self.row_relative = pattern, scope, row_relative
         self.matrices = linear_layers(model)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         shapes = {name: (m.out_features, m.in_features) for name, m in self.matrices.items()}
@@ -65,9 +67,18 @@ class Pruner:
         """See the class."""
         return {name: tiers.keep_RC for name, tiers in self.tiers.items()} or self._masks
 
+    def check_target(self, target: Ratios) -> None:
+        """Refuse ratios that would bring blocks back.
+
+        Raises:
+            ValueError: See ``demotion.demote``.
+        """
+        if self.tiers:
+            flows(self.tiers, target, self.scope)
+
     @torch.no_grad()
     def prune(
-        self, model: nn.Module, target: Ratios, score: Score, batches: Sequence[Tensor], device: torch.device
+        self, model: nn.Module, target: Ratios, score: Score, batches: Sequence[Batch], device: torch.device
     ) -> None:
         """One iteration: new masks from the current weights. The weights themselves are not touched.
 
@@ -75,7 +86,7 @@ class Pruner:
             model: The model that the matrices belong to.
             target: Ratios after the iteration; an unstructured mask gets the sparsity that they would have.
             score: The criterion.
-            batches: Calibration text, token ids ``[B, T]``.
+            batches: Calibration text, see ``batches.Batch``.
             device: Where to compute statistics.
 
         Raises:
@@ -131,18 +142,27 @@ class Pruner:
         shares = vars(self.ratios()) if self.tiers else dict.fromkeys(("dense", "mid_2_4", "topk"))
         return {"iteration": iteration, **shares, **self.sparsity(), "ppl": ppl, "violations": violations}
 
-    def plan(self, target: Ratios) -> dict[str, Any]:
-        """What an iteration would leave: ratios, sparsity, and bits per weight when packed in fp16."""
+    def plan(self, target: Ratios, values: str = "float16", bands: bool = False) -> dict[str, Any]:
+        """What an iteration would leave: ratios, sparsity, and how small it would be when packed.
+
+        Args:
+            target: Ratios after the iteration.
+            values: Type of the tiers' values when packed.
+            bands: Packed in the band form.
+
+        Returns:
+            The names and meanings of the record's ``tiers`` block (``common/records/schema.py``). An unstructured mask
+            cannot be packed, so it has no sizes.
+        """
         sparsity = target.sparsity(self.block, self.k)
         weights = sum(mask.numel() for mask in self.keep.values())
-        bits = packed_bits(target, self.block, self.k)
-        return {
-            **asdict(target),
-            "sparsity": sparsity,
-            "model_sparsity": sparsity * weights / self.parameter_count,
-            "packed_bits_per_weight": bits,
-            "packed_ratio": 16 / bits,
-        }
+        shares = {"sparsity": sparsity, "model_sparsity": sparsity * weights / self.parameter_count}
+        if not self.tiers:
+            return shares
+        bits = packed_bits(target, self.block, self.k, values, bands)
+        other = 32 if values == "float32" else 16
+        whole = 16 * self.parameter_count / (bits * weights + other * (self.parameter_count - weights))
+        return {**asdict(target), **shares, "packed_bits_per_weight": bits, "packed_ratio": whole}
 
     # ---- saving -----------------------------------------------------------------------------------------------
 
@@ -177,19 +197,28 @@ class Pruner:
         if names != set(self.matrices):
             other = sorted(names ^ set(self.matrices))
             raise ValueError(f"{source} belongs to another model: {other[0]} is in one of the two only")
+        parts = ("map", "keep") if self.tiers else ("keep",)
         for name, matrix in self.matrices.items():
-            tensors = {part: state["tensors"].get(f"{name}.{part}") for part in ("map", "keep")}
+            tensors = {part: state["tensors"].get(f"{name}.{part}") for part in parts}
+            wrong = [part for part, tensor in tensors.items() if tensor is None or tensor.dtype != torch.uint8]
+            if wrong:
+                raise ValueError(f"{source} is damaged: {name}.{wrong[0]} is missing or no bytes")
             if self.tiers:
-                self.tiers[name].load_state(tensors)
-            else:
-                mask = unpack_bits(tensors["keep"], matrix.weight.numel()).view(matrix.weight.shape)
-                self._masks[name] = mask.to(matrix.weight.device)
+                try:
+                    self.tiers[name].load_state(tensors)
+                except ValueError as error:
+                    raise ValueError(f"{source}: {error}") from None
+                continue
+            if len(tensors["keep"]) != -(-matrix.weight.numel() // 8):
+                raise ValueError(f"{source}: the mask of {name} is of another size: it is another model's")
+            mask = unpack_bits(tensors["keep"], matrix.weight.numel()).view(matrix.weight.shape)
+            self._masks[name] = mask.to(matrix.weight.device)
 
     def save(self, folder: Path) -> None:
         """Write maps and masks into a model's folder."""
         state = self.state()
         about = {field: str(state[field]) for field in ("pattern", "block", "k")}
-        sealed.write(folder / TIERS_FILE, "tier maps", state["tensors"], about)
+        tensor_file.write(folder / TIERS_FILE, "tier maps", state["tensors"], about)
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote.
@@ -198,9 +227,12 @@ class Pruner:
             FileNotFoundError: The folder has no tier maps.
             ValueError: They are damaged, or see ``load_state``.
         """
-        tensors, about = sealed.read(folder / TIERS_FILE, "tier maps")
+        path = folder / TIERS_FILE
+        tensors, about = tensor_file.read(path, "tier maps", ("pattern", "block", "k"))
+        if not (about["block"].isdecimal() and about["k"].isdecimal()):
+            raise ValueError(f"{path}: damaged, block or k is no number; write or fetch it again")
         sizes = {"pattern": about["pattern"], "block": int(about["block"]), "k": int(about["k"])}
-        self.load_state({**sizes, "tensors": tensors}, str(folder / TIERS_FILE))
+        self.load_state({**sizes, "tensors": tensors}, str(path))
 
     def adopt(self, packed: Iterable[tuple[str, Tensor, Tensor, Layout]], source: str) -> None:
         """Take over the tier maps and masks of a packed model.
@@ -225,14 +257,18 @@ class Pruner:
         self._masks = {name: mask.to(device) for name, mask in self._masks.items()}
 
 
-def packed_bits(target: Ratios, block: int, k: int, bits: int = 16) -> float:
-    """Bits per weight of the packed form: values, 2-bit and 8- or 16-bit indices, 2 bits a block for the map.
+def packed_bits(target: Ratios, block: int, k: int, values: str = "float16", bands: bool = False) -> float:
+    """Bits per weight of the packed form: values, 2-bit and 8- or 16-bit indices, and where the blocks are.
 
-    With 16-bit values, blocks of 16 and k = 10 this is 16d + 9m + 0.94t + 0.008.
+    With 16-bit values, blocks of 16 and k = 10 this is 16d + 9m + 0.94t + 0.008. int8 values add a 16-bit scale for
+    every row of a dense or 2:4 block and for every top-k block; the band form counts 16 bits a block instead of 2.
     """
-    index = 8 if block * block <= 256 else 16
-    mid, topk = bits / 2 + 1, k * (bits + index) / block**2
-    return bits * target.dense + mid * target.mid_2_4 + topk * target.topk + 2 / block**2
+    bits, index = 8 * DTYPES[values].itemsize, 8 if block * block <= 256 else 16
+    scale = 16 if values == "int8" else 0
+    dense, mid = bits + scale / block, bits / 2 + 1 + scale / block
+    topk = (k * (bits + index) + scale) / block**2
+    place = 16 if bands else 2
+    return dense * target.dense + mid * target.mid_2_4 + topk * target.topk + place / block**2
 
 
 def _digits(map_rc: Tensor) -> str:

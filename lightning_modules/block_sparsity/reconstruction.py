@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.progress import stage
+from lightning_modules.batches import Batch
 from lightning_modules.block_sparsity.masks import mask_gradients, mask_weights
 from lightning_modules.block_sparsity.stream import LayerInputs, decoder_layers, visiting
 
@@ -17,7 +19,7 @@ def reconstruct(
     model: nn.Module,
     matrices: Mapping[str, nn.Linear],
     keep: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     device: torch.device,
     steps: int,
     learning_rate: float,
@@ -31,7 +33,7 @@ def reconstruct(
         model: The model; its pruned weights have not been set to zero yet.
         matrices: Linear layers by name.
         keep: Their new masks.
-        batches: Token ids ``[B, T]``.
+        batches: Calibration text, see ``batches.Batch``; padding does not count.
         device: Where to compute.
         steps: Steps of Adam per layer, over the batches in turn.
         learning_rate: Its learning rate.
@@ -41,20 +43,23 @@ def reconstruct(
     """
     with torch.no_grad():
         whole, pruned = LayerInputs(model, batches, device), LayerInputs(model, batches, device)
-    errors = []
-    for layer in decoder_layers(model).values():
-        inside = set(layer.modules())
-        mine = {name: m for name, m in matrices.items() if m in inside and name in keep}
-        masks = {name: keep[name].to(device) for name in mine}
-        with visiting(layer, device):
-            with torch.no_grad():
-                whole.advance(layer)
-                mask_weights(mine, masks)
-                before = _error(layer, pruned, whole.hidden)
-            _fit(layer, mine, masks, pruned, whole.hidden, steps, learning_rate)
-            with torch.no_grad():
-                errors.append((before, _error(layer, pruned, whole.hidden)))
-                pruned.advance(layer)
+    errors: list[tuple[float, float]] = []
+    layers = decoder_layers(model)
+    with stage("Reconstruction", len(layers), "layers") as done:
+        for layer in layers.values():
+            inside = set(layer.modules())
+            mine = {name: m for name, m in matrices.items() if m in inside and name in keep}
+            masks = {name: keep[name].to(device) for name in mine}
+            with visiting(layer, device):
+                with torch.no_grad():
+                    whole.advance(layer)
+                    mask_weights(mine, masks)
+                    before = _error(layer, pruned, whole.hidden)
+                _fit(layer, mine, masks, pruned, whole.hidden, steps, learning_rate)
+                with torch.no_grad():
+                    errors.append((before, _error(layer, pruned, whole.hidden)))
+                    pruned.advance(layer)
+            done(len(errors))
     return errors
 
 
@@ -79,7 +84,8 @@ def _fit(
     with torch.enable_grad():
         for step in range(steps):
             batch = step % len(targets)
-            loss = F.mse_loss(inputs.through(layer, batch).float(), targets[batch].float())
+            found, wanted = inputs.through(layer, batch), targets[batch]
+            loss = F.mse_loss(inputs.on_tokens(found).float(), inputs.on_tokens(wanted).float())
             loss.backward()
             mask_gradients(matrices, keep)
             optimizer.step()
@@ -91,5 +97,9 @@ def _fit(
 
 
 def _error(layer: nn.Module, inputs: LayerInputs, targets: Sequence[Tensor]) -> float:
-    wrong = [(inputs.through(layer, i).float() - target.float()).pow(2).sum() for i, target in enumerate(targets)]
-    return float(torch.stack(wrong).sum() / torch.stack([t.float().pow(2).sum() for t in targets]).sum())
+    wrong, whole = 0.0, 0.0
+    for batch, target in enumerate(targets):
+        wanted = inputs.on_tokens(target, batch).float()
+        wrong += float((inputs.on_tokens(inputs.through(layer, batch)).float() - wanted).pow(2).sum())
+        whole += float(wanted.pow(2).sum())
+    return wrong / max(whole, torch.finfo(torch.float32).tiny)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.progress import stage
+from lightning_modules.batches import Batch, logits, tokens_of
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,12 +58,19 @@ class LayerInputs:
 
     Args:
         model: A Hugging Face causal language model.
-        batches: Token ids ``[B, T]``.
+        batches: Calibration text, see ``batches.Batch``.
         device: Where layers will run.
+
+    Raises:
+        ValueError: There is no calibration text.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> None:
+        if not batches:
+            raise ValueError("calibration needs at least one batch of text")
         self.hidden: list[Tensor] = []
+        self._batches = batches
+        self._current = 0
         self._rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,9 +81,9 @@ class LayerInputs:
 
         hook = next(iter(decoder_layers(model).values())).register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            for ids_BT in batches:
+            for batch in batches:
                 try:
-                    model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
+                    logits(model, batch)
                 except _FirstLayerReached:
                     continue
         finally:
@@ -83,9 +91,21 @@ class LayerInputs:
 
     def through(self, layer: nn.Module, batch: int) -> Tensor:
         """The layer's output for one batch."""
+        self._current = batch
         args, kwargs = self._rest[batch]
         out = layer(self.hidden[batch], *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def on_tokens(self, values: Tensor, batch: int | None = None) -> Tensor:
+        """What stands on tokens, without padding: ``[B, T, F]`` to ``[n, F]``.
+
+        Args:
+            values: Of every position of a batch; anything else, such as the tokens of one expert, is only made flat.
+            batch: Which batch; by default the one that is going through a layer.
+        """
+        text = self._batches[self._current if batch is None else batch]
+        whole = values.shape[:-1] == text["input_ids"].shape
+        return tokens_of(values, text) if whole else values.flatten(0, -2)
 
     def advance(self, layer: nn.Module) -> None:
         """Replace every batch's hidden states by the layer's output, one batch at a time."""
@@ -106,26 +126,26 @@ def visiting(layer: nn.Module, device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def input_norms(
-    model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Tensor], device: torch.device
+    model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Batch], device: torch.device
 ) -> dict[str, Tensor]:
     """L2 norm of every input column over all calibration tokens, ``float32 [C]`` by matrix, on the matrix's device.
+
+    Padding does not count.
 
     Args:
         model: A Hugging Face causal language model with its current weights.
         matrices: Linear layers of its decoder layers.
-        batches: Token ids ``[B, T]``.
+        batches: Calibration text, see ``batches.Batch``.
         device: Where to compute; layers visit it one after the other.
 
     Raises:
         ValueError: There is no calibration text.
     """
-    if not batches:
-        raise ValueError("calibration needs at least one batch of text")
     squares: dict[str, Tensor] = {}
 
     def add(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            total = args[0].float().pow(2).flatten(0, -2).sum(0)
+            total = inputs.on_tokens(args[0]).float().pow(2).sum(0)
             squares[name] = squares[name] + total if name in squares else total
 
         return hook

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lightning_modules.batches import logits
 from lightning_modules.block_sparsity.masks import violations
 from lightning_modules.block_sparsity.packed_model import is_banded, load_packed, packed_dtype, read_tiers
 from lightning_modules.block_sparsity.pruner import Pruner
@@ -31,8 +32,8 @@ def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.d
         if not (torch.equal(kept[name][0], tiers.map_rc) and torch.equal(kept[name][1], tiers.keep_RC)):
             raise ValueError(f"{name}: the packed tier map or mask differs from the pruned model's")
     dtype = packed_dtype(folder)
-    expanded: Any = load_packed(folder)
-    packed: Any = load_packed(folder, expand=False)
+    expanded: Any = load_packed(folder, torch.float32)
+    packed: Any = load_packed(folder, torch.float32, expand=False)
     for name, weight in model.state_dict().items():
         wanted = weight if dtype == torch.int8 else weight.to(dtype).float()
         found = expanded.state_dict()[name]
@@ -42,16 +43,16 @@ def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.d
             raise ValueError(f"{name}: the packed weights differ from the pruned model's")
         if matrix in kept and (found[~kept[matrix][1]] != 0).any():
             raise ValueError(f"{name}: a pruned weight is not zero after unpacking")
-    batch = next(iter(data.val_dataloader()))["input_ids"].to(device)
-    logits = model.to(device)(input_ids=batch, use_cache=False).logits
-    plain = expanded.to(device)(input_ids=batch, use_cache=False).logits
-    apart = (plain - packed.to(device)(input_ids=batch, use_cache=False).logits).abs().max() / plain.abs().max()
+    batch = next(iter(data.val_dataloader()))
+    pruned = logits(model.to(device), batch)
+    plain = logits(expanded.to(device), batch)
+    apart = (plain - logits(packed.to(device), batch)).abs().max() / plain.abs().max()
     if not apart <= (1e-4 if is_banded(folder) else 0.0):  # NaN is not
         raise ValueError("layers that stay packed give other logits than expanded ones")
     return {
         "matrices": len(kept),
         "weights_equal": True,
         "logits_equal": bool(apart == 0),
-        "logits_change": float((plain - logits).abs().max()),
+        "logits_change": float((plain - pruned).abs().max()),
         "violations": violations(pruner.matrices, pruner.keep),
     }

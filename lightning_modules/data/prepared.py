@@ -13,6 +13,7 @@ from datasets import Dataset
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -189,6 +190,24 @@ class PreparedData(L.LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader:
         """The validation split: a language-modelling corpus has no other held-out text."""
         return self.val_dataloader()
+
+    def calibration(self, count: int) -> list[dict[str, Tensor]]:
+        """Rows spread evenly over the training split, the same on every rank and in every run, as batches.
+
+        Args:
+            count: How many rows; each is one sample, or one block.
+
+        Raises:
+            ValueError: the training split has fewer.
+        """
+        rows = self._dataset("train")
+        if not 1 <= count <= len(rows):
+            raise ValueError(
+                f"calibration_blocks is {count}, but the training text has only {len(rows)} {self.rows_are}; lower "
+                "calibration_blocks, or give more text"
+            )
+        chosen = [i * len(rows) // count for i in range(count)]
+        return [rows.__getitems__(chosen[i : i + self.batch_size]) for i in range(0, count, self.batch_size)]
 
     def _loading(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.variants import Variant
+from lightning_modules.batches import Batch
 
 
 class Score(Variant):
@@ -19,7 +20,7 @@ class Score(Variant):
     """
 
     def statistics(
-        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Tensor], device: torch.device
+        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Batch], device: torch.device
     ) -> dict[str, Tensor]:
         """What the score needs to know of each matrix besides its weights, by name; nothing by default.
 
@@ -28,7 +29,7 @@ class Score(Variant):
         Args:
             model: A Hugging Face causal language model with its current weights.
             matrices: The linear layers to score.
-            batches: Calibration text, token ids ``[B, T]``.
+            batches: Calibration text, see ``batches.Batch``.
             device: Where to compute.
         """
         return {}

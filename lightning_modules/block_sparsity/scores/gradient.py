@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from common.progress import stage
+from lightning_modules.batches import Batch, labels, logits
 from lightning_modules.block_sparsity.scores.base import Score
 from lightning_modules.perplexity import next_token_nll
 
@@ -17,9 +19,15 @@ class Gradient(Score):
     """
 
     def statistics(
-        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Tensor], device: torch.device
+        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Batch], device: torch.device
     ) -> dict[str, Tensor]:
-        """Mean absolute gradients ``float32 [R, C]``."""
+        """Mean absolute gradients ``float32 [R, C]``.
+
+        Raises:
+            ValueError: There is no calibration text.
+        """
+        if not batches:
+            raise ValueError("calibration needs at least one batch of text")
         home, training = next(model.parameters()).device, model.training
         model.to(device).eval()
         found = {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in matrices.items()}
@@ -37,11 +45,11 @@ class Gradient(Score):
             p.grad = None
         hooks = [p.register_post_accumulate_grad_hook(reduce) for p in wanted]
         try:
-            with torch.enable_grad():
-                for ids_BT in batches:
-                    ids_BT = ids_BT.to(device)
-                    nll, tokens = next_token_nll(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
-                    (nll / tokens).backward()
+            with torch.enable_grad(), stage("Gradients", len(batches), "batches") as done:
+                for number, batch in enumerate(batches, 1):
+                    nll, tokens = next_token_nll(logits(model, batch), labels(batch).to(device))
+                    (nll / tokens.clamp_min(1)).backward()
+                    done(number)
         finally:
             for hook in hooks:
                 hook.remove()

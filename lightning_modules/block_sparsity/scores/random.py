@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from common.randomness import step_seed
+from lightning_modules.batches import Batch
 from lightning_modules.block_sparsity.scores.base import Score
 
 
@@ -20,7 +21,7 @@ class Random(Score):
         self.seed = seed
 
     def statistics(
-        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Tensor], device: torch.device
+        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Batch], device: torch.device
     ) -> dict[str, Tensor]:
         """Random numbers ``float32 [R, C]``: a copy of the matrices in memory."""
         found = {}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.batches import Batch
 from lightning_modules.block_sparsity.scores.base import Score
 from lightning_modules.block_sparsity.stream import input_norms
 
@@ -16,7 +17,7 @@ class Wanda(Score):
     """
 
     def statistics(
-        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Tensor], device: torch.device
+        self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Batch], device: torch.device
     ) -> dict[str, Tensor]:
         """Input norms ``float32 [C]``."""
         return input_norms(model, matrices, batches, device)

@@ -10,7 +10,7 @@ from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.masks import mask_weights
 from lightning_modules.block_sparsity.packed_model import PackedLinear, read_tiers, write_packed
 from lightning_modules.block_sparsity.packing import Layout, pack, unpack
-from lightning_modules.block_sparsity.pruner import Pruner
+from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.tiers import TierMap
 from tests.lightning_modules.block_sparsity.toy import batches, scored, tiny_llama
@@ -83,6 +83,8 @@ def test_bytes_are_the_formula():
     assert bits[torch.float16] == pytest.approx(16 * dense + 9 * mid + 0.9375 * topk + 16 / 256)
     scales = 16 * (16 * (dense + mid) + topk) / 256
     assert bits[torch.int8] == pytest.approx(8 * dense + 5 * mid + 0.625 * topk + scales + 16 / 256)
+    for dtype, name in ((torch.float16, "float16"), (torch.int8, "int8")):
+        assert bits[dtype] == pytest.approx(packed_bits(Ratios(dense, mid, topk), 16, 10, name, bands=True))
 
 
 def test_bands_that_differ_are_refused_with_the_way_out():
@@ -108,5 +110,5 @@ def test_a_model_in_bands_is_the_plain_packed_one_and_multiplies_band_by_band(dt
     assert {m.product for m in packed.modules() if isinstance(m, PackedLinear)} == {band_product}
     with pytest.raises(ValueError, match="export_bands"):
         load_packed(tmp_path / "plain", expand=False, kernel=True)
-    ids = batches(1)[0]
+    ids = batches(1)[0]["input_ids"]
     torch.testing.assert_close(packed(input_ids=ids).logits, wanted(input_ids=ids).logits)

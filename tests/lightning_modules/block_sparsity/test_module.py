@@ -122,7 +122,7 @@ def test_lora_merges_only_where_weights_are_kept(dense, data_cache, tmp_path):
         assert (weight[~keep] == 0).all()
         changed += int((weight != before.get_submodule(name).weight)[keep].sum())
     assert changed > 1000
-    ids = batches(1)[0]
+    ids = batches(1)[0]["input_ids"]
     torch.testing.assert_close(saved(input_ids=ids).logits, module.plain_model.eval()(input_ids=ids).logits)
 
 
@@ -189,7 +189,7 @@ def test_prune_export_verify_and_unpack(dense, data_cache, tmp_path, capsys):
     _module(pruned, tmp_path / "bands", export_bands=True).export(data, CPU)
     assert _module(pruned, tmp_path / "bands").verify(data, CPU)["tiers"]["verified"]["weights_equal"]
     _module(packed, plain).export(data, CPU)
-    ids, unpacked = batches(1)[0], AutoModelForCausalLM.from_pretrained(plain)
+    ids, unpacked = batches(1)[0]["input_ids"], AutoModelForCausalLM.from_pretrained(plain)
     assert torch.equal(unpacked(input_ids=ids).logits, load_packed(packed)(input_ids=ids).logits)
     again = _module(plain, tmp_path / "x")
     again.configure_model()
@@ -220,7 +220,7 @@ def test_maps_of_another_model_or_block_size_are_refused(fitted, dense, data_cac
     state["tensors"] = {name.replace("layers.1", "layers.7"): t for name, t in state["tensors"].items()}
     with pytest.raises(ValueError, match="another model"):
         fitted[0].pruner.load_state(state, "the file")
-    with pytest.raises(ValueError, match="tier maps"):
+    with pytest.raises(FileNotFoundError, match="tier maps"):
         _module(dense, tmp_path / "x").export(_data(data_cache), CPU)
 
 

@@ -64,8 +64,8 @@ def test_streamed_norms_are_those_of_a_whole_forward_pass():
 
     hooks = [m.register_forward_pre_hook(add(name)) for name, m in matrices.items()]
     with torch.no_grad():
-        for ids in text:
-            model(input_ids=ids)
+        for batch in text:
+            model(input_ids=batch["input_ids"])
     for hook in hooks:
         hook.remove()
     for name, norms in input_norms(model, matrices, text, CPU).items():
@@ -89,9 +89,9 @@ def test_gradient_is_weight_times_mean_absolute_gradient():
     matrices = linear_layers(model)
     name = "model.layers.1.self_attn.o_proj"
     wanted = torch.zeros_like(matrices[name].weight)
-    for ids in text:
+    for batch in text:
         model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**batch).loss.backward()
         wanted += matrices[name].weight.grad.abs() / 2
     model.zero_grad()
     found = Gradient().statistics(model, matrices, text, CPU)[name]
@@ -106,7 +106,7 @@ def test_only_one_layers_inputs_are_held():
             inputs.advance(layer)
             assert len(inputs.hidden) == len(text)
         logits = model.lm_head(model.model.norm(inputs.hidden[0]))
-        torch.testing.assert_close(logits, model(input_ids=text[0]).logits)
+        torch.testing.assert_close(logits, model(input_ids=text[0]["input_ids"]).logits)
 
 
 def test_models_without_linear_layers_and_no_text_are_refused():

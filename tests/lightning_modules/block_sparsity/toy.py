@@ -31,9 +31,25 @@ def save_tiny(folder: Path, **kwargs) -> Path:
     return folder
 
 
-def batches(count: int = 3, rows: int = 2, tokens: int = 12) -> list[torch.Tensor]:
+def batches(count: int = 3, rows: int = 2, tokens: int = 12) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(5)
-    return [torch.randint(0, VOCAB, (rows, tokens), generator=generator) for _ in range(count)]
+    drawn = [torch.randint(0, VOCAB, (rows, tokens), generator=generator) for _ in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in drawn]
+
+
+def padded(batch: dict[str, torch.Tensor], lengths: list[int], side: str = "right") -> dict[str, torch.Tensor]:
+    """The first tokens of every row, padded to the batch's width with token 0, as InstructData does it."""
+    ids, labels = torch.zeros_like(batch["input_ids"]), torch.full_like(batch["labels"], -100)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    width = ids.shape[1]
+    for row, length in enumerate(lengths):
+        here = slice(0, length) if side == "right" else slice(width - length, width)
+        empty = slice(length, width) if side == "right" else slice(0, width - length)
+        ids[row, here] = labels[row, here] = batch["input_ids"][row, :length]
+        mask[row, here] = 1
+        positions[row, here] = torch.arange(length)
+        positions[row, empty] = torch.arange(width - length)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions}
 
 
 def scored(scores: torch.Tensor) -> Scored:
