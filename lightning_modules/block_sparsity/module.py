@@ -163,7 +163,8 @@ class BlockSparsity(CausalLM):
         """See ``CausalLM.build_model``; masks that lie beside the model hold from the start."""
         folder = Path(self.pretrained)
         packed = (folder / PACKED_FILE).is_file()
-        self.stored = load_config(self.pretrained).dtype or torch.float32
+        stored = load_config(self.pretrained).dtype
+        self.stored = stored if isinstance(stored, torch.dtype) else torch.float32
         model = load(self.pretrained, **self.loading)
         self.pruner = Pruner(model, **self._pruning)  # type: ignore[arg-type]
         if packed:

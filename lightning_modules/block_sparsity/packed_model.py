@@ -187,10 +187,10 @@ def _load(
     folder: Path, dtype: torch.dtype | str, attention: str | None, expand: bool = True, kernel: bool = False
 ) -> PreTrainedModel:
     """``load_packed`` of a folder whose manifest has been checked."""
-    tensors, layouts, _ = _read(folder)
+    tensors, layouts, packed_as = _read(folder)
     product = _kernel(folder, tensors, layouts) if kernel else None
     config = AutoConfig.from_pretrained(folder)
-    dtype = _dtype(dtype, config)
+    dtype = _dtype(dtype, config, packed_as)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     _check_fit(folder, model, tensors, layouts)
@@ -214,10 +214,13 @@ def _load(
 FORMATS[PACKED_FILE] = _load
 
 
-def _dtype(asked: torch.dtype | str, config: Any) -> torch.dtype:
+def _dtype(asked: torch.dtype | str, config: Any, packed_as: str) -> torch.dtype:
+    """The type to compute in; a configuration without one leaves it to the file."""
     if isinstance(asked, torch.dtype):
         return asked
-    return (config.dtype or torch.float32) if asked == "auto" else DTYPES[asked]
+    if asked != "auto":
+        return DTYPES[asked]
+    return config.dtype or (torch.float16 if packed_as == "int8" else DTYPES[packed_as])
 
 
 def _check_fit(
