@@ -78,6 +78,6 @@ def _dividing(groups: int, n_rep: int, hidden: int) -> int:
 
 @torch.no_grad()
 def largest_difference(model: Any, other: Any, ids_BT: Tensor) -> float:
-    """Largest absolute difference of two models' logits."""
-    pair = (m(input_ids=ids_BT, use_cache=False).logits.double() for m in (model, other))
-    return float((next(pair) - next(pair)).abs().max())
+    """Largest absolute difference of two models' logits, each computed in the model's own dtype."""
+    logits, others = (m(input_ids=ids_BT, use_cache=False).logits.double() for m in (model, other))
+    return float((logits - others).abs().max())

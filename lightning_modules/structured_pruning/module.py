@@ -32,7 +32,7 @@ from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.rounds import composed, short_recovery
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.search import largest_share
-from lightning_modules.structured_pruning.verify import compare, in_float32, proven_slice, reference_logits
+from lightning_modules.structured_pruning.verify import compare, exact_logits, proven_slice, reference_logits
 
 _WIDE = 0.1  # share of padding above which the export says that the gain is going
 
@@ -61,10 +61,10 @@ class StructuredPruning(CausalLM):
         recovery_steps: Optimizer steps of each short recovery, on the calibration text.
         recovery_learning_rate: Its learning rate.
         plan: Slice by this plan instead of making one.
-        dtype: What weights are loaded as and saved in; scores and verification are in float32.
+        dtype: What weights are loaded as and saved in; verification is in float64 whatever it is.
         attention: See ``CausalLM``.
         verify_blocks: Blocks of validation text that logits are compared on.
-        tolerance: Largest difference of logits that rounding may cause, in float32.
+        tolerance: Largest difference of logits that rounding may cause, in float64, as a share of the largest logit.
         portable: Folder of the stock export; beside ``output`` when not given.
         measure_cost: Also time one plain forward and backward pass over the calibration text, to compare scoring with.
         cache_dir: Folder for damages and scores. Default: $PARE_CACHE, or ~/.cache/pare.
@@ -89,7 +89,7 @@ class StructuredPruning(CausalLM):
         dtype: Dtype = "float32",
         attention: str | None = None,
         verify_blocks: int = 2,
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-6,
         portable: str | None = None,
         measure_cost: bool = False,
         cache_dir: str | None = None,
@@ -247,12 +247,10 @@ class StructuredPruning(CausalLM):
         ids = self._verification_ids(datamodule).to(device)
         dense = self._load(self.base).to(device)
         plan.check_fits([shape_of(layer) for layer in decoder_layers(dense)], model_hash(dense))
-        with in_float32(dense):
-            reference = reference_logits(dense, plan, ids)
+        reference = reference_logits(dense, plan, ids)
         del dense
         pruned = self._load(self.output).to(device)
-        with in_float32(pruned):
-            verification = compare(*reference, pruned, ids, self.tolerance)
+        verification = compare(*reference, pruned, ids, self.tolerance)
         verification.raise_if_failed()
         print("\n".join(f"{name}: {value:.3g}" for name, value in asdict(verification).items()))
         return {"structure": asdict(verification)}
@@ -267,11 +265,12 @@ class StructuredPruning(CausalLM):
         tokenizer = load_tokenizer(self.output, datamodule)
         pruned = self._load(self.output).to(device)
         padded = pad_to_stock(pruned)
-        with in_float32(pruned), in_float32(padded.model):
-            difference = largest_difference(pruned, padded.model, ids)
-        if not difference <= self.tolerance:
+        logits = exact_logits(pruned, ids)
+        difference = float((exact_logits(padded.model, ids) - logits).abs().max())
+        if not difference <= self.tolerance * float(logits.abs().max()):
             raise ValueError(
-                f"export: logits differ by {difference:.3g}, more than {self.tolerance:g}; nothing was written"
+                f"export: logits differ by {difference:.3g}, more than {self.tolerance:g} of the largest; nothing was "
+                "written"
             )
         if padded.padding > _WIDE * padded.parameters:
             rank_zero_warn(

@@ -17,19 +17,21 @@ _CONTROL = 10.0  # the negative control must differ by so many tolerances
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest absolute differences of logits.
+    """Largest absolute differences of logits, in float64.
 
     Attributes:
         zeroed_and_sliced: Between the dense model with removed parts zeroed and the sliced model; small.
         pruned_and_dense: Between the sliced and the whole dense model; not small, or nothing was pruned.
         rolled_head: Between the sliced model and itself with one layer's o_proj rolled by a head; not small, or the
             comparison is blind to heads in the wrong place.
-        tolerance: What counts as small.
+        largest_logit: Of the dense model with removed parts zeroed.
+        tolerance: What counts as small, as a share of the largest logit.
     """
 
     zeroed_and_sliced: float
     pruned_and_dense: float
     rolled_head: float
+    largest_logit: float
     tolerance: float
 
     def raise_if_failed(self) -> None:
@@ -38,16 +40,17 @@ class Verification:
         Raises:
             ValueError: The message says which of the three comparisons failed, with its number.
         """
+        small = self.tolerance * self.largest_logit
         problems = []
-        if not self.zeroed_and_sliced <= self.tolerance:  # also for NaN
+        if not self.zeroed_and_sliced <= small:  # also for NaN
             problems.append(
                 f"logits of the sliced model differ by {self.zeroed_and_sliced:.3g} from those of the dense model with "
-                f"removed parts zeroed (at most {self.tolerance:g} is allowed): weights were changed after pruning, "
-                "or query heads do not belong to their key-value heads"
+                f"removed parts zeroed (at most {small:.3g} is allowed, {self.tolerance:g} of the largest): weights "
+                "were changed after pruning, or query heads do not belong to their key-value heads"
             )
-        if not self.pruned_and_dense > self.tolerance:
+        if not self.pruned_and_dense > small:
             problems.append(f"pruning changed nothing (logits differ by {self.pruned_and_dense:.3g})")
-        if not self.rolled_head > _CONTROL * self.tolerance:
+        if not self.rolled_head > _CONTROL * small:
             problems.append(
                 f"the comparison cannot see a head in the wrong place (logits differ by {self.rolled_head:.3g})"
             )
@@ -56,20 +59,18 @@ class Verification:
 
 
 def proven_slice(model: Any, plan: PruningPlan, ids_BT: Tensor, tolerance: float) -> tuple[Any, Verification]:
-    """The slice of a model, and how it compares, in float32, with the zeroed model."""
-    with in_float32(model):
-        reference = reference_logits(model, plan, ids_BT)
+    """The slice of a model, and how it compares with the zeroed model."""
+    reference = reference_logits(model, plan, ids_BT)
     pruned = slice_model(model, plan)
-    with in_float32(pruned):
-        return pruned, compare(*reference, pruned, ids_BT, tolerance)
+    return pruned, compare(*reference, pruned, ids_BT, tolerance)
 
 
 @torch.no_grad()
 def reference_logits(dense: Any, plan: PruningPlan, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Logits ``[B, T, V]`` of the dense model as it is, and with removed parts zeroed."""
-    whole = dense(input_ids=ids_BT, use_cache=False).logits
+    whole = exact_logits(dense, ids_BT)
     with removed_parts_zeroed(dense, plan):
-        zeroed = dense(input_ids=ids_BT, use_cache=False).logits
+        zeroed = exact_logits(dense, ids_BT)
     return whole, zeroed
 
 
@@ -82,28 +83,67 @@ def compare(whole_BTV: Tensor, zeroed_BTV: Tensor, sliced: Any, ids_BT: Tensor, 
         zeroed_BTV: Its logits with removed parts zeroed.
         sliced: The pruned model; not changed when this returns.
         ids_BT: The token ids that the logits belong to.
-        tolerance: Largest absolute difference of logits that rounding may cause.
+        tolerance: Largest difference of logits that rounding may cause, as a share of the largest logit.
     """
-
-    def logits() -> Tensor:
-        result: Tensor = sliced(input_ids=ids_BT, use_cache=False).logits
-        return result
-
-    pruned = logits()
+    pruned = exact_logits(sliced, ids_BT)
     attention = max(decoder_layers(sliced), key=lambda layer: layer.self_attn.o_proj.in_features).self_attn
     weight = attention.o_proj.weight
     before = weight.detach().clone()
     try:
         weight.copy_(before.roll(attention.head_dim, 1))
-        rolled = logits()
+        rolled = exact_logits(sliced, ids_BT)
     finally:
         weight.copy_(before)
     return Verification(
         zeroed_and_sliced=float((pruned - zeroed_BTV).abs().max()),
         pruned_and_dense=float((pruned - whole_BTV).abs().max()),
         rolled_head=float((rolled - pruned).abs().max()),
+        largest_logit=float(zeroed_BTV.abs().max()),
         tolerance=tolerance,
     )
+
+
+@torch.no_grad()
+def exact_logits(model: Any, ids_BT: Tensor) -> Tensor:
+    """Logits ``[B, T, V]`` in float64, whatever the model's weights are in.
+
+    In float32, zeros that are added in another order change the logits of a deep model by as much as a small mistake
+    does; in float64 only mistakes are left.
+    """
+    with in_float64(model):
+        logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def in_float64(model: Any) -> Iterator[None]:
+    """Within the block the model computes in float64; afterwards its parameters are the same tensors as before.
+
+    Embeddings, each decoder layer, the last norm and the head get float64 weights only while they are at work. So memory
+    is the model in its own dtype, the largest of these modules at eight bytes a parameter, and activations and logits
+    at eight bytes a number. Norms and rotary angles stay in float32, as transformers computes them.
+    """
+    before: dict[Any, Tensor] = {}
+
+    def widen(module: Any, arguments: Any) -> None:
+        for parameter in module.parameters():
+            before[parameter] = parameter.data
+            parameter.data = parameter.data.double()
+
+    def narrow(module: Any, arguments: Any, output: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data = before.pop(parameter)
+
+    parts = [model.get_input_embeddings(), *decoder_layers(model), model.model.norm, model.get_output_embeddings()]
+    handles = [part.register_forward_pre_hook(widen) for part in parts]
+    handles += [part.register_forward_hook(narrow) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, data in before.items():  # of a module in which the forward pass failed
+            parameter.data = data
 
 
 @contextmanager
@@ -149,22 +189,3 @@ def removed_parts_zeroed(model: Any, plan: PruningPlan) -> Iterator[None]:
 
 def _others(kept: list[int], count: int) -> list[int]:
     return sorted(set(range(count)) - set(kept))
-
-
-@contextmanager
-def in_float32(model: Any) -> Iterator[None]:
-    """Within the block, all parameters are float32; afterwards they have their dtype again, with the same bits.
-
-    Buffers stay as they are: rotary frequencies are float32 whatever the model is.
-    """
-    dtype = model.dtype
-
-    def cast(to: torch.dtype) -> None:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(to)
-
-    cast(torch.float32)
-    try:
-        yield
-    finally:
-        cast(dtype)

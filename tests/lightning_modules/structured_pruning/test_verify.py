@@ -12,7 +12,13 @@ from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.plan import LayerPlan
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.slicing import slice_model
-from lightning_modules.structured_pruning.verify import compare, in_float32, reference_logits, removed_parts_zeroed
+from lightning_modules.structured_pruning.verify import (
+    compare,
+    exact_logits,
+    in_float64,
+    reference_logits,
+    removed_parts_zeroed,
+)
 from tests.lightning_modules.structured_pruning.toy import DROPPED, KEPT, ids, plan_for, tiny
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -25,13 +31,12 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
     ids=["llama", "llama with biases", "tied", "qwen2", "mistral"],
 )
 def test_zeroed_equals_sliced(name, fields, kept):
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-6)):  # norms and rotary angles are in float32
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
         dense = tiny(name, dtype, **fields)
         plan = plan_for(dense, kept)
-        result = compare(*reference_logits(dense, plan, ids()), slice_model(dense, plan), ids(), tolerance)
+        result = compare(*reference_logits(dense, plan, ids()), slice_model(dense, plan), ids(), 1e-6)
         result.raise_if_failed()
-        if dtype == torch.float64:
-            assert result.zeroed_and_sliced < 1e-12 and result.pruned_and_dense > 0.1
+        assert result.zeroed_and_sliced < 1e-9 and result.pruned_and_dense > 0.1
 
 
 def test_masking_computes_what_slicing_does():
@@ -56,7 +61,7 @@ def test_the_model_is_as_before_afterwards():
 def test_removing_nothing_is_refused_as_no_proof():
     dense = tiny()
     plan = plan_for(dense, [LayerPlan([0, 1, 2, 3], list(range(48)))] * 4)
-    result = compare(*reference_logits(dense, plan, ids()), slice_model(dense, plan), ids(), 1e-4)
+    result = compare(*reference_logits(dense, plan, ids()), slice_model(dense, plan), ids(), 1e-6)
     with pytest.raises(ValueError, match="pruning changed nothing"):
         result.raise_if_failed()
 
@@ -70,7 +75,7 @@ def test_a_head_in_the_wrong_place_is_caught(projection):
     weight = getattr(attention, projection).weight
     weight.data = weight.data.roll(attention.head_dim, 1 if projection == "o_proj" else 0)
     with pytest.raises(ValueError, match="verify: logits of the sliced model differ"):
-        compare(*reference_logits(dense, plan, ids()), sliced, ids(), 1e-4).raise_if_failed()
+        compare(*reference_logits(dense, plan, ids()), sliced, ids(), 1e-6).raise_if_failed()
 
 
 def test_queries_truncated_without_their_keys_fail():
@@ -78,18 +83,33 @@ def test_queries_truncated_without_their_keys_fail():
     layer = dataclasses.replace(KEPT[1], query_heads=PerTensorTruncation().query_heads(KEPT[1].groups, 2))
     assert layer.query_heads == [0, 1, 2, 3]  # groups 0 and 2 are read by heads 0, 1, 4 and 5
     plan = plan_for(dense, [KEPT[0], layer, *KEPT[2:]])
-    result = compare(*reference_logits(dense, plan, ids()), slice_model(dense, plan), ids(), 1e-4)
+    result = compare(*reference_logits(dense, plan, ids()), slice_model(dense, plan), ids(), 1e-6)
     with pytest.raises(ValueError, match="query heads do not belong"):
         result.raise_if_failed()
 
 
 def test_half_precision_comes_back_bit_by_bit():
-    model = tiny(dtype=torch.bfloat16)
-    before = model_hash(model)
-    with in_float32(model):
-        assert model.dtype == torch.float32
-    assert model_hash(model) == before
+    model = tiny(dtype=torch.bfloat16, tie_word_embeddings=True)
+    before, held = model_hash(model), [p.data_ptr() for p in model.parameters()]
+    assert exact_logits(model, ids()).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="on purpose"), in_float64(model):
+        model.model.layers[2].mlp.register_forward_pre_hook(
+            lambda m, a: (_ for _ in ()).throw(RuntimeError("on purpose"))
+        )
+        model(ids())
+    assert model_hash(model) == before and [p.data_ptr() for p in model.parameters()] == held
     assert slice_model(model, plan_for(model)).dtype == torch.bfloat16
+
+
+def test_only_the_module_at_work_is_wide():
+    model = tiny("qwen2", torch.bfloat16)
+    wide = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(
+            lambda m, a: wide.append([p.dtype == torch.float64 for p in model.parameters()].count(True))
+        )
+    exact_logits(model, ids())
+    assert wide == [len(list(layer.parameters())) for layer in model.model.layers]
 
 
 def test_shapes_count_what_is_there():
