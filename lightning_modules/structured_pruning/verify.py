@@ -119,9 +119,9 @@ def exact_logits(model: Any, ids_BT: Tensor) -> Tensor:
 def in_float64(model: Any) -> Iterator[None]:
     """Within the block the model computes in float64; afterwards its parameters are the same tensors as before.
 
-    Embeddings, each decoder layer, the last norm and the head get float64 weights only while they are at work. So memory
-    is the model in its own dtype, the largest of these modules at eight bytes a parameter, and activations and logits
-    at eight bytes a number. Norms and rotary angles stay in float32, as transformers computes them.
+    Embeddings, each decoder layer, the last norm and the head get float64 weights only while they are at work. So
+    memory is the model in its own dtype, the largest of these modules at eight bytes a parameter, and activations and
+    logits at eight bytes a number. Norms and rotary angles stay in float32, as transformers computes them.
     """
     before: dict[Any, Tensor] = {}
 
