@@ -233,13 +233,20 @@ class BlockSparsity(CausalLM):
 
     # ---- fine-tuning ------------------------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
-        """Refuse strategies that cut weights up, and bring masks and teacher to the device."""
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that cut weights up.
+
+        Raises:
+            ValueError: The strategy is one.
+        """
+        if stage == "fit" and not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ValueError(
                 f"trainer.strategy {type(self.trainer.strategy).__name__}: block sparsity needs whole matrices on "
                 "every rank; use one device or ddp"
             )
+
+    def on_fit_start(self) -> None:
+        """Bring masks and teacher to the device."""
         self.pruner.to(self.device)
         if self.teacher is not None:
             self._teacher = Frozen(load(self.teacher, **self.loading))

@@ -97,15 +97,16 @@ class LayerInputs:
         return out[0] if isinstance(out, tuple) else out
 
     def on_tokens(self, values: Tensor, batch: int | None = None) -> Tensor:
-        """What stands on tokens, without padding: ``[B, T, F]`` to ``[n, F]``.
+        """What stands on tokens, without padding: ``[…, F]`` to ``[n, F]``.
 
         Args:
-            values: Of every position of a batch; anything else, such as the tokens of one expert, is only made flat.
+            values: Of every position of a batch, in one row or in several; anything else, such as the tokens of one
+                expert, is only made flat.
             batch: Which batch; by default the one that is going through a layer.
         """
         text = self._batches[self._current if batch is None else batch]
-        whole = values.shape[:-1] == text["input_ids"].shape
-        return tokens_of(values, text) if whole else values.flatten(0, -2)
+        flat, shape = values.flatten(0, -2), text["input_ids"].shape
+        return tokens_of(flat.unflatten(0, shape), text) if len(flat) == shape.numel() else flat
 
     def advance(self, layer: nn.Module) -> None:
         """Replace every batch's hidden states by the layer's output, one batch at a time."""

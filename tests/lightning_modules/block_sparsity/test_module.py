@@ -1,20 +1,33 @@
 """Masks through real training, and the commands around it, on a tiny Llama and made-up text."""
 
+import json
 import warnings
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from callbacks import TierSchedule
+from common.files import DamagedError
+from common.records.schema import TIERS
 from lightning_modules.block_sparsity import BlockSparsity, load_packed
+from lightning_modules.block_sparsity import module as block_module
 from lightning_modules.block_sparsity.masks import mask_weights, violations
-from lightning_modules.block_sparsity.pruner import Pruner
+from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pruner
 from lightning_modules.block_sparsity.reconstruction import reconstruct
 from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
+from lightning_modules.block_sparsity.scores.gradient import Gradient
+from lightning_modules.block_sparsity.scores.magnitude import Magnitude
+from lightning_modules.block_sparsity.scores.wanda import Wanda
+from lightning_modules.data.instruct import InstructData
+from lightning_modules.frozen import Frozen
 from tests.lightning_modules.block_sparsity.toy import batches, save_tiny, tiny_llama
 from tests.lightning_modules.data.toy import Toy
 
@@ -45,14 +58,14 @@ def _module(dense: Path, output: Path, **kwargs) -> BlockSparsity:
     return BlockSparsity(str(dense), str(output), schedule=schedule, **{**SIZES, **kwargs})
 
 
-def _fit(module, cache, folder, patience=None, steps=3, ckpt=None, callbacks=()):
+def _fit(module, cache, folder, patience=None, steps=3, ckpt=None, callbacks=(), data=None, **limits):
     warnings.simplefilter("ignore")
     schedule = TierSchedule(patience)
     checkpoint = ModelCheckpoint(folder / "ckpt", save_top_k=-1, every_n_epochs=1, filename="{epoch}")
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
-        max_epochs=-1,
+        **{"max_epochs": -1, **limits},
         limit_train_batches=steps,
         num_sanity_val_steps=0,
         callbacks=[schedule, checkpoint, *callbacks],
@@ -61,7 +74,7 @@ def _fit(module, cache, folder, patience=None, steps=3, ckpt=None, callbacks=())
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, datamodule=Toy(cache_dir=cache, max_val_blocks=8), ckpt_path=ckpt)
+    trainer.fit(module, datamodule=data or Toy(cache_dir=cache, max_val_blocks=8), ckpt_path=ckpt)
     return schedule.summary()["tiers"]
 
 
@@ -153,8 +166,6 @@ def test_the_teacher_is_no_part_of_the_module(dense, data_cache, tmp_path):
 def test_reconstruction_brings_outputs_closer_and_holds_masks():
     model, text = tiny_llama(), batches(4, 4)
     pruner = Pruner(model, block=8, k=6)
-    from lightning_modules.block_sparsity.scores.wanda import Wanda
-
     pruner.prune(model, LinearSchedule(**SCHEDULE).rows[-1].ratios, Wanda(), text, CPU)
     norm = model.model.norm.weight.clone()
     errors = reconstruct(model, pruner.matrices, pruner.keep, text, CPU, steps=20, learning_rate=3e-3)
@@ -194,6 +205,8 @@ def test_prune_export_verify_and_unpack(dense, data_cache, tmp_path, capsys):
     again = _module(plain, tmp_path / "x")
     again.configure_model()
     assert again.pruner.maps() == fields["tiers"]["matrices"]
+    for block in (fields["tiers"], sizes):
+        assert set(block) <= set(TIERS) and "object" in {TIERS[name].type for name in block}
     with pytest.raises(ValueError, match="differ"):
         other = _module(pruned, packed)
         other.configure_model()
@@ -224,11 +237,196 @@ def test_maps_of_another_model_or_block_size_are_refused(fitted, dense, data_cac
         _module(dense, tmp_path / "x").export(_data(data_cache), CPU)
 
 
+def test_the_ratio_of_a_packed_model_means_one_thing_planned_and_measured(dense, data_cache, tmp_path, capsys):
+    data, pruned, packed = _data(data_cache), tmp_path / "pruned", tmp_path / "packed"
+    _module(dense, pruned).prune(data, CPU)
+    printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line)
+    for dtype in ("float16", "float32", "int8"):
+        sizes = _module(pruned, packed, export_dtype=dtype).export(data, CPU)["tiers"]
+        file, tensors = packed / "packed.safetensors", load_file(packed / "packed.safetensors")
+        whole = 2 * tiny_llama().num_parameters()
+        assert sizes["packed_bytes"] == file.stat().st_size
+        assert sizes["packed_ratio"] == pytest.approx(whole / file.stat().st_size)
+        expected = whole / sum(t.nbytes for t in tensors.values())  # without the header, which is not planned
+        assert sizes["planned"]["packed_ratio"] == pytest.approx(
+            expected, rel=0.08
+        )  # blocks at an edge are stored whole
+        if dtype == "float16":
+            assert float(printed["packed_ratio"]) == pytest.approx(sizes["planned"]["packed_ratio"], rel=0.08)
+
+
+def test_a_16_bit_model_is_pruned_packed_and_unpacked_in_its_own_type(data_cache, tmp_path):
+    data = _data(data_cache)
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    paths = [tmp_path / name for name in ("dense", "pruned", "packed", "plain")]
+    _module(paths[0], paths[1], score=Magnitude()).prune(data, CPU)
+    _module(paths[1], paths[2]).export(data, CPU)
+    _module(paths[2], paths[3]).export(data, CPU)
+    dense, pruned, plain = (AutoModelForCausalLM.from_pretrained(paths[i], dtype="auto") for i in (0, 1, 3))
+    assert dense.dtype == pruned.dtype == plain.dtype == load_packed(paths[2]).dtype == torch.bfloat16
+    assert (paths[2] / "generation_config.json").is_file()
+    for name, weight in dense.named_parameters():
+        kept = pruned.get_parameter(name) != 0
+        assert torch.equal(pruned.get_parameter(name)[kept], weight[kept])  # nothing was rounded twice
+        assert torch.equal(plain.get_parameter(name), pruned.get_parameter(name))
+    assert load_file(paths[2] / "packed.safetensors")["model.layers.0.mlp.up_proj.dense"].dtype == torch.bfloat16
+
+
+def test_a_pruned_model_is_there_before_its_perplexity_is_measured(dense, data_cache, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(block_module, "validation_perplexity", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _module(dense, tmp_path / "out").prune(_data(data_cache), CPU)
+    again = _module(tmp_path / "out", tmp_path / "x")
+    again.configure_model()
+    assert again.pruner.sparsity()["sparsity"] > 0.4
+
+
+def _thesis(folder):
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years of work")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["prune", "export", "fit"])
+@pytest.mark.parametrize("where", ["foreign", "is an input", "inside an input", "contains an input", "teacher"])
+def test_a_folder_that_is_not_pares_or_is_read_is_refused_before_anything_is_loaded(
+    where, command, dense, data_cache, tmp_path, monkeypatch
+):
+    base = save_tiny(tmp_path / "base/model")
+    teacher = save_tiny(tmp_path / "teacher")
+    outputs = {"foreign": _thesis(tmp_path / "mine"), "is an input": base, "inside an input": base / "out"}
+    output = {**outputs, "contains an input": base.parent, "teacher": teacher}[where]
+    monkeypatch.setattr(block_module, "load", lambda *_, **__: pytest.fail("something was loaded"))
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    module, data = _module(base, output, teacher=str(teacher), overwrite=where != "foreign"), _data(data_cache)
+    with pytest.raises(ValueError, match=r"model\.output: "):
+        _fit(module, data_cache, tmp_path / "fit") if command == "fit" else getattr(module, command)(data, CPU)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_overwrite_replaces_a_folder_only_when_the_new_one_is_complete(dense, data_cache, tmp_path, monkeypatch):
+    folder, data = _thesis(tmp_path / "mine"), _data(data_cache)
+    monkeypatch.setattr(Pruner, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _module(dense, folder, overwrite=True).prune(data, CPU)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    monkeypatch.undo()
+    _module(dense, folder, overwrite=True).prune(data, CPU)
+    assert (folder / TIERS_FILE).is_file() and not (folder / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("name", [TIERS_FILE, "model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_file_of_a_pruned_folder_is_named(name, dense, data_cache, tmp_path):
+    _module(dense, tmp_path / "out").prune(_data(data_cache), CPU)
+    path = tmp_path / "out" / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises((DamagedError, ValueError), match=name):
+        _module(tmp_path / "out", tmp_path / "x").configure_model()
+
+
+@pytest.fixture(scope="module")
+def saved_maps(tmp_path_factory):
+    folders = {}
+    for pattern in ("tiers", "unstructured"):
+        folders[pattern] = tmp_path_factory.mktemp(pattern)
+        pruner = Pruner(tiny_llama(), block=8, k=6, pattern=pattern)
+        pruner.prune(tiny_llama(), LinearSchedule(**SCHEDULE).rows[-1].ratios, Magnitude(), [], CPU)
+        pruner.save(folders[pattern])
+    return folders
+
+
+@given(st.sampled_from(["tiers", "unstructured"]), st.integers(0), st.integers(1, 255), st.booleans())
+def test_damaged_tier_maps_without_a_manifest_are_named_or_still_maps(saved_maps, pattern, place, flip, cut):
+    whole = (saved_maps[pattern] / TIERS_FILE).read_bytes()
+    content = bytearray(whole)
+    content[place % len(whole)] ^= flip
+    folder = saved_maps[pattern] / "damaged"
+    folder.mkdir(exist_ok=True)
+    (folder / TIERS_FILE).write_bytes(content[: place % len(whole)] if cut else content)
+    pruner = Pruner(tiny_llama(), block=8, k=6, pattern=pattern)
+    try:
+        pruner.load(folder)
+    except ValueError as error:
+        assert str(folder / TIERS_FILE) in str(error)
+        return
+    assert all(keep.shape == pruner.matrices[name].weight.shape for name, keep in pruner.keep.items())
+    for tiers in pruner.tiers.values():
+        tiers.check()
+
+
+def test_calibration_is_spread_evenly_over_the_training_text(data_cache):
+    data = _data(data_cache)
+    rows = data.train["input_ids"]
+    for count in (1, 5, len(rows)):
+        batches = data.calibration(count)
+        found = torch.cat([batch["input_ids"] for batch in batches])
+        assert torch.equal(found, rows[[i * len(rows) // count for i in range(count)]])
+        assert all(len(batch["input_ids"]) <= data.batch_size and "labels" in batch for batch in batches)
+    assert len(rows) > 40 and not torch.equal(torch.cat([b["input_ids"] for b in data.calibration(5)]), rows[:5])
+
+
+def test_what_prunes_has_seen_the_calibration_text(dense, data_cache, tmp_path, monkeypatch):
+    data, seen = _data(data_cache), []
+    original = Wanda.statistics
+    monkeypatch.setattr(Wanda, "statistics", lambda self, m, x, b, d: seen.extend(b) or original(self, m, x, b, d))
+    _module(dense, tmp_path / "out").prune(data, CPU)
+    wanted = torch.cat([batch["input_ids"] for batch in data.calibration(SIZES["calibration_blocks"])])
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in seen]), wanted)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_teacher_has_its_share_of_the_loss_and_the_text_the_rest(share, dense, tmp_path, monkeypatch):
+    module = _module(dense, tmp_path / "out", distill_weight=share)
+    module.configure_model()
+    teacher, batch = tiny_llama(seed=1), batches(1)[0]
+    module._teacher = Frozen(teacher)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+    found = module.training_step(batch, 0)["loss"]
+    mine, other = (m(input_ids=batch["input_ids"]).logits for m in (module.model, teacher))
+    text = F.cross_entropy(mine[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    distance = F.kl_div(
+        *(s[:, :-1].flatten(0, 1).log_softmax(-1) for s in (mine, other)), log_target=True, reduction="batchmean"
+    )
+    torch.testing.assert_close(found, (1 - share) * text + share * distance)
+    assert abs(text - distance) > 0.5
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("score", [Wanda(), Gradient()], ids=repr)
+def test_instructions_prune_and_fine_tune_as_text_does(score, packing, dense, data_cache, tmp_path):
+    tokenizer = _data(data_cache).tokenizer
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    records = [{"instruction": f"Say {i}.", "input": "", "output": "the one red " * (1 + i % 4)} for i in range(60)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sizes = {"max_length": 64, "batch_size": 4, "packing": packing, "cache_dir": str(tmp_path / "cache")}
+    data = InstructData(str(tmp_path / "chats.jsonl"), str(tmp_path / "tokenizer"), **sizes, padding_side="left")
+    options = {"score": score, "reconstruction_steps": 1, "teacher": str(dense), "iteration": 1}
+    tiers = _fit(_module(dense, tmp_path / "out", **options), data_cache, tmp_path / "fit", steps=1, data=data)
+    assert tiers["iterations"][0]["violations"] == 0 and tiers["sparsity"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("limits", "names"),
+    [
+        ({"max_epochs": 7}, "max_epochs is 7, but the schedule has 3 epochs"),
+        ({"max_steps": 6}, "max_steps 6 ends before iteration 3 begins, after step 6"),
+    ],
+)
+def test_limits_that_contradict_the_schedule_are_refused(limits, names, dense, data_cache, tmp_path):
+    with pytest.raises(ValueError, match=names):
+        _fit(_module(dense, tmp_path / "out"), data_cache, tmp_path, **limits)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        ({"topk": 40}, "half a block"),
-        ({"block": 6}, "multiple of 4"),
         ({"block": 64, "topk": 10}, "smaller than a block"),
         ({"calibration_blocks": 10_000}, "calibration_blocks"),
     ],
@@ -238,8 +436,31 @@ def test_what_is_wrong_is_named(arguments, names, dense, data_cache, tmp_path):
         _module(dense, tmp_path / "x", **arguments).prune(_data(data_cache), CPU)
 
 
-def test_an_iteration_out_of_the_schedule_or_a_silly_weight_is_refused(dense, tmp_path):
-    with pytest.raises(ValueError, match="1 to 3"):
-        _module(dense, tmp_path / "x", iteration=4)
-    with pytest.raises(ValueError, match="distill_weight"):
-        _module(dense, tmp_path / "x", distill_weight=2)
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"iteration": 4}, "1 to 3"),
+        ({"iteration": 0}, "1 to 3"),
+        ({"topk": 40}, "half a block"),
+        ({"block": 6}, "multiple of 4"),
+        ({"distill_weight": 2}, "distill_weight"),
+        ({"calibration_blocks": 0}, "calibration_blocks must be at least 1"),
+        ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"reconstruction_steps": -1}, "reconstruction_steps must be at least 0"),
+        ({"reconstruction_lr": 0.0}, "reconstruction_lr must be above 0"),
+        ({"iteration_lr_factor": float("nan")}, "iteration_lr_factor must be above 0"),
+        ({"budget": "band"}, r"now called model\.scope"),
+    ],
+)
+def test_arguments_are_refused_before_anything_is_read(arguments, names, tmp_path):
+    with pytest.raises(ValueError, match=names):
+        _module(tmp_path / "no model here", tmp_path / "x", **arguments)
+
+
+def test_nothing_to_export_or_verify_is_said_before_anything_is_loaded(fitted, dense, tmp_path):
+    pruned = fitted[2] / "out"
+    with pytest.raises(FileNotFoundError, match="tier maps"):
+        _module(dense, tmp_path / "x").check_arguments("export", None)
+    with pytest.raises(FileNotFoundError, match="no packed model"):
+        _module(pruned, tmp_path / "x").check_arguments("verify", None)
+    _module(pruned, tmp_path / "x").check_arguments("validate", None)
