@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.files import check_output, replacing
+from common.tables import cell
 from lightning_modules.block_sparsity import lora
 from lightning_modules.block_sparsity.demotion import Scope
 from lightning_modules.block_sparsity.evaluation import validation_perplexity
@@ -325,7 +326,7 @@ class BlockSparsity(CausalLM):
         self.configure_model()
         self.pruner.check_target(row.ratios)
         plan = self.pruner.plan(row.ratios)
-        print("\n".join(f"{name}: {value:.4g}" for name, value in plan.items()))
+        print("\n".join(f"{name}: {cell(value)}" for name, value in plan.items()))
         if dry_run:
             return None
         self.start_iteration(row, data, device)
@@ -350,7 +351,7 @@ class BlockSparsity(CausalLM):
         with replacing(self.output, "packed model", self._inputs(data), self.overwrite) as folder:
             sizes = write_packed(folder, model, model.state_dict(), self.pruner.tiers, values, self.export_bands)
             data.tokenizer.save_pretrained(folder)
-        print("\n".join(f"{name}: {value:,.4g}" for name, value in sizes.items()))
+        print("\n".join(f"{name}: {cell(value)}" for name, value in sizes.items()))
         planned = self.pruner.plan(self.pruner.ratios(), values, self.export_bands)
         return {"tiers": {**self.pruner.result([])["tiers"], **sizes, "planned": planned}}
 

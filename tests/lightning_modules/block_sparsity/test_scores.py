@@ -10,7 +10,7 @@ from lightning_modules.block_sparsity.scores.gradient import Gradient
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.stream import LayerInputs, decoder_layers, input_norms, linear_layers
-from tests.lightning_modules.block_sparsity.toy import batches, tiny_llama
+from tests.lightning_modules.block_sparsity.toy import batches, padded, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -96,6 +96,26 @@ def test_gradient_is_weight_times_mean_absolute_gradient():
     model.zero_grad()
     found = Gradient().statistics(model, matrices, text, CPU)[name]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("score", [Wanda(), Gradient()], ids=repr)
+def test_statistics_of_padded_and_packed_text_are_those_of_its_samples_alone(score, side):
+    model = tiny_llama()
+    matrices, text = linear_layers(model), batches(1, rows=2, tokens=12)[0]
+    if isinstance(score, Wanda):
+        alone = [{name: part[row : row + 1, :n] for name, part in text.items()} for row, n in ((0, 7), (1, 4))]
+    else:  # a mean over the tokens of a batch, so all in one
+        alone = [{name: part[:, :7] for name, part in text.items()}]
+    lengths = [7, 4] if isinstance(score, Wanda) else [7, 7]
+    wanted = score.statistics(model, matrices, alone, CPU)
+    found = score.statistics(model, matrices, [padded(text, lengths, side)], CPU)
+    ids = torch.cat([text["input_ids"][row, :n] for row, n in enumerate(lengths)])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = score.statistics(model, matrices, [{"input_ids": ids, "labels": ids, "position_ids": positions}], CPU)
+    for name, statistic in wanted.items():
+        torch.testing.assert_close(found[name], statistic, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(packed[name], statistic, rtol=1e-4, atol=1e-6)
 
 
 def test_only_one_layers_inputs_are_held():
