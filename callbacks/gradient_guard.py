@@ -66,4 +66,6 @@ def _global_norm(trainer: Trainer, pl_module: LightningModule) -> torch.Tensor:
     if hasattr(trainer.strategy, "grad_norm"):
         return trainer.strategy.grad_norm()
     grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(grads)
+    # norms of half-precision gradients in their own type are coarse, and overflow
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    return torch.nn.utils.get_total_norm(norms)

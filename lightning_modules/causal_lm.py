@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from common.randomness import run_seed, step_seed
 from lightning_modules.distillation import distilled_loss
 from lightning_modules.export import export
 from lightning_modules.loading import Dtype
+from lightning_modules.metrics import WeightedMean
 from lightning_modules.perplexity import batch_nll, perplexity
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -69,7 +69,7 @@ class CausalLM(L.LightningModule):
         self.compile_blocks = compile
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None  # a PreTrainedModel, once configure_model has run
-        self.val_nll = MeanMetric().set_dtype(torch.float64)  # float32 counts stop at 16.7 million tokens
+        self.val_nll = WeightedMean()
         self.parameter_count = 0
         self._decayed: set[str] = set()
 
@@ -119,7 +119,7 @@ class CausalLM(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accumulate the token-weighted loss."""
         nll, tokens = batch_nll(self.model, batch)
-        self.val_nll.update(nll.double() / tokens.clamp_min(1), weight=tokens)
+        self.val_nll.update(nll, tokens)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss`` (nats per token, over all ranks) and ``val/ppl``."""

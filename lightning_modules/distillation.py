@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.batches import IGNORED, Batch, labels, logits
-from lightning_modules.perplexity import next_token_nll
+from lightning_modules.perplexity import at_least_float32, next_token_nll
 
 
 class Losses(NamedTuple):
@@ -58,10 +58,11 @@ def divergence(student_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temp
         temperature: Divides both scores.
 
     Returns:
-        0-d, float32, in nats per predicted token; 0 where nothing is predicted.
+        0-d, float32 at least, in nats per predicted token; 0 where nothing is predicted.
     """
     counts_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED) != IGNORED
-    student, teacher = ((scores.float() / temperature).log_softmax(-1) for scores in (student_BTV, teacher_BTV))
+    softened = (at_least_float32(scores) / temperature for scores in (student_BTV, teacher_BTV))
+    student, teacher = (scores.log_softmax(-1) for scores in softened)
     divergence_BT = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     total = torch.where(counts_BT, divergence_BT, 0.0).sum()
     return total * temperature**2 / counts_BT.sum().clamp_min(1)

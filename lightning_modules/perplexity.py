@@ -1,4 +1,4 @@
-"""Token-weighted loss and perplexity, in float32 from logits of any dtype.
+"""Token-weighted loss and perplexity, in float32 at least, from logits of any dtype.
 
 ``torchmetrics.text.Perplexity`` takes a softmax, gathers and then the logarithm: one confidently wrong token makes it
 infinite. Here the negative log-likelihood comes from log-softmax, and the mean is weighted by tokens.
@@ -25,17 +25,23 @@ def next_token_nll(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tenso
         labels_BT: Token ids, ``IGNORED`` where nothing is to be predicted.
 
     Returns:
-        The sum in nats (float32) and the number of predicted tokens, both 0-d.
+        The sum in nats (float32, or float64 of such logits) and the number of predicted tokens, both 0-d.
     """
     # Shifting the labels instead of the logits avoids copying the largest tensor of the step.
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
-    nll = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+    scores = at_least_float32(logits_BTV.flatten(0, 1))
+    nll = F.cross_entropy(scores, targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
     return nll, (targets_BT != IGNORED).sum()
 
 
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Half-precision scores as float32; others as they are."""
+    return scores.float() if scores.dtype.itemsize < 4 else scores
+
+
 def perplexity(mean_nll: float) -> float:
-    """exp of a mean negative log-likelihood in nats; infinite, not an error, beyond the float range."""
-    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+    """exp of a mean negative log-likelihood in nats; infinite, not an error, beyond the float range; NaN of NaN."""
+    return math.inf if mean_nll >= 700 else math.exp(mean_nll)
 
 
 def batch_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -82,4 +82,6 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole (averaged) gradient, on device; call between backward and the optimizer step."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return sum((g.float().pow(2).sum() for g in grads), torch.zeros((), device=self.root_device)).sqrt()
+        return sum(
+            (g.float().pow(2).sum() for g in grads), torch.zeros((), device=self.root_device, dtype=torch.float32)
+        ).sqrt()

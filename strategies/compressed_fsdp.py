@@ -183,7 +183,9 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole (averaged) gradient, on device; call between backward and the optimizer step."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        squared = sum((g.float().pow(2).sum() for g in grads), torch.zeros((), device=self.root_device))
+        squared = sum(
+            (g.float().pow(2).sum() for g in grads), torch.zeros((), device=self.root_device, dtype=torch.float32)
+        )
         if self.world_size > 1 and self.model.sharding_strategy != ShardingStrategy.NO_SHARD:
             dist.all_reduce(squared)
         return squared.sqrt()

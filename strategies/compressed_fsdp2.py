@@ -254,7 +254,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole (averaged) gradient, on device; call between backward and the optimizer step."""
-        squared, shards = torch.zeros((), device=self.root_device), None
+        squared, shards = torch.zeros((), device=self.root_device, dtype=torch.float32), None
         for parameter in self.model.parameters():
             if isinstance(grad := parameter.grad, DTensor):
                 squared += grad.to_local().float().pow(2).sum()

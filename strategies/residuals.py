@@ -27,7 +27,7 @@ def load(unit: Unit, name: str, numel: int, device: torch.device) -> Tensor:
     """The owed gradient ``name`` as ``float32 [numel]``; zeros when there is none. May be the stored tensor itself."""
     stored = unit.state.get(name)
     if stored is None:
-        return torch.zeros(numel, device=device)
+        return torch.zeros(numel, device=device, dtype=torch.float32)
     return _decode(stored, unit.state.get(f"{name}.scales"))
 
 
@@ -131,7 +131,7 @@ def split(ranks: list[dict[str, Tensor]], numel: int) -> dict[str, Tensor]:
         if not name.startswith(OWED) or name.endswith(".scales"):
             continue
         stored = ranks[0][name]
-        total = torch.zeros(numel)
+        total = torch.zeros(numel, dtype=torch.float32)
         for state in ranks:
             owed = _decode(state[name], state.get(f"{name}.scales")).cpu()[:numel]
             total[: owed.numel()] += owed

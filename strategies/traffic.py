@@ -177,7 +177,7 @@ class Traffic:
 
     def start_sampling(self, device: torch.device) -> None:
         """Compare every unit's gradient with its decoded self until ``take_fidelity``."""
-        self.sampling, self.fidelity = True, Fidelity(torch.zeros(5, device=device))
+        self.sampling, self.fidelity = True, Fidelity(torch.zeros(5, device=device, dtype=torch.float32))
 
     def take_fidelity(self) -> dict[str, float]:
         """Stop sampling and return the error of the sampled step; empty when no codec ran."""

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from torchmetrics.functional.regression import spearman_corrcoef
 from transformers import PreTrainedModel
 
+from lightning_modules.metrics import WeightedMean
 from lightning_modules.perplexity import perplexity
 from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.pruner import TokenPruner
@@ -92,7 +92,7 @@ class PruningQuality(nn.Module):
             self._correlate(model, pruner, schedule, target, samples)
 
     def _nll(self, name: str, nll: Tensor, tokens: Tensor) -> None:
-        self._mean(f"nll {name}", nll.sum().double() / tokens.sum().clamp_min(1), tokens.sum())
+        self._add(f"nll {name}", nll.double().sum(), tokens.sum())
 
     def _correlate(
         self, model: PreTrainedModel, pruner: TokenPruner, schedule: Schedule, target: Target, samples: Samples
@@ -114,13 +114,14 @@ class PruningQuality(nn.Module):
             for row in range(len(free)):
                 if free[row].sum() > 2:
                     found = spearman_corrcoef(scores[layer][row, free[row]], values[layer][row, free[row]])
-                    self._mean(f"spearman {layer}", found.double(), torch.ones(()))
+                    # there is no correlation where all scores or all saliencies are equal
+                    self._add(f"spearman {layer}", found.nan_to_num(0.0), found.isfinite().sum())
 
-    def _mean(self, name: str, value: Tensor, weight: Tensor) -> None:
+    def _add(self, name: str, total: Tensor, weight: Tensor) -> None:
         key = name.replace(".", "_")
         if key not in self.means:
-            self.means[key] = MeanMetric(nan_strategy="ignore").set_dtype(torch.float64).to(value.device)
-        self.means[key].update(value, weight=weight)
+            self.means[key] = WeightedMean().to(total.device)
+        self.means[key].update(total, weight)
 
     def compute(self) -> dict[str, Any]:
         """Metrics by the name they are logged under."""

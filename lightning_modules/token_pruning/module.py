@@ -7,7 +7,6 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from common.randomness import run_seed, step_seed
@@ -15,6 +14,7 @@ from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
 from lightning_modules.frozen import Frozen
 from lightning_modules.loading import load
+from lightning_modules.metrics import WeightedMean
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.anatomy import input_device
 from lightning_modules.token_pruning.evaluation import PruningQuality
@@ -109,7 +109,7 @@ class TokenPruning(L.LightningModule):
         self.saliency: Saliency | None = None
         self._base: Frozen | None = None
         self.quality = PruningQuality(eval_keep)
-        self.supervised = MeanMetric()
+        self.supervised = WeightedMean()
 
     @property
     def model(self) -> Any:
@@ -234,7 +234,7 @@ class TokenPruning(L.LightningModule):
         """Collected saliency [B, N] by layer, and which samples have any, bool [B]."""
         shape, device = samples.prompt.shape, samples.prompt.device
         has_target = torch.zeros(shape[0], dtype=torch.bool)
-        targets = {layer: torch.zeros(shape) for layer in layers}
+        targets = {layer: torch.zeros(shape, dtype=torch.float32) for layer in layers}
         if self.saliency is not None:
             for row, (key, prompt) in enumerate(zip(samples.keys(), samples.prompt.cpu(), strict=True)):
                 values = self.saliency.get(key)
@@ -242,7 +242,7 @@ class TokenPruning(L.LightningModule):
                     has_target[row] = True
                     for layer in layers:
                         targets[layer][row, prompt] = values[layer]
-            self.supervised.update(has_target.float().mean())
+            self.supervised.update(has_target.sum(), len(has_target))
         return {layer: target.to(device) for layer, target in targets.items()}, has_target.to(device)
 
     def _nothing(self) -> Tensor:

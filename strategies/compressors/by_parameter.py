@@ -97,7 +97,7 @@ class ByParameter(Compressor):
             with unit.traffic.timed(unit.name, "encode", grad.device):
                 taken = _take(chunks, group)
             shard = torch.empty(group.width, dtype=output.dtype, device=output.device)
-            told = torch.empty(taken.numel(), device=grad.device) if sent is not None else None
+            told = torch.empty(taken.numel(), device=grad.device, dtype=torch.float32) if sent is not None else None
             group.method.reduce_scatter(taken.view(-1), shard, part, told)
             with unit.traffic.timed(unit.name, "decode", grad.device):
                 _put(shard, output, group.ranges[unit.rank])

@@ -54,7 +54,9 @@ class GradiVeQ(Compressor):
     def _learn(self, mean: Tensor, position: int, unit: Unit) -> None:
         """Add the mean shard to the scatter matrix; after the last exact step, make and share the basis."""
         if position == 0:
-            unit.state[_SCATTER] = torch.zeros(self.slice_size, self.slice_size, device=mean.device)
+            unit.state[_SCATTER] = torch.zeros(
+                self.slice_size, self.slice_size, device=mean.device, dtype=torch.float32
+            )
         if position >= self.exact or _SCATTER not in unit.state:
             return
         with unit.traffic.timed(unit.name, "encode", mean.device):
@@ -66,7 +68,7 @@ class GradiVeQ(Compressor):
         if position == self.exact - 1:
             with unit.traffic.timed(unit.name, "encode", mean.device):
                 own = torch.linalg.eigh(unit.state.pop(_SCATTER)).eigenvectors[:, -self.components :].contiguous()
-            bases = torch.empty(unit.world_size, *own.shape, device=own.device)
+            bases = torch.empty(unit.world_size, *own.shape, device=own.device, dtype=torch.float32)
             transport.all_gather(own.flatten(), bases.view(-1), unit, "tables")
             unit.state[_BASIS] = bases
 

@@ -79,7 +79,7 @@ class RandomK(Codec):
             count = self.kept(size)
             values = self.values.decode(payload, count, unit.compact(count, "values"))
         positions, _ = self._choice(size, unit, values.device)
-        decoded = torch.zeros(values.shape[0], size, device=values.device)
+        decoded = torch.zeros(values.shape[0], size, device=values.device, dtype=torch.float32)
         decoded[:, positions] = values
         return decoded
 

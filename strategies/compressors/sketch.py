@@ -93,7 +93,7 @@ class Sketch(Compressor):
         places, signs = self._hashes(size, unit, tables.device)
         estimates = []
         for table, place, sign in zip(tables.view(n, self.rows, -1).unbind(1), places, signs, strict=True):
-            spread = torch.empty(n, *place.shape, device=tables.device)
+            spread = torch.empty(n, *place.shape, device=tables.device, dtype=torch.float32)
             spread.scatter_(2, place.expand(n, -1, -1), table[:, None].expand(n, *place.shape))
             estimates.append((spread * sign).view(n, -1)[:, :size])
         return torch.stack(estimates).median(0).values

@@ -96,7 +96,9 @@ class TopK(BlockCodec):
         """See ``BlockCodec.pack``."""
         positions = symbols["indices"]
         if self._as_bitmap(block):
-            chosen = torch.zeros(positions.shape[0], block, device=positions.device).scatter_(1, positions, 1.0)
+            chosen = torch.zeros(positions.shape[0], block, device=positions.device, dtype=torch.float32).scatter_(
+                1, positions, 1.0
+            )
             return {**symbols, "indices": pack(chosen, 1)}
         return {**symbols, "indices": split_bytes(positions, _index_bytes(block))}
 

@@ -215,3 +215,25 @@ def test_config_repeats_the_constructor(compressor):
     again = type(compressor)(**compressor.arguments())
     assert again.config() == compressor.config() and repr(again) == repr(compressor)
     assert json.loads(json.dumps(compressor.config())) == compressor.config()
+
+
+def _three_steps(compressor, default):
+    n, outputs = dist.get_world_size(), []
+    unit = make_unit(n * _SIZE)
+    grads = [gradient(dist.get_rank(), n * _SIZE, step) for step in range(3)]
+    torch.set_default_dtype(default)  # as Lightning does within a step under "bf16-true"
+    try:
+        for step, grad in enumerate(grads):
+            unit.step, output = step, torch.empty(_SIZE, dtype=torch.float32)
+            compressor.reduce_scatter(grad.clone(), output, unit)
+            outputs.append(output)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return outputs
+
+
+@by_name
+def test_sums_are_in_float32_whatever_the_precision_of_the_run(compressor, two_ranks):
+    wanted, found = (two_ranks.run(_three_steps, compressor, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for ours, theirs in zip(wanted, found, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))

@@ -22,7 +22,11 @@ class Activation(Importance):
         """See ``Importance.score``."""
         device = next(model.parameters()).device
         linears = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder_layers(model)]
-        energy = {linear: torch.zeros(linear.in_features, device=device) for pair in linears for linear in pair}
+        energy = {
+            linear: torch.zeros(linear.in_features, device=device, dtype=torch.float32)
+            for pair in linears
+            for linear in pair
+        }
         with torch.no_grad():
             for batch in batches:
                 handles = [linear.register_forward_pre_hook(_add(total, batch)) for linear, total in energy.items()]

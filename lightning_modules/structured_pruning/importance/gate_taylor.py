@@ -23,8 +23,8 @@ class GateTaylor(Importance):
         """See ``Importance.score``."""
         device = next(model.parameters()).device
         shapes = [shape_of(layer) for layer in decoder_layers(model)]
-        groups = [torch.zeros(s.groups, device=device) for s in shapes]
-        channels = [torch.zeros(s.channels, device=device) for s in shapes]
+        groups = [torch.zeros(s.groups, device=device, dtype=torch.float32) for s in shapes]
+        channels = [torch.zeros(s.channels, device=device, dtype=torch.float32) for s in shapes]
         handles = []
         for layer, group, channel in zip(decoder_layers(model), groups, channels, strict=True):
             handles.append(layer.self_attn.o_proj.register_forward_pre_hook(_gate(group)))

@@ -49,7 +49,7 @@ def saliences(model: Any, batches: Sequence[dict[str, Tensor]], layers: Sequence
         for name in ATTENTION + MLP:
             linear = getattr(layer.self_attn if name in ATTENTION else layer.mlp, name)
             axis = 0 if name in ("o_proj", "down_proj") else 1
-            sums[name] = torch.zeros(linear.weight.shape[1 - axis], device=linear.weight.device)
+            sums[name] = torch.zeros(linear.weight.shape[1 - axis], device=linear.weight.device, dtype=torch.float32)
             reduced[linear.weight] = (sums[name], axis)
             if linear.bias is not None and axis == 1:  # an output bias belongs to no part
                 reduced[linear.bias] = (sums[name], None)

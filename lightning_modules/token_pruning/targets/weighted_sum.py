@@ -38,7 +38,8 @@ class WeightedSum(Target):
 
     def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See ``Target.values``."""
-        totals = {layer: torch.zeros(samples.prompt.shape, device=samples.prompt.device) for layer in layers}
+        shape, device = samples.prompt.shape, samples.prompt.device
+        totals = {layer: torch.zeros(shape, dtype=torch.float32, device=device) for layer in layers}
         for target, weight in zip(self.targets, self.weights, strict=True):
             for layer, value in target.values(model, samples, layers).items():
                 # ``normalise`` hides what is not finite; the sum must not
