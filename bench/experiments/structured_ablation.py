@@ -23,13 +23,14 @@ import torch
 from bench.experiments.runs import BOOKS, json_lines, say
 from bench.tables import figures
 from common.progress import stage
+from common.randomness import run_seed
 from common.variants import variants
 from lightning_modules.data.cache import cache_root
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.loading import load
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.budget import channel_multiple, removed_parameters
-from lightning_modules.structured_pruning.evaluation import first_blocks, ppl
+from lightning_modules.structured_pruning.evaluation import ppl
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.model_shape import ModelShape
@@ -160,7 +161,7 @@ def cells(
     """
     whole = ModelShape.of(model, torch.float32.itemsize)
     multiple = channel_multiple(whole.shapes, None)
-    batches = first_blocks(data.train_dataloader(), CALIBRATION_BLOCKS)
+    batches = data.calibration(CALIBRATION_BLOCKS, run_seed())
     for importance, allocation in itertools.product(importances, allocations):
         planner = Planner(model, base, batches, importance, allocation, multiple, 0, cache, stage)
         for budget in budgets:

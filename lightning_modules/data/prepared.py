@@ -191,11 +191,12 @@ class PreparedData(L.LightningDataModule, ABC):
         """The validation split: a language-modelling corpus has no other held-out text."""
         return self.val_dataloader()
 
-    def calibration(self, count: int) -> list[dict[str, Tensor]]:
-        """Rows spread evenly over the training split, the same on every rank and in every run, as batches.
+    def calibration(self, count: int, seed: int | None = None) -> list[dict[str, Tensor]]:
+        """Rows of the training split to calibrate on, the same on every rank, as batches.
 
         Args:
             count: How many rows; each is one sample, or one block.
+            seed: Draws them; None spreads them evenly over the split.
 
         Raises:
             ValueError: the training split has fewer.
@@ -206,7 +207,10 @@ class PreparedData(L.LightningDataModule, ABC):
                 f"calibration_blocks is {count}, but the training text has only {len(rows)} {self.rows_are}; lower "
                 "calibration_blocks, or give more text"
             )
-        chosen = [i * len(rows) // count for i in range(count)]
+        if seed is None:
+            chosen = [i * len(rows) // count for i in range(count)]
+        else:
+            chosen = np.random.default_rng(seed).permutation(len(rows))[:count].tolist()
         return [rows.__getitems__(chosen[i : i + self.batch_size]) for i in range(0, count, self.batch_size)]
 
     def _loading(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_modules.batches import Batch
 from lightning_modules.perplexity import batch_nll, mean_nll, perplexity
@@ -39,22 +38,3 @@ def backward(model: Any, batch: Batch) -> None:
     """One forward and backward pass of the mean next-token loss."""
     nll, tokens = batch_nll(model, batch)
     (nll / tokens.clamp_min(1)).backward()
-
-
-def first_blocks(batches: Iterable[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """Batches that hold the first ``count`` blocks.
-
-    Raises:
-        ValueError: There are fewer.
-    """
-    found: list[dict[str, Tensor]] = []
-    blocks = 0
-    for batch in batches:
-        found.append({name: part[: count - blocks] for name, part in batch.items()})
-        blocks += len(found[-1]["input_ids"])
-        if blocks == count:
-            return found
-    raise ValueError(
-        f"calibration_blocks is {count}, but the training text fills only {blocks} blocks in whole batches; give more "
-        "text, or lower calibration_blocks or the data's block_size or batch_size"
-    )

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from common.progress import stage
+from common.randomness import run_seed
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
 from lightning_modules.data.cache import cache_root
 from lightning_modules.loading import Dtype, load, load_config, load_on_meta, load_tokenizer
@@ -19,7 +20,7 @@ from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.budget import BudgetUnit, channel_multiple, removed_parameters
-from lightning_modules.structured_pruning.evaluation import first_blocks, peak_memory_bytes, ppl, training_pass_seconds
+from lightning_modules.structured_pruning.evaluation import peak_memory_bytes, ppl, training_pass_seconds
 from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
@@ -54,7 +55,7 @@ class StructuredPruning(CausalLM):
         drop_layers: Layers of least damage to remove whole; they count towards the budget.
         channel_multiple: Kept channels are a multiple of it; when not given, the largest power of two up to 64 that
             divides every layer's width and leaves at least 8 widths to choose from.
-        calibration_blocks: Blocks of training text that layers and parts are scored on.
+        calibration_blocks: Blocks of training text that layers and parts are scored on; the seed draws them.
         max_ppl_ratio: Search for the largest share up to ``budget`` whose perplexity is at most this many times the
             dense model's.
         rounds: Prune in so many rounds of equal size, with a short recovery by low-rank adapters between them.
@@ -158,7 +159,7 @@ class StructuredPruning(CausalLM):
         check_vocabulary(model, datamodule.tokenizer)
         whole = ModelShape.of(model, model.dtype.itemsize)
         multiple = channel_multiple(whole.shapes, self.multiple)
-        batches = first_blocks(datamodule.train_dataloader(), self.calibration_blocks)
+        batches = datamodule.calibration(self.calibration_blocks, run_seed())
         measured: dict[str, Any] = {}
         if not dry_run or self.max_ppl_ratio is not None:
             measured["ppl_before"] = self._ppl(model, datamodule, "Perplexity before")

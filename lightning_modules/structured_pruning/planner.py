@@ -21,7 +21,7 @@ from lightning_modules.structured_pruning.importance.base import Keep, best, che
 from lightning_modules.structured_pruning.layer_damage import LayerDamage
 from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
-from lightning_modules.structured_pruning.provenance import model_hash, settings_hash, tokens_hash
+from lightning_modules.structured_pruning.provenance import model_hash, settings_hash, text_hash
 
 
 class Stage(Protocol):
@@ -62,7 +62,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self.score_seconds: float | None = None  # None: not measured in this process
-        self.text = tokens_hash([batch["input_ids"] for batch in self.batches])
+        self.text = text_hash(self.batches)
         self.shapes = [shape_of(layer) for layer in decoder_layers(self.model)]
         if not 0 <= self.drop_layers < len(self.shapes):
             raise ValueError(f"drop_layers must lie between 0 and {len(self.shapes) - 1}, got {self.drop_layers}")

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from lightning_modules.batches import Batch
 
 _CHUNK = 1 << 26  # bytes moved to the CPU at a time
 
@@ -27,11 +29,14 @@ def model_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def tokens_hash(batches: list[Tensor]) -> str:
-    """SHA-256 of calibration token ids ``int64 [B, T]``."""
+def text_hash(batches: Sequence[Batch]) -> str:
+    """SHA-256 of calibration text: tokens, and what says which count and which belong together."""
     digest = hashlib.sha256()
     for batch in batches:
-        digest.update(str(tuple(batch.shape)).encode() + batch.cpu().numpy().tobytes())
+        for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+            if name in batch:
+                part = batch[name].cpu().contiguous()
+                digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode() + part.numpy().tobytes())
     return digest.hexdigest()
 
 

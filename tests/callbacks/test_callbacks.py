@@ -207,6 +207,33 @@ def test_a_target_that_was_not_met_is_null():
     assert fields["time_to_target_ppl_s"] is None and fields["ppl_at_fixed_time"] is None
 
 
+def test_only_training_counts_as_time_to_a_quality(monkeypatch):
+    """The clock says 10 when training starts; then 3 s of training, 100 s of validation, 4 s, 100 s, 5 s."""
+    now = [10.0]
+    monkeypatch.setattr("callbacks.time_to_quality.time.perf_counter", lambda: now[0])
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), sanity_checking=True, global_step=0, callback_metrics={})
+    callback = TimeToQuality(target_ppl=20.0, fixed_time_s=5.0)
+
+    def validated(seconds, ppl):
+        callback.on_validation_start(trainer, None)
+        now[0] += seconds
+        trainer.callback_metrics = {"val/ppl": ppl}
+        callback.on_validation_end(trainer, None)
+
+    validated(50, 999.0)  # Lightning's check before training
+    trainer.sanity_checking = False
+    callback.on_train_start(trainer, None)
+    now[0] += 3
+    validated(100, 30.0)
+    now[0] += 4
+    validated(100, 20.0)
+    now[0] += 5
+    assert [point["train_s"] for point in callback.curve] == [3.0, 7.0]
+    assert callback.state_dict()["trained_s"] == 12.0
+    fields = callback.summary()
+    assert fields["time_to_target_ppl_s"] == 7.0 and fields["ppl_at_fixed_time"] == 30.0
+
+
 def test_progress_is_quiet_in_ci_and_a_line_in_a_log(capsys, monkeypatch):
     trainer = SimpleNamespace(
         is_global_zero=True, estimated_stepping_batches=10, global_step=5, callback_metrics={"train/loss": 2.5}

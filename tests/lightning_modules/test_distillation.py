@@ -1,8 +1,16 @@
+from types import SimpleNamespace
+
+import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributions import Categorical, kl_divergence
 
-from lightning_modules.distillation import divergence
+from callbacks import RunRecord
+from lightning_modules.block_sparsity import BlockSparsity
+from lightning_modules.distillation import distilled_loss, divergence
 from lightning_modules.perplexity import IGNORED
+from lightning_modules.structured_pruning import LoraRecovery
+from tests.lightning_modules.structured_pruning.toy import ids, tiny
 
 
 def test_it_is_the_mean_divergence_of_the_predicted_positions():
@@ -19,3 +27,82 @@ def test_it_is_the_mean_divergence_of_the_predicted_positions():
     assert (student.grad[0, 0] == 0).all() and (student.grad[1, 3] != 0).any()
     assert divergence(teacher, teacher, labels, 2.0) == 0
     assert divergence(student, teacher, torch.full_like(labels, IGNORED), 2.0) == 0
+
+
+def parts(student, teacher, batch, temperature=1.0):
+    """Cross entropy by transformers itself, and the divergence by torch's distributions."""
+    with torch.no_grad():
+        scores, wanted = (model(batch["input_ids"]).logits[:, :-1] / temperature for model in (student, teacher))
+        text = student(batch["input_ids"], labels=batch["labels"]).loss
+    return text, temperature**2 * kl_divergence(Categorical(logits=wanted), Categorical(logits=scores)).mean()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2, 1.0])
+def test_the_weight_is_the_teachers_share(weight):
+    student, teacher, batch = tiny(seed=1), tiny(seed=2), {"input_ids": ids(), "labels": ids()}
+    text, distance = parts(student, teacher, batch, 2.0)
+    found = distilled_loss(student, teacher, batch, weight, 2.0)
+    torch.testing.assert_close(found.text, text)
+    torch.testing.assert_close(found.divergence, distance)
+    torch.testing.assert_close(found.mixture, (1 - weight) * text + weight * distance)
+    found.mixture.backward()
+    assert all(p.grad is None for p in teacher.parameters()) and student.model.layers[0].mlp.up_proj.weight.grad.any()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tiny(seed=seed, vocab_size=97, hidden_size=48).save_pretrained(root / name)
+    return root
+
+
+def _recovery(folders):
+    module = LoraRecovery(
+        str(folders / "student"), dropout=0.0, teacher=str(folders / "teacher"), distill_weight=0.2, temperature=2.0
+    )
+    module.configure_model()
+    return module, module.teacher.eval(), 2.0
+
+
+def _blocks(folders):
+    module = BlockSparsity(
+        str(folders / "student"), block=8, topk=6, teacher=str(folders / "teacher"), distill_weight=0.2
+    )
+    module.configure_model()
+    module._trainer = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"))
+    module.on_fit_start()
+    return module, module._teacher.model, 1.0
+
+
+@pytest.mark.parametrize("make", [_recovery, _blocks])
+def test_the_modules_give_the_teacher_its_share_and_log_each_loss_under_its_name(folders, make):
+    module, teacher, temperature = make(folders)
+    logged = {}
+    module.log = lambda name, value, **_: logged.update({name: value.item()})
+    module.log_dict = lambda values: logged.update({name: value.item() for name, value in values.items()})
+    batch = {"input_ids": ids(), "labels": ids()}
+    text, distance = parts(module.model, teacher, batch, temperature)
+    outputs = module.training_step(batch, 0)
+    mixture = 0.8 * text + 0.2 * distance
+    torch.testing.assert_close(outputs["loss"], mixture)
+    assert logged == {
+        "train/loss": pytest.approx(text.item(), rel=1e-5),
+        "train/divergence": pytest.approx(distance.item(), rel=1e-4),
+        "train/mixture": pytest.approx(mixture.item(), rel=1e-5),
+    }
+    record = RunRecord()
+    record.on_train_batch_end(_step_done(), module, outputs, batch, 0)
+    assert record.summary()["train_loss"] == pytest.approx(text.item(), rel=1e-5)
+
+
+def _step_done():
+    return SimpleNamespace(fit_loop=SimpleNamespace(_should_accumulate=lambda: False))
+
+
+def test_a_loss_that_is_no_cross_entropy_is_not_recorded_as_one():
+    record = RunRecord()
+    record.on_train_batch_end(_step_done(), None, {"loss": torch.tensor(7.0), "train_loss": None}, {}, 0)
+    assert record.summary().get("train_loss") is None
+    record.on_train_batch_end(_step_done(), None, {"loss": torch.tensor(2.0)}, {}, 0)
+    assert record.summary()["train_loss"] == 2.0

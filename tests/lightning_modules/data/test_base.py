@@ -265,3 +265,20 @@ def test_stride_is_checked():
     for stride in (0, 17):
         with pytest.raises(ValueError, match="val_stride must lie between 1 and block_size 16"):
             Toy(val_stride=stride)
+
+
+def test_calibration_rows_are_spread_or_drawn_by_a_seed(toy):
+    def rows(batches):
+        return [tuple(row) for batch in batches for row in batch["input_ids"].tolist()]
+
+    toy.setup("fit")
+    everything = [tuple(row) for row in toy.train["input_ids"][:].tolist()]
+    spread = toy.calibration(7)
+    assert rows(spread) == [everything[i * len(everything) // 7] for i in range(7)]
+    assert [len(batch["labels"]) for batch in spread] == [4, 3]
+    one, again, other = (rows(toy.calibration(7, seed)) for seed in (1, 1, 2))
+    assert one == again and len(set(one) & set(other)) < 7 and set(one) <= set(everything)
+    assert sorted(rows(toy.calibration(len(everything), 3))) == sorted(everything)  # each row once
+    for count in (0, len(everything) + 1):
+        with pytest.raises(ValueError, match=f"calibration_blocks is {count}, but the training text has only"):
+            toy.calibration(count)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.data.tokenizer import train_bpe
-from lightning_modules.loading import load
+from lightning_modules.loading import load, load_tokenizer
 from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.allocation.global_ranking import Global
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
@@ -39,6 +39,12 @@ def base(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
+def calibration(count, seed):
+    """The first of 8 rows, two a batch."""
+    found = batches(4)[: (count + 1) // 2]
+    return [{name: part[: count - 2 * i] for name, part in batch.items()} for i, batch in enumerate(found)]
+
+
 @pytest.fixture
 def data(tokenizer):
     wide, narrow = batches(2)  # batches of instructions are as wide as their longest row
@@ -46,7 +52,7 @@ def data(tokenizer):
         tokenizer=tokenizer,
         block_size=20,
         name="toy",
-        train_dataloader=lambda: iter(batches(4)),
+        calibration=calibration,
         val_dataloader=lambda: [wide, {name: part[:, :15] for name, part in narrow.items()}],
     )
 
@@ -117,6 +123,53 @@ def test_measurements_are_kept_and_an_interrupted_one_goes_on(make, data, tmp_pa
     make().prune(data, CPU)
     assert calls[6:] == ["loss"] * 2 + ["gate_taylor"]
     assert PruningPlan.load(tmp_path / "pruned" / FILE) == plan
+
+
+def _half_asked(batch):
+    return batch | {"labels": batch["labels"].masked_fill(torch.arange(20) < 10, -100)}
+
+
+def _two_samples(batch):
+    return batch | {"position_ids": (torch.arange(20) % 10).expand_as(batch["input_ids"])}
+
+
+def _other_text(batch):
+    return {name: part.flip(1) for name, part in batch.items()}
+
+
+@pytest.mark.parametrize("change", [_half_asked, _two_samples, _other_text])
+def test_measurements_on_another_text_are_made_anew(make, data, monkeypatch, change):
+    calls = _measured(monkeypatch)
+    make().prune(data, CPU)
+    before = make().prune(data, CPU)["structure"]["layers"]
+    assert len(calls) == 6
+    data.calibration = lambda count, seed: [change(batch) for batch in calibration(count, seed)]
+    after = make().prune(data, CPU)["structure"]["layers"]
+    assert calls[6:] == ["loss"] * 5 + ["gate_taylor"] and after != before
+
+
+def test_the_calibration_text_is_drawn_by_the_seed_of_the_run(make, data, monkeypatch):
+    asked = []
+    data.calibration = lambda count, seed: asked.append((count, seed)) or calibration(count, seed)
+    for seed in ("3", "4"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        make().prune(data, CPU)
+    assert asked == [(6, 3), (6, 4)]
+
+
+def test_dtype_and_attention_reach_base_and_result_and_a_tokenizer_may_come_from_the_data(make, data, base, tmp_path):
+    bare = tmp_path / "bare"
+    load(base).save_pretrained(bare)
+    with pytest.raises(ValueError, match=r"has no tokenizer.*data\.tokenizer"):
+        make(base=str(bare)).prune(data, CPU)
+    data.named_tokenizer = data.tokenizer
+    module = make(base=str(bare), dtype="bfloat16", attention="eager")
+    module.prune(data, CPU)
+    saved = load(tmp_path / "pruned", "auto")
+    assert saved.dtype == torch.bfloat16
+    assert load_tokenizer(tmp_path / "pruned").get_vocab() == data.tokenizer.get_vocab()
+    built = module.build_model()
+    assert built.dtype == torch.bfloat16 and built.config._attn_implementation == "eager"
 
 
 def test_dry_run_writes_no_model_and_counts_as_the_real_run_does(make, data, tmp_path, capsys):
@@ -191,7 +244,6 @@ def test_the_truncating_control_is_saved_but_says_it_is_no_slice(make, data):
 
 def test_what_cannot_be_is_refused_before_anything_is_written(make, data, base, tmp_path):
     for arguments, message in (
-        ({"calibration_blocks": 9}, "calibration_blocks is 9, but the training text fills only 8"),
         ({"budget": 0.95}, "the nearest possible"),
         ({"budget": 1.5}, "budget: a share"),
         ({"budget": 100.0, "budget_unit": "bytes"}, "budget: 100 bytes cannot be met"),
