@@ -8,8 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.measurement import Measurement
+from common import progress
 from common.measure.inference import compare_models, decode_work, prefill_work
-from lightning_modules.loading import load
+from lightning_modules.loading import load, load_config
 from lightning_modules.structured_pruning.model_shape import ModelShape
 
 
@@ -47,10 +48,26 @@ class InferenceTiming(Measurement):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.attention = attention
         self.folders = {"dense": dense, "pruned": pruned}
-        self.prompt_tokens, self.new_tokens, self.batch_sizes, self.repeats = (
-            prompt_tokens, new_tokens, batch_sizes, repeats,
-        )  # fmt: skip
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = new_tokens
+        self.batch_sizes = batch_sizes
+        self.repeats = repeats
         self.rows: list[dict[str, Any]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out before the validation whether both models are there and take prompts of this length.
+
+        Raises:
+            FileNotFoundError: See ``loading.load``.
+            ValueError: See ``loading.load``; or a model has fewer positions than prompt and new tokens.
+        """
+        for name, folder in self.folders.items():
+            most = getattr(load_config(folder), "max_position_embeddings", None)
+            if most is not None and self.prompt_tokens + self.new_tokens > most:
+                raise ValueError(
+                    f"InferenceTiming.prompt_tokens {self.prompt_tokens} and new_tokens {self.new_tokens} are more than "
+                    f"the {most} positions of the {name} model, {folder}"
+                )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, on rank 0 and only in ``validate``."""
@@ -62,10 +79,12 @@ class InferenceTiming(Measurement):
             name: load(folder, dtype, self.attention).to(device) for name, folder in self.folders.items()
         }
         self.rows = []
-        for batch in self.batch_sizes:
-            for phase in ("prefill", "decode"):
+        turns = [(batch, phase) for batch in self.batch_sizes for phase in ("prefill", "decode")]
+        with progress.stage("Inference timing", len(turns), "measurements") as done:
+            for batch, phase in turns:
                 row = self._measure(models, phase, batch)
                 self.rows.append({"phase": phase, "batch": batch, **row})
+                done(len(self.rows))
                 rank_zero_info(
                     f"{phase}, batch {batch}: {row['speedup']:.2f} × as fast (bounds: FLOPs {row['flop_bound']:.2f}, "
                     f"bytes {row['byte_bound']:.2f})"

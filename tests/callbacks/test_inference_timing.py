@@ -47,6 +47,16 @@ def test_validation_measures_both_models_and_writes_a_record(tmp_path):
             assert row["flop_bound"] == pytest.approx((2 * layer + 9600) / (layer + 9600), rel=0.01)
 
 
+def test_models_that_cannot_be_timed_are_refused_before_the_validation(tmp_path):
+    config = AutoConfig.for_model("llama", max_position_embeddings=64, num_hidden_layers=1)
+    config.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="more than the 64 positions of the dense model"):
+        InferenceTiming(str(tmp_path / "small"), "b", prompt_tokens=60, new_tokens=5).setup(None, None, "validate")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        timing = InferenceTiming(str(tmp_path / "small"), str(tmp_path / "nowhere"), prompt_tokens=60, new_tokens=4)
+        timing.setup(None, None, "validate")
+
+
 def test_arguments_are_checked():
     for arguments, name in (({"repeats": 0}, "repeats"), ({"batch_sizes": []}, "batch_sizes")):
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
