@@ -65,8 +65,8 @@ class InferenceTiming(Measurement):
             most = getattr(load_config(folder), "max_position_embeddings", None)
             if most is not None and self.prompt_tokens + self.new_tokens > most:
                 raise ValueError(
-                    f"InferenceTiming.prompt_tokens {self.prompt_tokens} and new_tokens {self.new_tokens} are more than "
-                    f"the {most} positions of the {name} model, {folder}"
+                    f"InferenceTiming.prompt_tokens {self.prompt_tokens} and new_tokens {self.new_tokens} are more "
+                    f"than the {most} positions of the {name} model, {folder}"
                 )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -110,7 +110,8 @@ class BlockSparsity(CausalLM):
         if not 0 <= distill_weight <= 1:
             raise ValueError(f"distill_weight must be between 0 and 1, got {distill_weight}")
         self.pretrained = pretrained
-        self.output = Path(output)
+        self.folder = Path(pretrained).expanduser()  # where a Hub name leads nowhere
+        self.output = Path(output).expanduser()
         self.overwrite = overwrite
         self.schedule = schedule or CubicSchedule()
         self.rows = self.schedule.rows if iteration is None else [self.schedule.row(iteration)]
@@ -142,8 +143,7 @@ class BlockSparsity(CausalLM):
         """
         if command in ("fit", "prune", "export"):
             check_output(self.output, "model.output", self._inputs(data), self.overwrite)
-        folder = Path(self.pretrained)
-        packed = (folder / PACKED_FILE).is_file()
+        folder, packed = self.folder, (self.folder / PACKED_FILE).is_file()
         if command in ("export", "verify") and not (folder / TIERS_FILE).is_file():
             if command == "verify" and packed:
                 raise ValueError(f"model.pretrained: {folder} is packed; give the pruned folder that it was made from")
@@ -162,8 +162,7 @@ class BlockSparsity(CausalLM):
 
     def build_model(self) -> PreTrainedModel:
         """See ``CausalLM.build_model``; masks that lie beside the model hold from the start."""
-        folder = Path(self.pretrained)
-        packed = (folder / PACKED_FILE).is_file()
+        folder, packed = self.folder, (self.folder / PACKED_FILE).is_file()
         stored = load_config(self.pretrained).dtype
         self.stored = stored if isinstance(stored, torch.dtype) else torch.float32
         model = load(self.pretrained, **self.loading)
@@ -340,7 +339,7 @@ class BlockSparsity(CausalLM):
         """Pack ``pretrained`` into ``output``; or unpack it, if it is packed. See ``PareTrainer.export``."""
         self.check_arguments("export", data)
         self.configure_model()
-        if (Path(self.pretrained) / PACKED_FILE).is_file():
+        if (self.folder / PACKED_FILE).is_file():
             self.save(data)
             return self.pruner.result([])
         self._need_tiers()

@@ -270,6 +270,15 @@ def test_a_pruned_model_is_there_before_its_perplexity_is_measured(dense, data_c
     assert again.pruner.sparsity()["sparsity"] > 0.4
 
 
+def test_a_home_folder_is_the_same_folder(dense, data_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = _data(data_cache)
+    _module(dense, "~/pruned").prune(data, CPU)
+    _module("~/pruned", "~/packed").export(data, CPU)
+    assert _module("~/pruned", "~/packed").verify(data, CPU)["tiers"]["verified"]["weights_equal"]
+    assert (tmp_path / "packed/packed.safetensors").is_file()
+
+
 def _thesis(folder):
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("years of work")
