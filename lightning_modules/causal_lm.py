@@ -11,14 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from common.names import clean_name
 from common.randomness import run_seed, step_seed
 from lightning_modules.distillation import distilled_loss
 from lightning_modules.export import export
 from lightning_modules.loading import Dtype
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.perplexity import batch_nll, perplexity
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class CausalLM(L.LightningModule):
@@ -190,10 +189,3 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
             f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: use the model's own "
             "tokenizer (data.tokenizer), or train a model for this one"
         )
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what FSDP, checkpointing and compile wrap around it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.names import clean_name
 from strategies.traffic import Traffic
-from strategies.units import ParameterSlice, Unit, clean_name
+from strategies.units import ParameterSlice, Unit
 
 # Buffers are not trained here; broadcasting them in every forward pass would be traffic that nobody counts. torch 2.13
 # warns about the old name of the argument and knows a new one.

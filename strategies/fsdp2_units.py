@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from common.names import clean_name
 from strategies.traffic import Traffic
-from strategies.units import ParameterSlice, Unit, clean_name
+from strategies.units import ParameterSlice, Unit
 
 
 @dataclass

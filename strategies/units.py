@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy, _runtime_utils
 from torch.distributed.fsdp._common_utils import TrainingState
 
+from common.names import clean_name
 from strategies.traffic import Traffic
 
 
@@ -191,9 +192,3 @@ def end_forward(root: FSDP, output: Tensor | None) -> None:
     """What FSDP1 does after the root's forward, so that a backward pass from ``output`` may begin."""
     if root.training_state == TrainingState.FORWARD_BACKWARD:
         _runtime_utils._post_forward(root, root._handle, _runtime_utils._post_forward_reshard, root, None, output)
-
-
-def clean_name(name: str) -> str:
-    """Drop the path components that wrappers (FSDP, checkpointing, compile) add to a module or parameter name."""
-    wrappers = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module"}
-    return ".".join(part for part in name.split(".") if part not in wrappers)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lightning_modules import loading
+
 END_OF_TEXT = "<|endoftext|>"
 
 SMALLEST_VOCAB = 257
@@ -19,10 +21,10 @@ SMALLEST_VOCAB = 257
 
 
 def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer from a folder or, if no such folder exists, by its name on the Hub.
+    """Load a fast tokenizer from a folder, from a GGUF file or, if there is no such folder, by its name on the Hub.
 
     Args:
-        path_or_name: A folder with ``tokenizer.json``, or with the two files of the original GPT-2 release
+        path_or_name: A GGUF file, a folder with ``tokenizer.json``, or with the two files of the original GPT-2 release
             (``vocab.json`` and ``merges.txt``), or a Hub name such as ``openai-community/gpt2``.
 
     Returns:
@@ -33,7 +35,9 @@ def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
         ValueError: a folder that holds no tokenizer, or a tokenizer that cannot be used here.
     """
     path = Path(path_or_name).expanduser()
-    if path.is_dir():
+    if path.suffix == ".gguf":
+        tokenizer = loading.load_tokenizer(path_or_name)
+    elif path.is_dir():
         tokenizer = _from_folder(path)
     elif path.exists() or path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1:
         raise FileNotFoundError(f"tokenizer: no such folder: {path_or_name} (a folder with tokenizer.json is expected)")

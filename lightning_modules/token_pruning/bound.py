@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from lightning_modules.loading import load_config
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.schedule import Schedule
@@ -53,7 +54,7 @@ def bounds(config: Any, schedule: Schedule, keep: Sequence[float], lengths: Sequ
 def main() -> None:
     """Print a line for each share and length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name; only its config.json is read")
+    parser.add_argument("--model", required=True, help="folder, GGUF file or hub name; no weights are read")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--first", type=int, default=4, help="first layer after which is pruned")
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--tail", type=float, default=0.1, help="share of the prompt at its end that always stays")
     options = parser.parse_args()
     schedule = Schedule(first=options.first, step=options.step, tail=options.tail)
-    for line in bounds(AutoConfig.from_pretrained(options.model), schedule, options.keep, options.lengths):
+    for line in bounds(load_config(options.model), schedule, options.keep, options.lengths):
         print(json.dumps(line))
 
 

@@ -18,7 +18,7 @@ from lightning_modules.metrics import WeightedMean
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.anatomy import input_device
 from lightning_modules.token_pruning.evaluation import PruningQuality
-from lightning_modules.token_pruning.identity import identity_of
+from lightning_modules.token_pruning.identity import differences
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, check_data, response_nll, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
@@ -147,19 +147,27 @@ class TokenPruning(L.LightningModule):
         """Read the saliency, and put the base model beside the scorers.
 
         Raises:
-            ValueError: With a device map; training keeps the model on one device.
+            ValueError: With a device map, since training keeps the model on one device; in float16; or with saliency of
+                other layers, of another tokenizer or another model.
         """
         if self.device_map is not None:
             raise ValueError("model.device_map is for validate: leave it out to train")
+        if self.model.dtype == torch.float16:  # see ``soft_mask.FLOOR``
+            raise ValueError("model.dtype: the base model is float16, which cannot hold the mask; take bfloat16")
         check_data(self.trainer.datamodule, self.model)
         self.model.to(self.device)
         if self.saliency_path is not None:
             expect = {
                 "layers": self.schedule.resolve(self.model.config.num_hidden_layers),
                 "tokenizer": fingerprint(self.trainer.datamodule.tokenizer),
-                "base": identity_of(self.model),
             }
             self.saliency = Saliency(self.saliency_path, expect)
+            others = differences(self.saliency.index["base"], self.model)  # rounding to another dtype is none
+            if others:
+                raise ValueError(
+                    f"{self.saliency_path} was collected with another base ({'; '.join(others)}); collect it again for "
+                    "this one (configs/token_pruning/saliency.yaml)"
+                )
 
     def on_validation_start(self) -> None:
         """Put the base model beside the scorers, unless a device map has placed it."""

@@ -11,6 +11,7 @@ import torch
 from common.files import DamagedError
 from lightning_modules.block_sparsity.packed_model import write_packed
 from lightning_modules.block_sparsity.pruner import Pruner
+from lightning_modules.data.tokenizer import load_tokenizer as data_tokenizer
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.loading import load, load_config, load_tokenizer
 from lightning_modules.structured_pruning.saving import save
@@ -68,6 +69,7 @@ def test_a_gguf_file_is_read_and_can_be_saved_again(tmp_path, tokenizer, tied):
     text = "the quick dog, été <b>"
     found = load_tokenizer(tmp_path / "model.gguf")
     assert found(text).input_ids == tokenizer(text).input_ids
+    assert data_tokenizer(str(tmp_path / "model.gguf")).get_vocab() == found.get_vocab()  # as data.tokenizer too
     found.save_pretrained(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved")(text).input_ids == tokenizer(text).input_ids
 

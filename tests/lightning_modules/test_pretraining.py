@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.names import clean_name
 from lightning_modules import generation
-from lightning_modules.causal_lm import clean_name
 from lightning_modules.data.recall import Recall
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.export import export

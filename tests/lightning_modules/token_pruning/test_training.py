@@ -107,6 +107,33 @@ def test_supervision_teaches_the_order_of_saliency(base, data, saliency, tmp_pat
     assert found["train/mse"] < 1.8 and found["train/ranking"] < 1.3
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_base_model_may_be_in_half_precision(base, data, saliency, tmp_path, attention):  # noqa: F811
+    """Scorers stay in float32; losses are those of the float32 model up to bfloat16's rounding."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        L.seed_everything(0, verbose=False)
+        module = _module(base, tmp_path, saliency=saliency, kl_weight=1.0, dtype=dtype, attention=attention)
+        trainer = _trainer(max_steps=3, limit_val_batches=2, val_check_interval=3, check_val_every_n_epoch=None)
+        trainer.fit(module, data)
+        assert module.model.dtype == getattr(torch, dtype) and module.model.config._attn_implementation == attention
+        assert {p.dtype for p in module.pruner.parameters()} == {torch.float32}
+        found[dtype] = trainer.callback_metrics
+    for name in ("train/loss", "train/mse", "train/total", "val/loss"):
+        torch.testing.assert_close(found["bfloat16"][name], found["float32"][name], rtol=0.03, atol=0.03)
+    with pytest.raises(ValueError, match=r"model\.dtype: the base model is float16"):
+        _trainer(max_steps=1).fit(_module(base, tmp_path, saliency=saliency, dtype="float16"), data)
+
+
+def test_saliency_of_another_model_is_refused(base, data, saliency, tmp_path):  # noqa: F811
+    other = load(base)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"was collected with another base \(the values of .* are others\)"):
+        _trainer(max_steps=1).fit(_module(str(tmp_path / "other"), tmp_path, saliency=saliency), data)
+
+
 def test_an_offloaded_model_validates_to_the_same_numbers(base, data, tmp_path):  # noqa: F811
     options = {"mse_weight": 0.0, "ranking_weight": 0.0, "pruner": str(tmp_path / "saved")}
     model = load(base)
