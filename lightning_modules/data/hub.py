@@ -1,12 +1,10 @@
 """Stream datasets of the Hugging Face Hub. Contacted only for a dataset that the user names."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 from datasets import disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetNotFoundError
-
-from lightning_modules.data.readers import document_text
 
 
 def hub_rows(name: str, config: str | None, split: str) -> Generator[dict[str, Any]]:
@@ -34,20 +32,3 @@ def hub_rows(name: str, config: str | None, split: str) -> Generator[dict[str, A
         ) from error
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-
-
-def hub_documents(field: str, name: str, config: str | None, split: str) -> Iterator[str]:
-    """Documents of a Hub dataset with a ``text`` (and perhaps a ``title``) column.
-
-    Args:
-        field: Argument the dataset was named in, for errors.
-        name: See ``hub_rows``.
-        config: See ``hub_rows``.
-        split: See ``hub_rows``.
-
-    Raises:
-        FileNotFoundError: see ``hub_rows``.
-        ValueError: see ``hub_rows``; also rows without usable text.
-    """
-    for number, row in enumerate(hub_rows(name, config, split), 1):
-        yield document_text(row, f"{field}: {name}, row {number}")

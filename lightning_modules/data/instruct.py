@@ -10,15 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.progress import stage
-from lightning_modules.data.hub import hub_rows
 from lightning_modules.data.instructions import Instruction, Template, recognise
 from lightning_modules.data.loading import Samples
 from lightning_modules.data.packing import pack_whole
 from lightning_modules.data.prepared import PreparedData
-from lightning_modules.data.readers import check_percent, read_records
 from lightning_modules.data.samples import FORMAT, SampleEncoder, open_samples, prepare_samples, split_of, summary
-from lightning_modules.data.text import is_path, source_files
+from lightning_modules.data.source import Source
 
 
 class InstructData(PreparedData):
@@ -85,31 +82,17 @@ class InstructData(PreparedData):
         for field, value in {"max_length": max_length, "batch_size": batch_size, **limits}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, got {value}")
-        check_percent(val_percent)
-        self.name = (Path(train).expanduser().name if is_path(train) else train.replace("/", "--")) or "instructions"
-        self.packing, self.padding_side, self.template = packing, padding_side, template
-        self.val_percent, self.hub_config, self._limits = val_percent, hub_config, limits
-        self.sources = [("train", train, train_split)]
-        self._divides = val is None and val_split is None
-        if not self._divides:
-            self.sources.insert(0, ("val", val or train, val_split or train_split))
-        for field, source, _ in self.sources:
-            if is_path(source):
-                source_files(field, source)
+        self.source = Source(train, val, val_percent, hub_config, train_split, val_split)
+        self.name = self.source.name
+        self.packing, self.padding_side, self.template, self._limits = packing, padding_side, template, limits
 
     def inputs(self) -> list[Path]:
         """See ``PreparedData.inputs``."""
-        return [Path(s).expanduser() for _, s, _ in self.sources if is_path(s)] + super().inputs()
+        return self.source.inputs() + super().inputs()
 
     def source_key(self) -> Any:
-        """Path, size and time of change of every file, or name and splits of the Hub dataset."""
-        key = {field: self._identity(field, source, split) for field, source, split in self.sources}
-        return key | {"val_percent": self.val_percent if self._divides else None}
-
-    def _identity(self, field: str, source: str, split: str) -> Any:
-        if not is_path(source):
-            return [source, self.hub_config, split]
-        return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(field, source)]
+        """See ``Source.key``."""
+        return self.source.key()
 
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
         """Pairs of split and sample, always in the same order, validation first.
@@ -117,21 +100,10 @@ class InstructData(PreparedData):
         Raises:
             ValueError: a record of no known format.
         """
-        for field, source, split in self.sources:
-            for record, where in self._records(field, source, split):
-                sample = recognise(record, where)
-                yield split_of(sample, self.val_percent) if self._divides else field, sample
-
-    def _records(self, field: str, source: str, split: str) -> Iterator[tuple[Any, str]]:
-        if not is_path(source):
-            for number, row in enumerate(hub_rows(source, self.hub_config, split), 1):
-                yield row, f"{field}: {source}, row {number}"
-            return
-        files = source_files(field, source)
-        with stage(f"Reading {Path(source).name}", sum(file.stat().st_size for file in files), "bytes") as done:
-            for record, where, position in read_records(files):
-                yield record, where
-                done(position)
+        source = self.source
+        for field, record, where in source.records():
+            sample = recognise(record, where)
+            yield split_of(sample, source.val_percent) if source.divides else field, sample
 
     @cached_property
     def _encoder(self) -> SampleEncoder:

@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_modules.data.readers import check_text, document_text
+from lightning_modules.data.readers import document_text, read_field
 
 Template = Literal["alpaca", "chat"]
 
@@ -77,8 +77,7 @@ def recognise(record: Any, where: str) -> Instruction:
 
 
 def _field(record: dict[str, Any], field: str | None, where: str) -> str:
-    value = record.get(field) if field else None
-    return "" if field is None or value is None else check_text(value, field, where)
+    return "" if field is None or record.get(field) is None else read_field(record, field, where)
 
 
 def write_prompt(sample: Instruction, template: Template, tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -7,49 +7,19 @@ raises ValueError with the file, the place in it, and what to do.
 
 import codecs
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import ijson
-
-Document = tuple[str, int]
-Record = tuple[Any, str, int]
+from lightning_modules.data.encoding import has_nul, not_utf8, skip_byte_order_mark
+from lightning_modules.data.json_records import Ambiguous, Record, read_json_array, read_json_lines
 
 TEXT_DOCUMENT = 16_384
 """A plain text file longer than twice this many characters counts as several documents of about this length."""
 
 _READ = 1 << 16
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
-
-
-def corpus_files(path: Path) -> list[Path]:
-    """The files of a corpus: the file itself, or all readable files below a folder, in a fixed order.
-
-    Raises:
-        ValueError: a folder without a readable file, a file with an unknown suffix, or an empty file.
-    """
-    known = ", ".join(READERS)
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
-        if not files:
-            raise ValueError(f"{path}: no file that can be read in this folder (known: {known})")
-    elif path.suffix.lower() not in READERS:
-        raise ValueError(f"{path}: unknown kind of file '{path.suffix}' (known: {known}); rename or convert it")
-    else:
-        files = [path]
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file}: the file is empty; give a file with text, or delete it from the corpus")
-    return files
-
-
-def read_documents(files: Sequence[Path]) -> Iterator[Document]:
-    """Documents of several files in order; ``bytes_read`` counts on from file to file."""
-    for record, where, position in read_records(files):
-        yield document_text(record, where), position
 
 
 def read_records(files: Sequence[Path]) -> Iterator[Record]:
@@ -61,48 +31,6 @@ def read_records(files: Sequence[Path]) -> Iterator[Record]:
         before += file.stat().st_size
 
 
-def read_json_array(path: Path) -> Iterator[Record]:
-    """Records of a JSON array, such as the ``{"id", "title", "text"}`` of Wikipedia dumps."""
-    count = 0
-    with path.open("rb") as file:
-        _skip_byte_order_mark(file)
-        _expect_array(path, file)
-        try:
-            for record in ijson.items(file, "item", use_float=True):
-                count += 1
-                yield record, f"{path}: record {count}", file.tell()
-        except ijson.JSONError as error:
-            _raise_if_not_utf8(path)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "broken JSON"
-            raise ValueError(
-                f"{path}: broken JSON after record {count}, before byte {file.tell()} ({reason}); "
-                "is the file cut short? Export or copy it again"
-            ) from error
-    if count == 0:
-        raise ValueError(f"{path}: the JSON array holds no records")
-
-
-def read_json_lines(path: Path) -> Iterator[Record]:
-    """Records of a file with one JSON record a line; blank lines are passed over."""
-    position = count = 0
-    with path.open("rb") as file:
-        position = _skip_byte_order_mark(file)
-        for number, line in enumerate(file, 1):
-            position += len(line)
-            if not line.strip():
-                continue
-            count += 1
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, position - len(line) + error.start) from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not a JSON record ({error}); one record a line") from error
-            yield record, f"{path}: record {count} (line {number})", position
-    if count == 0:
-        raise ValueError(f"{path}: the file holds no records")
-
-
 def read_text(path: Path) -> Iterator[Record]:
     """A plain UTF-8 text file as records ``{"text"}``.
 
@@ -112,8 +40,10 @@ def read_text(path: Path) -> Iterator[Record]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     waiting, count = "", 0
     with path.open("rb") as file:
-        position = _skip_byte_order_mark(file)
+        position = skip_byte_order_mark(path, file)
         while chunk := file.read(_READ):
+            if (place := chunk.find(b"\0")) >= 0:
+                raise has_nul(path, position + place)
             position += len(chunk)
             waiting += _decode(path, decoder, chunk, position)
             while len(waiting) > 2 * TEXT_DOCUMENT:
@@ -154,16 +84,19 @@ def document_text(record: object, where: str) -> str:
         raise ValueError(f'{where} is a {type(record).__name__}; records look like {{"id", "title", "text"}}')
     if "text" not in record:
         raise ValueError(f"{where} has no field 'text' (its fields: {', '.join(map(str, record)) or 'none'})")
-    text, title = check_text(record["text"], "text", where), record.get("title")
-    return f"{check_text(title, 'title', where)}\n{text}" if title else text
+    text, title = read_field(record, "text", where), record.get("title")
+    return f"{read_field(record, 'title', where)}\n{text}" if title else text
 
 
-def check_text(value: object, field: str, where: str) -> str:
-    """A field's text.
+def read_field(record: dict[str, Any], field: str, where: str) -> str:
+    """The text in a field of a record.
 
     Raises:
-        ValueError: it is no string, or none that UTF-8 can hold.
+        ValueError: the field stands twice, or holds no string, or one that UTF-8 or a text file cannot hold.
     """
+    if isinstance(record, Ambiguous) and field in record.names:
+        raise ValueError(f"{where}: '{field}' stands more than once; leave one")
+    value = record[field]
     if not isinstance(value, str):
         raise ValueError(f"{where}: '{field}' is {type(value).__name__}, not a string")
     try:
@@ -172,6 +105,8 @@ def check_text(value: object, field: str, where: str) -> str:
         raise ValueError(
             f"{where}: '{field}' has half a surrogate pair at character {error.start}; remove it"
         ) from error
+    if (place := value.find("\0")) >= 0:
+        raise ValueError(f"{where}: '{field}' has a NUL at character {place}; remove it")
     return value
 
 
@@ -194,48 +129,11 @@ def check_percent(val_percent: float) -> None:
         raise ValueError(f"val_percent must be between 0 and 100, got {val_percent}")
 
 
-def _skip_byte_order_mark(file: BinaryIO) -> int:
-    start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-    return file.seek(start)
-
-
-def _expect_array(path: Path, file: BinaryIO) -> None:
-    start = file.tell()
-    first = b""
-    while chunk := file.read(_READ):
-        if first := chunk.lstrip()[:1]:
-            break
-    file.seek(start)
-    if not first:
-        raise ValueError(f"{path}: the file holds only white space; a JSON array of records is expected")
-    if first != b"[":
-        _raise_if_not_utf8(path)
-        raise ValueError(
-            f"{path}: starts with {first.decode('utf-8', 'replace')!r}, not with '['; a JSON array of records is "
-            "expected (for one record a line, name the file .jsonl)"
-        )
-
-
 def _decode(path: Path, decoder: codecs.IncrementalDecoder, chunk: bytes, end: int) -> str:
     try:
         return decoder.decode(chunk, final=not chunk)
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, end - len(error.object) + error.start) from error
-
-
-def _raise_if_not_utf8(path: Path) -> None:
-    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_READ):
-            position += len(chunk)
-            _decode(path, decoder, chunk, position)
-    # A character cut off by the end of the file is a short file, not a wrong encoding: the caller says so.
-
-
-def _not_utf8(path: Path, offset: int) -> ValueError:
-    return ValueError(
-        f"{path}: not UTF-8 at byte {offset}; convert it first, e.g. iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
-    )
+        raise not_utf8(path, end - len(error.object) + error.start) from error
 
 
 def _cut(text: str) -> int:
@@ -246,4 +144,4 @@ def _cut(text: str) -> int:
     for mark in ("\n", " "):
         if (found := reach.rfind(mark, TEXT_DOCUMENT)) >= 0:
             return found + 1
-    return len(reach)
+    return len(reach) - reach.endswith("\r")  # a line end is not cut in two

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_modules.data import export_hub
-from lightning_modules.data.readers import read_documents
+from lightning_modules.data.readers import document_text, read_json_array
 
 ROWS = [{"id": str(i), "url": "x", "title": f"Größe {i}", "text": "word " * 100} for i in range(50)]
 
@@ -23,7 +23,9 @@ def test_export_is_a_json_array_that_can_be_trained_on(rows, tmp_path):
     output = tmp_path / "out.json"
     assert export_hub.export("some/dataset", output) == 50
     assert json.loads(output.read_text()) == [{key: row[key] for key in ("id", "title", "text")} for row in ROWS]
-    assert [text for text, _ in read_documents([output])] == [f"{row['title']}\n{row['text']}" for row in ROWS]
+    assert [document_text(record, where) for record, where, _ in read_json_array(output)] == [
+        f"{row['title']}\n{row['text']}" for row in ROWS
+    ]
     assert list(tmp_path.iterdir()) == [output]
 
 
