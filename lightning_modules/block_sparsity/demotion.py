@@ -191,7 +191,8 @@ def _to_two_of_four(scores: Scored, tiers: TierMap, chosen_rc: Tensor, sums_rc: 
         a, b, c, d = scores_nbb.unflatten(-1, (-1, 4)).unbind(-1)
         # six comparisons and their opposites: each weight is kept if it loses to at most one of the other three. What
         # lies beyond the edge comes last in its group with score zero, so it beats nothing that exists
-        ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+        ab, ac, ad = a >= b, a >= c, a >= d
+        bc, bd, cd = b >= c, b >= d, c >= d
         keep = torch.stack([_two(ab, ac, ad), _two(~ab, bc, bd), _two(~ac, ~bc, cd), _two(~ad, ~bd, ~cd)], -1)
         keep_nbb = tiers.demote(index, MID, keep.flatten(-2))
         sums_rc[index] = scores_nbb.mul_(keep_nbb.view(torch.uint8).float()).flatten(1).sum(1)

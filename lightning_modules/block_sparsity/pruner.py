@@ -53,7 +53,8 @@ class Pruner:
         row_relative: bool = False,
     ) -> None:
         self.block, self.k = block, k
-        self.pattern, self.scope, self.row_relative = pattern, scope, row_relative
+        self.pattern, self.scope = pattern, scope
+        self.row_relative = row_relative
         self.matrices = linear_layers(model)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         shapes = {name: (m.out_features, m.in_features) for name, m in self.matrices.items()}

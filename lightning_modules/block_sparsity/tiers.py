@@ -51,7 +51,9 @@ class TierMap:
         rows, columns = shape
         if rows < block or columns < block:
             raise ValueError(f"{name}: a matrix of {rows}×{columns} is smaller than a block of {block}×{block}")
-        self.name, self.shape, self.block, self.k = name, (rows, columns), block, k
+        self.name = name
+        self.shape = (rows, columns)
+        self.block, self.k = block, k
         self.map_rc = torch.zeros(-(-rows // block), -(-columns // block), dtype=torch.uint8, device=device)
         padded = torch.zeros(len(self.map_rc) * block, self.map_rc.shape[1] * block, dtype=torch.bool, device=device)
         padded[:rows, :columns] = True
@@ -101,7 +103,8 @@ class TierMap:
 
     def kept_per_block(self) -> Tensor:
         """Weights that every block keeps, int64 ``[r, c]``, as its tier and its place at the edge say."""
-        b, (rows, columns), device = self.block, self.shape, self.map_rc.device
+        b, device = self.block, self.map_rc.device
+        rows, columns = self.shape
         height_r = (rows - b * torch.arange(len(self.map_rc), device=device)).clamp_max(b)
         width_c = (columns - b * torch.arange(self.map_rc.shape[1], device=device)).clamp_max(b)
         half_c = width_c // 4 * 2 + (width_c % 4).clamp_max(2)

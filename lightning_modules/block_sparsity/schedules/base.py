@@ -89,7 +89,9 @@ class Curve(Schedule):
         if not min(shares.values()) >= 0 or not math.isclose(sum(shares.values()), 1, abs_tol=_TOLERANCE):
             raise ValueError(f"schedule: dense, mid_2_4 and topk must be shares that sum to 1, got {shares}")
         self.iterations, self.epochs = iterations, epochs
-        self.dense, self.mid_2_4, self.topk = dense, mid_2_4, topk
+        self.dense = dense
+        self.mid_2_4 = mid_2_4
+        self.topk = topk
 
     def iterations_in_order(self) -> list[Row]:
         """See ``Schedule.iterations_in_order``."""

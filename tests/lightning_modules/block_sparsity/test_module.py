@@ -406,6 +406,18 @@ def test_instructions_prune_and_fine_tune_as_text_does(score, packing, dense, da
     assert tiers["iterations"][0]["violations"] == 0 and tiers["sparsity"] > 0.1
 
 
+def test_a_run_that_is_stopped_early_says_how_far_the_saved_model_is_pruned(dense, data_cache, tmp_path, monkeypatch):
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    said = []
+    monkeypatch.setattr("callbacks.tier_schedule.rank_zero_warn", said.append)
+    _fit(_module(dense, tmp_path / "out"), data_cache, tmp_path, callbacks=[Stop()])
+    assert said == ["stopped after iteration 1 of 3: what is saved is that far pruned"]
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("limits", "names"),
     [
