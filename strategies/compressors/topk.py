@@ -58,9 +58,9 @@ class TopK(BlockCodec):
         k = self.kept(block)
         return {"values": (k, torch.float32), "indices": (min(k * _index_bytes(block), block // 8), torch.uint8)}
 
-    def encode(self, chunks: Tensor, unit: Unit) -> dict[str, Tensor]:
-        """See ``Codec.encode``."""
-        payload = super().encode(chunks, unit)
+    def encode(self, chunks: Tensor, unit: Unit, owed: Tensor | None = None) -> dict[str, Tensor]:
+        """See ``BlockCodec.encode``."""
+        payload = super().encode(chunks, unit, owed)
         if self.values is None:
             return payload
         chosen = payload.pop("values")

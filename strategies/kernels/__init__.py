@@ -4,9 +4,9 @@ import importlib
 import logging
 from collections.abc import Callable
 
-from strategies.kernels.step import Choice, Job, Step, choose, step
+from strategies.kernels.step import Choice, Job, choose, faster
 
-__all__ = ["Choice", "Job", "Step", "choose", "step", "triton_kernel"]
+__all__ = ["Choice", "Job", "choose", "faster", "triton_kernel"]
 
 
 def triton_kernel(codec: str, step: str, block: int) -> Callable[..., None] | None:

@@ -1,17 +1,16 @@
 """A step of codec arithmetic: one readable function, four ways to run it.
 
-The function decorated with ``@step`` is the specification of what it computes, the oracle of every other way to compute
-it, what runs in slabs where nothing else does, and the source that ``torch.compile`` gets.
+The reference is the specification of what it computes, the oracle of every other way to compute it, what runs in slabs
+where nothing else does, and the source that ``torch.compile`` gets.
 
 Shape legend: b blocks, B elements of a block.
 """
 
-import functools
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +22,11 @@ Backend = Literal["reference", "slabs", "compiled", "triton"]
 Choice = Literal["auto", "reference", "slabs", "compiled", "triton"]
 VARIABLE = "PARE_KERNELS"
 Place = tuple[Tensor, Tensor, Tensor] | None
+"""What random numbers are drawn from: position of the first element in the unit's gradient, and a key of two words;
+int32 without dimensions."""
+Reference = Callable[..., None]
+"""A step, called as ``reference(place, *tensors)``: the tensors are ``[b, …]`` with one b, contiguous, the first
+``[b, B]``; results are written into some of them."""
 _log = logging.getLogger(__name__)
 
 
@@ -64,37 +68,31 @@ def choose(choice: Choice, device: torch.device) -> Backend:
     raise ValueError(f"{VARIABLE}={wanted}: must be one of {', '.join(get_args(Backend))}, or not be set")
 
 
-class Step:
-    """One piece of arithmetic on blocks, as one instance of a codec runs it.
+class Fast:
+    """A step as compiled code or as a kernel; in slabs of its reference where that does not fit the tensors.
 
     Args:
-        reference: Called as ``reference(place, *tensors)``. The tensors are ``[b, …]`` with one b, contiguous, the
-            first ``[b, B]``; results are written into some of them. ``place`` is what random numbers are drawn from:
-            position of the first element and a key of two words, int32 without dimensions; or None.
+        run: Called like ``reference``.
+        reference: See ``Reference``.
+        example: Tensors of the shapes and dtypes that ``run`` was made for (any b).
         name: For messages.
     """
 
-    def __init__(self, reference: Callable[..., None], name: str) -> None:
+    def __init__(self, run: Reference, reference: Reference, example: tuple[Tensor, ...], name: str) -> None:
         self.reference = reference
         self.name = name
-        self.backend: Backend | None = None  # what a warm-up settled on
-        self._fast: dict[tuple, Callable[..., None]] = {}
-        self._whole = False
+        self._run: Reference | None = run
+        self._signature = _signature(example)
 
-    def __call__(self, origin: tuple[int, int, int] | None, *tensors: Tensor) -> None:
-        """Run on blocks of any number.
-
-        Args:
-            origin: Position of the first element in the unit's gradient, and the key; None when nothing is drawn.
-            tensors: See ``reference``.
-        """
-        fast = self._fast.get(_signature(tensors)) if self._fast else None
+    def __call__(self, place: Place, *tensors: Tensor) -> None:
+        """Run on blocks of any number."""
         # a single block would be another graph, and so would tensors of inference mode
-        if fast is None or tensors[0].shape[0] == 1 or torch.is_inference_mode_enabled():
-            self._in_slabs(origin, tensors)
+        fits = self._run is not None and _signature(tensors) == self._signature and tensors[0].shape[0] > 1
+        if self._run is None or not fits or torch.is_inference_mode_enabled():
+            self._in_slabs(place, tensors)
             return
         try:
-            fast(place_of(origin, tensors[0].device), *tensors)
+            self._run(place, *tensors)
         except RuntimeError as error:
             if "fail_on_recompile" not in str(error):
                 raise
@@ -102,77 +100,74 @@ class Step:
             _log.warning(
                 "%s runs in slabs from now on: compiled for other settings (%s)", self.name, _first_line(error)
             )
-            self._fast.clear()
-            self.backend = "slabs"
-            self._in_slabs(origin, tensors)
+            self._run = None
+            self._in_slabs(place, tensors)
 
-    def _in_slabs(self, origin: tuple[int, int, int] | None, tensors: tuple[Tensor, ...]) -> None:
-        """The reference, a cache-sized slab at a time on CPU; a GPU wants one launch."""
+    @property
+    def in_use(self) -> bool:
+        """Whether it still runs as it was made to."""
+        return self._run is not None
+
+    def _in_slabs(self, place: Place, tensors: tuple[Tensor, ...]) -> None:
         b, block = tensors[0].shape
-        rows = max(1, SLAB // block)
-        if self._whole or b <= rows or tensors[0].device.type != "cpu":
-            self.reference(place_of(origin, tensors[0].device), *tensors)
-            return
+        rows = max(1, SLAB // block) if tensors[0].device.type == "cpu" else b
         for first in range(0, b, rows):
-            here = (origin[0] + first * block, *origin[1:]) if origin is not None else None
-            self.reference(place_of(here, tensors[0].device), *(t[first : first + rows] for t in tensors))
-
-    def warm(
-        self,
-        job: Job,
-        example: tuple[Tensor, ...],
-        origin: tuple[int, int, int] | None = None,
-        kernel: Callable[..., None] | None = None,
-        sums: bool = False,
-    ) -> None:
-        """Settle how to run on tensors shaped like ``example`` (any b), before it is needed.
-
-        A faster way is adopted only if it repeats the reference on ``example``; otherwise the reason is logged and
-        slabs remain.
-
-        Args:
-            job: What is asked for.
-            example: Tensors as in ``__call__``, with b ≥ 2; not changed.
-            origin: See ``__call__``.
-            kernel: The step as a Triton kernel, if there is one; called like ``reference``.
-            sums: The order of summation may change the last digits.
-        """
-        if job.backend in ("reference", "slabs"):
-            self._whole, self.backend = job.backend == "reference", job.backend
-            return
-        chosen: Backend = "triton" if job.backend == "triton" and kernel is not None else "compiled"
-        try:
-            fast = kernel if chosen == "triton" and kernel is not None else _compiled(self.reference, job.device)
-            with torch.no_grad():
-                wanted, got = ([tensor.clone() for tensor in example] for _ in range(2))
-                place = place_of(origin, job.device)
-                self.reference(place, *wanted)
-                fast(place, *got)
-            if not all(agree(a, b, sums) for a, b in zip(wanted, got, strict=True)):
-                raise RuntimeError("its results differ from the reference's")
-        except Exception as error:  # a compiler fails in too many ways to name, and training must go on
-            _log.warning("%s runs in slabs, not %s: %s", self.name, chosen, _first_line(error))
-            self.backend = "slabs"
-            return
-        self._fast[_signature(example)] = fast
-        self.backend = chosen
+            here = (place[0] + _word(first * block), *place[1:]) if place is not None else None
+            self.reference(here, *(tensor[first : first + rows] for tensor in tensors))
 
 
-def step(function: Callable[..., None]) -> Any:
-    """Make a method of a codec a ``Step``; every instance has its own."""
-    return functools.cached_property(lambda codec: Step(function.__get__(codec), f"{codec!r}.{function.__name__}"))
+def faster(
+    reference: Reference,
+    name: str,
+    job: Job,
+    example: tuple[Tensor, ...],
+    place: Place = None,
+    kernel: Reference | None = None,
+    sums: bool = False,
+) -> tuple[Reference, Backend]:
+    """How to run a step on tensors shaped like ``example`` (any b), and what that is called.
+
+    A faster way is adopted only if it repeats the reference on ``example``; otherwise the reason is logged and slabs of
+    the reference remain, which the caller cuts.
+
+    Args:
+        reference: The step.
+        name: For messages.
+        job: What is asked for.
+        example: Tensors with b ≥ 2; not changed.
+        place: See ``Reference``.
+        kernel: The step as a Triton kernel, if there is one; called like ``reference``.
+        sums: The order of summation may change the last digits.
+    """
+    if job.backend in ("reference", "slabs"):
+        return reference, job.backend
+    chosen: Backend = "triton" if job.backend == "triton" and kernel is not None else "compiled"
+    try:
+        run = kernel if chosen == "triton" and kernel is not None else _compiled(reference, job.device)
+        with torch.no_grad():
+            wanted, got = ([tensor.clone() for tensor in example] for _ in range(2))
+            reference(place, *wanted)
+            run(place, *got)
+        if not all(agree(a, b, sums) for a, b in zip(wanted, got, strict=True)):
+            raise RuntimeError("its results differ from the reference's")
+    except Exception as error:  # a compiler fails in too many ways to name, and training must go on
+        _log.warning("%s runs in slabs, not %s: %s", name, chosen, _first_line(error))
+        return reference, "slabs"
+    return Fast(run, reference, example, name), chosen
 
 
 def place_of(origin: tuple[int, int, int] | None, device: torch.device) -> Place:
     """Position and key as tensors: numbers would be constants, and every other value another graph."""
     if origin is None:
         return None
-    first, one, two = (
-        # filled, not copied: a copy from the host would wait for the device
-        torch.full((), (word + (1 << 31)) % (1 << 32) - (1 << 31), dtype=torch.int32, device=device)
-        for word in origin
-    )
+    # filled, not copied: a copy from the host would wait for the device
+    first, one, two = (torch.full((), _word(number), dtype=torch.int32, device=device) for number in origin)
     return first, one, two
+
+
+def _word(number: int) -> int:
+    """``number`` as a signed 32-bit word."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def agree(wanted: Tensor, got: Tensor, sums: bool) -> bool:
@@ -192,7 +187,7 @@ def _signature(tensors: tuple[Tensor, ...]) -> tuple:
     return tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors)
 
 
-def _compiled(reference: Callable[..., None], device: torch.device) -> Callable[..., None]:
+def _compiled(reference: Reference, device: torch.device) -> Reference:
     """The reference through ``torch.compile``: for any number of blocks, never compiled again."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler

@@ -190,17 +190,17 @@ def find(codec: str, step: str, block: int) -> Launch | None:
 
     Args:
         codec: "int8", "int4", "onebit" or "natural".
-        step: "encode_step", "owing_step" or "mean_step".
+        step: "encode", "owing" or "mean"; see ``BlockSteps``.
         block: Elements of a block; kernels exist for powers of two.
     """
     encoders = {"int8": int8_encode, "int4": int4_encode, "onebit": onebit_encode, "natural": natural_encode}
     means = {"int8": int8_mean, "onebit": onebit_mean}
     if block < 16 or block & (block - 1):
         return None
-    if step == "mean_step" and codec in means:
+    if step == "mean" and codec in means:
         return _mean(means[codec], block)
-    if step in ("encode_step", "owing_step") and codec in encoders:
-        return _encoder(encoders[codec], block, step == "owing_step")
+    if step in ("encode", "owing") and codec in encoders:
+        return _encoder(encoders[codec], block, step == "owing")
     return None
 
 

@@ -1,6 +1,9 @@
 """Every way to run a codec's arithmetic gives what its reference gives; what cannot run falls back and says so."""
 
+import copy
 import logging
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from strategies.compressors.onebit import OneBit
 from strategies.compressors.packing import pack, unpack
 from strategies.compressors.topk import TopK, largest
 from strategies.kernels import Job, choose
-from strategies.kernels.step import VARIABLE, agree, place_of
+from strategies.kernels.step import SLAB, VARIABLE, agree, place_of
 from tests.strategies.engines import fit
 from tests.strategies.reductions import gradient, make_unit
 
@@ -27,36 +30,80 @@ CPU, KEY = torch.device("cpu"), (12345, -987654321)
 
 def _arguments(codec, name, blocks):
     """Arguments of a step for any number of blocks: those of a warm-up, repeated in another order."""
-    steps = {**codec._examples(Job("slabs", CPU, 3), "owing"), **codec._examples(Job("slabs", CPU, 3), "apart")}
-    steps |= codec._examples(Job("slabs", CPU, 3), "reduce")
+    examples = [codec.steps.examples(Job("slabs", CPU, 3), use) for use in ("owing", "apart", "reduce")]
     order = torch.randint(64, (blocks,), generator=torch.Generator().manual_seed(blocks))
-    return [tensor[order].clone() for tensor in steps[name]]
+    return [tensor[order].clone() for tensor in (examples[0] | examples[1] | examples[2])[name]]
 
 
 def _runs_alike(codec, name, blocks, first=7):
-    origin = (first, *KEY) if codec.draws else None
+    place = place_of((first, *KEY), CPU) if codec.draws else None
     wanted, got = _arguments(codec, name, blocks), _arguments(codec, name, blocks)
     with torch.no_grad():
-        getattr(codec, name).reference(place_of(origin, CPU), *wanted)
-        getattr(codec, name)(origin, *got)
+        codec.steps.references[name](place, *wanted)
+        getattr(codec.steps, name)(place, *got)
     return all(agree(a, b, codec.sums) for a, b in zip(wanted, got, strict=True))
 
 
+def _passes(codec, size):
+    """Everything a codec computes of one gradient, in rows of ``size``."""
+    unit = make_unit(2 * size, seed=5)
+    unit.world_size = 2
+    chunks, owed, mean = gradient(0, 2 * size).view(2, -1), gradient(1, 2 * size).view(2, -1).clone(), torch.empty(size)
+    payload = codec.encode(chunks, unit)
+    results = [*payload.values(), codec.decode(payload, size, unit)]
+    codec.average(payload, mean, unit)
+    if codec.fuses:
+        results += codec.encode(chunks, unit, owed).values()
+    return [*results, mean, owed]
+
+
+def _slabs_and_whole(codec):
+    job, size = Job("reference", CPU, 2), 3 * SLAB + 1000  # several slabs, the last one shorter, and a shorter block
+    for one, blocks in ((codec, 32), (copy.deepcopy(codec), None)):
+        for use in ("reduce", "owing", "apart"):
+            one.warm_up(job if blocks is None else replace(job, backend="slabs"), use)
+        limits = {one.steps.limit(name, CPU) for name in one.steps.backends}
+        assert limits == {SLAB if blocks else None}
+        yield _passes(one, size)
+
+
+def _same(codec):
+    return all(torch.equal(a, b) for a, b in zip(*_slabs_and_whole(codec), strict=True))
+
+
 @by_name
-@pytest.mark.parametrize("name", ["encode_step", "owing_step", "decode_step", "mean_step"])
-def test_slabs_give_what_the_whole_gives(codec, name):
-    assert _runs_alike(codec, name, 2000 if codec.block_size else 3)
+def test_slabs_give_what_the_whole_gives(codec, two_ranks):
+    assert two_ranks.run(_same, codec) == [True, True]
+
+
+def test_two_calls_lead_from_encoding_to_the_arithmetic(two_ranks):
+    assert two_ranks.run(_callers) == [["_encode", "encode"]] * 2
+
+
+class _Watched(Int8):
+    def quantise(self, blocks, slab):
+        frame, self.callers = sys._getframe(1), []
+        while frame.f_code.co_name != "_callers":
+            self.callers.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return super().quantise(blocks, slab)
+
+
+def _callers():
+    codec = _Watched()
+    codec.encode(torch.zeros(2, 512), make_unit(1024))
+    return codec.callers
 
 
 @by_name
 def test_what_is_packed_is_unpacked_exactly(codec):
     block = codec.block_size or 64 * codec.planes
-    codes = dict(zip(codec._roles(), _arguments(codec, "encode_step", 9)[1:], strict=False))
+    codes = dict(zip(codec.steps.roles, _arguments(codec, "encode", 9)[1:], strict=False))
     if not codec.block_size:
         pytest.skip("one block of any size: covered by sizes of other examples")
     decoded = codec.reconstruct(codec.unpack(codes, block), block)
     out = torch.empty(9, block)
-    codec.decode_step(None, out, *codes.values())
+    codec.steps.decode(None, out, *codes.values())
     assert torch.equal(decoded, out)
 
 
@@ -129,10 +176,10 @@ def compiler():
 def test_compiled_code_gives_what_the_reference_gives_for_any_number_of_blocks(make, compiler):
     codec = make()
     assert codec.warm_up(Job("compiled", CPU, 3), "owing") == {"compiled"}
-    for name in ("owing_step", "mean_step"):
+    for name in ("owing", "mean"):
         for blocks in (1, 2, 3, 63, 64, 300):
             assert _runs_alike(codec, name, blocks)
-        assert getattr(codec, name).backend == "compiled"  # no other number of blocks needed another graph
+        assert getattr(codec.steps, name).in_use  # no other number of blocks needed another graph
 
 
 def test_other_settings_than_when_compiled_do_not_compile_again(compiler, caplog):
@@ -140,15 +187,15 @@ def test_other_settings_than_when_compiled_do_not_compile_again(compiler, caplog
     codec.warm_up(Job("compiled", CPU, 2), "reduce")
     threads = torch.get_num_threads()
     with torch.autocast("cpu"), torch.inference_mode():
-        assert _runs_alike(codec, "encode_step", 5)
-    assert codec.encode_step.backend == "compiled"
+        assert _runs_alike(codec, "encode", 5)
+    assert codec.steps.encode.in_use
     torch.set_num_threads(threads + 1)
     try:
         with caplog.at_level(logging.WARNING):
-            assert _runs_alike(codec, "encode_step", 5)
+            assert _runs_alike(codec, "encode", 5)
     finally:
         torch.set_num_threads(threads)
-    assert codec.encode_step.backend == "slabs" and "compiled for other settings" in caplog.text
+    assert not codec.steps.encode.in_use and "compiled for other settings" in caplog.text
 
 
 def _nothing(place, *tensors):
@@ -164,11 +211,11 @@ def test_a_step_that_cannot_be_compiled_or_is_wrong_stays_in_slabs_and_says_why(
     codec = Int8()
     with caplog.at_level(logging.WARNING):
         assert codec.warm_up(Job("compiled", CPU, 2)) == {"slabs"}
-    assert "no compiler here" in caplog.text and _runs_alike(codec, "encode_step", 5)
+    assert "no compiler here" in caplog.text and _runs_alike(codec, "encode", 5)
     monkeypatch.setattr(Int8, "kernel", lambda self, name: _nothing)
     with caplog.at_level(logging.WARNING):
         assert codec.warm_up(Job("triton", CPU, 2)) == {"slabs"}
-    assert "differ from the reference" in caplog.text and _runs_alike(codec, "encode_step", 5)
+    assert "differ from the reference" in caplog.text and _runs_alike(codec, "encode", 5)
 
 
 def test_the_backend_is_the_arguments_then_the_variables_then_the_devices(monkeypatch):

@@ -27,8 +27,8 @@ def interpreter():
 
 def _examples(codec, step, blocks, dtype=torch.float32):
     """Arguments that a warm-up tries a step on: gradients of very different sizes, a block of zeros."""
-    use = "owing" if step == "owing_step" else "reduce"
-    arguments = codec._examples(Job("slabs", torch.device("cpu"), 3, dtype), use)[step]
+    use = "owing" if step == "owing" else "reduce"
+    arguments = codec.steps.examples(Job("slabs", torch.device("cpu"), 3, dtype), use)[step]
     return [tensor[:blocks].clone() for tensor in arguments]
 
 
@@ -56,23 +56,23 @@ def _encode(name, step, blocks, dtype, whole_numbers=False):
     wanted = _examples(codec, step, blocks, dtype)
     if whole_numbers:
         draw = torch.Generator().manual_seed(0)
-        for gradient in wanted[: 2 if step == "owing_step" else 1]:
+        for gradient in wanted[: 2 if step == "owing" else 1]:
             gradient.copy_(torch.randint(-8000, 8001, gradient.shape, generator=draw))
     place = place_of(ORIGIN, torch.device("cpu")) if codec.draws else None
     whole, got = _with_canaries(wanted)
-    getattr(codec, step).reference(place, *wanted)
+    codec.steps.references[step](place, *wanted)
     codec.kernel(step)(place, *got)
     return _differing(wanted, got, codec.sums and not whole_numbers), _overwritten(whole)
 
 
 @pytest.mark.parametrize(("blocks", "dtype"), [(1, torch.float32), (19, torch.float32), (19, torch.bfloat16)])
-@pytest.mark.parametrize("step", ["encode_step", "owing_step"])
+@pytest.mark.parametrize("step", ["encode", "owing"])
 @pytest.mark.parametrize("name", list(CODECS))
 def test_codes_and_what_is_owed_are_the_references_and_nothing_else_is_written(name, step, blocks, dtype, interpreter):
     assert interpreter(_encode, name, step, blocks, dtype) == ([], [])
 
 
-@pytest.mark.parametrize("step", ["encode_step", "owing_step"])
+@pytest.mark.parametrize("step", ["encode", "owing"])
 def test_sums_that_no_order_can_change_are_the_references_bit_by_bit(step, interpreter):
     assert interpreter(_encode, "onebit", step, 19, torch.float32, True) == ([], [])
 
@@ -80,14 +80,14 @@ def test_sums_that_no_order_can_change_are_the_references_bit_by_bit(step, inter
 def _average(name, blocks, together):
     """Mean of three ranks' codes, in a received buffer or apart: what differs, what was overwritten."""
     codec = CODECS[name]
-    out, *codes = _examples(codec, "mean_step", blocks)
+    out, *codes = _examples(codec, "mean", blocks)
     wanted = out.clone()
-    codec.mean_step.reference(None, wanted, *codes)
+    codec.steps.references["mean"](None, wanted, *codes)
     whole, (out, *apart) = _with_canaries([out, *codes])
-    roles = len(codec._roles())
+    roles = len(codec.steps.roles)
     buffers = [torch.stack(apart[role::roles]) for role in range(roles)]
     received = [buffer[rank] for rank in range(3) for buffer in buffers]
-    codec.kernel("mean_step")(None, out, *(received if together else apart))
+    codec.kernel("mean")(None, out, *(received if together else apart))
     return _differing([wanted, *codes], [out, *(received if together else apart)]), _overwritten(whole)
 
 
@@ -102,13 +102,13 @@ def test_the_mean_is_the_references_and_nothing_else_is_written(name, blocks, to
 def _encode_bad(name, bad):
     """What differs in ``owed``, what of it changed at the bad element, which blocks decode to something non-finite."""
     codec = CODECS[name]
-    grad, owed, *codes = _examples(codec, "owing_step", 4)
+    grad, owed, *codes = _examples(codec, "owing", 4)
     grad[2, 5] = bad
     before, wanted, place = owed[2, 5].item(), owed.clone(), place_of(ORIGIN, grad.device) if codec.draws else None
-    codec.owing_step.reference(place, grad, wanted, *(code.clone() for code in codes))
-    codec.kernel("owing_step")(place, grad, owed, *codes)
+    codec.steps.references["owing"](place, grad, wanted, *(code.clone() for code in codes))
+    codec.kernel("owing")(place, grad, owed, *codes)
     out = torch.empty_like(owed)
-    codec.decode_step.reference(None, out, *codes[: len(codec._roles())])
+    codec.steps.references["decode"](None, out, *codes[: len(codec.steps.roles)])
     broken = (~out.isfinite()).any(1).nonzero().flatten().tolist()
     return _differing([wanted], [owed], codec.sums), owed[2, 5].item() - before, broken
 
@@ -122,11 +122,11 @@ def test_a_bad_element_is_seen_and_leaves_what_was_owed(name, bad, interpreter):
 def test_there_are_no_kernels_for_other_blocks_or_steps():
     from strategies.kernels.triton_codecs import find
 
-    assert find("int8", "encode_step", 256) is not None
-    assert find("int8", "encode_step", 96) is None
-    assert find("int8", "decode_step", 256) is None
-    assert find("qsgd", "encode_step", 256) is None
-    assert Int8(stochastic=True).kernel("encode_step") is None
+    assert find("int8", "encode", 256) is not None
+    assert find("int8", "encode", 96) is None
+    assert find("int8", "decode", 256) is None
+    assert find("qsgd", "encode", 256) is None
+    assert Int8(stochastic=True).kernel("encode") is None
 
 
 _TYPES = {"grad": "*fp32", "owed": "*fp32", "out": "*fp32", "values": "*u8", "scales": "*fp32", "means": "*fp32"}
