@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from common.files import partial_of, recover
+from common.processes import end_with
 from strategies import residuals, transport
 from strategies.checkpoints import agreed, check_together, replacing_together, sealing
 from strategies.compressors import Compressor
@@ -22,6 +24,8 @@ from strategies.kernels import Choice, Job, choose
 from strategies.precision import UnscaledPrecision
 from strategies.traffic import Traffic
 from strategies.units import Unit
+
+_FIRST = "PARE_FIRST_RANK"  # process id of the rank that started the others
 
 
 class CompressedEngine(ParallelStrategy):
@@ -59,6 +63,35 @@ class CompressedEngine(ParallelStrategy):
         if isinstance(plugin, MixedPrecision) and plugin.precision == "bf16-mixed":
             plugin = UnscaledPrecision(plugin.device)
         ParallelStrategy.precision_plugin.fset(self, plugin)
+
+    # Starting together or not at all.
+
+    def _configure_launcher(self) -> None:
+        """Lightning starts the other ranks of this machine from the first one: they end when it does."""
+        super()._configure_launcher()
+        environment = self.cluster_environment
+        if not isinstance(environment, LightningEnvironment):
+            return  # torchrun and SLURM see to it
+        if not environment.creates_processes_externally:
+            os.environ[_FIRST] = str(os.getpid())
+        elif environment.local_rank() > 0 and _FIRST in os.environ:
+            end_with(int(os.environ[_FIRST]), f"rank {environment.local_rank()} of this machine")
+
+    def setup_environment(self) -> None:
+        """Join the other ranks.
+
+        Raises:
+            OSError: The port at which ranks meet is taken.
+        """
+        try:
+            super().setup_environment()
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise OSError(
+                f"MASTER_PORT {self.cluster_environment.main_port} is taken on this machine: ranks cannot meet there. "
+                "Another run may be using it: choose another port (MASTER_PORT=…), or leave it unset for a free one"
+            ) from error
 
     def _take_units(self, units: list[Unit]) -> None:
         """Reduce ``units`` from now on. What the same module's units owed in an earlier stage stays owed."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.runs import json_lines, say
+from bench.side_by_side.oracles import NMSE
 from bench.tables import figures
 from common.records import record
 
@@ -18,8 +19,6 @@ _TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
 
 def run(records: Path, folder: Path) -> None:
     """Measure and append a record a method, and the two figures."""
-    from tests.strategies.oracles import NMSE  # worked out apart from the methods
-
     log = folder / "side_by_side.log"
     fresh = json_lines(*_TORCHRUN, "2", *_PROGRAM, "--steps", "1", log=log)
     deviations = {

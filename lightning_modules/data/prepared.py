@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from common.processes import check_temporary_folder
 from common.randomness import run_seed
 from lightning_modules.data.cache import cache_root, explain_unwritable, lock_of, locked, remove_leftovers
 from lightning_modules.data.loading import Blocks, ResumableLoader, Samples, Windows, as_is
@@ -60,6 +61,8 @@ class PreparedData(L.LightningDataModule, ABC):
         super().__init__()
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        if num_workers:
+            check_temporary_folder()
         self.block_size, self.batch_size, self.num_workers = length, batch_size, num_workers
         self._tokenizer_source, self._cache_root = tokenizer, cache_root(cache_dir)
         self._start = _Start(run_seed())

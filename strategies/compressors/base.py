@@ -3,13 +3,13 @@
 Shape legend: N elements of a unit's flat gradient, n ranks, s = N/n elements of one rank's shard, B of a block.
 """
 
-import inspect
-from abc import ABC, abstractmethod
-from typing import Any, Literal
+from abc import abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from common.variants import Variant, variants
 from strategies import transport
 from strategies.kernels import Job
 from strategies.units import Unit
@@ -17,7 +17,7 @@ from strategies.units import Unit
 Use = Literal["reduce", "owing", "apart"]
 
 
-class Compressor(ABC):
+class Compressor(Variant):
     """Reduces the gradients of one FSDP unit over all ranks, sending fewer bytes than torch would.
 
     Subclass it directly when a method needs collectives of its own; otherwise subclass ``Codec``.
@@ -35,30 +35,6 @@ class Compressor(ABC):
     linear: bool = False
     sparsifier: bool = False
     stateful: bool = False
-
-    @property
-    def name(self) -> str:
-        """The method's name in records and tables: its file's, with those of the methods inside."""
-        inner = ", ".join(value.name for value in self.arguments().values() if isinstance(value, Compressor))
-        own = type(self).__module__.rpartition(".")[2]
-        return f"{own}({inner})" if inner else own
-
-    def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments by name."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values, for the run record; a method inside is a dictionary."""
-        return {name: _plain(value) for name, value in self.arguments().items()}
-
-    def __repr__(self) -> str:
-        """The constructor call that makes an equal compressor."""
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments().items())})"
-
-    @classmethod
-    def examples(cls) -> "list[Compressor]":
-        """Instances that the law tests run: the defaults, and one for every argument that changes the wire format."""
-        return [cls()]
 
     def for_feedback(self) -> "Compressor":
         """The form of this method that error feedback may use.
@@ -171,20 +147,6 @@ class Codec(Compressor):
         output.copy_(total.mul_(1 / unit.world_size))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Compressor):
-        return {"class": type(value).__name__, **value.config()}
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return value
-
-
 def known_compressors() -> list[type[Compressor]]:
     """Every concrete compressor that has been imported, by class name."""
-    found: set[type[Compressor]] = set()
-    waiting = Compressor.__subclasses__()
-    while waiting:
-        cls = waiting.pop()
-        found.add(cls)
-        waiting += cls.__subclasses__()
-    return sorted((cls for cls in found if not inspect.isabstract(cls)), key=lambda cls: cls.__name__)
+    return variants(Compressor)

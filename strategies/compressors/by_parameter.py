@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -72,8 +73,8 @@ class ByParameter(Compressor):
         self._groups: dict[tuple[str, int, int], list[_Group]] = {}
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(Int8(), {"*second*": Int4()})]
 
     def for_feedback(self) -> Compressor:

@@ -1,5 +1,7 @@
 """Deep gradient compression: top-k of accumulated momentum, with a warm-up of the density."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -52,8 +54,8 @@ class DGC(Compressor):
         self._stages = [TopK(max(density, _FIRST**power), block_size, values) for power in range(1, _STAGES + 1)]
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``: without warm-up, and at its start."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``: without warm-up, and at its start."""
         return [cls(0.1, warmup_steps=0), cls(0.01)]
 
     def selector(self, step: int) -> TopK:

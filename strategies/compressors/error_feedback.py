@@ -1,6 +1,7 @@
 """Error feedback: what compression held back is added to the next gradient."""
 
 import logging
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ class ErrorFeedback(Compressor):
         self.sparsifier = inner.sparsifier
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(Int8()), cls(OneBit()), cls(TopK(0.1, values=Int8())), cls(OneBit(), "bfloat16")]
 
     def warm_up(self, job: Job, use: Use = "reduce") -> set[str]:

@@ -1,11 +1,10 @@
 """8-bit floating point with one scale per block."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from strategies.compressors.base import Compressor
 from strategies.compressors.blocks import TINY, BlockCodec, Slab
 
 _FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -35,8 +34,8 @@ class FP8(BlockCodec):
         self._largest = torch.finfo(self._dtype).max
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls("e4m3"), cls("e5m2")]
 
     def layout(self, block: int) -> dict[str, tuple[int, torch.dtype]]:

@@ -1,6 +1,7 @@
 """Symmetric 4-bit quantisation with one scale per block, two elements in a byte."""
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class Int4(BlockCodec):
         self.contractive = not stochastic  # a step of error on every element of a long block can exceed its norm
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(), cls(stochastic=True)]
 
     def for_feedback(self) -> Compressor:

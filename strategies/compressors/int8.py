@@ -1,6 +1,7 @@
 """Symmetric 8-bit quantisation with one scale per block."""
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ class Int8(BlockCodec):
         self.contractive = not stochastic  # a step of error on every element of a long block can exceed its norm
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(), cls(stochastic=True), cls(block_size=0)]
 
     def for_feedback(self) -> Compressor:

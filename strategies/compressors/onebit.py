@@ -1,11 +1,11 @@
 """1-bit SGD: a bit per element, two means per block."""
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from strategies.compressors.base import Compressor
 from strategies.compressors.blocks import BlockCodec, Slab
 from strategies.compressors.packing import pack, unpack
 from strategies.kernels import triton_kernel
@@ -33,8 +33,8 @@ class OneBit(BlockCodec):
         super().__init__(block_size)
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(), cls(block_size=0)]
 
     def layout(self, block: int) -> dict[str, tuple[int, torch.dtype]]:

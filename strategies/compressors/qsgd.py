@@ -1,6 +1,7 @@
 """QSGD: stochastic quantisation in units of the block's norm."""
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ class QSGD(BlockCodec):
         self.unbiased, self.contractive = not shrink, shrink
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(), cls(levels=7), cls(levels=1), cls(levels=7, shrink=True)]
 
     def for_feedback(self) -> Compressor:

@@ -1,5 +1,7 @@
 """Random-k: elements that all ranks choose alike, so that no index travels."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,8 @@ class RandomK(Codec):
         self.linear = values is None
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(0.1), cls(0.1, scaled=False), cls(0.1, scaled=False, values=Int8())]
 
     def for_feedback(self) -> Compressor:

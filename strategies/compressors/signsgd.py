@@ -1,5 +1,7 @@
 """signSGD: a bit per element, by majority vote or scaled."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,8 @@ class SignSGD(BlockCodec):
         self.scaled = self.contractive = scaled
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(), cls(scaled=True)]
 
     def for_feedback(self) -> Compressor:

@@ -1,5 +1,7 @@
 """Sketched SGD: count sketches find the largest elements of the *mean* gradient, a second round fetches them."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,8 @@ class Sketch(Compressor):
         self.density, self.rows, self.width = density, rows, width
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(0.1, width=0.1)]
 
     def columns(self, size: int) -> int:

@@ -1,6 +1,7 @@
 """TernGrad: −1, 0 or +1 times the block's largest magnitude."""
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class TernGrad(BlockCodec):
         self.unbiased, self.contractive = not (clip or shrink), shrink
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``."""
         return [cls(), cls(clip=2.5), cls(shrink=True)]
 
     def for_feedback(self) -> Compressor:

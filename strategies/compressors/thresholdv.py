@@ -1,8 +1,10 @@
 """Threshold-v: every element above a threshold, as far as there is room."""
 
+from typing import Self
+
 from torch import Tensor
 
-from strategies.compressors.base import Codec, Compressor
+from strategies.compressors.base import Codec
 from strategies.compressors.int8 import Int8
 from strategies.compressors.topk import TopK, check_density
 
@@ -41,8 +43,8 @@ class ThresholdV(TopK):
         self.threshold, self.capacity = threshold, capacity
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``: room for all, too little room, and a hybrid."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``: room for all, too little room, and a hybrid."""
         return [cls(1.5e-3, 0.25), cls(1e-3, 0.05), cls(1.5e-3, 0.25, values=Int8())]
 
     def select(self, chosen: Tensor) -> Tensor:

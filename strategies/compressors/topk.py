@@ -1,5 +1,7 @@
 """Top-k: the largest elements of every block, and where they are."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,8 @@ class TopK(BlockCodec):
         self.fuses = values is None
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``: 16-bit indices, a bitmap, 8-bit indices, whole chunks, and a hybrid."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``: 16-bit indices, a bitmap, 8-bit indices, whole chunks, and a hybrid."""
         return [cls(), cls(0.1), cls(0.05, 256), cls(0.1, 0), cls(0.1, values=Int8())]
 
     def for_feedback(self) -> Compressor:

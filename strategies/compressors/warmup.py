@@ -1,5 +1,7 @@
 """A schedule: uncompressed first, compressed later."""
 
+from typing import Self
+
 from torch import Tensor
 
 from strategies.compressors.base import Compressor
@@ -28,8 +30,8 @@ class WarmUp(Compressor):
         self._dense = NoCompressionA2A()
 
     @classmethod
-    def examples(cls) -> list[Compressor]:
-        """See ``Compressor.examples``: before and after the switch."""
+    def examples(cls) -> list[Self]:
+        """See ``Variant.examples``: before and after the switch."""
         return [cls(Int4(), 1), cls(Int4(), 0)]
 
     def for_feedback(self) -> Compressor:

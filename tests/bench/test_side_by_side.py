@@ -6,7 +6,8 @@ import torch
 from bench.side_by_side.__main__ import Counters, examples, measure, of_pare
 from bench.side_by_side.gradients import SOURCES, transformer
 from bench.side_by_side.references import references
-from strategies.compressors.none import NoCompression
+from common.variants import variants
+from strategies.compressors import Codec, Int8, NoCompression
 
 
 def _reference(name):
@@ -54,3 +55,19 @@ def test_transformer_gradients_differ_by_step_and_rank(two_ranks):
 def test_wrappers_are_left_out():
     names = {type(compressor).__name__ for compressor in examples()}
     assert {"Int8", "TopK", "PowerSGD"} <= names and not names & {"ErrorFeedback", "WarmUp", "ByParameter"}
+
+
+def test_a_method_without_an_oracle_is_a_clear_failure():
+    from bench.side_by_side.oracles import bytes_sent, published_error
+
+    new = Int8(block_size=12)
+    for ask in (published_error, lambda method: bytes_sent(method, 100, 2)):
+        with pytest.raises(LookupError, match=r"Int8\(block_size=12.*add its .* in bench.side_by_side.oracles"):
+            ask(new)
+
+
+def test_speed_is_measured_of_every_form_of_every_codec():
+    from bench.experiments.codec_speed import known
+
+    forms = {repr(form) for cls in variants(Codec) for form in cls.examples()}
+    assert {repr(codec) for codec in known().values()} == forms and "Int8" in known()

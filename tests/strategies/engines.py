@@ -9,9 +9,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from bench.side_by_side.oracles import published_error
 from strategies import CompressedDDP, CompressedFSDP, CompressedFSDP2
 from strategies.compressors import Compressor
-from tests.strategies.oracles import NMSE
 
 ENGINES = {"fsdp1": CompressedFSDP, "fsdp2": CompressedFSDP2, "ddp": CompressedDDP}
 
@@ -159,4 +159,4 @@ def error(result: dict, exact_grads: dict[str, torch.Tensor]) -> float:
 
 def tolerance(compressor: Compressor) -> float:
     """Relative L2 error of a whole gradient that has passed through an engine once: small blocks are uneven."""
-    return 1e-6 + 3 * NMSE[repr(compressor)] ** 0.5
+    return 1e-6 + 3 * published_error(compressor) ** 0.5

@@ -6,25 +6,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from bench.side_by_side.oracles import parameters
 from strategies import transport
 from strategies.traffic import Traffic
-from strategies.units import ParameterSlice, Unit
+from strategies.units import Unit
 
 
 def gradient(rank: int, numel: int, step: int = 0) -> torch.Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(100 + rank + 1000 * step)) * 1e-3
-
-
-def parameters(numel: int) -> list[ParameterSlice]:
-    """Two matrices and a bias without gaps; a lone vector when there is too little for that."""
-    if numel < 200:
-        return [ParameterSlice("lone", (numel,), 0)]
-    rows = numel // 2 // 32
-    first, second = ParameterSlice("first", (rows, 32), 0), ParameterSlice("second", (rows // 2, 32), rows * 32)
-    used = first.numel + second.numel
-    third = ParameterSlice("third", ((numel - used) // 32, 32), used)
-    used += third.numel
-    return [first, second, third, *([ParameterSlice("bias", (numel - used,), used)] if used < numel else [])]
 
 
 def make_unit(numel: int, step: int = 0, seed: int = 0) -> Unit:

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bench.side_by_side.oracles import bytes_sent, published_error
 from strategies import transport
 from strategies.compressors import Codec, known_compressors
 from strategies.compressors.int8 import Int8
 from strategies.compressors.signsgd import SignSGD
 from strategies.compressors.sketch import Sketch
-from tests.strategies.oracles import NMSE, SENT
 from tests.strategies.reductions import exact, gradient, make_unit, reduce
 
 COMPRESSORS = [example for cls in known_compressors() for example in cls.examples()]
@@ -29,7 +29,7 @@ def test_shards_of_every_size_are_close_to_the_mean(compressor, n, size, two_ran
     expected = sum(gradient(rank, size * n).square().sum().item() for rank in range(n)) / n**2
     # an odd number of voters never ties, which triples the vote's; a handful of elements may all fall on the wide side
     slack = 4 if size > 1000 else 30
-    assert error <= (slack * NMSE[repr(compressor)] + 1e-12) * expected
+    assert error <= (slack * published_error(compressor) + 1e-12) * expected
 
 
 @by_name
@@ -38,7 +38,7 @@ def test_error_is_the_published_one(compressor, two_ranks):
     mean = torch.cat([output for output, *_ in two_ranks.run(reduce, compressor, size)])
     wanted = exact(size, 2)
     nmse = ((mean - wanted).square().sum() / wanted.square().sum()).item()
-    assert nmse == pytest.approx(NMSE[repr(compressor)], rel=0.1, abs=1e-13)
+    assert nmse == pytest.approx(published_error(compressor), rel=0.1, abs=1e-13)
 
 
 @by_name
@@ -46,7 +46,7 @@ def test_error_is_the_published_one(compressor, two_ranks):
 def test_counted_bytes_are_the_formula_and_the_bytes_passed_on(compressor, n, two_ranks, three_ranks, four_ranks):
     size = 10_007
     for _, counted, passed in {2: two_ranks, 3: three_ranks, 4: four_ranks}[n].run(reduce, compressor, size):
-        assert counted == SENT[repr(compressor)](size, n)
+        assert counted == bytes_sent(compressor, size, n)
         assert counted == pytest.approx(passed, abs=1)  # shares of a byte in (n − 1)/n
 
 
@@ -114,7 +114,7 @@ def test_all_reduce_gives_every_rank_the_same_mean(compressor, numel, three_rank
     grads = torch.stack([gradient(rank, numel) for rank in range(3)])
     assert all(torch.equal(result, results[0]) for result in results)
     # thrice the method's own error, and 1 % of what went in: above every rounding, far below any mix-up of shards
-    tolerance = (0.01 + 3 * NMSE[repr(compressor)] ** 0.5) * grads.norm()
+    tolerance = (0.01 + 3 * published_error(compressor) ** 0.5) * grads.norm()
     assert (results[0] - grads.mean(0)).norm() <= tolerance
 
 

@@ -80,19 +80,20 @@ def test_two_calls_lead_from_encoding_to_the_arithmetic(two_ranks):
     assert two_ranks.run(_callers) == [["_encode", "encode"]] * 2
 
 
-class _Watched(Int8):
-    def quantise(self, blocks, slab):
-        frame, self.callers = sys._getframe(1), []
-        while frame.f_code.co_name != "_callers":
-            self.callers.append(frame.f_code.co_name)
-            frame = frame.f_back
-        return super().quantise(blocks, slab)
-
-
 def _callers():
-    codec = _Watched()
-    codec.encode(torch.zeros(2, 512), make_unit(1024))
-    return codec.callers
+    codec, callers = Int8(), []
+    quantise = codec.quantise
+
+    def watched(blocks, slab):
+        frame = sys._getframe(1)
+        while frame.f_code.co_name != "_callers":
+            callers.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return quantise(blocks, slab)
+
+    codec.quantise = watched
+    codec.encode(torch.zeros(2, 100), make_unit(200))
+    return callers[:2] if len(callers) == 4 else callers  # two rows
 
 
 @by_name

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.side_by_side.oracles import published_error
 from strategies.compressors import Codec, known_compressors
 from strategies.compressors.none import NoCompression
-from tests.strategies.oracles import NMSE
 from tests.strategies.reductions import gradient, make_unit, reduce
 
 COMPRESSORS = [example for cls in known_compressors() for example in cls.examples()]
@@ -48,7 +48,7 @@ def test_the_mean_of_many_draws_is_the_gradient(compressor, two_ranks):
     draws = 200
     for nmse in two_ranks.run(_many_draws, compressor, draws):
         # independent draws: the variance falls as 1/draws, and a bias would stay
-        assert nmse <= 1.3 * NMSE[repr(compressor)] / draws + 1e-11
+        assert nmse <= 1.3 * published_error(compressor) / draws + 1e-11
 
 
 def _added(compressor):
@@ -106,7 +106,7 @@ def test_same_seed_same_result(compressor, two_ranks):
 
 @_those("unbiased")
 def test_random_methods_draw_anew_each_step_and_by_seed(compressor, two_ranks):
-    if NMSE[repr(compressor)] == 0:
+    if published_error(compressor) == 0:
         pytest.skip("exact: nothing is drawn")
     base, later, other = (two_ranks.run(reduce, compressor, 5000, step=s, seed=k) for s, k in ((0, 0), (1, 0), (0, 1)))
     assert not torch.equal(base[0][0], later[0][0]) and not torch.equal(base[0][0], other[0][0])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ OBSTACLE = link.check()
 SCRIPTS = ROOT / "configs/cluster"
 # What srun sets for the task of each node; without what the emulator sets for torchrun.
 SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
 exec env -u TORCHELASTIC_RUN_ID -u LOCAL_RANK -u WORLD_SIZE SLURM_PROCID=$RANK SLURM_NODEID=$RANK SLURM_LOCALID=0 \\
   SLURM_NTASKS=2 SLURM_STEP_ID=0 SLURM_JOB_NAME=pare "$@"
 """
@@ -48,6 +50,56 @@ def test_two_nodes_train_together(script, tmp_path):
     entry = json.loads(line)
     assert entry["world_size"] == 2 and entry["steps"] == 3
     assert "MEMBER: 2/2" in done.stdout + done.stderr
+
+
+def _noted(tmp_path, script, arguments, **environment):
+    """Run a script with stand-ins for what it starts; each notes its arguments, and srun ends as if stopped."""
+    (tmp_path / "bin").mkdir()
+    for name, last in (
+        ("srun", "exit 143"),
+        ("scontrol", ""),
+        ("python", f'[ "$1" != - ] || exec {sys.executable} "$@"'),
+    ):
+        text = f"#!/bin/bash\n{last if name == 'python' else ''}\n"
+        text += f'echo {name} "$@" GLOO=$GLOO_SOCKET_IFNAME >> {tmp_path}/noted\n{last if name != "python" else ""}\n'
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "GLOO", "PARE_RANK"))}
+    clean |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **environment}
+    status = subprocess.run([str(SCRIPTS / script), *arguments], env=clean, capture_output=True).returncode
+    return status, (tmp_path / "noted").read_text()
+
+
+_JOB = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
+
+
+@pytest.mark.parametrize(("left_s", "queued"), [(100, True), (5000, False)])
+def test_slurm_hands_cpus_on_and_queues_again_when_the_time_is_up(left_s, queued, tmp_path):
+    end = str(int(time.time()) + left_s)
+    status, noted = _noted(tmp_path, "slurm.sh", ["fit", "--config", "c"], **_JOB, SLURM_JOB_END_TIME=end)
+    assert status == 143 and ("scontrol requeue 7" in noted) == queued
+    assert "--cpus-per-task=6 --kill-on-bad-exit=1 python main.py fit --config c" in noted and "ckpt_path" not in noted
+
+
+def test_slurm_goes_on_from_the_last_checkpoint_when_queued_again(tmp_path):
+    _, noted = _noted(tmp_path, "slurm.sh", ["fit"], **_JOB, SLURM_RESTART_COUNT="1")
+    assert "--ckpt_path last" in noted
+
+
+_NODES = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "RANKS_PER_NODE": "4"}
+
+
+def test_torchrun_meets_over_c10d_on_the_network_of_the_first_node_and_restarts(tmp_path):
+    _, noted = _noted(tmp_path, "torchrun.sh", ["fit"], **_NODES)
+    for part in ("--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:29500", "--max-restarts 3", "--local-addr 127.0.0.1"):
+        assert part in noted
+    assert "is_host=1" in noted and "GLOO=lo" in noted
+
+
+@pytest.mark.parametrize(("restarts", "resumes"), [("0", False), ("2", True)])
+def test_torchruns_ranks_go_on_from_the_last_checkpoint_after_a_restart(restarts, resumes, tmp_path):
+    _, noted = _noted(tmp_path, "torchrun.sh", ["fit"], PARE_RANK="1", TORCHELASTIC_RESTART_COUNT=restarts)
+    assert noted.startswith("python main.py fit") and ("--ckpt_path last" in noted) == resumes
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])

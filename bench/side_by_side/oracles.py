@@ -1,10 +1,16 @@
-"""Every compressor's error and bytes, worked out apart from its code; a key is the compressor's ``repr``."""
+"""Every compressor's error and bytes, worked out apart from its code; a key is the compressor's ``repr``.
+
+A new compressor brings a line to each of the two tables for every one of its ``examples()``.
+"""
 
 from collections.abc import Callable
 from statistics import NormalDist
+from typing import TypeVar
 
-from tests.strategies.reductions import parameters
+from strategies.compressors import Compressor
+from strategies.units import ParameterSlice
 
+Value = TypeVar("Value")
 _NORMAL = NormalDist()
 
 
@@ -81,6 +87,18 @@ NMSE: dict[str, float] = {
 }
 
 Formula = Callable[[int, int], int]
+
+
+def parameters(numel: int) -> list[ParameterSlice]:
+    """Two matrices and a bias without gaps; a lone vector when there is too little for that."""
+    if numel < 200:
+        return [ParameterSlice("lone", (numel,), 0)]
+    rows = numel // 2 // 32
+    first, second = ParameterSlice("first", (rows, 32), 0), ParameterSlice("second", (rows // 2, 32), rows * 32)
+    used = first.numel + second.numel
+    third = ParameterSlice("third", ((numel - used) // 32, 32), used)
+    used += third.numel
+    return [first, second, third, *([ParameterSlice("bias", (numel - used,), used)] if used < numel else [])]
 
 
 def padded(nbytes: int) -> int:
@@ -213,3 +231,27 @@ SENT: dict[str, Formula] = {
         _sparse(0.1, 1024, lambda k, b: b // 8, int8=True)
     ),
 }
+
+
+def published_error(compressor: Compressor) -> float:
+    """Normalised squared error on Gaussian gradients; see ``NMSE``.
+
+    Raises:
+        LookupError: The table has no line for it.
+    """
+    return _line(NMSE, "NMSE", "its published or derived error", compressor)
+
+
+def bytes_sent(compressor: Compressor, size: int, ranks: int) -> int:
+    """Bytes that one rank sends for ``size * ranks`` elements; see ``SENT``.
+
+    Raises:
+        LookupError: The table has no line for it.
+    """
+    return _line(SENT, "SENT", "its byte formula", compressor)(size, ranks)
+
+
+def _line(table: dict[str, Value], name: str, what: str, compressor: Compressor) -> Value:
+    if repr(compressor) not in table:
+        raise LookupError(f"no oracle for {compressor!r}: add {what} under that key to {name} in {__name__}")
+    return table[repr(compressor)]
