@@ -261,9 +261,11 @@ def read_tiers(folder: Path) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:
         yield name, *unpack_keep(_in_blocks(_parts(tensors, name), layout), layout), layout
 
 
-def packed_dtype(folder: Path) -> torch.dtype:
-    """Type of the tiers' values in a packed model."""
-    return DTYPES[_read(folder)[2]]
+def packed_types(folder: Path) -> tuple[torch.dtype, torch.dtype]:
+    """Type of the tiers' values in a packed model, and of what is not pruned."""
+    tensors, layouts, dtype = _read(folder)
+    others = [t.dtype for t in _rest(tensors, layouts).values() if t.is_floating_point()]
+    return DTYPES[dtype], others[0] if others else DTYPES[dtype]
 
 
 def is_banded(folder: Path) -> bool:

@@ -214,6 +214,8 @@ def _narrow(matrix: str, name: str, values: Tensor, dtype: torch.dtype) -> dict[
         return {name: stored}
     # the scale as it is stored: rounding it after dividing would move every value
     scale = (values.float().abs().amax(-1, keepdim=True) / 127).clamp_min(2**-24).half()
+    if not scale.isfinite().all():
+        raise ValueError(f"{matrix}: a weight is too large for int8 with float16 scales; export in bfloat16 or float32")
     return {name: (values / scale.float()).round().clamp(-127, 127).to(torch.int8), name + _SCALE: scale}
 
 

@@ -7,7 +7,8 @@ import torch
 
 from lightning_modules.batches import logits
 from lightning_modules.block_sparsity.masks import violations
-from lightning_modules.block_sparsity.packed_model import is_banded, load_packed, packed_dtype, read_tiers
+from lightning_modules.block_sparsity.packed_model import is_banded, load_packed, packed_types, read_tiers
+from lightning_modules.block_sparsity.packing import Layout, pack, unpack
 from lightning_modules.block_sparsity.pruner import Pruner
 
 
@@ -15,9 +16,8 @@ from lightning_modules.block_sparsity.pruner import Pruner
 def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.device) -> dict[str, Any]:
     """Compare tier maps, masks, every weight, and the logits of one validation batch.
 
-    Weights are compared as the packed type rounds them: bit for bit for floats, within half a step of their scale's for
-    int8. Packed and expanded layers must give the same logits; in the band form, whose products are made in pieces, up
-    to rounding.
+    Weights are compared bit for bit with what the packed types make of the pruned model's. Packed and expanded layers
+    must give the same logits; in the band form, whose products are made in pieces, up to rounding.
 
     Returns:
         What was compared, and how far apart the logits are from the unrounded model's.
@@ -31,15 +31,18 @@ def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.d
     for name, tiers in pruner.tiers.items():
         if not (torch.equal(kept[name][0], tiers.map_rc) and torch.equal(kept[name][1], tiers.keep_RC)):
             raise ValueError(f"{name}: the packed tier map or mask differs from the pruned model's")
-    dtype = packed_dtype(folder)
+    values, others = packed_types(folder)
     expanded: Any = load_packed(folder, torch.float32)
     packed: Any = load_packed(folder, torch.float32, expand=False)
+    unpacked = expanded.state_dict()
     for name, weight in model.state_dict().items():
-        wanted = weight if dtype == torch.int8 else weight.to(dtype).float()
-        found = expanded.state_dict()[name]
-        matrix = name.removesuffix(".weight")
-        tolerance = found.abs().max() / 100 if dtype == torch.int8 else 0.0
-        if ((found - wanted).abs() > tolerance).any():
+        found, matrix = unpacked[name], name.removesuffix(".weight")
+        wanted = weight.to(others).float()
+        if matrix in kept:
+            tiers = pruner.tiers[matrix]
+            layout = Layout(*tiers.shape, tiers.block, tiers.k)
+            wanted = unpack(pack(weight, tiers, values), layout, torch.float32)
+        if not torch.equal(found, wanted):
             raise ValueError(f"{name}: the packed weights differ from the pruned model's")
         if matrix in kept and (found[~kept[matrix][1]] != 0).any():
             raise ValueError(f"{name}: a pruned weight is not zero after unpacking")

@@ -195,12 +195,16 @@ def test_prune_export_verify_and_unpack(dense, data_cache, tmp_path, capsys):
     assert again.pruner.maps() == fields["tiers"]["matrices"]
     for block in (fields["tiers"], sizes):
         assert set(block) <= set(TIERS) and "object" in {TIERS[name].type for name in block}
-    with pytest.raises(ValueError, match="differ"):
-        other = _module(pruned, packed)
-        other.configure_model()
-        with torch.no_grad():
-            other.pruner.matrices["model.layers.1.mlp.up_proj"].weight[0].mul_(1.5)
-        other.verify(data, CPU)
+    for dtype in ("float16", "int8"):
+        _module(pruned, packed, export_dtype=dtype).export(data, CPU)
+        assert _module(pruned, packed).verify(data, CPU)["tiers"]["verified"]["weights_equal"]
+        for name in ("model.layers.1.mlp.up_proj", "lm_head"):
+            other = _module(pruned, packed)
+            other.configure_model()
+            with torch.no_grad():
+                other.plain_model.get_submodule(name).weight[0].mul_(1.05)
+            with pytest.raises(ValueError, match="differ"):
+                other.verify(data, CPU)
 
 
 def test_equal_sparsity_without_structure_is_a_baseline(dense, data_cache, tmp_path):

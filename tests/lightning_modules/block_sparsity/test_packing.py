@@ -19,7 +19,7 @@ from lightning_modules.block_sparsity.packed_model import PACKED_FILE, PackedLin
 from lightning_modules.block_sparsity.packing import DTYPES, Layout, pack, unpack, unpack_keep
 from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
-from lightning_modules.block_sparsity.tiers import TierMap
+from lightning_modules.block_sparsity.tiers import TOPK, TierMap, to_blocks
 from tests.lightning_modules.block_sparsity.toy import batches, scored, tiny_llama
 
 CPU = torch.device("cpu")
@@ -70,12 +70,23 @@ def test_int8_values_are_half_the_bytes_and_within_half_a_step():
     assert torch.equal(unpack_keep(parts, layout)[1], tiers.keep_RC)
 
 
+def test_int8_has_a_scale_for_every_row_of_a_block_and_for_every_topk_block():
+    weight, tiers = _pruned((64, 96), (0.4, 0.3, 0.3))
+    weight *= 2.0 ** torch.arange(64).remainder(16)[:, None].sub(8)  # neighbouring rows differ by a factor of two
+    found = unpack(pack(weight, tiers, torch.int8), Layout(64, 96, 16, 10), torch.float32)
+    blocks, wrong = to_blocks(weight, 16).abs(), (to_blocks(found, 16) - to_blocks(weight, 16)).abs()
+    rows, whole = blocks.amax(-1, keepdim=True), blocks.amax((-1, -2), keepdim=True)
+    step = torch.where((tiers.map_rc == TOPK)[..., None, None], whole, rows) / 127
+    assert (wrong <= 0.51 * step + 2.0**-24).all()
+
+
 def test_a_weight_that_is_not_masked_or_does_not_fit_is_refused():
     weight, tiers = _pruned((32, 32), (0.0, 1.0, 0.0))
     with pytest.raises(ValueError, match="not zero"):
         pack(torch.ones(32, 32), tiers, torch.float16)
-    with pytest.raises(ValueError, match="bfloat16"):
-        pack(weight * 1e6, tiers, torch.float16)
+    for dtype, size in ((torch.float16, 1e6), (torch.int8, 1e8)):
+        with pytest.raises(ValueError, match="bfloat16"):
+            pack(weight * size, tiers, dtype)
 
 
 def _pruned_model(tied):
