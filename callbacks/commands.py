@@ -1,5 +1,6 @@
 """What Pare's command line does besides fit, validate, test and predict."""
 
+import sys
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -126,6 +127,8 @@ class PareTrainer(Trainer):
         loaded: Any = load(folder, dtype, attention)
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         check_vocabulary(loaded, tokenizer)
+        if tokenizer.chat_template is not None and not chat:
+            print("the tokenizer has a chat template: --chat true asks the model in its own form", file=sys.stderr)
         pruning = PromptPruner(scorer, schedule).prefill(loaded) if scorer is not None else nullcontext()
         with pruning as run:
             if prompt is None:

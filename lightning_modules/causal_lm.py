@@ -165,7 +165,7 @@ class CausalLM(L.LightningModule):
             tokenizer: Saved beside the weights.
             card: README.md of the folder.
         """
-        export(folder, state, self.model.config, tokenizer, card)
+        export(folder, state, self.model.config, tokenizer, card, self.model.generation_config)
 
     def meta_model(self) -> nn.Module:
         """The same architecture on the meta device: costs no memory; for counting FLOPs and for export."""

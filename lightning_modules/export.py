@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from common.files import replacing
@@ -16,6 +16,7 @@ def export(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
+    generation_config: GenerationConfig | None = None,
 ) -> None:
     """Write safetensors, configuration, tokenizer and model card; ``from_pretrained(folder)`` loads them.
 
@@ -27,6 +28,8 @@ def export(
         config: The architecture.
         tokenizer: Saved beside the weights, so that generation needs nothing else.
         card: README.md of the folder.
+        generation_config: Which tokens end a text, and what else a chat model has of it; by default what ``config``
+            says.
 
     Raises:
         ValueError: ``state_dict`` lacks weights of the architecture, or has others.
@@ -40,6 +43,8 @@ def export(
     still_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if still_meta or unexpected:
         raise ValueError(f"weights do not fit the architecture: missing {still_meta}, unexpected {list(unexpected)}")
+    if generation_config is not None:
+        model.generation_config = generation_config
     with replacing(folder, "model") as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)

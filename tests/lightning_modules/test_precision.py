@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import lightning.pytorch as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
@@ -123,6 +124,16 @@ def test_sums_keep_their_type_where_the_module_is_cast(precision):
     assert module.mean.weight == 5_000_000 and module.mean.total.dtype == torch.float64
     module.mean.reset()
     assert module.mean.weight.dtype == torch.float64
+
+
+def _mean_of_ranks():
+    mean, rank = WeightedMean(), dist.get_rank()
+    mean.update(torch.tensor(100.0 + rank), 2**24 + 3 * rank)
+    return mean.compute().item()
+
+
+def test_the_mean_is_over_all_ranks(two_ranks):
+    assert two_ranks.run(_mean_of_ranks) == [pytest.approx(201 / (2**25 + 3), rel=1e-12)] * 2
 
 
 def test_a_mean_of_nothing_or_of_nan_is_nan():

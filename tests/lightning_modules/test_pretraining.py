@@ -129,6 +129,18 @@ def test_export_round_trips_exactly(tmp_path, tokenizer):
     assert (tmp_path / "model/README.md").read_text() == "# card"
 
 
+def test_what_ends_a_text_goes_along_with_the_weights(tmp_path, tokenizer):
+    _export(tmp_path / "model", tokenizer)
+    module = Pretraining(pretrained=str(tmp_path / "model"), dtype="bfloat16", attention="eager")
+    module.configure_model()
+    assert module.model.training  # with its dropout
+    assert module.model.dtype == torch.bfloat16 and module.model.config._attn_implementation == "eager"
+    module.model.generation_config.eos_token_id = [3, 5]
+    module.write_export(tmp_path / "again", module.model.state_dict(), tokenizer, "# card")
+    assert load(tmp_path / "again").generation_config.eos_token_id == [3, 5]
+    assert load(tmp_path / "again", "auto").dtype == torch.bfloat16
+
+
 def test_export_replaces_only_when_complete(tmp_path, tokenizer):
     model = _export(tmp_path / "model", tokenizer, "# first")
     incomplete = {k: v for k, v in model.state_dict().items() if "h.1" not in k}

@@ -181,6 +181,19 @@ def test_the_teacher_is_followed_and_never_trained_or_saved(folders, tmp_path):
     assert distance(recovered) < 0.8 * distance(load(folders / "base"))
 
 
+def test_a_base_in_half_precision_gets_the_same_adapter_folder(folders, tmp_path):
+    module = recovery(folders, dtype="bfloat16", attention="eager")
+    fit(folders, 3, module, export=tmp_path / "recovered", save_to=tmp_path / "c.ckpt")
+    base = [p for name, p in module.model.named_parameters() if ".lora_" not in name]
+    assert {p.dtype for p in base} == {torch.bfloat16}
+    assert load(tmp_path / "recovered", "auto").dtype == torch.float32  # as the base is on disk
+    fit(folders, 4, recovery(folders), checkpoint=tmp_path / "c.ckpt")  # the same base, loaded wider
+    again = recovery(folders, adapter=str(tmp_path / "recovered/adapter"), dtype="bfloat16")
+    again.configure_model()
+    for name, weight in adapters(module).items():
+        torch.testing.assert_close(adapters(again)[name], weight)
+
+
 def test_arguments_are_checked(folders, tmp_path):
     for arguments, message in (
         ({"rank": 0}, "rank must be positive"),
