@@ -31,10 +31,13 @@ class StepClock:
     """Durations of optimizer steps in ms: all micro-batches of a step, from start to end of each.
 
     Loading data, validation and saving lie between micro-batches and do not count. On CUDA the clock records events and
-    reads them later, so that the host does not wait for the device.
+    reads them later, so that the host does not wait for the device. Its state goes through checkpoints: a resumed run
+    knows the steps before.
     """
 
     def __init__(self) -> None:
+        self._before: list[float] = []
+        self._resumed: list[int] = []  # steps done when the run was resumed
         self._begin: Any = None
         self._parts: list[Any] = []
         self._steps: list[Any] = []
@@ -56,7 +59,22 @@ class StepClock:
 
     def all_ms(self) -> list[float]:
         """Durations of all steps; waits for the device."""
-        return [ms for step in self._steps if (ms := self._duration(step, wait=True)) is not None]
+        return self._before + [ms for step in self._steps if (ms := self._duration(step, wait=True)) is not None]
+
+    def warm_ms(self, warmup_steps: int) -> list[float]:
+        """Durations without the first steps, and without the first ones after each resumption."""
+        cold = {start + i for start in (0, *self._resumed) for i in range(warmup_steps)}
+        return [ms for i, ms in enumerate(self.all_ms()) if i not in cold]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Durations so far, and where the run was resumed."""
+        return {"ms": torch.tensor(self.all_ms(), dtype=torch.float64), "resumed": self._resumed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self._before = state_dict["ms"].tolist()
+        self._resumed = [*state_dict["resumed"], len(self._before)]
+        self._steps, self._parts = [], []
 
     @staticmethod
     def _now() -> Any:

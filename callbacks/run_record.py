@@ -1,6 +1,7 @@
 """One line of results.jsonl per run, and a table of it on the console."""
 
 import os
+import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from callbacks.measurement import Measurement, completes_step
 from callbacks.model_card import HFExport
 from common.records import record, schema
 
+_NATIVE = {"compress_method": "native", "compress_config": {}}  # how a strategy that is not Pare's reduces gradients
 _LOSS_WINDOW = 10  # optimizer steps that train_loss is the mean of
 _HPARAMS = ("compress_method", "world_size", "batch_size", "max_length", "precision", "seed")
+_DATA = {"dataset": "name", "max_length": "block_size", "val_stride": "val_stride", "batch_size": "batch_size"}
 _RESULTS = ("val_ppl", "train_loss", "tokens_per_s", "compression_ratio", "comm_ratio")
 
 
@@ -32,47 +35,114 @@ class RunRecord(Measurement):
         self.path = Path(path)
         self.run_name = run_name
         self.record: dict[str, Any] | None = None
+        self._run_id = uuid.uuid4().hex  # the same in all processes that the run is resumed in
+        self._resumed: list[int] = []
+        self._trained = False  # in this process
+        self._validated: dict[str, float] = {}
         self._losses: deque[Any] = deque(maxlen=_LOSS_WINDOW)
         self._log_dir: str | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the log folder now: asking for it is a collective, and later only rank 0 wants it."""
+        """Note the log folder now: asking for it is a collective, and later only rank 0 wants it.
+
+        Raises:
+            ValueError: Callbacks leave out different numbers of first steps, so that times and bytes would not belong
+                together.
+        """
         self._log_dir = trainer.log_dir
+        warm = {type(c).__name__: c.warmup_steps for c in trainer.callbacks if hasattr(c, "warmup_steps")}
+        if len(set(warm.values())) > 1:
+            raise ValueError(
+                f"warmup_steps differ: {', '.join(f'{name} {n}' for name, n in warm.items())}; times and bytes of a "
+                "record cover the same steps, so give all of them the same number"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where an earlier process left off."""
+        if trainer.global_step:
+            self._resumed.append(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Remember the last losses; on the device, since reading each would make the host wait."""
+        self._trained = True
         if completes_step(trainer) and outputs is not None:
             # modules that minimise something else than the cross entropy hand that over beside it
             loss = outputs.get("train_loss", outputs["loss"])
             if loss is not None:
                 self._losses.append(loss.detach())
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the record, on rank 0."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            self.write(trainer, pl_module, trainer.datamodule, self._measured(trainer))
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the last validation: the process that ends a resumed run need not make another."""
+        if not trainer.sanity_checking:
+            self._validated = _validated(trainer)
 
-    def write(self, trainer: Trainer, pl_module: LightningModule, data: Any, measured: dict[str, Any]) -> None:
-        """Append one record: what ran and where, and the fields ``measured``."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run's record needs of the processes before."""
+        losses = [float(loss) for loss in self._losses]
+        return {"run_id": self._run_id, "resumed": self._resumed, "validated": self._validated, "losses": losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self._run_id, self._resumed = state_dict["run_id"], list(state_dict["resumed"])
+        self._validated = state_dict["validated"]
+        self._losses.extend(state_dict["losses"])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the record, on rank 0; not a second one for a run that had been finished before."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        if not self._trained and self._say_nothing_to_do(trainer.global_step):
+            return
+        progress = {
+            "run_id": self._run_id,
+            "steps": trainer.global_step,
+            "resumed_at": self._resumed,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        }
+        self.write(trainer, pl_module, trainer.datamodule, progress | self._measured(trainer), training=True)
+
+    def _say_nothing_to_do(self, step: int) -> bool:
+        """Whether there is nothing to record; a run that died after its last step, before its record, still has."""
+        known = record.read(self.path)[0] if self.path.is_file() else []
+        mine = [one for one in known if one.get("run_id") == self._run_id and one.get("steps") == step]
+        if mine:
+            self.record = mine[-1]  # for the model card
+            print(f"nothing to do: the run has reached step {step} before; its record stays as it is")
+        elif not self._losses:
+            print(f"nothing to record: no step was trained (step {step})")
+        return bool(mine) or not self._losses
+
+    def write(
+        self, trainer: Trainer, pl_module: LightningModule, data: Any, measured: dict[str, Any], training: bool = False
+    ) -> None:
+        """Append one record: what ran and where, and the fields ``measured``.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module, which may have a ``describe()``, as the strategy may.
+            data: The datamodule.
+            measured: Fields of the record; they win.
+            training: The record of a ``fit``, in which what was not measured is null. Others do not name it.
+        """
         fields = {
-            **dict.fromkeys(schema.REQUIRED),
+            **(dict.fromkeys(schema.REQUIRED) | _NATIVE if training else {}),
             **self._identity(trainer, pl_module, data),
             **record.stamp(),
             **measured,
         }
-        record.validate(fields)
+        record.validate(fields, training)
         record.append(self.path, fields)
         self.record = fields
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                choices = {name: fields[name] for name in _HPARAMS}
-                results = {f"hp/{name}": fields[name] for name in _RESULTS if fields[name] is not None}
-                logger.log_hyperparams(choices | fields["compress_config"], metrics=results)
+                choices = {name: fields.get(name) for name in _HPARAMS}
+                results = {f"hp/{name}": fields[name] for name in _RESULTS if fields.get(name) is not None}
+                logger.log_hyperparams(choices | (fields.get("compress_config") or {}), metrics=results)
 
     def summary(self) -> dict[str, Any]:
         """See ``Measurement.summary``: the losses."""
-        losses = [loss.item() for loss in self._losses]
-        return {"train_loss": sum(losses) / len(losses)} if losses else {}
+        losses = [float(loss) for loss in self._losses]
+        return {**self._validated, **({"train_loss": sum(losses) / len(losses)} if losses else {})}
 
     @staticmethod
     def _measured(trainer: Trainer) -> dict[str, Any]:
@@ -81,37 +151,18 @@ class RunRecord(Measurement):
         return {name: value for fields in summaries for name, value in fields.items() if value is not None}
 
     def _identity(self, trainer: Trainer, pl_module: LightningModule, data: Any) -> dict[str, Any]:
-        """What ran: names, sizes, seed, configuration, and the last validation."""
-        compressor = getattr(trainer.strategy, "compressor", None)
-        parameters = getattr(trainer.strategy, "parameter_compressor", None)
-        hf = getattr(pl_module, "model", None)
-        metrics = trainer.callback_metrics
+        """What ran: names, sizes, seed, configuration; strategy and module describe themselves."""
         config = next((c for c in trainer.callbacks if isinstance(c, LogConfig)), None)
         return {
             "kind": "run",
             "run_name": self.run_name or _logger_name(trainer),
             "world_size": trainer.world_size,
-            "model": getattr(getattr(hf, "config", None), "model_type", type(pl_module).__name__),
-            "model_parameters": getattr(pl_module, "parameter_count", None),
-            "dataset": getattr(data, "name", None),
-            "max_length": getattr(data, "block_size", None),
-            "val_stride": getattr(data, "val_stride", None),
-            "batch_size": getattr(data, "batch_size", None),
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
-            "strategy": type(trainer.strategy).__name__,
-            "sharding_strategy": getattr(getattr(trainer.strategy, "sharding_strategy", None), "name", None),
-            "compress_method": compressor.name if compressor is not None else "native",
-            "compress_config": compressor.config() if compressor is not None else {},
-            "parameter_compress_method": parameters.name if parameters is not None else None,
-            "parameter_compress_config": parameters.config() if parameters is not None else None,
-            "codec_backend": getattr(trainer.strategy, "codec_backend", None),
-            "replicas": getattr(trainer.strategy, "replicas", None),
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            "steps": trainer.global_step,
-            "val_loss": float(metrics["val/loss"]) if "val/loss" in metrics else None,
-            "val_ppl": float(metrics["val/ppl"]) if "val/ppl" in metrics else None,
             "config": config.text() if config is not None else None,
+            **_described(trainer.strategy, {"strategy": type(trainer.strategy).__name__}),
+            **_described(pl_module, {"model": _name(pl_module)}),
+            **{field: getattr(data, name) for field, name in _DATA.items() if getattr(data, name, None) is not None},
         }
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -127,6 +178,21 @@ class RunRecord(Measurement):
         return {"log": str(self._log_dir), "record": str(self.path), **({"model": exports[0]} if exports else {})}
 
 
+def _described(part: Any, default: dict[str, Any]) -> dict[str, Any]:
+    """What a strategy or module says of itself; ``default`` for one that is not Pare's."""
+    return part.describe() if hasattr(part, "describe") else default
+
+
+def _name(pl_module: LightningModule) -> str:
+    config = getattr(getattr(pl_module, "model", None), "config", None)
+    return getattr(config, "model_type", type(pl_module).__name__)
+
+
+def _validated(trainer: Trainer) -> dict[str, float]:
+    metrics = trainer.callback_metrics
+    return {name.replace("/", "_"): float(metrics[name]) for name in ("val/loss", "val/ppl") if name in metrics}
+
+
 def _logger_name(trainer: Trainer) -> str:
     logger = trainer.logger
     version = getattr(logger, "version", None)
@@ -140,7 +206,8 @@ def _table(fields: dict[str, Any], places: dict[str, str]) -> Table:
         return text.format(fields[name]) if fields.get(name) is not None else "not recorded"
 
     table = Table(
-        title=f"{fields['run_name']}: {fields['compress_method']} × {fields['world_size']} ranks", title_style=""
+        title=f"{fields['run_name']}: {fields['compress_method'] or 'native'} × {fields['world_size']} ranks",
+        title_style="",
     )
     table.add_column("what")
     table.add_column("value", justify="right", overflow="fold")

@@ -1,6 +1,7 @@
 """Step time, tokens per second and model FLOPs utilisation."""
 
 import resource
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class Throughput(Measurement):
     MFU counts the model's own forward and backward FLOPs (PaLM, arXiv 2204.02311), not recomputation.
 
     Args:
-        warmup_steps: First optimizer steps left out of the record: compilation, cold caches, memory growth.
+        warmup_steps: First optimizer steps left out of the record: compilation, cold caches, memory growth. Step times
+            also leave out as many after each resumption.
     """
 
     def __init__(self, warmup_steps: int = 5) -> None:
@@ -29,6 +31,7 @@ class Throughput(Measurement):
         self._tokens = 0
         self._flops_per_token: float | None = None
         self._peak_flops: float | None = None
+        self._peaks: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the model's FLOPs once, on the meta device."""
@@ -42,7 +45,8 @@ class Throughput(Measurement):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
-        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        self._tokens += 0 if ids is None else ids.numel() * trainer.world_size
         self.clock.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -55,35 +59,45 @@ class Throughput(Measurement):
         if (step_ms := self.clock.last_ms()) is None:
             return
         rate = self.tokens_per_step / step_ms * 1e3
-        metrics = {"perf/step_ms": step_ms, "perf/tokens_per_s": rate}
+        metrics = {"perf/step_ms": step_ms} | ({"perf/tokens_per_s": rate} if rate else {})
         if self._flops_per_token and self._peak_flops:
             metrics["perf/mfu"] = rate * self._flops_per_token / self._peak_flops
         pl_module.log_dict(metrics, rank_zero_only=True)
 
-    def measured_ms(self) -> list[float]:
-        """Step times after warm-up, in ms."""
-        return self.clock.all_ms()[self.warmup_steps :]
+    def _memory(self) -> dict[str, float]:
+        """Peaks of memory, of all processes that the run has had."""
+        now = {"host_peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+        if torch.cuda.is_available():
+            now["mem_peak_alloc_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            now["mem_peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        return now | {name: max(peak, now.get(name, 0.0)) for name, peak in self._peaks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Times, tokens and memory so far, so that a resumed run reports all of its steps."""
+        return {"clock": self.clock.state_dict(), "tokens_per_step": self.tokens_per_step, "memory": self._memory()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self.clock.load_state_dict(state_dict["clock"])
+        self.tokens_per_step, self._peaks = state_dict["tokens_per_step"], state_dict["memory"]
 
     def summary(self) -> dict[str, Any]:
         """See ``Measurement.summary``."""
-        measured = self.measured_ms()
+        measured = self.clock.warm_ms(self.warmup_steps)
         if not measured:
             return {}
         stats = percentiles(measured)
         fields: dict[str, Any] = {
-            "steps_measured": len(measured),
+            "steps_measured": len(self.clock.all_ms()) - self.warmup_steps,
             "step_time_ms_mean": stats["mean"],
             "step_time_ms_p50": stats["p50"],
             "step_time_ms_p90": stats["p90"],
             "step_time_ms_p95": stats["p95"],
-            "tokens_per_s": self.tokens_per_step / stats["mean"] * 1e3,
-            "host_peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            "tokens_per_s": self.tokens_per_step / stats["mean"] * 1e3 if self.tokens_per_step else None,
+            **self._memory(),
         }
-        if self._flops_per_token and self._peak_flops:
+        if self._flops_per_token and self._peak_flops and self.tokens_per_step:
             fields["mfu"] = fields["tokens_per_s"] * self._flops_per_token / self._peak_flops
-        if torch.cuda.is_available():
-            fields["mem_peak_alloc_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            fields["mem_peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         return fields
 
 

@@ -14,6 +14,7 @@ from strategies.traffic import StepTraffic, Traffic
 from strategies.units import Unit
 
 _COLUMNS = ("step", "unit", "sent_bytes", "ideal_bytes", "parameter_bytes", "encode_ms", "wire_ms", "decode_ms")
+_COUNTERS = ("totals", "collective_ms", "role_bytes", "parameter_bytes", "samples")
 
 
 class TrafficMonitor(Measurement):
@@ -51,6 +52,7 @@ class TrafficMonitor(Measurement):
         self._samples: dict[str, list[float]] = defaultdict(list)
         self._units: list[Unit] = []
         self._nic_start = self._nic_end = (0, 0)
+        self._nic_before = (0, 0)
         self._rows: Any = None
         self._file: Any = None
 
@@ -59,6 +61,7 @@ class TrafficMonitor(Measurement):
         compressors = (getattr(trainer.strategy, name, None) for name in ("compressor", "parameter_compressor"))
         counting = any(compressor is not None for compressor in compressors)
         self._traffic = trainer.strategy.traffic if counting else None
+        self._units = trainer.strategy.units if counting else []
         folder = trainer.log_dir  # a collective: every rank must ask
         if self._traffic is not None and trainer.is_global_zero and folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -68,15 +71,17 @@ class TrafficMonitor(Measurement):
                 self._rows.writerow(_COLUMNS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what setting up sent."""
-        self._nic_start = self._read_nic()
+        """Forget what setting up sent, and from now on count within training steps alone."""
+        self._nic_start = self._nic_end = self._read_nic()
         if self._traffic is not None:
             self._traffic.take()
+            self._traffic.counting = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Start the clock, and sampling when it is due."""
+        """Start the clock and counting, and sampling when it is due."""
         if self._traffic is None:
             return
+        self._traffic.counting = True
         self.clock.start()
         due = self.sample_every and trainer.global_step % self.sample_every == 0
         if due and not self._traffic.sampling:
@@ -86,6 +91,7 @@ class TrafficMonitor(Measurement):
         """Read the counters when a step is complete."""
         if self._traffic is None:
             return
+        self._traffic.counting = False  # until the next batch: validation and checkpoints gather parameters, too
         done = completes_step(trainer)
         self.clock.stop(done)
         if not done:
@@ -96,7 +102,7 @@ class TrafficMonitor(Measurement):
         fidelity = self._traffic.take_fidelity()
         self.steps += 1
         if self.steps == self.warmup_steps:
-            self._nic_start = self._read_nic()
+            self._nic_start = self._nic_end = self._read_nic()
         if self.steps > self.warmup_steps:
             self._add(step)
             self._nic_end = self._read_nic()
@@ -108,11 +114,6 @@ class TrafficMonitor(Measurement):
         if trainer.is_global_zero:
             self._log(trainer, pl_module, step, fidelity)
         self._totals["monitor_ms"] += (time.perf_counter() - began) * 1e3
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what validation gathered: it belongs to no training step."""
-        if self._traffic is not None:
-            self._traffic.take()
 
     def _read_nic(self) -> tuple[int, int]:
         """Bytes and packets that the interface has sent since it came up."""
@@ -154,8 +155,32 @@ class TrafficMonitor(Measurement):
         if self._rows is not None:
             self._rows.writerows(_rows(trainer.global_step, step))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Counters so far, so that a resumed run reports all of its bytes. They are rank 0's, as the record's are."""
+        return {
+            "steps": self.steps,
+            "clock": self.clock.state_dict(),
+            "nic": list(self._nic_total()),
+            **{name: dict(getattr(self, f"_{name}")) for name in _COUNTERS},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self.steps = state_dict["steps"]
+        self.clock.load_state_dict(state_dict["clock"])
+        self._nic_before = tuple(state_dict["nic"])
+        for name in _COUNTERS:
+            getattr(self, f"_{name}").update(state_dict[name])
+
+    def _nic_total(self) -> tuple[int, int]:
+        """Bytes and packets that the interface sent in the measured steps."""
+        (sent, packets), (first, first_packet) = self._nic_end, self._nic_start
+        return self._nic_before[0] + sent - first, self._nic_before[1] + packets - first_packet
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the table, also after an error."""
+        if self._traffic is not None:
+            self._traffic.counting = True
         if self._file is not None:
             self._file.close()
             self._file = self._rows = None
@@ -167,6 +192,7 @@ class TrafficMonitor(Measurement):
             return {}
         wire_ms, sent = sum(self._collective_ms.values()), self._totals["gradients"]
         fields: dict[str, Any] = {
+            "steps_measured": len(measured),
             "comm_time_ms_total": wire_ms,
             "comm_ratio": wire_ms / sum(measured),
             "comm_time_ms_by_op": dict(self._collective_ms),
@@ -189,8 +215,7 @@ class TrafficMonitor(Measurement):
         if (residual := residuals.norm(self._units)) is not None:
             fields["residual_norm"] = residual.item()
         if self.nic_counters is not None:
-            fields["bytes_nic_total"] = self._nic_end[0] - self._nic_start[0]
-            fields["packets_nic_total"] = self._nic_end[1] - self._nic_start[1]
+            fields["bytes_nic_total"], fields["packets_nic_total"] = self._nic_total()
         return fields
 
 

@@ -95,6 +95,12 @@ class CausalLM(L.LightningModule):
                 if type(block).__name__ in (self.model._no_split_modules or ()):
                     block.compile()
 
+    def describe(self) -> dict[str, Any]:
+        """What ran, for the run record."""
+        if self.model is None:
+            return {"model": type(self).__name__}
+        return {"model": self.model.config.model_type, "model_parameters": self.parameter_count}
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | dict[str, Tensor]:
         """Mean next-token loss of ``input_ids [B, T]`` against ``labels [B, T]``."""
         nll, tokens = batch_nll(self.model, batch)

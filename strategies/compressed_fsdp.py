@@ -190,6 +190,10 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             dist.all_reduce(squared)
         return squared.sqrt()
 
+    def describe(self) -> dict[str, Any]:
+        """See ``CompressedEngine.describe``."""
+        return super().describe() | {"sharding_strategy": self.sharding_strategy.name}
+
     # Checkpoints, beside what CompressedEngine does.
 
     @property

@@ -102,6 +102,17 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         self.traffic = Traffic()
         self.units: list[Unit] = []
 
+    def describe(self) -> dict[str, Any]:
+        """See ``CompressedEngine.describe``."""
+        codec = self.parameter_compressor
+        parameters = {} if codec is None else {"method": codec.name, "config": codec.config()}
+        return {
+            **super().describe(),
+            "sharding_strategy": self.sharding_strategy.name,
+            "replicas": self.replicas,
+            **{f"parameter_compress_{name}": value for name, value in parameters.items()},
+        }
+
     # Setting up: processes, mesh, sharding.
 
     def setup_environment(self) -> None:

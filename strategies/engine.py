@@ -48,6 +48,16 @@ class CompressedEngine(ParallelStrategy):
     owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
     _served: Any = None  # the module whose units these are
 
+    def describe(self) -> dict[str, Any]:
+        """What ran, for the run record."""
+        method = self.compressor
+        return {
+            "strategy": type(self).__name__,
+            "compress_method": "native" if method is None else method.name,
+            "compress_config": {} if method is None else method.config(),
+            **({} if self.codec_backend is None else {"codec_backend": self.codec_backend}),
+        }
+
     @property
     def saves_one_file(self) -> bool:
         """Whether a checkpoint is one file that rank 0 writes, not a folder that all ranks write to."""

@@ -113,9 +113,11 @@ class Traffic:
     """One rank's counters, shared by all FSDP units.
 
     Set ``sampling`` before a backward pass to have codecs report their error into ``fidelity``.
+    Set ``counting`` to False where what is sent belongs to no training step, as in validation or while saving.
     """
 
     def __init__(self) -> None:
+        self.counting = True
         self.step = StepTraffic()
         self.sampling = False
         self.fidelity: Fidelity | None = None
@@ -124,17 +126,20 @@ class Traffic:
 
     def sent(self, unit: str, collective: str, role: str, nbytes: int) -> None:
         """Count ``nbytes`` that leave this rank."""
-        self.step.sent[unit, collective, role] += nbytes
+        if self.counting:
+            self.step.sent[unit, collective, role] += nbytes
 
     def called(self, unit: str, collective: str) -> None:
         """Count one call of a collective."""
-        self.step.calls[unit, collective] += 1
+        if self.counting:
+            self.step.calls[unit, collective] += 1
 
     def baseline(self, unit: str, ideal: float, native: float) -> None:
         """A reduction begins: count what it would have sent uncompressed, in bytes."""
         self._exchanged = False
-        self.step.ideal[unit] += ideal
-        self.step.native[unit] += native
+        if self.counting:
+            self.step.ideal[unit] += ideal
+            self.step.native[unit] += native
 
     @contextmanager
     def timed(
@@ -145,10 +150,12 @@ class Traffic:
         exchange = phase == "wire" and not parameters
         extra = exchange and self._exchanged
         self._exchanged |= exchange
-        self.step.extra_calls += extra
+        self.step.extra_calls += extra and self.counting
         label = f"pare::{phase}" + (f"::{collective}" if collective else "")
         with torch.profiler.record_function(label):
-            if device.type == "cuda":
+            if not self.counting:
+                yield
+            elif device.type == "cuda":
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 yield

@@ -50,13 +50,17 @@ def check_types(record: Mapping[str, Any], fields: Mapping[str, Field]) -> list[
     return problems
 
 
-def validate(record: Mapping[str, Any]) -> None:
+def validate(record: Mapping[str, Any], training: bool = True) -> None:
     """Check a run record against `REQUIRED` and `OPTIONAL`; names in neither are allowed and not checked.
+
+    Args:
+        record: The record.
+        training: The record of a training run, which has every required name; others have those that are never null.
 
     Raises:
         ValueError: Naming every missing required field and every value of the wrong type.
     """
-    missing = [name for name in REQUIRED if name not in record]
+    missing = [name for name, field in REQUIRED.items() if name not in record and (training or not field.nullable)]
     problems = [f"missing: {', '.join(missing)} (null means not measured)"] if missing else []
     problems += check_types(record, {**REQUIRED, **OPTIONAL})
     if problems:

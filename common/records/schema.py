@@ -20,8 +20,9 @@ class Field:
     nullable: bool = True
 
 
-# Everything called "total" covers the same measured steps (`steps_measured`, warm-up excluded) of one rank, the mean
-# over ranks where they differ. So bytes_raw_total / comm_time_ms_total is a bandwidth.
+# Everything called "total" covers the same measured steps (`steps_measured`, warm-up excluded) of rank 0, whatever
+# number of processes the run was resumed in. So bytes_raw_total / comm_time_ms_total is a bandwidth. A training run has
+# all of these names; the record of another command (prune, verify, …) those that are never null, and what it measured.
 REQUIRED: dict[str, Field] = {
     "run_name": Field("str", "", "name of the run, unique within its results file", nullable=False),
     "world_size": Field("int", "ranks", "number of training processes", nullable=False),
@@ -51,8 +52,12 @@ OPTIONAL: dict[str, Field] = {
     "kind": Field(
         "str", "", "what the record is: 'run' when absent, 'figure', 'failure' or 'collectives'", nullable=False
     ),
+    "run_id": Field("str", "", "names the run; the same in all processes that it is resumed in"),
+    "resumed_at": Field("list", "steps", "steps after which the run went on in another process"),
     "val_stride": Field("int", "tokens", "distance of the overlapping windows validated on; null: blocks, no overlap"),
-    "steps_measured": Field("int", "steps", "steps the timings and totals cover, warm-up excluded"),
+    "steps_measured": Field(
+        "int", "steps", "steps the totals cover, warm-up excluded; step times leave out that of every resumption, too"
+    ),
     "step_time_ms_p95": Field("number", "ms", "optimizer step time, 95th percentile"),
     "compress_time_ms": Field("number", "ms", "time spent encoding over the measured steps"),
     "decompress_time_ms": Field("number", "ms", "time spent decoding over the measured steps"),
