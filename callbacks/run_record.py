@@ -37,7 +37,7 @@ class RunRecord(Measurement):
         self.record: dict[str, Any] | None = None
         self._run_id = uuid.uuid4().hex  # the same in all processes that the run is resumed in
         self._resumed: list[int] = []
-        self._trained = False  # in this process
+        self._trained = False  # in this process, or before
         self._validated: dict[str, float] = {}
         self._losses: deque[Any] = deque(maxlen=_LOSS_WINDOW)
         self._log_dir: str | None = None
@@ -83,6 +83,7 @@ class RunRecord(Measurement):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
+        self._trained = True
         self._run_id, self._resumed = state_dict["run_id"], list(state_dict["resumed"])
         self._validated = state_dict["validated"]
         self._losses.extend(state_dict["losses"])
@@ -91,7 +92,7 @@ class RunRecord(Measurement):
         """Write the record, on rank 0; not a second one for a run that had been finished before."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        if not self._trained and self._say_nothing_to_do(trainer.global_step):
+        if self._say_nothing_to_do(trainer.global_step):
             return
         progress = {
             "run_id": self._run_id,
@@ -103,14 +104,15 @@ class RunRecord(Measurement):
 
     def _say_nothing_to_do(self, step: int) -> bool:
         """Whether there is nothing to record; a run that died after its last step, before its record, still has."""
+        if not self._trained:
+            print(f"nothing to record: no step was trained (step {step})")
+            return True
         known = record.read(self.path)[0] if self.path.is_file() else []
         mine = [one for one in known if one.get("run_id") == self._run_id and one.get("steps") == step]
         if mine:
             self.record = mine[-1]  # for the model card
             print(f"nothing to do: the run has reached step {step} before; its record stays as it is")
-        elif not self._losses:
-            print(f"nothing to record: no step was trained (step {step})")
-        return bool(mine) or not self._losses
+        return bool(mine)
 
     def write(
         self, trainer: Trainer, pl_module: LightningModule, data: Any, measured: dict[str, Any], training: bool = False
