@@ -168,7 +168,7 @@ def cells(
             target = removed_parameters(budget, "decoder", whole.footprint(data.block_size))
             pruned = slice_model(model, planner.plan(target, {}))
             before = ppl(pruned, data.val_dataloader())
-            recovered = short_recovery(pruned, batches, RECOVERY_STEPS, learning_rate=1e-3)
+            recovered, _ = short_recovery(pruned, batches, RECOVERY_STEPS, learning_rate=1e-3)
             yield {
                 "importance": type(importance).__name__,
                 "allocation": type(allocation).__name__,

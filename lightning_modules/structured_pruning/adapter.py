@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.files import check_manifest
+
 BASE_FILE = "base.json"
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -62,17 +64,37 @@ def read_adapter(folder: Path, base: str, base_hash: str) -> tuple[LoraConfig, d
 
     Raises:
         FileNotFoundError: The folder holds no adapter.
-        ValueError: The adapter was trained on another base, or does not say on which.
+        ValueError: The adapter was trained on another base, or does not say on which; or a file is damaged.
+    """
+    made_on, made_on_hash = check_adapter(folder)
+    for written in (folder, folder.parent):  # alone, or within the merged model's folder
+        check_manifest(written)
+    refuse_other_base(f"the adapter in {folder}", made_on, made_on_hash, base, base_hash)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # as saved, peft would freeze the adapters
+    return config, load_file(folder / _WEIGHTS)
+
+
+def check_adapter(folder: Path) -> tuple[str, str]:
+    """Refuse a folder that holds no adapter of ours; reads no weights.
+
+    Returns:
+        Folder or hub name of the base that it was trained on, and the hash of that base's weights.
+
+    Raises:
+        FileNotFoundError: The folder holds no adapter.
+        ValueError: The adapter does not say on which base it was trained.
     """
     if not (folder / _WEIGHTS).is_file():
         raise FileNotFoundError(f"adapter: {folder} has no {_WEIGHTS}; give the adapter folder that fit wrote")
     if not (folder / BASE_FILE).is_file():
         raise ValueError(f"adapter: {folder} has no {BASE_FILE}, so nothing says which base it was trained on")
-    made_on = json.loads((folder / BASE_FILE).read_text())
-    refuse_other_base(f"the adapter in {folder}", made_on["base"], made_on["hash"], base, base_hash)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = False  # as saved, peft would freeze the adapters
-    return config, load_file(folder / _WEIGHTS)
+    try:
+        made_on = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+        return str(made_on["base"]), str(made_on["hash"])
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{folder / BASE_FILE} is damaged"
+        raise ValueError(f"adapter: {what}, so nothing says on which base it was trained") from error
 
 
 def refuse_other_base(what: str, then: str, then_hash: str, now: str, now_hash: str) -> None:

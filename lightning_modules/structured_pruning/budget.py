@@ -67,6 +67,20 @@ def channel_multiple(shapes: Sequence[LayerShape], multiple: int | None) -> int:
     return found
 
 
+def check_removable(shapes: Sequence[LayerShape], target: int, multiple: int) -> None:
+    """Refuse a target that even the smallest possible layers do not reach.
+
+    Raises:
+        ValueError: It is one; the message says what can be removed.
+    """
+    most = sum(s.parameters - parameters_of(s, 1, _widths(s.channels, multiple)[0]) for s in shapes)
+    if target > most:
+        raise ValueError(
+            f"budget: {target:,} parameters cannot be removed: every layer keeps a group and {multiple} channels, so "
+            f"at most {most:,} can go ({most / sum(s.parameters for s in shapes):.1%} of these layers)"
+        )
+
+
 class _Choice(NamedTuple):
     """Whole parts kept of every layer: groups, and widths by their place in the list of possible widths."""
 
@@ -90,13 +104,8 @@ def whole_parts(shapes: Sequence[LayerShape], removals: Sequence[Removal], targe
     Raises:
         ValueError: Even the smallest layers are too large; the message says what can be removed.
     """
+    check_removable(shapes, target, multiple)
     widths = [_widths(shape.channels, multiple) for shape in shapes]
-    most = sum(s.parameters - parameters_of(s, 1, w[0]) for s, w in zip(shapes, widths, strict=True))
-    if target > most:
-        raise ValueError(
-            f"budget: {target:,} parameters cannot be removed: every layer keeps a group and {multiple} channels, so "
-            f"at most {most:,} can go ({most / sum(s.parameters for s in shapes):.1%} of these layers)"
-        )
     choice = _Choice([], [])
     carried = 0.0
     for shape, removal, possible in zip(shapes, removals, widths, strict=True):

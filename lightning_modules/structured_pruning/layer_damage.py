@@ -5,7 +5,7 @@ A layer is skipped by making it the identity, so the residual stream passes on (
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.files import write_text
 from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning.layers import decoder_layers
+from lightning_modules.structured_pruning.provenance import settings_hash
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,18 @@ def measure(
         batches: Text to measure on.
         cache: JSON file that grows with every layer, so that an interrupted measurement goes on where it was; its name
             must depend on the weights and on the text.
-        done: Told the number of layers done, for progress.
+        done: Told the number of batches done in all passes, for progress.
     """
     layers = decoder_layers(model)
-    losses: list[float] = _read(cache)
+    losses = measured(cache)
     for index in range(len(losses), len(layers) + 1):
-        if index == 0:
-            losses.append(mean_nll(model, batches))
-        else:
-            with skipped(layers[index - 1]):
-                losses.append(mean_nll(model, batches))
-        write_text(cache, json.dumps(losses))
-        done(index)
+
+        def counted(count: int, before: int = index * len(batches)) -> None:
+            done(before + count)
+
+        with skipped(layers[index - 1]) if index else nullcontext():
+            losses.append(mean_nll(model, batches, counted))
+        write_text(cache, json.dumps({"losses": losses, "hash": settings_hash(losses)}))
     return LayerDamage(losses[0], losses[1 : len(layers) + 1])
 
 
@@ -65,10 +66,14 @@ def skipped(layer: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _read(cache: Path) -> list[float]:
-    """Losses measured so far; a damaged file counts as none."""
+def measured(cache: Path) -> list[float]:
+    """Losses that are in the cache: of the whole model, then without the first layer, the second, …
+
+    A file that is not as it was written counts as none.
+    """
     try:
-        losses = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read = json.loads(cache.read_text(encoding="utf-8"))
+        losses: list[float] = read["losses"]
+        return losses if read["hash"] == settings_hash(losses) else []
+    except (OSError, ValueError, KeyError, TypeError):
         return []
-    return losses if isinstance(losses, list) else []

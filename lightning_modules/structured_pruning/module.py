@@ -1,5 +1,6 @@
 """Structured pruning as a LightningModule: the commands prune, verify, export and validate."""
 
+import math
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
+from common.files import check_manifest, check_output
 from common.progress import stage
 from common.randomness import run_seed
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
@@ -28,9 +30,9 @@ from lightning_modules.structured_pruning.layers import decoder_layers, family, 
 from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
-from lightning_modules.structured_pruning.planner import Planner
+from lightning_modules.structured_pruning.planner import Planner, check_possible
 from lightning_modules.structured_pruning.provenance import model_hash
-from lightning_modules.structured_pruning.rounds import composed, short_recovery
+from lightning_modules.structured_pruning.rounds import Round, composed, load_rounds, recovered, short_recovery
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.search import largest_share
 from lightning_modules.structured_pruning.verify import compare, exact_logits, proven_slice, reference_logits
@@ -46,7 +48,7 @@ class StructuredPruning(CausalLM):
 
     Args:
         base: Hugging Face folder, GGUF file or hub name of the model to prune; may itself be pruned.
-        output: Folder of the pruned model; an earlier one is replaced when the new one is complete.
+        output: Folder of the pruned model; an earlier one of Pare's is replaced when the new one is complete.
         budget: For ``budget_unit`` "decoder" the share of the decoder layers' parameters to remove; for "parameters"
             and "bytes" what the whole model may keep.
         budget_unit: What ``budget`` counts.
@@ -69,6 +71,7 @@ class StructuredPruning(CausalLM):
         portable: Folder of the stock export; beside ``output`` when not given.
         measure_cost: Also time one plain forward and backward pass over the calibration text, to compare scoring with.
         cache_dir: Folder for damages and scores. Default: $PARE_CACHE, or ~/.cache/pare.
+        overwrite: Let ``output`` and ``portable`` replace folders that Pare did not write.
     """
 
     def __init__(
@@ -94,33 +97,86 @@ class StructuredPruning(CausalLM):
         portable: str | None = None,
         measure_cost: bool = False,
         cache_dir: str | None = None,
+        overwrite: bool = False,
     ) -> None:
         super().__init__(dtype=dtype, attention=attention)
-        positive = {"calibration_blocks": calibration_blocks, "verify_blocks": verify_blocks, "tolerance": tolerance}
-        positive |= {
+        positive = {
+            "calibration_blocks": calibration_blocks,
+            "verify_blocks": verify_blocks,
+            "tolerance": tolerance,
             "rounds": rounds,
             "recovery_steps": recovery_steps,
             "recovery_learning_rate": recovery_learning_rate,
         }
         for name, value in positive.items():
-            if value <= 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}")
         if max_ppl_ratio is not None and (max_ppl_ratio <= 1 or budget_unit != "decoder"):
             raise ValueError("max_ppl_ratio must be above 1, and needs budget_unit decoder")
         alone = max_ppl_ratio is not None or plan is not None or drop_layers or (importance and importance.control)
         if rounds > 1 and alone:
             raise ValueError("rounds above 1 cannot be combined with max_ppl_ratio, plan, drop_layers or a control")
-        self.base, self.output = base, Path(output)
-        self.budget, self.budget_unit = budget, budget_unit
-        self.importance, self.allocation = importance or GateTaylor(), allocation or Inverse()
-        self.drop_layers, self.multiple = drop_layers, channel_multiple
-        self.calibration_blocks, self.max_ppl_ratio = calibration_blocks, max_ppl_ratio
-        self.rounds, self.recovery_steps, self.recovery_learning_rate = rounds, recovery_steps, recovery_learning_rate
-        self.plan_path = plan
-        self.verify_blocks, self.tolerance = verify_blocks, tolerance
+        self.base = base
+        self.output = Path(output)
         self.portable = Path(portable) if portable else self.output.with_name(f"{self.output.name}-portable")
+        self.overwrite = overwrite
+        self.budget = budget
+        self.budget_unit = budget_unit
+        self.importance = importance or GateTaylor()
+        self.allocation = allocation or Inverse()
+        self.drop_layers = drop_layers
+        self.multiple = channel_multiple
+        self.calibration_blocks = calibration_blocks
+        self.max_ppl_ratio = max_ppl_ratio
+        self.rounds = rounds
+        self.recovery_steps = recovery_steps
+        self.recovery_learning_rate = recovery_learning_rate
+        self.plan_path = plan
+        self.verify_blocks = verify_blocks
+        self.tolerance = tolerance
         self.measure_cost = measure_cost
         self.cache = cache_root(cache_dir).with_name("structured_pruning")
+
+    # ---- before any work ----------------------------------------------------------------------------------------
+
+    def check_arguments(self, command: str, data: Any) -> None:
+        """Refuse what a command cannot do, before any text or weight is read: configurations alone say it.
+
+        Args:
+            command: "prune", "verify" or "export"; others are not looked at.
+            data: The DataModule, whose files must not be written over.
+
+        Raises:
+            FileNotFoundError: A model, or the plan, is not there.
+            ValueError: An architecture, budget or plan that cannot be used; or a folder that must not be written, see
+                ``common.files.check_output``.
+        """
+        if command == "prune":
+            check_output(self.output, "model.output", self._inputs(data), self.overwrite)
+            self._check_request()
+        elif command == "verify":
+            PruningPlan.load(self.output / FILE).check_fits(self._counted().shapes)
+        elif command == "export":
+            check_output(self.portable, "model.portable", [self.output, *self._inputs(data)], self.overwrite)
+            family(load_config(self.output))
+
+    def _check_request(self) -> None:
+        whole = self._counted()
+        if self.plan_path is not None:
+            PruningPlan.load(Path(self.plan_path)).check_fits(whole.shapes)
+            return
+        multiple = channel_multiple(whole.shapes, self.multiple)
+        check_possible(whole.shapes, self._target(whole), self.allocation, multiple, self.drop_layers, self.rounds)
+
+    def _counted(self) -> ModelShape:
+        """The base model's shape, from its configuration."""
+        return ModelShape.of(load_on_meta(self.base, supported=family), self._weights_dtype().itemsize)
+
+    def _inputs(self, data: Any) -> list[Any]:
+        """What is read, and so must not be written over."""
+        return [self.base, self.plan_path, *(data.inputs() if hasattr(data, "inputs") else ())]
+
+    # ---- the commands -------------------------------------------------------------------------------------------
 
     def build_model(self) -> Any:
         """See ``CausalLM.build_model``: the pruned model, so that validation is of what was saved."""
@@ -147,47 +203,50 @@ class StructuredPruning(CausalLM):
             ValueError: A budget, plan, architecture or calibration text that cannot be used, or a result that is not
                 what the plan says; an earlier output folder is still there.
         """
+        self.check_arguments("prune", datamodule)
         block = datamodule.block_size
+        counted: Any = load_on_meta(self.base, supported=family)
+        check_vocabulary(counted, datamodule.tokenizer)
+        whole = ModelShape.of(counted, self._weights_dtype().itemsize)
+        multiple = channel_multiple(whole.shapes, self.multiple)
         if dry_run and self._needs_no_weights():
-            counted: Any = load_on_meta(self.base, supported=family)
-            whole = ModelShape.of(counted, self._weights_dtype().itemsize)
-            multiple = channel_multiple(whole.shapes, self.multiple)
-            plan = self._planner(counted, [], multiple).plan(self._target(whole, block), self._settings())
+            plan = self._planner(counted, [], multiple).plan(self._target(whole), self._settings())
             return _shown(self.base, report.structure(whole, plan, block, {}))
+        batches = datamodule.calibration(self.calibration_blocks, run_seed())
+        ids = self._verification_ids(datamodule).to(device)
         tokenizer = load_tokenizer(self.base, datamodule)
         model: Any = self._load(self.base).to(device)
-        check_vocabulary(model, datamodule.tokenizer)
-        whole = ModelShape.of(model, model.dtype.itemsize)
-        multiple = channel_multiple(whole.shapes, self.multiple)
-        batches = datamodule.calibration(self.calibration_blocks, run_seed())
         measured: dict[str, Any] = {}
         if not dry_run or self.max_ppl_ratio is not None:
             measured["ppl_before"] = self._ppl(model, datamodule, "Perplexity before")
         if self.measure_cost:
             measured["training_pass_seconds"] = training_pass_seconds(model, batches)
-        plans: list[PruningPlan] = []
+        rounds: list[Round] = []
         removed = 0
         for number in range(1, self.rounds + 1):
             planner = self._planner(model, batches, multiple)
             part = 1.0 if dry_run else number / self.rounds
-            plans.append(self._plan(planner, whole, datamodule, part, removed, measured))
+            plan = self._plan(planner, whole, datamodule, part, removed, measured)
             if dry_run:
-                return _shown(self.base, report.structure(whole, plans[0], block, measured))
+                return _shown(self.base, report.structure(whole, plan, block, measured))
             measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_memory_bytes(device)}
             del planner  # it holds the model that is about to be replaced
-            ids = self._verification_ids(datamodule).to(device)
-            model, verification = proven_slice(model, plans[-1], ids, self.tolerance)
+            model, verification = proven_slice(model, plan, ids, self.tolerance)
             if not self.importance.control:  # a control that fails is what it is there for; its record says so
                 verification.raise_if_failed()
             measured |= asdict(verification)
             removed = whole.footprint(block).parameters - model.num_parameters()
+            adapters = None
             if number < self.rounds:
                 with stage(f"Recovery after round {number}", self.recovery_steps, "steps") as done:
-                    model = short_recovery(model, batches, self.recovery_steps, self.recovery_learning_rate, done)
+                    learning_rate = self.recovery_learning_rate
+                    model, adapters = short_recovery(model, batches, self.recovery_steps, learning_rate, done)
+            rounds.append(Round(plan, adapters))
         measured["ppl_after"] = self._ppl(model, datamodule, "Perplexity after")
-        plan = composed(plans)
+        plan = composed([one.plan for one in rounds])
         structure = report.structure(whole, plan, block, measured)
-        save(self.output, model, tokenizer, report.card(self.base, structure | {"dataset": datamodule.name}), plan)
+        card = report.card(self.base, structure | {"dataset": datamodule.name})
+        save(self.output, model, tokenizer, card, plan, rounds, self._inputs(datamodule), self.overwrite)
         again: Any = load(self.output, model.dtype, self.loading["attention"]).to(device)
         structure["reload_difference"] = largest_difference(model, again, ids)
         print(f"pruned model: {self.output}")
@@ -202,8 +261,8 @@ class StructuredPruning(CausalLM):
             model, self.base, batches, self.importance, self.allocation, multiple, self.drop_layers, self.cache, stage
         )
 
-    def _target(self, whole: ModelShape, block: int) -> int:
-        return removed_parameters(self.budget, self.budget_unit, whole.footprint(block))
+    def _target(self, whole: ModelShape) -> int:
+        return removed_parameters(self.budget, self.budget_unit, whole.footprint(block_size=1))
 
     def _settings(self) -> dict[str, Any]:
         names = ("budget", "budget_unit", "max_ppl_ratio", "rounds", "recovery_steps", "recovery_learning_rate")
@@ -223,10 +282,10 @@ class StructuredPruning(CausalLM):
             plan = PruningPlan.load(Path(self.plan_path))
             plan.check_fits(planner.shapes, planner.hash)
             return plan
-        target = self._target(whole, datamodule.block_size)
+        target = self._target(whole)
         if self.max_ppl_ratio is None:
             return planner.plan(round(part * target) - removed, self._settings() | {"parameters_requested": target})
-        decoder = whole.footprint(datamodule.block_size).decoder_parameters
+        decoder = whole.footprint(block_size=1).decoder_parameters
 
         def perplexity(share: float) -> float:
             with masked(planner.model, planner.plan(round(share * decoder), {})):
@@ -240,15 +299,24 @@ class StructuredPruning(CausalLM):
     def verify(self, datamodule: LightningDataModule, device: torch.device) -> dict[str, Any]:
         """Compare the saved model with the dense one whose removed parts are zeroed; fields of the run record.
 
+        Where there were several rounds, each is gone through again, with the recovery that followed it.
+
         Raises:
             FileNotFoundError: The output folder has no plan.
             ValueError: The base is not the model that the plan was made for, or a comparison failed.
         """
+        self.check_arguments("verify", datamodule)
+        check_manifest(self.output)
         plan = PruningPlan.load(self.output / FILE)
+        *earlier, (last, _) = load_rounds(self.output, plan)
         ids = self._verification_ids(datamodule).to(device)
         dense = self._load(self.base).to(device)
         plan.check_fits([shape_of(layer) for layer in decoder_layers(dense)], model_hash(dense))
-        reference = reference_logits(dense, plan, ids)
+        for done in earlier:
+            dense, verification = proven_slice(dense, done.plan, ids, self.tolerance)
+            verification.raise_if_failed()
+            dense = recovered(dense, done.adapters or {})
+        reference = reference_logits(dense, last, ids)
         del dense
         pruned = self._load(self.output).to(device)
         verification = compare(*reference, pruned, ids, self.tolerance)
@@ -262,6 +330,7 @@ class StructuredPruning(CausalLM):
         Raises:
             ValueError: The stock model's logits differ from the pruned one's; nothing is written.
         """
+        self.check_arguments("export", datamodule)
         ids = self._verification_ids(datamodule).to(device)
         tokenizer = load_tokenizer(self.output, datamodule)
         pruned = self._load(self.output).to(device)
@@ -279,7 +348,9 @@ class StructuredPruning(CausalLM):
                 "width; the allocation Uniform avoids that"
             )
         name = type(padded.model).__name__
-        save(self.portable, padded.model, tokenizer, f"# {self.output.name}\n\n{name}, padded from a pruned model.\n")
+        card = f"# {self.output.name}\n\n{name}, padded from a pruned model.\n"
+        inputs = [self.output, *self._inputs(datamodule)]
+        save(self.portable, padded.model, tokenizer, card, inputs=inputs, overwrite=self.overwrite)
         print(f"{name} in {self.portable}: logits differ by at most {difference:.3g}")
         return {
             "structure": {
@@ -291,9 +362,15 @@ class StructuredPruning(CausalLM):
         }
 
     def _verification_ids(self, datamodule: LightningDataModule) -> Tensor:
-        """Blocks of validation text, int64 ``[verify_blocks, T]``, cut to the shortest of them."""
+        """Blocks of validation text, int64 ``[verify_blocks, T]``, cut to the shortest of them.
+
+        Raises:
+            ValueError: There is no validation text.
+        """
         rows = (row for batch in datamodule.val_dataloader() for row in batch["input_ids"])
         first = list(islice(rows, self.verify_blocks))
+        if not first:
+            raise ValueError("data: no validation text to compare logits on; give more text, or a larger val_percent")
         return torch.stack([row[: min(map(len, first))] for row in first])
 
     def _ppl(self, model: Any, datamodule: LightningDataModule, title: str) -> float:

@@ -87,6 +87,7 @@ class PruningPlan:
         Raises:
             ValueError: The message names the layer and what is wrong with it.
         """
+        self._check_types()
         if len(self.layers) != len(self.shapes):
             raise ValueError(f"{len(self.layers)} layers but {len(self.shapes)} shapes")
         if all(layer.dropped for layer in self.layers):
@@ -100,6 +101,18 @@ class PruningPlan:
             if bool(layer.groups) != bool(layer.channels):
                 missing = "groups" if not layer.groups else "channels"
                 raise ValueError(f"layer {i}: no {missing} are kept; keep at least one, or drop the whole layer")
+
+    def _check_types(self) -> None:
+        """What JSON may hold instead of what is meant."""
+        for i, layer in enumerate(self.layers):
+            for name, kept in asdict(layer).items():
+                if not (_are_counts(kept) or (kept is None and name == "query_heads")):
+                    raise ValueError(f"layer {i}: {name} must be a list of whole numbers, not negative")
+        for i, shape in enumerate(self.shapes):
+            if not _are_counts(shape) or len(shape) != 2:
+                raise ValueError(f"shapes: that of layer {i} must be two whole numbers, groups and channels")
+        if not isinstance(self.base, str) or not isinstance(self.base_hash, str) or not isinstance(self.settings, dict):
+            raise ValueError("base and base_hash must be texts, and settings an object")
 
     def check_fits(self, shapes: list[LayerShape], model_hash: str | None = None) -> None:
         """Refuse a plan that was made for another model.
@@ -120,3 +133,7 @@ class PruningPlan:
                 f"plan: made for {self.base} with weights {self.base_hash[:12]}, but this model's are "
                 f"{model_hash[:12]}; prune the model again, or give the model that the plan was made for"
             )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_modules.batches import Batch
 
@@ -31,12 +32,15 @@ def model_hash(model: Any) -> str:
 
 def text_hash(batches: Sequence[Batch]) -> str:
     """SHA-256 of calibration text: tokens, and what says which count and which belong together."""
+    names = ("input_ids", "labels", "attention_mask", "position_ids")
+    return settings_hash([tensors_hash({name: batch[name] for name in names if name in batch}) for batch in batches])
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, with their shapes and dtypes."""
     digest = hashlib.sha256()
-    for batch in batches:
-        for name in ("input_ids", "labels", "attention_mask", "position_ids"):
-            if name in batch:
-                part = batch[name].cpu().contiguous()
-                digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode() + part.numpy().tobytes())
+    for name, part in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode() + part.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from common.files import replacing
+from common.files import check_output, replacing
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
 from lightning_modules.loading import load, load_config
 from lightning_modules.structured_pruning import adapter as adapters
@@ -41,6 +41,7 @@ class LoraRecovery(CausalLM):
         weight_decay: Decoupled decay of the adapters.
         lr_schedule: See ``CausalLM``.
         warmup_steps: Optimizer steps of linear warm-up.
+        overwrite: Let ``merged`` replace a folder that Pare did not write.
         **kwargs: See ``CausalLM``.
     """
 
@@ -62,6 +63,7 @@ class LoraRecovery(CausalLM):
         weight_decay: float = 0.0,
         lr_schedule: str = "linear",
         warmup_steps: int = 100,
+        overwrite: bool = False,
         **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, weight_decay, lr_schedule=lr_schedule, warmup_steps=warmup_steps, **kwargs)
@@ -70,8 +72,13 @@ class LoraRecovery(CausalLM):
         for name, value in (("rank", rank), ("alpha", alpha), ("temperature", temperature)):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        self.base, self.adapter, self.merged, self.teacher_path = base, adapter, merged, teacher
-        self.distill_weight, self.temperature = distill_weight, temperature
+        self.base = base
+        self.adapter = adapter
+        self.merged = merged
+        self.overwrite = overwrite
+        self.teacher_path = teacher
+        self.distill_weight = distill_weight
+        self.temperature = temperature
         self.lora = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
         )
@@ -80,6 +87,42 @@ class LoraRecovery(CausalLM):
         self.strict_loading = False  # checkpoints hold no base; what they must hold is checked on loading
 
     trained_only = True
+
+    # ---- before any work ------------------------------------------------------------------------------------------
+
+    def check_arguments(self, command: str, data: Any) -> None:
+        """Refuse what a command cannot do, before any text or weight is read.
+
+        Args:
+            command: "fit", "validate", "test", "predict" or "export".
+            data: The DataModule, whose files must not be written over.
+
+        Raises:
+            FileNotFoundError: The base, the teacher or the adapter is not there.
+            ValueError: They do not belong together, an argument is missing, or ``merged`` must not be written, see
+                ``common.files.check_output``.
+        """
+        config = load_config(self.base)
+        family(config)
+        if self.adapter is not None:
+            adapters.check_adapter(Path(self.adapter))
+        if self.teacher_path is not None:
+            self._check_teacher(load_config(self.teacher_path), config)
+        if command == "export":
+            if self.adapter is None or self.merged is None:
+                raise ValueError("export needs the adapter to merge (adapter) and the folder to write (merged)")
+            check_output(self.merged, "model.merged", self._inputs(data), self.overwrite)
+
+    def _check_teacher(self, teacher: Any, student: Any) -> None:
+        if teacher.vocab_size != student.vocab_size:
+            raise ValueError(
+                f"teacher: its vocabulary has {teacher.vocab_size} tokens, the base's has {student.vocab_size}; give "
+                "the model that the base was pruned from"
+            )
+
+    def _inputs(self, data: Any) -> list[Any]:
+        """What is read, and so must not be written over."""
+        return [self.base, self.adapter, self.teacher_path, *(data.inputs() if hasattr(data, "inputs") else ())]
 
     # ---- the model ------------------------------------------------------------------------------------------------
 
@@ -111,11 +154,7 @@ class LoraRecovery(CausalLM):
         if self.teacher_path is not None:
             teacher = load(self.teacher_path, **self.loading)
             self.teacher = teacher.requires_grad_(False).train()  # until on_train_start
-            if self.teacher.config.vocab_size != self.model.config.vocab_size:
-                raise ValueError(
-                    f"teacher: its vocabulary has {self.teacher.config.vocab_size} tokens, the base's has "
-                    f"{self.model.config.vocab_size}; give the model that the base was pruned from"
-                )
+            self._check_teacher(self.teacher.config, self.model.config)
 
     def on_train_start(self) -> None:
         """The teacher has no dropout; set here, because Lightning warns of what is in evaluation mode before."""
@@ -164,12 +203,11 @@ class LoraRecovery(CausalLM):
         Raises:
             ValueError: The adapter was trained on another base, or an argument is missing.
         """
-        if self.adapter is None or self.merged is None:
-            raise ValueError("export needs the adapter to merge (adapter) and the folder to write (merged)")
-        name = Path(self.merged).name
-        card = f"# {name}\n\n{self.base} with the adapter {self.adapter} merged into it.\n"
-        self._merge(Path(self.merged), None, None, datamodule.tokenizer, card)
-        print(f"merged model: {self.merged}")
+        self.check_arguments("export", datamodule)
+        merged = Path(str(self.merged))
+        card = f"# {merged.name}\n\n{self.base} with the adapter {self.adapter} merged into it.\n"
+        self._merge(merged, None, None, datamodule.tokenizer, card)
+        print(f"merged model: {merged}")
         return {}
 
     def _merge(
@@ -187,7 +225,7 @@ class LoraRecovery(CausalLM):
         if config is None:
             config, weights = adapters.read_adapter(Path(str(self.adapter)), self.base, base_hash)
         adapted = adapters.attach(base, config, weights)
-        with replacing(folder, "model", [self.base, self.adapter, self.teacher_path]) as beside:
+        with replacing(folder, "model", self._inputs(None), self.overwrite) as beside:
             adapters.save_adapter(beside / _ADAPTER, adapted, self.base, base_hash)
             # merged in float32, written in the dtype that the base has on disk
             stored = load_config(self.base).dtype or torch.float32

@@ -1,27 +1,49 @@
-"""Pruning in several rounds, each followed by a short recovery."""
+"""Pruning in several rounds, each but the last followed by a short recovery; how the result is kept and made again.
+
+A pruned folder of several rounds holds, besides the plan in numbers of the first model, the plan of each round in
+numbers of the model that it cut, and the adapters that were merged after it: enough to go the same way again.
+"""
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_modules.batches import Batch
+from lightning_modules.structured_pruning.adapter import adapter_weights, attach
 from lightning_modules.structured_pruning.evaluation import backward
 from lightning_modules.structured_pruning.layers import ATTENTION, MLP
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 
+FOLDER = "rounds"
 _RANK = 8
+
+
+class Round(NamedTuple):
+    """One round.
+
+    Attributes:
+        plan: What it keeps of the model at its beginning.
+        adapters: Weights of the adapters that were merged after it; None after the last round.
+    """
+
+    plan: PruningPlan
+    adapters: dict[str, Tensor] | None
 
 
 def short_recovery(
     model: Any,
-    batches: Sequence[dict[str, Tensor]],
+    batches: Sequence[Batch],
     steps: int,
     learning_rate: float,
     done: Callable[[int], None] = lambda count: None,
-) -> Any:
+) -> tuple[Any, dict[str, Tensor]]:
     """Train low-rank adapters on all seven projections for a few steps and merge them.
 
     Args:
@@ -32,12 +54,9 @@ def short_recovery(
         done: Told the number of steps done, for progress.
 
     Returns:
-        The merged model, in evaluation mode.
+        The merged model, in evaluation mode, and the adapters' weights, on the CPU.
     """
-    projections = list(ATTENTION + MLP)
-    adapted: Any = get_peft_model(
-        model, LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=projections, task_type="CAUSAL_LM")
-    )
+    adapted: Any = attach(model, _lora())
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), 1):
@@ -45,18 +64,93 @@ def short_recovery(
         optimizer.step()
         optimizer.zero_grad()
         done(step)
-    return adapted.merge_and_unload().requires_grad_(True).eval()
+    weights = {name: weight.cpu().clone() for name, weight in adapter_weights(adapted.state_dict()).items()}
+    return _merged(adapted), weights
+
+
+def recovered(model: Any, adapters: dict[str, Tensor]) -> Any:
+    """Merge the adapters of an earlier ``short_recovery`` again; the model's weights change."""
+    return _merged(attach(model, _lora(), adapters))
 
 
 def composed(plans: Sequence[PruningPlan]) -> PruningPlan:
-    """One plan that keeps what all rounds keep, in numbers of the first model."""
+    """One plan that keeps what all rounds keep, in numbers of the first model.
+
+    Raises:
+        ValueError: A plan is not for what the one before keeps.
+    """
     first, *later = plans
     layers = list(first.layers)
     for plan in later:
+        if plan.shapes != [[len(layer.groups), len(layer.channels)] for layer in layers if not layer.dropped]:
+            raise ValueError("rounds: a plan is not for the model that the round before leaves")
         follows = iter(plan.layers)  # a dropped layer is not in later plans
         layers = [layer if layer.dropped else _within(layer, next(follows)) for layer in layers]
     return PruningPlan(layers, first.shapes, first.base, first.base_hash, plans[-1].settings)
 
 
+def save_rounds(folder: Path, rounds: Sequence[Round]) -> None:
+    """Write the rounds of a pruned folder; a single one is the folder's plan, so nothing is written."""
+    if len(rounds) < 2:
+        return
+    for (plan, weights), (plan_path, weights_path) in zip(rounds, _paths(folder), strict=False):
+        plan.save(plan_path)
+        if weights is not None:
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, weights_path)
+
+
+def load_rounds(folder: Path, plan: PruningPlan) -> list[Round]:
+    """Read the rounds of a pruned folder.
+
+    Args:
+        folder: What ``prune`` wrote.
+        plan: The folder's plan.
+
+    Returns:
+        As many rounds as there were; for a single one the plan itself.
+
+    Raises:
+        ValueError: A file is damaged, or the rounds together are not the folder's plan.
+    """
+    if not (folder / FOLDER).is_dir():
+        return [Round(plan, None)]
+    rounds = []
+    for plan_path, weights_path in _paths(folder):
+        if not plan_path.exists():
+            break
+        rounds.append(Round(PruningPlan.load(plan_path), _weights(weights_path)))
+    together = composed([one.plan for one in rounds]) if rounds else None
+    if together is None or together.layers != plan.layers:
+        raise ValueError(f"{folder / FOLDER}: the rounds together do not keep what the plan of {folder} says")
+    if any((one.adapters is None) != (one is rounds[-1]) for one in rounds):
+        raise ValueError(f"{folder / FOLDER}: every round but the last has adapters, but some are missing")
+    return rounds
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=list(ATTENTION + MLP), task_type="CAUSAL_LM")
+
+
+def _merged(adapted: Any) -> Any:
+    return adapted.merge_and_unload().requires_grad_(True).eval()
+
+
 def _within(layer: LayerPlan, later: LayerPlan) -> LayerPlan:
     return LayerPlan([layer.groups[g] for g in later.groups], [layer.channels[c] for c in later.channels])
+
+
+def _paths(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Where the plan and the adapters of the first, second, … round are."""
+    for number in itertools.count(1):
+        path = folder / FOLDER / f"{number}.json"
+        yield path, path.with_suffix(".safetensors")
+
+
+def _weights(path: Path) -> dict[str, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); prune the model again") from error
+    return weights

@@ -12,7 +12,7 @@ from common.progress import stage
 from common.variants import variants
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
-from lightning_modules.structured_pruning.evaluation import first_blocks, ppl
+from lightning_modules.structured_pruning.evaluation import ppl
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.magnitude import Magnitude
 from lightning_modules.structured_pruning.importance.per_tensor_truncation import PerTensorTruncation
@@ -23,11 +23,10 @@ from tests.lightning_modules.structured_pruning import toy
 
 
 def test_a_cell_is_the_perplexity_of_the_zeroed_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "CALIBRATION_BLOCKS", 4)
     monkeypatch.setattr(ablation, "RECOVERY_STEPS", 3)
     model, text = toy.tiny(), toy.batches()
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    data = SimpleNamespace(block_size=20, train_dataloader=lambda: text, val_dataloader=lambda: text)
+    data = SimpleNamespace(block_size=20, calibration=lambda count, seed: text, val_dataloader=lambda: text)
     arguments = ([Magnitude(), PerTensorTruncation()], [Uniform()], [0.25, 0.5], tmp_path)
     cells = list(ablation.cells(model, "toy", data, *arguments))
 
@@ -37,7 +36,7 @@ def test_a_cell_is_the_perplexity_of_the_zeroed_model(tmp_path, monkeypatch):
         ("PerTensorTruncation", 0.25),
         ("PerTensorTruncation", 0.5),
     ]
-    planner = Planner(model, "toy", first_blocks(text, 4), Magnitude(), Uniform(), 1, 0, tmp_path, stage)
+    planner = Planner(model, "toy", text, Magnitude(), Uniform(), 1, 0, tmp_path, stage)
     decoder = sum(p.numel() for p in model.model.layers.parameters())
     with removed_parts_zeroed(model, planner.plan(round(0.25 * decoder), {})):
         assert cells[0]["ppl"] == pytest.approx(ppl(model, text), rel=0.02)  # budgets are met up to a channel

@@ -51,13 +51,19 @@ class Allocation(Variant, ABC):
             ValueError: Floor or cap do not allow the target; the message says what they allow.
         """
 
-    def check_target(self, shapes: Sequence[LayerShape], target: int) -> None:
+    def check_target(self, shapes: Sequence[LayerShape], target: int, removed: int = 0) -> None:
         """Refuse a target that floor and cap do not allow.
+
+        Args:
+            shapes: The layers.
+            target: Parameters to remove from all of them.
+            removed: Parameters that will have gone before.
 
         Raises:
             ValueError: See ``removals``.
         """
-        prunable, total = sum(map(prunable_parameters, shapes)), sum(s.parameters for s in shapes)
+        prunable = sum(map(prunable_parameters, shapes)) - removed
+        total = sum(s.parameters for s in shapes) - removed
         least, most = self.floor * prunable, self.cap * prunable
         # a rounding of one part in a million is not worth an error
         if not least * (1 - 1e-6) <= target <= most * (1 + 1e-6):

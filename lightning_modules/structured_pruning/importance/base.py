@@ -38,9 +38,11 @@ class Importance(Variant, ABC):
 
     Attributes:
         control: A deliberately wrong variant, for comparison only.
+        rescores: Whether ``rescore`` looks at text again.
     """
 
     control: bool = False
+    rescores: bool = False
 
     @abstractmethod
     def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:
@@ -48,7 +50,7 @@ class Importance(Variant, ABC):
 
         Args:
             model: A supported causal language model, in evaluation mode.
-            batches: ``{"input_ids": [B, T], "labels": [B, T]}``.
+            batches: See ``batches.Batch``; run the model through ``batches.logits``, or ``evaluation.backward``.
 
         Returns:
             One entry a layer.
@@ -57,7 +59,7 @@ class Importance(Variant, ABC):
     def rescore(
         self, model: Any, batches: Sequence[dict[str, Tensor]], scores: list[LayerScores], keep: list[Keep]
     ) -> list[LayerScores]:
-        """Scores once it is known how many parts each layer keeps; the same ones, unless a method goes step by step."""
+        """Scores once it is known how many parts each layer keeps; asked for where a method ``rescores``."""
         return scores
 
     def query_heads(self, groups: list[int], n_rep: int) -> list[int] | None:

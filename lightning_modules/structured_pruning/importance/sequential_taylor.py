@@ -20,6 +20,8 @@ class SequentialTaylor(WeightTaylor):
     o_proj and down_proj, which computes the same as slicing.
     """
 
+    rescores = True
+
     def rescore(
         self, model: Any, batches: Sequence[dict[str, Tensor]], scores: list[LayerScores], keep: list[Keep]
     ) -> list[LayerScores]:

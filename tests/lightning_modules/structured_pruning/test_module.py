@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.data.tokenizer import train_bpe
@@ -19,6 +20,7 @@ from lightning_modules.structured_pruning.importance.per_tensor_truncation impor
 from lightning_modules.structured_pruning.importance.random import Random
 from lightning_modules.structured_pruning.importance.sequential_taylor import SequentialTaylor
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
+from lightning_modules.structured_pruning.provenance import settings_hash
 from tests.lightning_modules.structured_pruning.toy import batches, tiny
 
 CPU = torch.device("cpu")
@@ -118,10 +120,18 @@ def test_measurements_are_kept_and_an_interrupted_one_goes_on(make, data, tmp_pa
     assert len(calls) == 6
     (damage,) = (tmp_path / "cache/structured_pruning").glob("*/damage-*.json")
     (scores,) = (tmp_path / "cache/structured_pruning").glob("*/scores-*.safetensors")
-    damage.write_text(json.dumps(json.loads(damage.read_text())[:3]))
+    kept = json.loads(damage.read_text())["losses"][:3]
+    damage.write_text(json.dumps({"losses": kept, "hash": settings_hash(kept)}))
     scores.write_bytes(b"not safetensors")
     make().prune(data, CPU)
     assert calls[6:] == ["loss"] * 2 + ["gate_taylor"]
+    assert PruningPlan.load(tmp_path / "pruned" / FILE) == plan
+    damage.write_text(damage.read_text().replace(".", "1.", 1))  # still JSON, of other numbers
+    flipped = bytearray(scores.read_bytes())
+    flipped[-3] ^= 1  # still safetensors, of other scores
+    scores.write_bytes(flipped)
+    make().prune(data, CPU)
+    assert calls[9:] == ["loss"] * 5 + ["gate_taylor"]
     assert PruningPlan.load(tmp_path / "pruned" / FILE) == plan
 
 
@@ -212,7 +222,21 @@ def test_rounds_with_recovery_remove_the_whole_budget(make, data, tmp_path):
     structure = module.prune(data, CPU)["structure"]
     assert abs(structure["budget_obtained"] - structure["budget_requested"]) <= 0.01 * structure["budget_requested"]
     assert load(tmp_path / "pruned").num_parameters() == structure["parameters_after"]
+    verified = make().verify(data, CPU)["structure"]  # goes the same way again
+    assert verified["zeroed_and_sliced"] <= 1e-9 < verified["pruned_and_dense"]
+    plans = [PruningPlan.load(tmp_path / f"pruned/rounds/{number}.json") for number in (1, 2)]
+    whole = PruningPlan.load(tmp_path / "pruned" / FILE)
+    assert [len(layer.groups) for layer in whole.layers] == [len(layer.groups) for layer in plans[1].layers]
+    assert whole.shapes == plans[0].shapes != plans[1].shapes and whole.base_hash == plans[0].base_hash
+
+    adapters = tmp_path / "pruned/rounds/1.safetensors"
+    changed = {name: 1.5 * weight for name, weight in load_file(adapters).items()}
+    (tmp_path / "pruned/pare.json").unlink()
+    save_file(changed, adapters)
     with pytest.raises(ValueError, match="weights were changed after pruning"):
+        make().verify(data, CPU)
+    plans[1].save(tmp_path / "pruned/rounds/1.json")
+    with pytest.raises(ValueError, match="a plan is not for the model that the round before leaves"):
         make().verify(data, CPU)
 
 
