@@ -3,7 +3,8 @@
 import sys
 import time
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -18,9 +19,51 @@ from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
 
+Command = Literal["fit", "validate", "test", "predict", "prepare", "prune", "verify", "export", "generate"]
+_LIGHTNING = ("fit", "validate", "test", "predict", "prepare", "generate")  # what every module can, or needs no module
+
 
 class PareTrainer(Trainer):
     """Lightning's Trainer with Pare's own commands."""
+
+    def check(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        command: Command = "fit",
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Say what is wrong with a configuration, without running it: classes, values, files, budgets.
+
+        The module refuses what cannot succeed where it has ``check_arguments(command, datamodule)``, as before every
+        command, and the data where they have the same.
+
+        Args:
+            model: What would run.
+            datamodule: Its data.
+            command: The command that is to run.
+            ckpt_path: As that command takes it.
+            weights_only: As that command takes it.
+
+        Raises:
+            ValueError: A value, a file or a budget is impossible; the message names it.
+        """
+        if command not in _LIGHTNING and not hasattr(model, command):
+            raise ValueError(f"model: {type(model).__name__} has nothing to {command}")
+        if (
+            ckpt_path is not None
+            and ckpt_path not in ("best", "last", "hpc", "registry")
+            and not Path(ckpt_path).exists()
+        ):
+            raise FileNotFoundError(f"ckpt_path: there is no checkpoint {ckpt_path}")
+        ranks, replicas = self.num_nodes * self.num_devices, getattr(self.strategy, "replicas", None) or 1
+        if ranks % replicas:
+            raise ValueError(f"replicas={replicas} does not divide {ranks} ranks")
+        for part in (datamodule, model):
+            if hasattr(part, "check_arguments"):
+                part.check_arguments(command, datamodule)
+        print(f"{command}: nothing is wrong with this configuration")
 
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Tokenise and pack the data into its cache, without training; later starts find it there."""
@@ -138,5 +181,5 @@ class PareTrainer(Trainer):
                 generation.stream(loaded, tokenizer, asked, **options)
         if show_survival and run is not None:
             fields = survival(run, tokenizer)
-            show(fields)
             self._record(model, datamodule, {"survival": fields})
+            show(fields)

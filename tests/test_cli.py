@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from configparser import ConfigParser
 from pathlib import Path
 from unittest import mock
 
+import lightning.pytorch
+import psutil
 import pytest
 import yaml
 
@@ -19,9 +22,11 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 import main
-from callbacks.commands import PareTrainer
+from common.variants import families, variants
 from lightning_modules import EmbeddedDocs, Pretraining
-from strategies.compressors import known_compressors
+from strategies.compressors import Compressor
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse by an old name
 
 # Configurations of main.py, each with the arguments that its header names.
 COMMANDS = {
@@ -48,12 +53,7 @@ TINY = [
 def _parse(capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a command that only parses."""
     with mock.patch.object(sys, "argv", ["main.py", *arguments]), pytest.raises(SystemExit) as stop:
-        main.PareCLI(
-            trainer_class=PareTrainer,
-            parser_class=main.Parser,
-            auto_configure_optimizers=False,
-            seed_everything_default=1234,
-        )
+        main.main()
     out, err = capsys.readouterr()
     return stop.value.code or 0, out, err
 
@@ -85,10 +85,42 @@ def test_compressors_nest_by_their_short_names(capsys):
     assert inner["init_args"]["values"]["init_args"]["block_size"] == 64
 
 
-def test_a_misspelt_compressor_lists_the_known_ones(capsys):
-    code, _, err = _parse(capsys, "fit", *TINY, "--trainer.strategy.compressor", "Int9")
-    assert code != 0
-    assert ", ".join(cls.__name__ for cls in known_compressors()) in err and "Int8" in err
+STRATEGY = "--trainer.strategy.compressor"
+MISSPELT = {
+    "Compressor": (*TINY, STRATEGY, "Int9"),
+    "Scorer": ("--config", "configs/token_pruning/quality.yaml", "--model.scorers", "[KeyNorn]"),
+    "Target": ("--config", "configs/token_pruning/train.yaml", "--model.target", "GateGrad"),
+    "Importance": ("--config", "configs/structured_pruning/prune.yaml", "--model.importance", "Tailor"),
+    "Allocation": ("--config", "configs/structured_pruning/prune.yaml", "--model.allocation", "Unifrom"),
+    "Score": ("--config", "configs/block_sparsity/oneshot.yaml", "--model.score", "Wand"),
+    "Schedule": ("--config", "configs/block_sparsity/progressive.yaml", "--model.schedule", "Cubic"),
+    "Callback": (*TINY, "--trainer.callbacks+=Thruput"),
+    "LightningModule": (*TINY, "--model", "Pretrain"),
+    "LightningDataModule": (*TINY, "--data", "TextCorpse"),
+}
+
+
+@pytest.mark.parametrize("family", MISSPELT)
+def test_a_misspelt_class_lists_its_family_in_one_line(family, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, _, err = _parse(capsys, "fit", *MISSPELT[family])
+    known = {cls.__name__: cls for cls in (Compressor, *families())}
+    base = known.get(family) or getattr(lightning.pytorch, family)
+    error, help_, *rest = err.strip().splitlines()
+    assert code == 2 and not rest and help_ == "help: main.py fit --help"
+    assert re.match(rf"error: [\w.]+: there is no {family} {MISSPELT[family][-1].strip('[]').split('=')[-1]}\b", error)
+    assert {cls.__name__ for cls in variants(base) if cls.__module__.startswith(PARE)} <= set(re.findall(r"\w+", error))
+
+
+PARE = ("lightning_modules.", "strategies.", "callbacks.")
+
+
+def test_a_class_inside_a_class_is_named_by_its_whole_key(capsys):
+    code, _, err = _parse(capsys, "fit", *TINY, STRATEGY, "ErrorFeedback", f"{STRATEGY}.inner", "Topk")
+    assert code == 2 and err.startswith(
+        "error: trainer.strategy.compressor.inner: there is no Compressor Topk; did you"
+    )
+    assert "did you mean TopK?" in err
 
 
 @pytest.mark.parametrize(
@@ -102,7 +134,59 @@ def test_a_misspelt_compressor_lists_the_known_ones(capsys):
 )
 def test_what_is_wrong_is_named(arguments, names, capsys):
     code, _, err = _parse(capsys, "fit", *TINY, *arguments)
-    assert code != 0 and names in err
+    assert code == 2 and names in err and len(err.splitlines()) <= 3
+
+
+def test_what_a_class_refuses_is_an_error_of_the_command_line(capsys):
+    code, _, err = _parse(capsys, "fit", *TINY, "--model.learning_rate", "-1")
+    assert code == 2 and err.startswith("error: ") and "learning_rate must be positive, got -1" in err
+
+
+def _check(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit status and what was said."""
+    with mock.patch.object(sys, "argv", ["main.py", "check", *arguments]):
+        try:
+            main.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_check_runs_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(EmbeddedDocs, "prepare_data", lambda self: pytest.fail("prepared"))
+    code, said = _check(capsys, *TINY)
+    assert code == 0 and "fit: nothing is wrong" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--model.learning_rate", "0"], "learning_rate"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["--command", "prune"], "Pretraining has nothing to prune"),
+        (["--command", "prone"], "prune"),
+        (
+            ["--trainer.strategy.class_path=CompressedFSDP2", "--trainer.strategy.replicas=2", "--trainer.devices=3"],
+            "replicas=2",
+        ),
+    ],
+)
+def test_check_names_what_is_wrong(arguments, names, capsys):
+    code, said = _check(capsys, *TINY, *arguments)
+    assert code == 2 and names in said and "Traceback" not in said
+
+
+def test_check_asks_module_and_data(capsys, monkeypatch):
+    asked = []
+    for cls in (Pretraining, EmbeddedDocs):
+        monkeypatch.setattr(cls, "check_arguments", lambda self, *given: asked.append((self, *given)), raising=False)
+    assert _check(capsys, *TINY, "--command", "validate")[0] == 0
+    (data, *told), (model, *also) = asked
+    assert isinstance(data, EmbeddedDocs) and isinstance(model, Pretraining)
+    assert told == also == ["validate", data]
 
 
 # MKL promises the same bits in another process only under this setting. Without it one run in about fifty of this
@@ -110,7 +194,7 @@ def test_what_is_wrong_is_named(arguments, names, capsys):
 REPRODUCIBLE = {"MKL_CBWR": "AVX2,STRICT"}
 
 
-def _start(folder: Path, *arguments: str, command: str = "fit") -> subprocess.Popen:
+def _start(folder: Path, *arguments: str, command: str = "fit", **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), command, *TINY, *arguments],
         cwd=folder,
@@ -118,7 +202,7 @@ def _start(folder: Path, *arguments: str, command: str = "fit") -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **REPRODUCIBLE, "CI": "true", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **REPRODUCIBLE, "CI": "true", "HF_HUB_OFFLINE": "1", **variables},
     )
 
 
@@ -149,9 +233,8 @@ def trained(tmp_path_factory) -> Path:
 LONG = ["--trainer.max_steps", "12", "--trainer.accumulate_grad_batches", "2", "--trainer.strategy.compressor", "Int8"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse by an old name
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prune", "verify", "export"])
-def test_a_module_may_refuse_before_any_data_is_prepared(command, monkeypatch):
+def test_a_module_may_refuse_before_any_data_is_prepared(command, monkeypatch, capsys):
     told = []
 
     def refuse(module, command, datamodule):
@@ -161,8 +244,9 @@ def test_a_module_may_refuse_before_any_data_is_prepared(command, monkeypatch):
     monkeypatch.setattr(Pretraining, "check_arguments", refuse, raising=False)
     monkeypatch.setattr(EmbeddedDocs, "prepare_data", lambda self: told.append("prepared"))
     monkeypatch.setattr(sys, "argv", ["main.py", command, *TINY])
-    with pytest.raises(ValueError, match="budget: too much"):
+    with pytest.raises(SystemExit) as stop:
         main.main()
+    assert stop.value.code == 2 and "error: budget: too much" in capsys.readouterr().err
     assert told == [(command, "embedded")]
 
 
@@ -249,3 +333,51 @@ def test_killed_rank_ends_the_run_with_a_message(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "another rank has died" in output or "terminated with code" in output
+
+
+SLOW = """
+import time
+from pathlib import Path
+from lightning.pytorch import Callback
+class Slow(Callback):
+    def on_validation_batch_start(self, *_):
+        Path("validating").touch()
+        time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("child", [False, True], ids=["rank 0", "rank 1"])
+def test_a_signal_to_either_rank_ends_a_validation_of_both(child, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    slow = ["--trainer.callbacks+=slow.Slow", "--data.max_val_blocks", "200"]
+    process = _start(tmp_path, *slow, command="validate", PYTHONPATH=f"{ROOT}:{tmp_path}")
+    ranks = psutil.Process(process.pid)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not (tmp_path / "validating").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = ranks.children()
+    os.kill(children[0].pid if child else process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "stopped by SIGTERM" in output and "Traceback" not in output
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_the_console_command_works_from_any_folder(tmp_path):
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    name, _, place = settings["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    assert name == "pare" and "main" in settings["options"]["py_modules"].split()
+    module, _, function = place.partition(":")
+    script = tmp_path / "bin/pare"  # as pip writes it
+    script.parent.mkdir()
+    script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    (tmp_path / "mine.yaml").write_text(Path(TINY[1]).read_text())
+    done = subprocess.run(
+        [sys.executable, str(script), "check", "--config", "mine.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CI": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "nothing is wrong" in done.stdout, done.stderr

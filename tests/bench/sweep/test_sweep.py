@@ -15,7 +15,6 @@ from bench import sweep
 from bench.__main__ import main
 from bench.network import link
 from bench.network.launch import StopRequested
-from bench.sweep import check as sweep_check
 from bench.sweep import execute as sweep_execute
 from bench.sweep import progress as sweep_progress
 from common.records import record
@@ -42,7 +41,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("RAN", str(tmp_path / "ran"))
     monkeypatch.setenv("HERE", json.dumps(sweep.machine.identity()))
     monkeypatch.setattr(sweep_execute, "main_py", lambda *a: [sys.executable, "-c", STAND_IN, *a])
-    monkeypatch.setattr(sweep_check, "problems", lambda runs: [None] * len(runs))
+    monkeypatch.setattr(sweep, "problems", lambda runs: [None] * len(runs))
     monkeypatch.setattr(link, "check", lambda: "no links in this test")
 
     def run(what: list, *arguments: str, **content):
@@ -118,7 +117,7 @@ def test_results_of_another_machine_are_not_mixed_silently(start, tmp_path, monk
 
 
 def test_impossible_runs_are_refused_before_the_first(start, monkeypatch, capsys):
-    monkeypatch.setattr(sweep_check, "problems", lambda runs: [None, "no such thing"])
+    monkeypatch.setattr(sweep, "problems", lambda runs: [None, "no such thing"])
     status, records, ran = start(["a", "b"])
     assert status == 1 and not records and not ran and "b:\n  no such thing" in capsys.readouterr().err
 
@@ -177,7 +176,7 @@ def test_impossible_arguments_are_found_without_running():
     strategy = "--trainer.strategy"
     fsdp2 = f"{strategy}.class_path=CompressedFSDP2"
     feedback = '{"class_path": "ErrorFeedback", "init_args": {"inner": "SignSGD"}}'
-    answers = sweep_check.problems(
+    answers = sweep.problems(
         [
             base,
             [*base, f"{strategy}.parameter_compressor=Int8"],  # not one of FSDP1's
