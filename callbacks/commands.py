@@ -61,8 +61,9 @@ class PareTrainer(Trainer):
         if ranks % replicas:
             raise ValueError(f"replicas={replicas} does not divide {ranks} ranks")
         for part in (datamodule, model):
-            if hasattr(part, "check_arguments"):
-                part.check_arguments(command, datamodule)
+            refuse: Any = getattr(part, "check_arguments", None)
+            if refuse is not None:
+                refuse(command, datamodule)
         print(f"{command}: nothing is wrong with this configuration")
 
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:

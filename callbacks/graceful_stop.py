@@ -20,6 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.measurement import completes_step
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# By which a rank and the one that launched it tell each other: sent as it came, a signal may be the other's second.
+_PASSED_ON = {signal.SIGRTMIN + signum: signum for signum in SIGNALS}
 _runs = itertools.count()
 _PARENT = "PARE_PARENT"
 _LEAD = {"cpu": 1, "cuda": 20}  # steps between announcing and stopping; see GracefulStop
@@ -42,6 +44,7 @@ class Stopped(SystemExit):
 def stoppable() -> Iterator[None]:
     """Within the block, SIGINT and SIGTERM raise `Stopped` wherever the program is; a second one ends it at once."""
     before, previous = os.environ.get(_PARENT), _take(_stop_now)
+    previous |= {signum: signal.signal(signum, _launched_rank_stopped) for signum in _PASSED_ON}
     if not _started_by_a_rank():
         os.environ[_PARENT] = str(os.getpid())  # ranks that this process launches inherit it
     try:
@@ -197,7 +200,9 @@ class GracefulStop(Callback):
         _take(_stop_now)
         launcher = trainer.strategy.launcher
         if isinstance(exception, Stopped) and self._leaving_for is None and launcher is not None:
-            launcher.kill(exception.signum)
+            passed_on = signal.SIGRTMIN + exception.signum
+            known = signal.getsignal(passed_on) is _launched_rank_stopped  # not in a program other than main.py
+            launcher.kill(passed_on if known else exception.signum)
         if any(text in str(exception) for text in _LOST_PEER):
             print(
                 f"rank {trainer.global_rank}: another rank has died (see its output above, or the kernel log for "
@@ -243,10 +248,15 @@ def _stop_now(signum: int, frame: FrameType | None) -> None:
         return
     _take(_second_signal)
     if _started_by_a_rank():
-        os.kill(os.getppid(), signum)
+        os.kill(os.getppid(), signal.SIGRTMIN + signum)
     else:
         os.write(2, f"stopped by {signal.Signals(signum).name}\n".encode())  # safe in a handler, unlike print
     raise Stopped(signum)
+
+
+def _launched_rank_stopped(signum: int, frame: FrameType | None) -> None:
+    if signal.getsignal(signal.SIGTERM) is not _second_signal:  # else it is known already
+        _stop_now(_PASSED_ON[signum], frame)
 
 
 def _second_signal(signum: int, frame: FrameType | None) -> None:

@@ -66,8 +66,9 @@ def explain(message: str, command: str = "fit") -> str:
 
 def _unknown(name: str, keys: list[str], classes: list[str], command: str) -> str:
     """No class of this name: those there are, of the kind that the argument takes."""
-    bases = _expected(keys[-1], classes[-1] if classes else None, command) if keys else []
-    known = sorted({cls.__name__ for base in bases for cls in variants(base) if not cls.__name__.startswith("_")})
+    bases: list[type[object]] = _expected(keys[-1], classes[-1] if classes else None, command) if keys else []
+    found: set[type[object]] = {each for base in bases for each in variants(base)}
+    known = sorted(each.__name__ for each in found if not each.__name__.startswith("_"))
     if not known:
         return f"there is no class {name}"
     close = difflib.get_close_matches(name, known, 1)
@@ -75,7 +76,7 @@ def _unknown(name: str, keys: list[str], classes: list[str], command: str) -> st
     return f"there is no {' or '.join(base.__name__ for base in bases)} {name}{meant} There are: {', '.join(known)}"
 
 
-def _expected(key: str, owner: str | None, command: str) -> list[type]:
+def _expected(key: str, owner: str | None, command: str) -> list[type[object]]:
     """Base classes that an argument takes, by the annotation of the parameter."""
     if owner is None:
         top = {"model": L.LightningModule, "data": L.LightningDataModule}
@@ -89,7 +90,7 @@ def _expected(key: str, owner: str | None, command: str) -> list[type]:
     return [cls for cls in dict.fromkeys(_classes(hint)) if cls not in (str, int, float, bool, dict, type(None))]
 
 
-def _classes(hint: Any) -> list[type]:
+def _classes(hint: Any) -> list[type[object]]:
     """All classes in an annotation."""
     if isinstance(hint, type) and not typing.get_args(hint):
         return [hint]

@@ -46,7 +46,7 @@ def stage(title: str, total: int, unit: str = "", start: int = 0) -> Iterator[Ca
             bar.update(task, completed=done)
         elif not watched and (now := time.monotonic()) - said >= LOG_EVERY_S:
             said = now
-            left = _duration((now - started) / max(done - start, 1) * max(total - done, 0))
+            left = duration((now - started) / max(done - start, 1) * max(total - done, 0))
             _log(f"{title}: {_size(done, unit, bare=True)} of {_size(total, unit)}, {left} left")
 
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not watched) as bar:
@@ -66,6 +66,7 @@ def _size(count: int, unit: str, bare: bool = False) -> str:
     return number if bare or not name else f"{number} {name}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the unit that people would say it in."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -4,7 +4,6 @@ import json
 import math
 import time
 import warnings
-from types import SimpleNamespace
 from unittest import mock
 
 import lightning.pytorch as L
@@ -15,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from callbacks import GradientGuard, RunRecord, Throughput, TimeToQuality, Trace, TrafficMonitor
 from callbacks.measurement import StepClock
-from callbacks.progress import Progress
 from strategies.compressors.error_feedback import ErrorFeedback
 from strategies.compressors.int8 import Int8
 from strategies.compressors.onebit import OneBit
@@ -232,16 +230,3 @@ def test_only_training_counts_as_time_to_a_quality(monkeypatch):
     assert callback.state_dict()["trained_s"] == 12.0
     fields = callback.summary()
     assert fields["time_to_target_ppl_s"] == 7.0 and fields["ppl_at_fixed_time"] == 30.0
-
-
-def test_progress_is_quiet_in_ci_and_a_line_in_a_log(capsys, monkeypatch):
-    trainer = SimpleNamespace(
-        is_global_zero=True, estimated_stepping_batches=10, global_step=5, callback_metrics={"train/loss": 2.5}
-    )
-    for ci, expected in (("true", ""), ("", "step 5/10, loss 2.500")):
-        monkeypatch.setenv("CI", ci)
-        progress = Progress()
-        progress._started = progress._said = -100.0
-        with mock.patch("callbacks.progress.RichProgressBar.on_train_batch_end"):
-            progress.on_train_batch_end(trainer, None, None, None, 0)
-        assert expected in capsys.readouterr().out.strip()[: len(expected)]

@@ -193,7 +193,16 @@ def test_a_launched_rank_passes_the_signal_to_its_parent_and_leaves_the_status_t
     monkeypatch.setattr(os, "kill", lambda pid, signum: told.append((pid, signum)))
     with pytest.raises(Stopped) as stop, stoppable():
         kill(os.getpid(), signal.SIGTERM)
-    assert stop.value.code == 0 and told == [(os.getppid(), signal.SIGTERM)]
+    assert stop.value.code == 0 and told == [(os.getppid(), signal.SIGRTMIN + signal.SIGTERM)]
+
+
+def test_what_a_launched_rank_passes_on_stops_once():
+    with pytest.raises(Stopped) as stop, stoppable():
+        try:
+            os.kill(os.getpid(), signal.SIGRTMIN + signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGRTMIN + signal.SIGINT)  # its answer to the signal that it is sent
+    assert stop.value.code == 130
 
 
 def _on_ranks(folder, engine, where, at):

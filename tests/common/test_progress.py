@@ -60,7 +60,7 @@ def test_logs_get_the_time_left_every_half_minute(monkeypatch, lines, start, exp
 
 @pytest.mark.parametrize("seconds, text", [(59.6, "60 s"), (90, "2 min"), (3570, "1 h 00 min"), (10_000, "2 h 47 min")])
 def test_time_left_in_words(seconds, text):
-    assert progress._duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
 def test_bar_for_a_terminal(monkeypatch, capsys):
