@@ -168,12 +168,13 @@ class PareTrainer(Trainer):
         generation.sampling(temperature, top_p, top_k)  # refuses what is out of range before anything is loaded
         folder = model_dir or str(exported)
         tokenizer = load_tokenizer(folder, datamodule)
-        loaded: Any = load(folder, dtype, attention)
+        pruner = PromptPruner(scorer, schedule) if scorer is not None else None
+        loaded: Any = load(folder, dtype, attention, supported=pruner.check if pruner is not None else None)
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         check_vocabulary(loaded, tokenizer)
         if tokenizer.chat_template is not None and not chat:
             print("the tokenizer has a chat template: --chat true asks the model in its own form", file=sys.stderr)
-        pruning = PromptPruner(scorer, schedule).prefill(loaded) if scorer is not None else nullcontext()
+        pruning = pruner.prefill(loaded) if pruner is not None else nullcontext()
         with pruning as run:
             if prompt is None:
                 generation.repl(loaded, tokenizer, chat, **options)

@@ -152,14 +152,13 @@ def _rotate(heads_BAND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
-def anatomy(model: Any) -> Anatomy:
-    """Find the parts of a causal language model (or of its decoder alone).
+def check_supported(config: Any) -> None:
+    """Refuse a model by its configuration, before its weights are read.
 
     Raises:
         UnsupportedModelError: Its architecture is not one of `SUPPORTED`, or layers see only a sliding window.
     """
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
+    kind = getattr(config, "model_type", type(config).__name__)
     supported = f"supported: {', '.join(SUPPORTED)} with full attention"
     if kind not in _FAMILIES:
         raise UnsupportedModelError(f"token pruning does not know {kind!r} models; {supported}")
@@ -168,6 +167,17 @@ def anatomy(model: Any) -> Anatomy:
             f"this {kind!r} model has sliding-window attention: a window counts cache entries, and once tokens between "
             f"two entries are dropped it would reach further back than the model ever saw; {supported}"
         )
+
+
+def anatomy(model: Any) -> Anatomy:
+    """Find the parts of a causal language model (or of its decoder alone).
+
+    Raises:
+        UnsupportedModelError: See `check_supported`.
+    """
+    config = getattr(model, "config", model)
+    check_supported(config)
+    kind = config.model_type
     family = _FAMILIES[kind]
     decoder = model.get_decoder()
     layers = getattr(decoder, family.layers)

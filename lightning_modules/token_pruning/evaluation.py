@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.regression import spearman_corrcoef
 from transformers import PreTrainedModel
 
+from lightning_modules.batches import logits as logits_of
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.perplexity import perplexity
 from lightning_modules.token_pruning.anatomy import anatomy
@@ -40,7 +41,7 @@ def pruned_nll(
     budget = Budget.of(schedule, model.config.num_hidden_layers, samples.prompt)
     pruning = Pruning(scoring(model, samples, budget, scorer), samples.prompt, budget)
     with layer_inputs(model, samples.real, pruning):
-        logits = model(**samples.inputs(), use_cache=False).logits
+        logits = logits_of(model, samples.inputs())
     return *response_nll(logits, samples.labels), pruning
 
 
@@ -81,7 +82,7 @@ class PruningQuality(nn.Module):
         samples: Samples,
     ) -> None:
         """Measure on one batch; outside of inference mode, if there is a target."""
-        logits = model(**samples.inputs(), use_cache=False).logits
+        logits = logits_of(model, samples.inputs())
         self._nll("unpruned", *response_nll(logits, samples.labels))
         scorers: dict[str, TokenPruner | Scorer] = {"learned": pruner, **self.baselines}
         for keep in self.keep:
@@ -108,7 +109,7 @@ class PruningQuality(nn.Module):
             return hidden_BNH, None
 
         with layer_inputs(model, samples.real, watch):
-            model(**samples.inputs(), use_cache=False)
+            logits_of(model, samples.inputs())
         free = samples.prompt & ~budget.protected
         for layer in budget.stages:
             for row in range(len(free)):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 _TENSORS, _VALUES = 32, 8  # sampled parameters, and values of each: enough to tell a fine-tuned model from its base
 _FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -34,10 +34,10 @@ def differences(then: dict[str, Any], model: PreTrainedModel) -> list[str]:
     Weights count as equal when rounding to the coarser of both precisions explains the difference: a model trained
     against in float32 may be run in bfloat16.
     """
-    now = identity_of(model)
-    found = [f"{field} is {now[field]}, not {then[field]}" for field in _FIELDS if now[field] != then[field]]
+    found = config_differences(then, model.config)
     if found:
         return found
+    now = identity_of(model)
     dtypes = {then["dtype"], now["dtype"]}
     # equal precisions must agree exactly; otherwise one of them has been rounded to the other
     tolerance = 0.0 if len(dtypes) == 1 else max(torch.finfo(getattr(torch, name)).eps for name in dtypes)
@@ -53,6 +53,12 @@ def differences(then: dict[str, Any], model: PreTrainedModel) -> list[str]:
         if expected.shape != actual.shape or not torch.allclose(actual, expected, rtol=tolerance, atol=tiny):
             return [f"the values of {name} are others"]
     return []
+
+
+def config_differences(then: dict[str, Any], config: PretrainedConfig) -> list[str]:
+    """What tells a model with this configuration from the one described by ``then``; weights are not looked at."""
+    now = config.get_text_config()
+    return [f"{f} is {getattr(now, f, None)}, not {then[f]}" for f in _FIELDS if getattr(now, f, None) != then[f]]
 
 
 def _sample(parameter: nn.Parameter) -> list[float]:

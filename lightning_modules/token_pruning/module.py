@@ -9,21 +9,23 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import get_scheduler
 
+from common.files import check_output
 from common.randomness import run_seed, step_seed
+from lightning_modules.batches import logits as logits_of
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import load
+from lightning_modules.loading import load, load_config
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.token_pruning import losses
-from lightning_modules.token_pruning.anatomy import input_device
+from lightning_modules.token_pruning.anatomy import check_supported, input_device
 from lightning_modules.token_pruning.evaluation import PruningQuality
 from lightning_modules.token_pruning.identity import differences
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, check_data, response_nll, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
-from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
-from lightning_modules.token_pruning.store import Saliency
+from lightning_modules.token_pruning.soft_mask import MASKABLE, Budget, Pruning, layer_inputs
+from lightning_modules.token_pruning.store import Saliency, check_saliency
 from lightning_modules.token_pruning.targets import Target
 
 
@@ -111,6 +113,42 @@ class TokenPruning(L.LightningModule):
         self.quality = PruningQuality(eval_keep)
         self.supervised = WeightedMean()
 
+    def check_arguments(self, command: str, data: Any) -> None:
+        """Refuse what a command cannot do, before any text or weight is read.
+
+        Args:
+            command: "fit" or "validate"; others are not looked at.
+            data: The DataModule.
+
+        Raises:
+            FileNotFoundError: No such base, pruner or saliency.
+            ValueError: A model, schedule, pruner or data that do not go together, an attention that takes no mask, a
+                device map while training, or see ``common.files.check_output``.
+        """
+        if command not in ("fit", "validate"):
+            return
+        config = load_config(self.base)
+        check_supported(config)
+        check_data(data, config)
+        if self.loading["attention"] not in (None, *MASKABLE):
+            raise ValueError(f"model.attention must take masks: {' or '.join(MASKABLE)}")
+        layers = self.schedule.resolve(config.num_hidden_layers)
+        if self.pruner_path is not None:
+            pruner = TokenPruner.load(self.pruner_path)
+            pruner.check_base(config)
+            self._check_layers(pruner, layers)
+        if command == "fit":
+            if self.device_map is not None:
+                raise ValueError("model.device_map is for validate: leave it out to train")
+            inputs: list[Path] = data.inputs() if hasattr(data, "inputs") else []
+            check_output(self.output, "model.output", [self.base, self.saliency_path, self.pruner_path, *inputs])
+            if self.saliency_path is not None:
+                check_saliency(Path(self.saliency_path), {"layers": layers})
+
+    def _check_layers(self, pruner: TokenPruner, layers: list[int]) -> None:
+        if list(pruner.layers) != layers:
+            raise ValueError(f"{self.pruner_path} scores layers {list(pruner.layers)}, the schedule {layers}")
+
     @property
     def model(self) -> Any:
         """The frozen base model.
@@ -138,8 +176,7 @@ class TokenPruning(L.LightningModule):
             self.pruner = TokenPruner.for_model(model, layers, self.width)
         else:
             self.pruner = TokenPruner.load(self.pruner_path, model)
-            if list(self.pruner.layers) != layers:
-                raise ValueError(f"{self.pruner_path} scores layers {self.pruner.layers}, the schedule {layers}")
+            self._check_layers(self.pruner, layers)
         trained = sum(p.numel() for p in self.pruner.parameters())
         rank_zero_info(f"scorers after layers {layers}: {trained / 1e6:.2f} M parameters")
 
@@ -154,7 +191,7 @@ class TokenPruning(L.LightningModule):
             raise ValueError("model.device_map is for validate: leave it out to train")
         if self.model.dtype == torch.float16:  # see ``soft_mask.FLOOR``
             raise ValueError("model.dtype: the base model is float16, which cannot hold the mask; take bfloat16")
-        check_data(self.trainer.datamodule, self.model)
+        check_data(self.trainer.datamodule, self.model.config)
         self.model.to(self.device)
         if self.saliency_path is not None:
             expect = {
@@ -171,7 +208,7 @@ class TokenPruning(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Put the base model beside the scorers, unless a device map has placed it."""
-        check_data(self.trainer.datamodule, self.model)
+        check_data(self.trainer.datamodule, self.model.config)
         if self.device_map is None:
             self.model.to(self.device)
 
@@ -201,7 +238,7 @@ class TokenPruning(L.LightningModule):
         pruning = Pruning(self._score, prompt, budget, self.temperature)
         through = bool(self.weights["lm"] or self.weights["kl"])
         with torch.set_grad_enabled(through), layer_inputs(model, samples.real, pruning):
-            logits = model(**samples.inputs(), use_cache=False, logits_to_keep=0 if through else 1).logits
+            logits = logits_of(model, samples.inputs(), logits_to_keep=0 if through else 1)
         found = self._logit_losses(samples, logits) if through else {}
         found |= self._score_losses(samples, budget, pruning)
         return {name: loss for name, loss in found.items() if self.weights[name]}
@@ -217,7 +254,7 @@ class TokenPruning(L.LightningModule):
         found = {"lm": nll.sum() / tokens.sum().clamp_min(1)}
         if self.weights["kl"]:
             with torch.no_grad():
-                unpruned = self.model(**samples.inputs(), use_cache=False).logits
+                unpruned = logits_of(self.model, samples.inputs())
             found["kl"] = divergence(logits, unpruned, samples.labels)
         return found
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from lightning_modules.token_pruning.anatomy import Anatomy, anatomy
+from lightning_modules.token_pruning.anatomy import Anatomy, anatomy, check_supported
 from lightning_modules.token_pruning.cache import Permit, PrunedCache, Stage
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
@@ -40,6 +40,18 @@ class PromptPruner:
         self.scorer, self.schedule = scorer, schedule or Schedule()
         self._ready_for: tuple[Any, ...] = ()
 
+    def check(self, config: Any) -> list[int]:
+        """Refuse a model by its configuration, before its weights are read; returns the layers after which is pruned.
+
+        Raises:
+            UnsupportedModelError: See `check_supported`.
+            ValueError: Stages that do not fit the model, or a scorer made for another one.
+        """
+        check_supported(config)
+        stages = self.schedule.resolve(config.num_hidden_layers)
+        self.scorer.check(config, stages)
+        return stages
+
     @contextmanager
     def prefill(self, model: Any) -> Iterator["Prefill"]:
         """Within this context the model prunes every prompt that it reads.
@@ -59,8 +71,7 @@ class PromptPruner:
             ValueError: Stages that do not fit the model, or a scorer made for another one.
             RuntimeError: The model is being pruned already.
         """
-        parts = anatomy(model)
-        stages = self.schedule.resolve(len(parts.layers))
+        stages, parts = self.check(model.config), anatomy(model)
         ready_for = (weakref.ref(model), model.device, model.dtype)
         if self._ready_for != ready_for:  # once, not for every prompt: a trained scorer checks and copies weights
             self.scorer.prepare(model, stages)
@@ -90,6 +101,7 @@ class Prefill:
 
     Attributes:
         input_ids: The latest prompt `[B, N]`, None when it was given as embeddings.
+        rows: Its rows B.
         length: Its columns N.
         stages: What each pruning point left of it; empty when nothing was pruned.
     """
@@ -98,7 +110,7 @@ class Prefill:
         self.parts, self.scorer, self.schedule, self.layers = parts, scorer, schedule, layers
         self.permit = Permit()
         self.input_ids: Tensor | None = None
-        self.length = 0
+        self.rows = self.length = 0
         self.stages: list[Stage] = []
         self._mode: Literal["prompt", "later", "plain"] = "plain"
         self._budgets: list[list[int]] = []
@@ -109,7 +121,10 @@ class Prefill:
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def kept(self) -> Tensor:
-        """Tokens of the latest prompt that every stage left, bool `[stages, B, N]`."""
+        """Tokens of the latest prompt that every stage left, bool `[stages, B, N]`; all but padding, if none pruned."""
+        if not self.stages:
+            real = torch.ones(self.rows, self.length, dtype=torch.bool) if self._real is None else self._real.cpu()
+            return real.expand(len(self.layers), -1, -1)
         return torch.stack([stage.kept(self.length).cpu() for stage in self.stages])
 
     # ---- the start of a forward pass --------------------------------------------------------------------------
@@ -127,7 +142,8 @@ class Prefill:
         if past == 0 and width > 1:
             if cache is None and mask is None:
                 _refuse_packed(call.get("position_ids"))
-            self.input_ids, self.length, self.stages, self._rotary = call.get("input_ids"), width, [], None
+            self.input_ids, self.stages, self._rotary = call.get("input_ids"), [], None
+            self.rows, self.length = given.shape[:2]
             self._mode = "prompt" if self._plan(given, mask) else "plain"
         elif isinstance(cache, PrunedCache) and cache.stages:
             self._mode, cache.permit = "later", self.permit

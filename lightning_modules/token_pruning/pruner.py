@@ -16,10 +16,10 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from common.files import replacing
-from lightning_modules.token_pruning.identity import differences, identity_of
+from lightning_modules.token_pruning.identity import config_differences, differences, identity_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "pare-token-pruner"
@@ -83,13 +83,17 @@ class TokenPruner(nn.Module):
         weight = next(scorer.parameters())
         return scorer(hidden_BNH.to(weight.device, weight.dtype)).squeeze(-1).float()
 
-    def check_base(self, model: PreTrainedModel) -> None:
+    def check_base(self, model: PreTrainedModel | PretrainedConfig) -> None:
         """Refuse a model other than the one that this pruner was trained for.
+
+        Args:
+            model: Of a configuration alone, weights are not compared.
 
         Raises:
             ValueError: naming the first difference.
         """
-        found = differences(self.base, model) if self.base is not None else []
+        compare: Any = config_differences if isinstance(model, PretrainedConfig) else differences
+        found = compare(self.base, model) if self.base is not None else []
         if found:
             raise ValueError(
                 f"this token pruner was trained for another base model: {'; '.join(found)}. Load the model that it was "

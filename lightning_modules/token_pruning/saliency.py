@@ -11,11 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_modules.data.tokenizer import fingerprint
-from lightning_modules.loading import Dtype, load
+from lightning_modules.loading import Dtype, load, load_config
+from lightning_modules.token_pruning.anatomy import check_supported
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.samples import check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
-from lightning_modules.token_pruning.store import SaliencyStore
+from lightning_modules.token_pruning.store import INDEX, SaliencyStore, refuse_differences
 from lightning_modules.token_pruning.targets import Target
 
 
@@ -65,6 +66,26 @@ class TokenSaliency(L.LightningModule):
             self.model = load(self.base, **self.loading).requires_grad_(False)
             self.layers = self.schedule.resolve(self.model.config.num_hidden_layers)
 
+    def check_arguments(self, command: str, data: Any) -> None:
+        """Refuse what `predict` cannot do, before any text or weight is read.
+
+        Args:
+            command: Others than "predict" are not looked at.
+            data: The DataModule.
+
+        Raises:
+            ValueError: A model, schedule or data that cannot be pruned, or saliency of another kind in the folder.
+        """
+        if command != "predict":
+            return
+        config = load_config(self.base)
+        check_supported(config)
+        check_data(data, config)
+        layers = self.schedule.resolve(config.num_hidden_layers)
+        if (self.folder / INDEX).is_file():
+            collected = {"target": self.target.describe(), "layers": layers}
+            refuse_differences(self.folder, collected, "set another folder, or delete this one")
+
     def setup(self, stage: str) -> None:
         """Stop after the samples asked for."""
         data = self.trainer.datamodule
@@ -74,7 +95,7 @@ class TokenSaliency(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Open the store, and see what an earlier run has left in it."""
-        check_data(self.trainer.datamodule, self.model)
+        check_data(self.trainer.datamodule, self.model.config)
         self.store = SaliencyStore(self.folder, self.depends(), self.global_rank)
         if self.store.done:
             rank_zero_info(f"{len(self.store.done)} samples are in {self.folder} already")

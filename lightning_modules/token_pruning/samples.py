@@ -107,14 +107,14 @@ def response_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return token_nll(logits, labels).sum(1), (labels[:, 1:] != IGNORED).sum(1)
 
 
-def check_data(data: Any, model: Any) -> None:
-    """Refuse data that a model cannot be pruned on.
+def check_data(data: Any, config: Any) -> None:
+    """Refuse data that a model with this configuration cannot be pruned on.
 
     Raises:
         ValueError: several samples in one row, or rows longer than the model has positions.
     """
     if getattr(data, "packing", False):
         raise ValueError("data.packing: token pruning needs one sample a row; set it to false")
-    positions = getattr(model.config, "max_position_embeddings", data.block_size)
+    positions = getattr(config, "max_position_embeddings", data.block_size)
     if data.block_size > positions:
         raise ValueError(f"data.block_size {data.block_size} exceeds the {positions} positions of the base model")

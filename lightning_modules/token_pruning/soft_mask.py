@@ -26,6 +26,9 @@ FLOOR = 1e-6
 """What a hard 0 is in the forward pass. The gradient of log m at m = FLOOR is large, the attention it multiplies is as
 small, and their product is the gradient of the policy softmax; at 0 it would be 0 · inf. Needs float32 or bfloat16."""
 
+MASKABLE = ("sdpa", "eager")
+"""Attention implementations that take an additive mask."""
+
 LayerInput = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 """From a layer and the hidden states [B, N, H] that enter it: those to use, and log m of the keys [B, N] or None."""
 
@@ -43,7 +46,7 @@ def layer_inputs(model: PreTrainedModel, real_BN: Tensor, change: LayerInput) ->
         ValueError: an attention implementation that takes no mask.
     """
     kind = model.config._attn_implementation
-    if kind not in ("sdpa", "eager"):
+    if kind not in MASKABLE:
         raise ValueError(f"attention {kind!r} takes no additive mask: load the base model with 'sdpa' or 'eager'")
     parts = anatomy(model)
     length = real_BN.shape[1]

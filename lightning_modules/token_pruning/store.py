@@ -39,7 +39,7 @@ class SaliencyStore:
         self.folder, self.rank = folder, rank
         self._pending: list[tuple[str, dict[int, Tensor]]] = []
         if (folder / INDEX).is_file():
-            _refuse_differences(folder, depends, "set another folder, or delete this one")
+            refuse_differences(folder, depends, "set another folder, or delete this one")
         elif folder.is_dir() and any(f.suffix == ".safetensors" and f.name[0] != "." for f in folder.iterdir()):
             raise ValueError(f"{folder} holds safetensors files but no {INDEX}: give another folder for the saliency")
         self.done = {key for part in _parts(folder) for key in _keys(part)}
@@ -94,11 +94,7 @@ class Saliency:
 
     def __init__(self, folder: str | Path, expect: dict[str, Any]) -> None:
         folder = Path(folder)
-        if not (folder / INDEX).is_file():
-            raise FileNotFoundError(
-                f"no {INDEX} in {folder}: collect saliency first (configs/token_pruning/saliency.yaml)"
-            )
-        _refuse_differences(folder, expect, "collect it again for these (configs/token_pruning/saliency.yaml)")
+        check_saliency(folder, expect)
         self.index = _index(folder)
         self._values: dict[str, dict[int, Tensor]] = {}
         for part in _parts(folder):
@@ -116,6 +112,13 @@ class Saliency:
     def get(self, key: str) -> dict[int, Tensor] | None:
         """Values of a sample, float32 [its prompt's tokens] by layer; None where it was not collected."""
         return self._values.get(key)
+
+
+def check_saliency(folder: Path, expect: dict[str, Any]) -> None:
+    """Refuse saliency that is not there or depends on other values; what was collected is not read."""
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"no {INDEX} in {folder}: collect saliency first (configs/token_pruning/saliency.yaml)")
+    refuse_differences(folder, expect, "collect it again for these (configs/token_pruning/saliency.yaml)")
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -150,7 +153,12 @@ def _index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _refuse_differences(folder: Path, expected: dict[str, Any], remedy: str) -> None:
+def refuse_differences(folder: Path, expected: dict[str, Any], remedy: str) -> None:
+    """Refuse collected saliency that depends on other values than these.
+
+    Raises:
+        ValueError: naming the first difference and the remedy.
+    """
     index = _index(folder)
     for name, value in expected.items():
         if index.get(name) != value:

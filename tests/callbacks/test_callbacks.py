@@ -4,6 +4,7 @@ import json
 import math
 import time
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import lightning.pytorch as L

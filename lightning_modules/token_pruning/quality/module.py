@@ -8,11 +8,12 @@ import lightning.pytorch as L
 import torch
 
 from common.progress import stage
-from lightning_modules.loading import Dtype, load
+from lightning_modules.loading import Dtype, load, load_config
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.tasks import (
     Window,
+    check_repeatable,
     longbench_windows,
     repeated_windows,
     response_windows,
@@ -80,6 +81,27 @@ class TokenQuality(L.LightningModule):
         self.longbench, self.max_prompt = longbench, max_prompt
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
+
+    def check_arguments(self, command: str, data: Any) -> None:
+        """Refuse what `verify` cannot do, before any text or weight is read.
+
+        Args:
+            command: Others than "verify" are not looked at.
+            data: The DataModule.
+
+        Raises:
+            FileNotFoundError: No such base, or no LongBench-style file.
+            ValueError: A model, schedule or scorer that do not go together, or blocks too short for a task.
+        """
+        if command != "verify":
+            return
+        config = load_config(self.base)
+        for scorer in self.scorers:
+            PromptPruner(scorer, self.schedule).check(config)
+        if "longbench" in self.tasks and not Path(str(self.longbench)).is_file():
+            raise FileNotFoundError(f"model.longbench: no such file: {self.longbench}")
+        if "repeated" in self.tasks:
+            check_repeatable(data.block_size, self.suffix)
 
     def verify(self, datamodule: Any, device: torch.device) -> dict[str, Any]:
         """Run all tasks; returns the record's ``token_quality``."""

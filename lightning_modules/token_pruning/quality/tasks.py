@@ -55,11 +55,16 @@ def repeated_windows(ids: Tensor, suffix: int, start: int = 16) -> Window:
     Raises:
         ValueError: blocks too short to hold passage, suffix and something between.
     """
-    if ids.shape[1] < start + 3 * suffix:
-        raise ValueError(f"blocks of {ids.shape[1]} tokens are too short to repeat {suffix} of them: set a longer one")
+    check_repeatable(ids.shape[1], suffix, start)
     prompt = ids[:, :-suffix]
     passage = prompt[:, start : start + suffix]
     return Window(prompt, passage, passage)
+
+
+def check_repeatable(length: int, suffix: int, start: int = 16) -> None:
+    """Refuse blocks too short for ``repeated_windows``."""
+    if length < start + 3 * suffix:
+        raise ValueError(f"blocks of {length} tokens are too short to repeat {suffix} of them: set a longer block_size")
 
 
 def response_windows(batch: dict[str, Tensor], response: int) -> Iterator[Window]:

@@ -58,6 +58,13 @@ class Scorer(Variant):
             `[B, N]` of any floating type; higher means keep. What it says of padding and protected tokens is not read.
         """
 
+    def check(self, config: Any, layers: list[int]) -> None:
+        """Refuse a model by its configuration, before its weights are read.
+
+        Raises:
+            ValueError: This scorer cannot serve such a model or these layers.
+        """
+
     def prepare(self, model: Any, layers: list[int]) -> None:
         """Get ready for a model; called before it is pruned after `layers`.
 

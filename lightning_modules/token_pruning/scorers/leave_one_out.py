@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.batches import logits as logits_of
 from lightning_modules.token_pruning.samples import Samples, response_nll
 from lightning_modules.token_pruning.scorers.oracle import Oracle
 from lightning_modules.token_pruning.soft_mask import layer_inputs
@@ -52,5 +53,5 @@ def _losses(model: Any, sample: Samples, missing: Sequence[int | None], layer: i
         return hidden_BNH, (log_mask if index > layer else None)
 
     with layer_inputs(model, many.real, hide):
-        logits = model(**many.inputs(), use_cache=False).logits
+        logits = logits_of(model, many.inputs())
     return response_nll(logits, many.labels)[0]

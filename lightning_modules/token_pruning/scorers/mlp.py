@@ -32,19 +32,28 @@ class MLP(Scorer):
         """None: scorers are trained for one model."""
         return []
 
-    def prepare(self, model: Any, layers: list[int]) -> None:
-        """See `Scorer.prepare`.
+    def check(self, config: Any, layers: list[int]) -> None:
+        """See `Scorer.check`.
 
         Raises:
             ValueError: Trained for another model, or not for one of these layers.
         """
-        self._loaded.check_base(model)
+        self._loaded.check_base(config)
         missing = [layer for layer in layers if layer not in self._loaded.layers]
         if missing:
             raise ValueError(
                 f"no trained scorer for layers {missing}; there are scorers for {list(self._loaded.layers)}: "
                 "set schedule.layers to these"
             )
+
+    def prepare(self, model: Any, layers: list[int]) -> None:
+        """See `Scorer.prepare`.
+
+        Raises:
+            ValueError: See `check`; or the weights are others.
+        """
+        self.check(model.config, layers)
+        self._loaded.check_base(model)
         self._ready = copy.deepcopy(self._loaded).to(input_device(model), model.dtype).eval()
 
     def unbound(self) -> "MLP":

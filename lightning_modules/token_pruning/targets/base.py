@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.variants import Variant
+from lightning_modules.batches import logits as logits_of
 from lightning_modules.token_pruning.samples import Samples, response_nll
 from lightning_modules.token_pruning.soft_mask import layer_inputs
 
@@ -93,7 +94,7 @@ def gate_gradients(model: PreTrainedModel, samples: Samples, layers: Sequence[in
 
 def _loss(model: PreTrainedModel, samples: Samples) -> tuple[float, Tensor]:
     """Scale, and the scaled sum over samples of their mean response loss: no sample's gradient sees another's."""
-    logits = model(**samples.inputs(), use_cache=False).logits
+    logits = logits_of(model, samples.inputs())
     nll, tokens = response_nll(logits, samples.labels)
     scale = _HALF_SCALE if model.dtype == torch.float16 else 1.0
     return scale, (nll / tokens.clamp_min(1)).sum() * scale

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_modules.batches import logits as logits_of
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.attention import tail_attention
@@ -45,7 +46,7 @@ class FutureAttention(Target):
         watched = range(min(layers) + 1, len(parts.layers))
         handles = [parts.layers[i].register_forward_pre_hook(watch(i), with_kwargs=True) for i in watched]
         try:
-            model(**samples.inputs(), use_cache=False, logits_to_keep=1)
+            logits_of(model, samples.inputs(), logits_to_keep=1)
         finally:
             for handle in handles:
                 handle.remove()

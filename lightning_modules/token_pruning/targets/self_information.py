@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_modules.batches import logits as logits_of
 from lightning_modules.token_pruning.samples import Samples, token_nll
 from lightning_modules.token_pruning.targets.base import Target
 
@@ -24,7 +25,7 @@ class SelfInformation(Target):
     @torch.no_grad()
     def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
         """See ``Target.values``."""
-        logits = model(**samples.inputs(), use_cache=False).logits
+        logits = logits_of(model, samples.inputs())
         nats_BN = F.pad(token_nll(logits, samples.input_ids.to(logits.device)), (1, 0)).to(samples.real.device)
         first_BN = samples.real & (samples.real.cumsum(1) == 1)
         return dict.fromkeys(layers, nats_BN.masked_fill(first_BN, math.log(logits.shape[-1])))

@@ -53,7 +53,7 @@ class _Watched:
     """Passes on what a scorer says, and remembers it; no `Scorer`, so that it is not one of the known."""
 
     def __init__(self, inner):
-        self.inner, self.seen, self.prepare = inner, [], inner.prepare
+        self.inner, self.seen, self.prepare, self.check = inner, [], inner.prepare, inner.check
 
     def score(self, hidden_BNH, layer, context):
         self.seen.append((self.inner.score(hidden_BNH, layer, context), context, hidden_BNH, layer))

@@ -175,8 +175,8 @@ def test_what_is_wrong_is_named(options, names, tmp_path):
 def test_data_that_does_not_fit_is_refused(base, data, saliency):  # noqa: F811
     with pytest.raises(ValueError, match="another layers"):
         _trainer(max_steps=1).fit(TokenPruning(base, Schedule(layers=[2]), saliency=saliency), data)
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16))
+    config = SimpleNamespace(max_position_embeddings=16)
     with pytest.raises(ValueError, match="exceeds the 16 positions"):
-        check_data(data, model)
+        check_data(data, config)
     with pytest.raises(ValueError, match="packing"):
-        check_data(SimpleNamespace(packing=True), model)
+        check_data(SimpleNamespace(packing=True), config)
