@@ -198,11 +198,33 @@ def test_a_prompt_that_is_all_protected_is_left_alone_and_said_once():
         with pytest.warns(UserWarning, match="nothing pruned: a prompt of 18 tokens"):
             assert torch.equal(model(ids).logits, wanted)
         assert torch.equal(model(ids).logits, wanted) and run.stages == []  # a second warning would be an error
+        assert run.kept().shape == (2, 1, 18) and run.kept().all()
+        padded_ids, padding = padded([tokens(17), tokens(12)])
+        model(padded_ids, attention_mask=padding)
+        assert torch.equal(run.kept(), padding.bool().expand(2, -1, -1))
         model(tokens(1, 40))
         assert len(run.stages) == 2
         short, mask = padded([tokens(30), tokens(12)])
         model(short, attention_mask=mask)
         assert run.kept()[-1].sum(-1).tolist() == [20, 12]
+
+
+def test_before_any_prompt_nothing_is_kept():
+    with prompt_pruner().prefill(shared()) as run:
+        assert run.kept().shape == (2, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_prunes_generates_and_agrees_with_float32(dtype):
+    model, ids = build().to(dtype), tokens(1, N)
+    with prompt_pruner().prefill(shared()) as run:
+        wanted, kept = shared()(ids).logits[0, -1], run.kept()
+    with prompt_pruner().prefill(model) as run:
+        found = model(ids).logits[0, -1]
+        assert model.generate(ids, **GREEDY).shape == (1, N + 5)
+        assert run.kept().sum() == kept.sum() and (run.kept() == kept).float().mean() > 0.9
+    assert F.cosine_similarity(found.float(), wanted, dim=0) > 0.9
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Pruning by mask is pruning: against layers run by hand on the tokens that are left."""
 
+import math
+
 import pytest
 import torch
 
@@ -119,6 +121,28 @@ def test_gradients_reach_the_scores_of_dropped_and_kept_tokens():
     assert (offset.grad[0][kept & prompt & ~protected] != 0).all()
     assert (offset.grad[0][~kept] != 0).any()
     assert not offset.grad[0][protected | ~prompt].any()
+
+
+def test_the_mask_of_a_later_stage_is_multiplied_into_that_of_the_stages_before():
+    samples = _samples(rows=1)
+    budget = Budget.of(SCHEDULE, LAYERS, samples.prompt)
+    scores = {layer: torch.randn(1, 40, requires_grad=True) for layer in budget.stages}
+    together = Pruning(lambda layer, _: scores[layer], samples.prompt, budget, temperature=1.0)
+    found = {}
+    for index in range(LAYERS):
+        torch.manual_seed(index)
+        found[index] = together(index, torch.zeros(1, 40, 4))[1]
+    assert found[1] is None and torch.equal(found[2], found[3]) and torch.equal(found[4], found[5])
+    first, second = budget.stages
+    free = together.alive[first] & samples.prompt & ~budget.protected
+    both = found[4][free].sum()
+    (through_first,) = torch.autograd.grad(both, scores[first], retain_graph=True)
+    (alone,) = torch.autograd.grad(found[2][free].sum(), scores[first], retain_graph=True)
+    (through_second,) = torch.autograd.grad(both, scores[second])
+    # log(m₁·m₂): the first stage's scores count after the second stage as they did before it
+    assert torch.equal(through_first, alone) and alone.any() and through_second.any()
+    gone = ~together.alive[first]
+    assert (found[4][gone] <= 2 * math.log(FLOOR) + 1e-3).all()  # dropped twice
 
 
 @torch.no_grad()

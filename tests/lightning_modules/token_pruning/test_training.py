@@ -1,19 +1,24 @@
 """Stage 2 as a user runs it: only the scorers learn, and they learn what they are told."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import BertConfig
 
 from lightning_modules.loading import load
+from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.module import TokenPruning
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.saliency import TokenSaliency
 from lightning_modules.token_pruning.samples import check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.soft_mask import Budget
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
+from lightning_modules.token_pruning.targets.gradient_norm import GradientNorm
 from tests.lightning_modules.token_pruning.models import LAYERS, on_disk
 from tests.lightning_modules.token_pruning.test_saliency import SCHEDULE, base, data  # noqa: F401 (fixtures)
 
@@ -156,6 +161,122 @@ def test_samples_without_saliency_train_on_the_loss_alone_and_are_reported(base,
     module = _module(base, tmp_path, saliency=folder)
     with pytest.warns(UserWarning, match="% of the training samples had saliency"):
         _trainer(max_steps=2, limit_val_batches=0).fit(module, data)
+
+
+def _fake(layers, prompt):
+    """Saliency of one's own for every layer, and nothing else."""
+    values = {
+        layer: torch.randn(prompt.sum(1).max(), generator=torch.Generator().manual_seed(layer)) for layer in layers
+    }
+    return values, SimpleNamespace(get=lambda key: values)
+
+
+def test_every_stage_is_taught_by_the_saliency_of_its_own_layer(base, data, saliency, tmp_path):  # noqa: F811
+    module = _module(base, tmp_path, saliency=saliency)
+    _trainer(fast_dev_run=1, limit_val_batches=0).fit(module, data)
+    samples = split_batch(next(iter(data.train_dataloader())), 8)
+    budget = Budget.of(SCHEDULE, LAYERS, samples.prompt)
+    values, module.saliency = _fake(budget.stages, samples.prompt)
+    everything = dict.fromkeys(budget.stages, torch.ones_like(samples.prompt))  # no stage dropped anything
+    free = samples.prompt & ~budget.protected
+    own, swapped = {}, {}
+    for layer, other in zip(budget.stages, reversed(budget.stages), strict=True):
+        whole = torch.zeros(samples.prompt.shape)
+        for row, prompt in enumerate(samples.prompt):
+            whole[row, prompt] = values[layer][: prompt.sum()]
+        own[layer] = swapped[other] = losses.normalise(whole, free)
+    told = module._score_losses(samples, budget, SimpleNamespace(scores=own, alive=everything))
+    wrong = module._score_losses(samples, budget, SimpleNamespace(scores=swapped, alive=everything))
+    assert told["mse"].item() == pytest.approx(0, abs=1e-9) and wrong["mse"] > 1
+    assert wrong["ranking"] > told["ranking"]
+
+
+def test_only_tokens_that_reached_a_stage_are_taught_there(base, data, saliency, tmp_path):  # noqa: F811
+    module = _module(base, tmp_path, saliency=saliency)
+    _trainer(fast_dev_run=1, limit_val_batches=0).fit(module, data)
+    samples = split_batch(next(iter(data.train_dataloader())), 8)
+    budget = Budget.of(SCHEDULE, LAYERS, samples.prompt)
+    _, module.saliency = _fake(budget.stages, samples.prompt)
+    first, second = budget.stages
+    gone = (samples.prompt & ~budget.protected).long().argmax(1)  # the first free token of each row
+    alive = torch.ones_like(samples.prompt).scatter(1, gone[:, None], False)
+    found = []
+    for value in (0.0, 1e3):
+        scores = {first: torch.zeros(samples.prompt.shape), second: torch.zeros(samples.prompt.shape)}
+        scores[second] = scores[second].scatter(1, gone[:, None], value)
+        found.append(
+            module._score_losses(samples, budget, SimpleNamespace(scores=scores, alive={first: alive, second: alive}))
+        )
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("mse", "ratio"))
+
+
+def test_noise_differs_from_step_to_step_and_follows_from_the_step_alone(base, data, tmp_path):  # noqa: F811
+    class Noted(TokenPruning):
+        def training_step(self, batch, batch_idx):
+            torch.rand(self.trainer.global_step + self.spoilt)  # what ran before must not matter
+            noise.append(torch.initial_seed())
+            return super().training_step(batch, batch_idx)
+
+    drawn = []
+    for spoilt in (0, 3):
+        noise: list[int] = []
+        module = Noted(base, SCHEDULE, str(tmp_path / "p"), mse_weight=0.0, ranking_weight=0.0, width=8, response=8)
+        module.spoilt = spoilt
+        _trainer(max_steps=4, limit_val_batches=0).fit(module, data)
+        drawn.append(noise)
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_run_in_half_precision_yields_a_pruner_for_float32(base, data, saliency, tmp_path, precision):  # noqa: F811
+    module = _module(base, tmp_path, saliency=saliency, target=GateGradient(), kl_weight=1.0, dtype="bfloat16")
+    often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2}
+    trainer = _trainer(max_steps=2, precision=precision, **often)
+    trainer.fit(module, data)
+    found = trainer.callback_metrics
+    assert all(value.isfinite() for value in found.values())
+    plain = _module(base, tmp_path, pruner=str(tmp_path / "pruner"))  # identity is compared up to rounding
+    (wanted,) = _trainer(limit_val_batches=2).validate(plain, data, verbose=False)
+    assert found["val/ppl"] == pytest.approx(wanted["val/ppl"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"schedule": Schedule(layers=[LAYERS - 1])}, "nothing is left to skip"),
+        ({"pruner": "saved", "schedule": Schedule(layers=[2])}, "scores layers"),
+        ({"pruner": "nowhere"}, "nowhere"),
+        ({"saliency": "nowhere"}, "collect saliency first"),
+        ({"device_map": "auto"}, "device_map is for validate"),
+        ({"attention": "flash_attention_2"}, "must take masks"),
+        ({"output": "thesis"}, "thesis"),
+        ({"output": "base"}, "output"),
+        ({"base": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"base": "bert"}, "does not know 'bert'"),
+    ],
+)
+def test_what_does_not_go_together_is_found_before_weights_are_read(options, names, base, data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    Path("thesis").mkdir()
+    Path("thesis/chapter1.tex").touch()
+    for name, config in (("base", load(base).config), ("bert", BertConfig())):
+        config.save_pretrained(name)  # without weights
+    TokenPruner(64, SCHEDULE.resolve(LAYERS), 8).save("saved")
+    given = {"base": "base", "schedule": SCHEDULE, "output": "out", "mse_weight": 0.0, "ranking_weight": 0.0, **options}
+    module = TokenPruning(**given)
+    with pytest.raises((ValueError, FileNotFoundError), match=names):
+        module.check_arguments("fit", data)
+    assert module.pruner is None and sorted(p.name for p in Path("thesis").iterdir()) == ["chapter1.tex"]
+
+
+def test_what_goes_together_is_let_through(base, data, saliency, tmp_path):  # noqa: F811
+    _module(base, tmp_path, saliency=saliency).check_arguments("fit", data)
+    _module(base, tmp_path, saliency=saliency, device_map="auto").check_arguments("validate", data)
+    TokenSaliency(base, saliency, SCHEDULE, GateGradient()).check_arguments("predict", data)
+    with pytest.raises(ValueError, match="another target"):
+        TokenSaliency(base, saliency, SCHEDULE, GradientNorm()).check_arguments("predict", data)
+    with pytest.raises(ValueError, match="another layers"):
+        TokenSaliency(base, saliency, Schedule(layers=[2]), GateGradient()).check_arguments("predict", data)
 
 
 @pytest.mark.parametrize(
