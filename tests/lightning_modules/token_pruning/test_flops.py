@@ -1,14 +1,11 @@
 """The bound on speed-ups, against published shapes and counted operations."""
 
-import json
-import sys
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
-from lightning_modules.token_pruning import bound
+from bench.experiments.prefill_claims import QWEN2_7B
 from lightning_modules.token_pruning.anatomy import SUPPORTED
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner
@@ -17,16 +14,6 @@ from lightning_modules.token_pruning.schedule import Schedule, preset
 from lightning_modules.token_pruning.scorers.mlp import MLP
 from lightning_modules.token_pruning.scorers.recency import Recency
 from tests.lightning_modules.token_pruning.models import build, shared, tokens
-
-QWEN2_7B = Qwen2Config(
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152064,
-    tie_word_embeddings=False,
-)
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +44,6 @@ def test_bounds_of_the_published_schedule(qwen2_7b, name, at_4k, at_32k):
 def test_no_schedule_beats_the_layers_that_always_run(qwen2_7b):
     nothing_left = Schedule(layers=[4], tokens=1, sinks=0, tail=0.0, min_tail=1)
     assert 5.5 < Cost.of(qwen2_7b).bound(131072, nothing_left) < 28 / 5
-
-
-def test_the_command_reads_a_configuration_alone(tmp_path, capsys, monkeypatch):
-    QWEN2_7B.save_pretrained(tmp_path)
-    options = ["--model", str(tmp_path), "--keep", "0.9", "0.7", "--lengths", "4096"]
-    monkeypatch.setattr(sys, "argv", ["bound", *options])
-    bound.main()
-    gentle, hard = map(json.loads, capsys.readouterr().out.splitlines())
-    assert gentle["stages"] == [4, 7, 10, 13, 16, 19, 22, 25] and gentle["cap"] == 28 / 5
-    assert (round(gentle["bound"], 2), round(hard["bound"], 2)) == (1.42, 2.43)  # deep stages stop at the tail's tenth
-    assert gentle["mean_kept"] == pytest.approx(0.712, abs=1e-3)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
