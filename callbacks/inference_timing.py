@@ -61,6 +61,8 @@ class InferenceTiming(Measurement):
             FileNotFoundError: See ``loading.load``.
             ValueError: See ``loading.load``; or a model has fewer positions than prompt and new tokens.
         """
+        if stage != "validate":
+            return
         for name, folder in self.folders.items():
             most = getattr(load_config(folder), "max_position_embeddings", None)
             if most is not None and self.prompt_tokens + self.new_tokens > most:

@@ -36,8 +36,9 @@ class TierSchedule(Measurement):
         """Train for as many epochs as the schedule says.
 
         Raises:
-            ValueError: The model has no schedule, its last iteration has no epoch to start in, the Trainer is asked for
-                another number of epochs, or the model refuses (see ``BlockSparsity.check_arguments``).
+            ValueError: The model has no schedule, its last iteration has no epoch to start in, the data have no
+                calibration text, the Trainer is asked for another number of epochs, or the model refuses (see
+                ``BlockSparsity.check_arguments``).
         """
         if not isinstance(pl_module, BlockSparsity):
             raise ValueError(f"TierSchedule needs a BlockSparsity model, not {type(pl_module).__name__}")
@@ -47,6 +48,11 @@ class TierSchedule(Measurement):
             raise ValueError(
                 f"schedule: iteration {pl_module.rows[-1].iteration} has no epochs to fine-tune in; give it some, or "
                 "use the prune command"
+            )
+        if not hasattr(trainer.datamodule, "calibration"):
+            raise ValueError(
+                "TierSchedule needs data with calibration text, such as TextCorpus, not "
+                f"{type(trainer.datamodule).__name__}"
             )
         if trainer.fast_dev_run:
             return

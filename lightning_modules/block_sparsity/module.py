@@ -138,9 +138,12 @@ class BlockSparsity(CausalLM):
             data: The DataModule, whose files must not be overwritten.
 
         Raises:
-            FileNotFoundError: There is nothing to export or verify.
-            ValueError: See ``common.files.check_output``.
+            FileNotFoundError: There is no such model, or nothing to export or verify.
+            ValueError: See ``loading.load_config`` and ``common.files.check_output``.
         """
+        for path in (self.pretrained, self.teacher if command == "fit" else None):
+            if path is not None:
+                load_config(path)
         if command in ("fit", "prune", "export"):
             check_output(self.output, "model.output", self._inputs(data), self.overwrite)
         folder, packed = self.folder, (self.folder / PACKED_FILE).is_file()

@@ -410,6 +410,15 @@ def test_instructions_prune_and_fine_tune_as_text_does(score, packing, dense, da
     assert tiers["iterations"][0]["violations"] == 0 and tiers["sparsity"] > 0.1
 
 
+def test_data_without_calibration_text_are_refused_before_the_first_step(dense, tmp_path):
+    class Other(L.LightningDataModule):
+        def train_dataloader(self):
+            return batches(2)
+
+    with pytest.raises(ValueError, match="calibration text, such as TextCorpus, not Other"):
+        _fit(_module(dense, tmp_path / "out"), "", tmp_path, data=Other())
+
+
 def test_a_run_that_is_stopped_early_says_how_far_the_saved_model_is_pruned(dense, data_cache, tmp_path, monkeypatch):
     class Stop(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -475,3 +484,7 @@ def test_nothing_to_export_or_verify_is_said_before_anything_is_loaded(fitted, d
     with pytest.raises(FileNotFoundError, match="no packed model"):
         _module(pruned, tmp_path / "x").check_arguments("verify", None)
     _module(pruned, tmp_path / "x").check_arguments("validate", None)
+    with pytest.raises(FileNotFoundError, match="no teacher here"):
+        _module(dense, tmp_path / "x", teacher=str(tmp_path / "no teacher here")).check_arguments("fit", None)
+    with pytest.raises(FileNotFoundError, match="no model here"):
+        _module(tmp_path / "no model here", tmp_path / "x").check_arguments("prune", None)
