@@ -18,6 +18,7 @@ import strategies  # noqa: F401
 from callbacks.commands import PareTrainer
 from callbacks.graceful_stop import stoppable
 from callbacks.parser import Parser
+from callbacks.run_folders import check_callbacks, last_checkpoint
 from common.output import quiet, steady
 
 
@@ -36,11 +37,14 @@ class PareCLI(LightningCLI):
             super().instantiate_classes()
 
     def check_arguments(self) -> None:
-        """Let the module refuse what cannot succeed before any text or weight is read."""
-        check = getattr(self.model, "check_arguments", None)
-        if check is not None:
-            with self._explained():
+        """Let module and callbacks refuse what cannot succeed before any text or weight is read."""
+        chosen, check = self.config_init[self.subcommand], getattr(self.model, "check_arguments", None)
+        with self._explained():
+            if check is not None:
                 check(self.subcommand, self.datamodule)
+            check_callbacks(self.trainer.callbacks, str(self.subcommand), self.model, self.datamodule)
+            if chosen.get("ckpt_path") == "last":
+                chosen["ckpt_path"] = last_checkpoint(self.trainer.callbacks)
 
     before_fit = before_validate = before_test = before_predict = check_arguments
     before_prune = before_verify = before_export = check_arguments
@@ -67,7 +71,7 @@ def main() -> None:
             parser_class=Parser,
             save_config_callback=callbacks.LogConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [callbacks.Progress(), callbacks.GracefulStop()]},
+            trainer_defaults={"callbacks": [callbacks.Progress(), callbacks.GracefulStop(), callbacks.RunFolders()]},
             auto_configure_optimizers=False,
             seed_everything_default=1234,
         )

@@ -8,6 +8,7 @@ from callbacks.model_card import HFExport
 from callbacks.prefill_memory import PrefillMemory
 from callbacks.prefill_timing import PrefillTiming
 from callbacks.progress import Progress
+from callbacks.run_folders import RunFolders
 from callbacks.run_record import RunRecord
 from callbacks.throughput import Throughput
 from callbacks.tier_schedule import TierSchedule
@@ -24,6 +25,7 @@ __all__ = [
     "PrefillMemory",
     "PrefillTiming",
     "Progress",
+    "RunFolders",
     "RunRecord",
     "Throughput",
     "TierSchedule",

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from callbacks.model_card import HFExport
+from callbacks.run_folders import check_callbacks, last_checkpoint
 from callbacks.run_record import RunRecord
 from callbacks.survival import show, survival
 from lightning_modules import generation
@@ -64,6 +65,9 @@ class PareTrainer(Trainer):
             refuse: Any = getattr(part, "check_arguments", None)
             if refuse is not None:
                 refuse(command, datamodule)
+        check_callbacks(self.callbacks, command, model, datamodule)
+        if ckpt_path == "last":
+            last_checkpoint(self.callbacks)
         print(f"{command}: nothing is wrong with this configuration")
 
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:

@@ -7,6 +7,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch import Callback, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from common.files import check_output, replacing
+
 _CARD_FIELDS = (
     "dataset",
     "max_length",
@@ -30,10 +32,25 @@ class HFExport(Callback):
 
     Args:
         dirpath: Destination; an earlier export is replaced once the new one is complete.
+        overwrite: Replace ``dirpath`` also where Pare did not write it.
     """
 
-    def __init__(self, dirpath: str) -> None:
-        self.dirpath = Path(dirpath)
+    def __init__(self, dirpath: str, overwrite: bool = False) -> None:
+        self.dirpath = Path(dirpath).expanduser()
+        self.overwrite = overwrite
+
+    def check_arguments(self, command: str, model: Any, data: Any) -> None:
+        """Refuse a destination now that would only be refused when training is done.
+
+        Raises:
+            ValueError: See ``common.files.check_output``.
+        """
+        if command == "fit":
+            check_output(self.dirpath, "HFExport.dirpath", _inputs(model, data), self.overwrite)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """See ``check_arguments``; for Trainers that the command line has not asked."""
+        self.check_arguments(stage, pl_module, trainer.datamodule)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Gather the weights on every rank, write them on rank 0."""
@@ -50,7 +67,9 @@ class HFExport(Callback):
             prefix = "model."
             state = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             card = self._card(trainer, pl_module.model.config.model_type)
-            pl_module.write_export(self.dirpath, state, trainer.datamodule.tokenizer, card)
+            inputs = _inputs(pl_module, trainer.datamodule)
+            with replacing(self.dirpath, "model", inputs, self.overwrite) as folder:
+                pl_module.write_export(folder, state, trainer.datamodule.tokenizer, card)
         trainer.strategy.barrier()
 
     def _card(self, trainer: Trainer, model_type: str) -> str:
@@ -66,3 +85,8 @@ class HFExport(Callback):
         )
         text = f"# {self.dirpath.parent.name or model_type}\n\nA {model_type} language model trained with Pare.\n\n"
         return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{usage}\n{results}"))
+
+
+def _inputs(*parts: Any) -> list[Any]:
+    """What model and data read, where they say so."""
+    return [path for part in parts for path in getattr(part, "inputs", list)()]

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -223,15 +224,18 @@ def swap(partial: Path, path: Path) -> None:
 def recover(path: Path) -> None:
     """Undo a replacement that was killed between its two renames: the old one gets its name back.
 
-    Nothing is done while another process is writing there: it is between its renames only for a moment.
+    A process that is writing there, or recovering, too, is left alone: it needs but a moment between its renames.
     """
     old = _old(path)
-    if os.path.lexists(path) or not os.path.lexists(old):
-        return
-    with suppress(InUseError), lock(path):
-        if os.path.lexists(old) and not os.path.lexists(path):
-            old.rename(path)
-            sync(path.parent)
+    for _ in range(20):
+        if os.path.lexists(path) or not os.path.lexists(old):
+            return
+        with suppress(InUseError), lock(path):
+            if os.path.lexists(old) and not os.path.lexists(path):
+                old.rename(path)
+                sync(path.parent)
+            return
+        time.sleep(0.05)
 
 
 def recover_all(folder: Path) -> None:

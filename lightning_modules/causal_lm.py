@@ -160,13 +160,17 @@ class CausalLM(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def inputs(self) -> list[str]:
+        """Folders and hub names that this module reads, and which no result may replace."""
+        return []
+
     def write_export(
         self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
     ) -> None:
         """Write the trained model as a Hugging Face folder, on one rank.
 
         Args:
-            folder: Destination; an earlier export is replaced once the new one is complete.
+            folder: Where to write; it takes its final name once it is complete.
             state: Weights of ``self.model``, whole; only the trained ones where ``trained_only``.
             tokenizer: Saved beside the weights.
             card: README.md of the folder.

@@ -7,8 +7,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common.files import replacing
-
 
 def export(
     folder: Path,
@@ -20,10 +18,8 @@ def export(
 ) -> None:
     """Write safetensors, configuration, tokenizer and model card; ``from_pretrained(folder)`` loads them.
 
-    The folder appears complete or not at all: it is written beside and renamed. An earlier export is replaced.
-
     Args:
-        folder: Destination.
+        folder: Where to write; see ``common.files.replacing``.
         state_dict: Weights named as in the Hugging Face model.
         config: The architecture.
         tokenizer: Saved beside the weights, so that generation needs nothing else.
@@ -33,7 +29,6 @@ def export(
 
     Raises:
         ValueError: ``state_dict`` lacks weights of the architecture, or has others.
-        OSError: The folder cannot be written; an earlier export is still there.
     """
     transformers_logging.disable_progress_bar()  # a bar for one file says nothing
     with torch.device("meta"):
@@ -45,7 +40,6 @@ def export(
         raise ValueError(f"weights do not fit the architecture: missing {still_meta}, unexpected {list(unexpected)}")
     if generation_config is not None:
         model.generation_config = generation_config
-    with replacing(folder, "model") as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        (beside / "README.md").write_text(card, encoding="utf-8")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -189,6 +189,15 @@ def test_check_asks_module_and_data(capsys, monkeypatch):
     assert told == also == ["validate", data]
 
 
+def test_a_last_checkpoint_that_is_not_there_is_an_error_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", "fit", *TINY, "--ckpt_path", "last"])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert stop.value.code and "there is no last checkpoint in" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 # MKL promises the same bits in another process only under this setting. Without it one run in about fifty of this
 # tiny model was seen to differ from the others by the last bit of a loss.
 REPRODUCIBLE = {"MKL_CBWR": "AVX2,STRICT"}

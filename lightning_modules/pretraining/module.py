@@ -37,6 +37,10 @@ class Pretraining(CausalLM):
         self.config_fields = dict(config or (_GPT2_62M if model_type == "gpt2" else {}))
         self.pretrained = pretrained
 
+    def inputs(self) -> list[str]:
+        """See ``CausalLM.inputs``."""
+        return [] if self.pretrained is None else [self.pretrained]
+
     def build_model(self) -> PreTrainedModel:
         """See ``CausalLM.build_model``; every rank draws the same weights, since all share one seed."""
         if self.pretrained is not None:

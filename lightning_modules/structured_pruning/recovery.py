@@ -190,6 +190,10 @@ class LoraRecovery(CausalLM):
 
     # ---- the result -----------------------------------------------------------------------------------------------
 
+    def inputs(self) -> list[Any]:
+        """See ``CausalLM.inputs``."""
+        return self._inputs(None)
+
     def write_export(
         self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
     ) -> None:
@@ -206,7 +210,8 @@ class LoraRecovery(CausalLM):
         self.check_arguments("export", datamodule)
         merged = Path(str(self.merged))
         card = f"# {merged.name}\n\n{self.base} with the adapter {self.adapter} merged into it.\n"
-        self._merge(merged, None, None, datamodule.tokenizer, card)
+        with replacing(merged, "model", self._inputs(datamodule), self.overwrite) as folder:
+            self._merge(folder, None, None, datamodule.tokenizer, card)
         print(f"merged model: {merged}")
         return {}
 
@@ -225,10 +230,9 @@ class LoraRecovery(CausalLM):
         if config is None:
             config, weights = adapters.read_adapter(Path(str(self.adapter)), self.base, base_hash)
         adapted = adapters.attach(base, config, weights)
-        with replacing(folder, "model", self._inputs(None), self.overwrite) as beside:
-            adapters.save_adapter(beside / _ADAPTER, adapted, self.base, base_hash)
-            # merged in float32, written in the dtype that the base has on disk
-            stored = load_config(self.base).dtype or torch.float32
-            adapted.merge_and_unload().to(stored).save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-            (beside / "README.md").write_text(card, encoding="utf-8")
+        adapters.save_adapter(folder / _ADAPTER, adapted, self.base, base_hash)
+        # merged in float32, written in the dtype that the base has on disk
+        stored = load_config(self.base).dtype or torch.float32
+        adapted.merge_and_unload().to(stored).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.files import replacing
 from common.names import clean_name
 from lightning_modules import generation
 from lightning_modules.data.recall import Recall
@@ -116,7 +117,8 @@ def test_wrappers_do_not_hide_a_name():
 def _export(folder, tokenizer, card="# card"):
     module = _attach(Pretraining(config=GPT2), tokenizer)
     module.configure_model()
-    export(folder, module.model.state_dict(), module.model.config, tokenizer, card)
+    with replacing(folder, "model") as beside:
+        export(beside, module.model.state_dict(), module.model.config, tokenizer, card)
     return module.model
 
 
@@ -144,8 +146,8 @@ def test_what_ends_a_text_goes_along_with_the_weights(tmp_path, tokenizer):
 def test_export_replaces_only_when_complete(tmp_path, tokenizer):
     model = _export(tmp_path / "model", tokenizer, "# first")
     incomplete = {k: v for k, v in model.state_dict().items() if "h.1" not in k}
-    with pytest.raises(ValueError, match=r"h\.1"):
-        export(tmp_path / "model", incomplete, model.config, tokenizer, "# second")
+    with pytest.raises(ValueError, match=r"h\.1"), replacing(tmp_path / "model", "model") as beside:
+        export(beside, incomplete, model.config, tokenizer, "# second")
     assert (tmp_path / "model/README.md").read_text() == "# first"
     _export(tmp_path / "model", tokenizer, "# third")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

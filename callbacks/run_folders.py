@@ -1,0 +1,97 @@
+"""A run's folders: one run writes in them at a time, and its last checkpoint is found."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.model_card import HFExport
+from common.files import InUseError, lock, recover_all
+from strategies.checkpoints import SealedCheckpointIO
+from strategies.engine import CompressedEngine
+
+
+class RunFolders(Callback):
+    """Holds the folders that ``fit`` writes its checkpoints and its model to; a second run is told who has them.
+
+    Rank 0 holds the locks for all ranks of a run. They are the system's, so none is left when a run is killed. The
+    checkpoints of Lightning's own strategies, where they are one file, get a manifest; Pare's engines see to theirs.
+    """
+
+    def __init__(self) -> None:
+        self._locks = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the locks, before any weight is loaded.
+
+        Raises:
+            InUseError: Another run writes in one of the folders; raised on all ranks.
+        """
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO and not isinstance(
+            trainer.strategy, CompressedEngine
+        ):
+            trainer.strategy.checkpoint_io = SealedCheckpointIO()
+        if stage != "fit":
+            return
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                for folder in _folders(trainer.callbacks):
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    self._locks.enter_context(lock(folder))
+            except InUseError as error:
+                self._locks.close()
+                problem = str(error)
+        if (problem := trainer.strategy.broadcast(problem)) is not None:
+            raise InUseError(problem)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the locks back."""
+        self._locks.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the locks back: the process may live on."""
+        self._locks.close()
+
+
+def check_callbacks(callbacks: Iterable[Any], command: str, model: Any, data: Any) -> None:
+    """Let callbacks refuse what cannot succeed, where they have ``check_arguments(command, model, data)``."""
+    for callback in callbacks:
+        check = getattr(callback, "check_arguments", None)
+        if check is not None:
+            check(command, model, data)
+
+
+def _folders(callbacks: Iterable[Callback]) -> list[Path]:
+    """Folders of checkpoints and exports; a folder that Lightning chooses itself is new for every run."""
+    given = [c.dirpath for c in callbacks if isinstance(c, ModelCheckpoint | HFExport)]
+    return sorted({Path(folder).resolve() for folder in given if folder is not None and "://" not in str(folder)})
+
+
+def last_checkpoint(callbacks: Iterable[Any]) -> str:
+    """The newest ``last.ckpt`` of these callbacks, also where a kill left it under another name.
+
+    Lightning's own search warns where there is none, and trains from scratch.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found: list[Path] = []
+    searched = []
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            folder = Path(callback.dirpath)
+            searched.append(str(folder))
+            recover_all(folder)
+            found += folder.glob(f"{callback.CHECKPOINT_NAME_LAST}*{callback.FILE_EXTENSION}")
+    found = [path for path in found if path.exists()]
+    if not found:
+        where = f"in {', '.join(searched)}" if searched else "since no ModelCheckpoint has a dirpath"
+        raise ValueError(
+            f"ckpt_path: there is no last checkpoint {where}; start without --ckpt_path, or give the checkpoint's path"
+        )
+    return str(max(found, key=lambda path: path.stat().st_mtime))

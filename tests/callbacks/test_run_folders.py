@@ -1,0 +1,155 @@
+"""Where a run writes is settled before it works, is its alone, and its last checkpoint is found."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import lightning.pytorch as L
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from callbacks import HFExport, RunFolders
+from callbacks.run_folders import last_checkpoint
+from common.files import DamagedError, InUseError, replacing
+from strategies import CompressedFSDP2
+from strategies.compressors.int8 import Int8
+from tests.callbacks.test_callbacks import Net, Rows
+
+_HOLD = """
+import sys
+from common.files import lock
+with lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process that has the folder of checkpoints."""
+    command = [sys.executable, "-c", _HOLD, str(tmp_path / "checkpoints"), "--other-run"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.communicate()
+
+
+def _trainer(folder, callbacks, **options):
+    warnings.simplefilter("ignore")
+    return L.Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_steps": 2, "devices": 1} | options,
+    )
+
+
+def _fit(folder, callbacks, ckpt_path=None, **options):
+    run = _trainer(folder, callbacks, **options)
+    run.fit(Net(), DataLoader(Rows(), batch_size=2), ckpt_path=ckpt_path, weights_only=True)
+    return run.global_step
+
+
+def _checkpoints(folder):
+    return ModelCheckpoint(f"{folder}/checkpoints", every_n_train_steps=1, save_last=True, save_top_k=0)
+
+
+def _sharded(folder):
+    callbacks = [RunFolders(), _checkpoints(folder)]
+    try:
+        return _fit(folder, callbacks, devices=2, strategy=CompressedFSDP2(compressor=Int8()))
+    except InUseError as error:
+        return str(error)
+
+
+def test_a_second_run_is_told_of_the_first_on_all_ranks(two_ranks, other_run, tmp_path):
+    for message in two_ranks.run(_sharded, str(tmp_path)):
+        assert "checkpoints is being written by another run" in message and str(other_run.pid) in message
+        assert "--other-run" in message
+    assert not (tmp_path / "checkpoints").exists()
+    other_run.communicate()
+    assert two_ranks.run(_sharded, str(tmp_path)) == [2, 2]
+
+
+class Breaks(L.Callback):
+    def on_train_batch_end(self, *_):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_a_run_that_has_ended_holds_nothing(ends, tmp_path):
+    callbacks = [RunFolders(), _checkpoints(tmp_path)]
+    if ends == "well":
+        _fit(tmp_path, callbacks)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            _fit(tmp_path, [*callbacks, Breaks()])
+    code = "import sys; from common.files import lock\nwith lock(sys.argv[1]): pass"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "checkpoints")], check=True)
+
+
+def test_an_export_that_would_be_refused_is_refused_at_the_start(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/thesis.tex").write_text("ten years")
+    trained = []
+
+    class Counts(L.Callback):
+        def on_train_start(self, *_):
+            trained.append(1)
+
+    with pytest.raises(ValueError, match=r"HFExport\.dirpath: .*model holds what Pare did not write \(thesis\.tex\)"):
+        _fit(tmp_path, [HFExport(f"{tmp_path}/model"), Counts()])
+    assert not trained
+    HFExport(f"{tmp_path}/model", overwrite=True).check_arguments("fit", None, None)
+    HFExport(f"{tmp_path}/model").check_arguments("validate", None, None)
+
+
+def test_an_export_never_replaces_what_the_model_or_the_data_come_from(tmp_path):
+    for folder in ("base", "text"):
+        with replacing(tmp_path / folder, "model"):
+            pass
+
+    class Reads:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def inputs(self):
+            return [self.folder]
+
+    for model, data in ((Reads(tmp_path / "base"), None), (None, Reads(tmp_path / "base"))):
+        for dirpath in (tmp_path / "base", tmp_path):
+            with pytest.raises(ValueError, match="the input"):
+                HFExport(str(dirpath), overwrite=True).check_arguments("fit", model, data)
+        HFExport(f"{tmp_path}/text").check_arguments("fit", model, data)
+
+
+def test_the_last_checkpoint_is_found_also_where_a_kill_moved_it_aside(tmp_path):
+    callbacks = [HFExport(f"{tmp_path}/model"), ModelCheckpoint(tmp_path)]
+    with pytest.raises(ValueError, match=r"ckpt_path: there is no last checkpoint in"):
+        last_checkpoint(callbacks)
+    with pytest.raises(ValueError, match="no ModelCheckpoint has a dirpath"):
+        last_checkpoint([])
+    with replacing(tmp_path / "last.ckpt", "checkpoint"):
+        pass
+    (tmp_path / "last.ckpt").rename(tmp_path / ".last.ckpt.old")
+    (tmp_path / ".last.ckpt.partial").mkdir()
+    assert last_checkpoint(callbacks) == str(tmp_path / "last.ckpt") and (tmp_path / "last.ckpt").is_dir()
+    (tmp_path / "last-v1.ckpt").write_text("newer")
+    os.utime(tmp_path / "last.ckpt", (1, 1))
+    assert last_checkpoint(callbacks) == str(tmp_path / "last-v1.ckpt")
+
+
+def test_checkpoints_of_lightnings_own_strategies_are_sealed(tmp_path):
+    path = tmp_path / "checkpoints/last.ckpt"
+    assert _fit(tmp_path, [RunFolders(), _checkpoints(tmp_path)]) == 2
+    assert _fit(tmp_path, [RunFolders(), _checkpoints(tmp_path)], ckpt_path=path, max_steps=3) == 3
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"last\.ckpt"):
+        _fit(tmp_path, [RunFolders(), _checkpoints(tmp_path)], ckpt_path=path, max_steps=4)
