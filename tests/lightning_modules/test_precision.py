@@ -95,7 +95,7 @@ def test_the_perplexity_of_a_long_text_is_the_same_under_every_precision(precisi
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_so_is_the_mean_outside_of_a_trainer(dtype, long_text):
     batches, expected = long_text
     assert mean_nll(Bigram().to(dtype), batches) == pytest.approx(expected, rel=1e-6)
