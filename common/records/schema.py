@@ -43,7 +43,7 @@ REQUIRED: dict[str, Field] = {
     "bytes_raw_total": Field("int", "bytes", "gradient bytes of an ideal fp32 ring reduction"),
     "bytes_compressed_total": Field("int", "bytes", "bytes really sent for gradients, indices and scales included"),
     "compression_ratio": Field("number", "ratio", "bytes_raw_total / bytes_compressed_total"),
-    "train_loss": Field("number", "nats/token", "training loss at the end of the run"),
+    "train_loss": Field("number", "nats/token", "cross entropy on the training text at the end of the run"),
     "val_loss": Field("number", "nats/token", "token-weighted validation loss"),
     "val_ppl": Field("number", "", "validation perplexity, exp(val_loss)"),
 }
