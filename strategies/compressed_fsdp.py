@@ -203,7 +203,13 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint; see ``CompressedEngine.load_checkpoint``."""
-        with self._full_state_on_device():
+        ours = FSDP.optim_state_dict_to_load
+
+        def with_state(*args: Any, optim_state_dict: dict[str, Any], **kwargs: Any) -> Any:
+            # a sharded checkpoint drops empty dictionaries, such as the state of SGD without momentum
+            return ours(*args, optim_state_dict={"state": {}, **optim_state_dict}, **kwargs)
+
+        with self._full_state_on_device(), mock.patch.object(FSDP, "optim_state_dict_to_load", with_state):
             return super().load_checkpoint(checkpoint_path, weights_only)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

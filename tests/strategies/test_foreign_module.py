@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.utils.data import DataLoader, TensorDataset
 
-from strategies.compressors import ErrorFeedback, Int8, NoCompressionA2A
+from strategies.compressors import ErrorFeedback, Int8, NoCompressionA2A, OneBit
 from tests.strategies.engines import ENGINES
 
 by_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -114,6 +114,46 @@ def test_one_trainer_goes_through_every_stage_and_back(engine, two_ranks):
         assert losses["validate"] == losses["test"]  # the same data, the same weights
         assert max(losses["validate"]) < before[0] and predicted == (8, 9)
         assert len(before) == 8 and losses["fit"] == straight  # bit for bit: what is owed lives through all stages
+
+
+def _resumed(engine, path):
+    """Losses after a checkpoint that owes nothing, of a Trainer that owed something before, and of a new one."""
+    plain = _trainer(engine, Int8(), max_epochs=1)
+    plain.fit(Foreign(), _batches())
+    plain.save_checkpoint(path)
+    used, losses = _trainer(engine, ErrorFeedback(OneBit()), max_epochs=1), []
+    used.fit(module := Foreign(), _batches())
+    module.losses["fit"].clear()
+    used.fit_loop.max_epochs = 2
+    fresh = _trainer(engine, ErrorFeedback(OneBit()))
+    for trainer, model in ((used, module), (fresh, Foreign())):
+        trainer.fit(model, _batches(), ckpt_path=path)
+        losses.append(model.losses["fit"])
+    return losses
+
+
+@by_engine
+def test_a_checkpoint_that_is_loaded_settles_what_was_owed_before(engine, two_ranks, tmp_path):
+    for used, fresh in two_ranks.run(_resumed, engine, str(tmp_path / "last.ckpt")):
+        assert len(fresh) == 4 and used == fresh
+
+
+def _gathered(engine):
+    trainer, module, data = _trainer(engine, Int8(), max_epochs=1), Foreign(), _batches()
+    sent = []
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, data)
+        sent.append(trainer.strategy.traffic.take().parameter_bytes())
+        trainer.validate(module, data)
+        trainer.strategy.traffic.take()
+    return sent
+
+
+@pytest.mark.parametrize("engine", ["fsdp1", "fsdp2"])
+def test_gathers_are_counted_once_in_every_stage(engine, two_ranks):
+    for first, second in two_ranks.run(_gathered, engine):
+        assert second > 0 and first - second in (0, 4 * 11 * 16 // 2)  # FSDP1's root stays gathered after validation
 
 
 def _run(engine, module=None, **options):

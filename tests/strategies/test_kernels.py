@@ -19,7 +19,7 @@ from strategies.compressors.onebit import OneBit
 from strategies.compressors.packing import pack, unpack
 from strategies.compressors.topk import TopK, largest
 from strategies.kernels import Job, choose
-from strategies.kernels.step import SLAB, VARIABLE, agree, place_of
+from strategies.kernels.step import SLAB, VARIABLE, Fast, agree, place_of
 from tests.strategies.engines import fit
 from tests.strategies.reductions import gradient, make_unit
 
@@ -197,6 +197,21 @@ def test_other_settings_than_when_compiled_do_not_compile_again(compiler, caplog
     finally:
         torch.set_num_threads(threads)
     assert not codec.steps.encode.in_use and "compiled for other settings" in caplog.text
+
+
+def _fails(place, *tensors):
+    raise AssertionError("not made for these tensors")
+
+
+def test_tensors_that_a_fast_step_was_not_made_for_are_drawn_the_same_numbers():
+    codec, blocks = NaturalCompression(), 3 * SLAB // 1024 + 5
+    example = _arguments(codec, "encode", 2)
+    fast = Fast(_fails, codec.steps.references["encode"], (example[0].double(), *example[1:]), "encode")
+    wanted, got = _arguments(codec, "encode", blocks), _arguments(codec, "encode", blocks)
+    place = place_of(((1 << 31) - SLAB, *KEY), CPU)  # positions that wrap
+    codec.steps.references["encode"](place, *wanted)
+    fast(place, *got)
+    assert torch.equal(wanted[1], got[1])
 
 
 def _nothing(place, *tensors):

@@ -1,0 +1,60 @@
+"""Random numbers are a function of seed, step, unit and rank: never the same twice, and the same when repeated."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from common.variants import variants
+from strategies.compressors import Codec, Compressor, RandomK
+from strategies.compressors.blocks import BlockCodec
+from tests.strategies.engines import ENGINES, fit
+from tests.strategies.reductions import gradient, make_unit
+
+COMPRESSORS = [example for cls in variants(Compressor) for example in cls.examples()]
+CODECS = [codec for codec in COMPRESSORS if isinstance(codec, Codec)]
+_SIZE = 3000
+
+
+def _outputs(compressor, *settings):
+    outputs = []
+    for setting in settings:
+        output, n = torch.empty(_SIZE), dist.get_world_size()
+        compressor.reduce_scatter(gradient(dist.get_rank(), n * _SIZE), output, make_unit(n * _SIZE, **setting))
+        outputs.append(output)
+    return outputs
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_what_another_seed_changes_another_step_changes_too(compressor, two_ranks):
+    first, seed, step = {"seed": 1, "step": 500}, {"seed": 2, "step": 500}, {"seed": 1, "step": 501}
+    for one, same, other, later in two_ranks.run(_outputs, compressor, first, first, seed, step):
+        assert torch.equal(one, same)
+        assert torch.equal(one, later) == torch.equal(one, other)
+        if getattr(compressor, "draws", False) or isinstance(compressor, RandomK):
+            assert not torch.equal(one, other)
+
+
+def _codes(codec):
+    n = dist.get_world_size()
+    unit = make_unit(n * _SIZE, step=3, seed=1)
+    other = make_unit(n * _SIZE, step=3, seed=1)
+    other.name = "another unit"
+    chunks = gradient(0, n * _SIZE).view(n, -1)  # the same on every rank
+    return [codec.encode(chunks, one)["values"] for one in (unit, other)]
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS if isinstance(c, BlockCodec) and c.draws], ids=repr)
+def test_ranks_and_units_round_independently(codec, two_ranks):
+    (first, elsewhere), (second, _) = two_ranks.run(_codes, codec)
+    assert not torch.equal(first, second) and not torch.equal(first, elsewhere)
+
+
+def test_ranks_choose_the_same_random_elements(two_ranks):
+    (first, elsewhere), (second, _) = two_ranks.run(_codes, RandomK(0.1))
+    assert torch.equal(first, second) and not torch.equal(first, elsewhere)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_tell_methods_the_step(engine, two_ranks):
+    first, second = two_ranks.run(fit, RandomK(0.3), steps=2, engine=engine)[0]["grads"]
+    assert any(not torch.equal(first[name] != 0, second[name] != 0) for name in first)
