@@ -207,7 +207,8 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
 
         def with_state(*args: Any, optim_state_dict: dict[str, Any], **kwargs: Any) -> Any:
             # a sharded checkpoint drops empty dictionaries, such as the state of SGD without momentum
-            return ours(*args, optim_state_dict={"state": {}, **optim_state_dict}, **kwargs)
+            kwargs["optim_state_dict"] = {"state": {}, **optim_state_dict}
+            return ours(*args, **kwargs)
 
         with self._full_state_on_device(), mock.patch.object(FSDP, "optim_state_dict_to_load", with_state):
             return super().load_checkpoint(checkpoint_path, weights_only)

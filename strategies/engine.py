@@ -156,6 +156,27 @@ class CompressedEngine(ParallelStrategy):
         unit.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         unit.step = self.lightning_module.trainer.global_step
 
+    def on_train_start(self) -> None:
+        """Make sure that all ranks go on from the same checkpoint.
+
+        Every rank reads it by itself. Where a rank that was left over from an earlier run replaces it meanwhile, or
+        nodes see different folders, they would train on: equal weights under DDP, but other data and optimizer states.
+
+        Raises:
+            RuntimeError: Ranks stand at different steps.
+        """
+        super().on_train_start()
+        if self.world_size == 1:
+            return
+        own, ranks = _position(self.lightning_module.trainer), [None] * self.world_size
+        dist.all_gather_object(ranks, own)
+        for rank, other in enumerate(ranks):
+            if other != ranks[0]:
+                raise RuntimeError(
+                    f"ranks have not read the same checkpoint: rank 0 goes on at {ranks[0]}, rank {rank} at {other}. "
+                    "Is another run still writing there, or do nodes not share the folder? Then start again"
+                )
+
     # Checkpoints. Written beside and renamed, so that a kill while saving leaves the previous one whole.
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -231,6 +252,12 @@ class CompressedEngine(ParallelStrategy):
             rank_zero_warn("nothing is compressed here: the residuals in the checkpoint are dropped")
         elif ranks:
             residuals.restore(ranks, self.units, repr(self.compressor), self.root_device)
+
+
+def _position(trainer: Any) -> dict[str, int]:
+    """Where training stands: what a checkpoint restores on every rank by itself."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total
+    return {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch": batches.ready}
 
 
 def misfit(checkpoint_path: Any, error: BaseException) -> ValueError:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from common.variants import variants
 from strategies import residuals
+from strategies.compressors import Compressor
 from strategies.compressors.error_feedback import ErrorFeedback
 from strategies.compressors.int8 import Int8
 from strategies.compressors.onebit import OneBit
@@ -85,3 +87,65 @@ def test_a_run_without_state_saves_none_and_starts_feedback_from_nothing(two_ran
     assert not list(path.glob("compressor*"))
     result = two_ranks.run(fit, ErrorFeedback(OneBit()), ckpt_path=str(path), steps=3)
     assert all(state["residual"].any() for state in result[0]["state"].values())
+
+
+def _each_its_own(paths):
+    from torch.distributed import get_rank
+
+    try:
+        fit(ErrorFeedback(Int8()), ckpt_path=paths[get_rank()], steps=4, engine="ddp")
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_ranks_that_read_different_checkpoints_do_not_train_on(two_ranks, tmp_path):
+    paths = [str(tmp_path / f"{steps}.ckpt") for steps in (2, 3)]
+    for steps, path in zip((2, 3), paths, strict=True):
+        two_ranks.run(fit, ErrorFeedback(Int8()), folder=path, steps=steps, engine="ddp")
+    for message in two_ranks.run(_each_its_own, paths):
+        assert "rank 0 goes on at {'step': 2" in message and "rank 1 at {'step': 3" in message
+
+
+def _wide(**options):
+    from tests.strategies.test_compressed_ddp import Wide
+
+    return fit(ErrorFeedback(Int8()), module=Wide(), engine="ddp", bucket_cap_mb=1, **options)
+
+
+def test_residuals_of_several_buckets_come_back_to_theirs(two_ranks, tmp_path):
+    path = str(tmp_path / "last.ckpt")
+    whole = two_ranks.run(_wide, steps=4)
+    two_ranks.run(_wide, steps=2, folder=path)
+    for rank, resumed in enumerate(two_ranks.run(_wide, steps=4, ckpt_path=path)):
+        assert len(resumed["state"]) > 1
+        assert resumed["norms"] == whole[rank]["norms"][2:] and resumed["losses"] == whole[rank]["losses"][2:]
+        for unit, state in whole[rank]["state"].items():
+            assert torch.equal(state["residual"], resumed["state"][unit]["residual"])
+
+
+def _on_dirty_memory(method):
+    """Three steps, with what torch allocates left as it is or filled with NaN: outputs and state."""
+    import torch.distributed as dist
+
+    from tests.strategies.reductions import gradient, make_unit
+
+    n, size, results = dist.get_world_size(), 1500, []
+    for dirty in (False, True):
+        torch.use_deterministic_algorithms(dirty, warn_only=True)  # fills fresh memory
+        try:
+            unit, outputs = make_unit(n * size), []
+            for step in range(3):
+                unit.step, grad = step, gradient(dist.get_rank(), n * size, step)
+                method.all_reduce(grad, unit)
+                outputs.append(grad)
+            results.append([*outputs, *unit.state.values()])
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return [torch.equal(a, b) for a, b in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("method", [one for cls in variants(Compressor) for one in cls.examples()], ids=repr)
+def test_no_method_reads_memory_that_nobody_wrote(method, two_ranks):
+    for equal in two_ranks.run(_on_dirty_memory, method):
+        assert all(equal)
