@@ -15,14 +15,15 @@ from torch import Tensor
 
 from bench.side_by_side.gradients import SOURCES
 from bench.side_by_side.references import Reduce, references
-from strategies.compressors import Compressor, known_compressors
+from common.variants import variants
+from strategies.compressors import Compressor
 from strategies.traffic import Traffic
 from strategies.units import ParameterSlice, Unit
 
 
 def examples() -> list[Compressor]:
     """The instances that the law tests run, without wrappers around another method: those send what it sends."""
-    found = [example for cls in known_compressors() for example in cls.examples()]
+    found = [example for cls in variants(Compressor) for example in cls.examples()]
     return [c for c in found if not isinstance(getattr(c, "inner", None), Compressor)]
 
 

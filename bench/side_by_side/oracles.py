@@ -233,8 +233,8 @@ SENT: dict[str, Formula] = {
 }
 
 
-def published_error(compressor: Compressor) -> float:
-    """Normalised squared error on Gaussian gradients; see ``NMSE``.
+def published_error(compressor: Compressor | str) -> float:
+    """Normalised squared error on Gaussian gradients of a compressor, or of one with such a ``repr``; see ``NMSE``.
 
     Raises:
         LookupError: The table has no line for it.
@@ -251,7 +251,8 @@ def bytes_sent(compressor: Compressor, size: int, ranks: int) -> int:
     return _line(SENT, "SENT", "its byte formula", compressor)(size, ranks)
 
 
-def _line(table: dict[str, Value], name: str, what: str, compressor: Compressor) -> Value:
-    if repr(compressor) not in table:
-        raise LookupError(f"no oracle for {compressor!r}: add {what} under that key to {name} in {__name__}")
-    return table[repr(compressor)]
+def _line(table: dict[str, Value], name: str, what: str, compressor: Compressor | str) -> Value:
+    key = compressor if isinstance(compressor, str) else repr(compressor)
+    if key not in table:
+        raise LookupError(f"no oracle for {key}: add {what} under that key to {name} in {__name__}")
+    return table[key]

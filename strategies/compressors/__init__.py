@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from common.variants import import_siblings
-from strategies.compressors.base import Codec, Compressor, known_compressors
+from common.variants import import_siblings, variants
+from strategies.compressors.base import Codec, Compressor
 
-__all__ = ["Codec", "Compressor", "known_compressors"]
+__all__ = ["Codec", "Compressor"]
 
 import_siblings(__name__, __path__)
 
 
 def __getattr__(name: str) -> Any:
     """Every method by its class name: ``from strategies.compressors import Int8``."""
-    for cls in known_compressors():
+    for cls in variants(Compressor):
         if cls.__name__ == name:
             return cls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.variants import Variant, variants
+from common.variants import Variant
 from strategies import transport
 from strategies.kernels import Job
 from strategies.units import Unit
@@ -145,8 +145,3 @@ class Codec(Compressor):
         for rank in range(1, unit.world_size):
             total += self.decode({role: part[rank : rank + 1] for role, part in received.items()}, size, unit)[0]
         output.copy_(total.mul_(1 / unit.world_size))
-
-
-def known_compressors() -> list[type[Compressor]]:
-    """Every concrete compressor that has been imported, by class name."""
-    return variants(Compressor)

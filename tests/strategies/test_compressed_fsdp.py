@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from common.variants import variants
 from strategies import CompressedFSDP
-from strategies.compressors import known_compressors
+from strategies.compressors import Compressor
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
 from tests.strategies.engines import error, fit, reference, tolerance
 
-COMPRESSORS = [cls.examples()[0] for cls in known_compressors()]
+COMPRESSORS = [cls.examples()[0] for cls in variants(Compressor)]
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)

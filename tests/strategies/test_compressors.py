@@ -5,14 +5,15 @@ import torch
 import torch.distributed as dist
 
 from bench.side_by_side.oracles import bytes_sent, published_error
+from common.variants import variants
 from strategies import transport
-from strategies.compressors import Codec, known_compressors
+from strategies.compressors import Codec, Compressor
 from strategies.compressors.int8 import Int8
 from strategies.compressors.signsgd import SignSGD
 from strategies.compressors.sketch import Sketch
 from tests.strategies.reductions import exact, gradient, make_unit, reduce
 
-COMPRESSORS = [example for cls in known_compressors() for example in cls.examples()]
+COMPRESSORS = [example for cls in variants(Compressor) for example in cls.examples()]
 by_name = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.variants import variants
 from strategies import residuals
-from strategies.compressors import known_compressors
+from strategies.compressors import Compressor
 from strategies.compressors.error_feedback import ErrorFeedback, keeps_residual, methods_within
 from strategies.compressors.int8 import Int8
 from strategies.compressors.onebit import OneBit
@@ -25,7 +26,7 @@ def _wrappable(compressor):
     return True
 
 
-INNER = [example for cls in known_compressors() for example in cls.examples() if _wrappable(example)]
+INNER = [example for cls in variants(Compressor) for example in cls.examples() if _wrappable(example)]
 _STEPS, _SIZE = 5, 3001
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.variants import variants
 from strategies import residuals
-from strategies.compressors import known_compressors
+from strategies.compressors import Compressor
 from strategies.compressors.blocks import BlockCodec
 from strategies.compressors.error_feedback import ErrorFeedback
 from strategies.compressors.int8 import Int8
@@ -23,7 +24,7 @@ from strategies.kernels.step import SLAB, VARIABLE, Fast, agree, place_of
 from tests.strategies.engines import fit
 from tests.strategies.reductions import gradient, make_unit
 
-CODECS = [c for cls in known_compressors() for c in cls.examples() if isinstance(c, BlockCodec)]
+CODECS = [c for cls in variants(Compressor) for c in cls.examples() if isinstance(c, BlockCodec)]
 by_name = pytest.mark.parametrize("codec", CODECS, ids=repr)
 CPU, KEY = torch.device("cpu"), (12345, -987654321)
 
@@ -246,7 +247,7 @@ def test_the_backend_is_the_arguments_then_the_variables_then_the_devices(monkey
 
 def test_methods_without_a_choice_have_no_backend_and_hybrids_warm_their_parts():
     job = Job("reference", CPU, 2)
-    assert known_compressors() and TopK(0.1, values=Int8()).warm_up(job) == {"reference"}
+    assert variants(Compressor) and TopK(0.1, values=Int8()).warm_up(job) == {"reference"}
     assert Int8(block_size=0).warm_up(Job("compiled", CPU, 2)) == {"slabs"}  # a block of every size: nothing to compile
 
 

@@ -9,11 +9,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.side_by_side.oracles import published_error
-from strategies.compressors import Codec, known_compressors
+from common.variants import variants
+from strategies.compressors import Codec, Compressor
 from strategies.compressors.none import NoCompression
 from tests.strategies.reductions import gradient, make_unit, reduce
 
-COMPRESSORS = [example for cls in known_compressors() for example in cls.examples()]
+COMPRESSORS = [example for cls in variants(Compressor) for example in cls.examples()]
 
 
 def _those(attribute):

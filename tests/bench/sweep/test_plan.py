@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from bench.sweep.plan import located, plan, select
-from strategies.compressors import known_compressors
+from common.variants import variants
+from strategies.compressors import Compressor
 from tests.conftest import ROOT
 
 BASE = "configs/bench/base.yaml"
@@ -120,4 +121,4 @@ def test_every_sweep_of_the_repository_is_a_plan(path):
 def test_the_quality_sweep_has_every_method():
     text = (ROOT / "configs/bench/quality.yaml").read_text()
     composers = {"ByParameter", "WarmUp", "NoCompressionA2A"}
-    assert {cls.__name__ for cls in known_compressors()} - composers <= set(re.findall(r"\w+", text.split("axes:")[1]))
+    assert {cls.__name__ for cls in variants(Compressor)} - composers <= set(re.findall(r"\w+", text.split("axes:")[1]))
