@@ -5,7 +5,7 @@ import torch
 
 from lightning_modules.block_sparsity.demotion import Ratios, block_sums, demote, quantiles
 from lightning_modules.block_sparsity.masks import unstructured
-from lightning_modules.block_sparsity.tiers import TierMap, pack_bits, unpack_bits
+from lightning_modules.block_sparsity.tiers import TierMap, pack_bits, pad, to_blocks, unpack_bits
 from tests.lightning_modules.block_sparsity.toy import loop_iteration, scored
 
 SEED_ROWS = [(0.9, 0.1, 0.0), (0.8, 0.1, 0.1), (0.65, 0.2, 0.15), (0.5, 0.3, 0.2), (0.35, 0.45, 0.2)]
@@ -26,8 +26,10 @@ def test_three_iterations_equal_a_loop_over_blocks(shape, block, k):
     for number, row in enumerate(SEED_ROWS[:3]):
         scores = _scores(shape, number)  # other scores every time, as after fine-tuning
         expected = loop_iteration(scores, tiers.map_rc, tiers.keep_RC, Ratios(*row), block, k)
-        demote({"m": scored(scores)}, {"m": tiers}, Ratios(*row))
+        means = demote({"m": scored(scores)}, {"m": tiers}, Ratios(*row))["m"]
         assert torch.equal(tiers.map_rc, expected[0]) and torch.equal(tiers.keep_RC, expected[1])
+        sums = to_blocks(pad(scores * tiers.keep_RC, block), block).sum((-1, -2))
+        torch.testing.assert_close(means, sums / tiers.keep_rcbb.sum((-1, -2)))
         tiers.check()
 
 
@@ -53,7 +55,8 @@ def test_a_fresh_two_of_four_block_competes_with_old_ones_on_what_it_still_has()
     tiers = _tiers((16, 64))
     demote({"m": scored(scores)}, {"m": tiers}, Ratios(0.75, 0.25, 0.0))
     assert tiers.map_rc.tolist() == [[1, 0, 0, 0]]
-    scores[:, 16:32] = 0.1  # now another is far worse, and passes the old one on its way down
+    scores[:, 16:32] = 0.5  # now another is worse, also by the half that it keeps, and passes the old one on its way
+    scores[:, 16:32:2] = 0.6
     demote({"m": scored(scores)}, {"m": tiers}, Ratios(0.5, 0.25, 0.25))
     assert tiers.map_rc.tolist() == [[1, 2, 0, 0]]
 
