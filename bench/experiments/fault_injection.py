@@ -1,0 +1,171 @@
+"""Is anything lost, or wrong without a word, when Pare is killed, its files are damaged, and its input is nonsense?
+
+Kills: every scenario of `bench.faults.scenarios` is run undisturbed once, then in chains of kills that must end with the
+same outcome and leave no process. Flips: a bit in a random place of whatever Pare reads back must be noticed, and
+the file named. Inputs: the property tests of every parser, in their long form. What is finished in a `--folder` is not
+done again.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.experiments.runs import ROOT, say
+from bench.faults import flips, kills
+from bench.faults.scenarios import SCENARIOS, make_inputs
+from bench.tables import figures
+
+COMMAND = "python -m bench experiment fault_injection --records docs/results/records/faults.jsonl"
+CHAIN = 4
+# Chains of CHAIN kills; training has the most states to lose.
+CHAINS = {"CompressedFSDP": 6, "CompressedFSDP2": 5, "CompressedDDP": 5, "sweep": 2}
+FLIPS = 100
+
+
+def run(records: Path, folder: Path) -> None:
+    """Do what is missing and append the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = prepare(folder)
+    chains = list(killed(folder, inputs))
+    _kills(records, chains)
+    _flips(records, flips.all_flips(flips.artifacts(folder), FLIPS, seed=1))
+    _inputs(records, *property_tests())
+
+
+def prepare(folder: Path) -> Path:
+    """The small model that other commands read, and the cache of its text; made once.
+
+    Raises:
+        RuntimeError: It could not be trained.
+    """
+    inputs = folder / "inputs"
+    model = inputs / "model"
+    if not model.exists():
+        say("training the small model of the other commands")
+        training = kills.Started(make_inputs(), inputs / "training", inputs / "cache", folder / "inputs.log")
+        ended = training.wait(600)
+        training.end()
+        if not ended or training.process.returncode:
+            raise RuntimeError((folder / "inputs.log").read_text()[-3000:])
+        (inputs / "training/runs/model").rename(model)
+    return inputs
+
+
+def killed(
+    folder: Path, inputs: Path, chains: dict[str, int] | None = None, length: int = CHAIN
+) -> Iterator[dict[str, Any]]:
+    """Chains of kills of every scenario, those of before first.
+
+    Args:
+        folder: Working folder; finished chains are kept in its ``chains.jsonl``.
+        inputs: What ``prepare`` made.
+        chains: Number of chains by scenario; by default ``CHAINS``, and 3 of what it does not name.
+        length: Kills in a chain.
+    """
+    counts = {name: CHAINS.get(name, 3) for name in SCENARIOS} if chains is None else chains
+    path = folder / "chains.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {(one["scenario"], one["seed"]) for one in done}
+    yield from done
+    for name, count in counts.items():
+        scenario = SCENARIOS[name]
+        where = folder / name.replace(" ", "_")
+        expected = where.with_suffix(".json")
+        if not expected.exists():
+            say(f"{name}, undisturbed")
+            expected.write_text(json.dumps(kills.reference(scenario, inputs, where)))
+        wanted, typical_s = json.loads(expected.read_text())
+        for seed in range(count):
+            if (name, seed) in known:
+                continue
+            found = kills.chain(scenario, length, seed, inputs, where.with_name(f"{where.name}-{seed}"), wanted, typical_s)
+            with open(path, "a") as file:
+                file.write(json.dumps(found.line()) + "\n")
+            say(f"{name}, chain {seed + 1} of {count}: {len(found.kills)} kills, {found.wall_s:.0f} s; {found.faults or 'no fault'}")
+            yield found.line()
+
+
+def _kills(records: Path, chains: list[dict[str, Any]]) -> None:
+    total = sum(len(one["kills"]) for one in chains)
+    faults = [f"{one['scenario']}, seed {one['seed']}: {fault}" for one in chains for fault in one["faults"]]
+    by_signal = Counter(kill.split()[0] for one in chains for kill in one["kills"])
+    _figure(
+        records,
+        figure="fault-kills",
+        what=f"results lost, wrong, or processes left after {total} random kills ({_counts(by_signal)}; "
+        f"{sum('saving' in kill for one in chains for kill in one['kills'])} while saving) of {len(SCENARIOS)} commands",
+        value=len(faults),
+        reached=not faults and total >= 100,
+        target="0 of at least 100",
+        details={"faults": faults, "chains": chains},
+    )
+    for name in SCENARIOS:
+        mine = [one for one in chains if one["scenario"] == name]
+        if mine:
+            _figure(
+                records,
+                figure=f"fault-kills-{name.replace(' ', '-')}",
+                what=f"the same, `{name}`: {sum(len(one['kills']) for one in mine)} kills in {len(mine)} chains",
+                value=sum(len(one["faults"]) for one in mine),
+                reached=not any(one["faults"] for one in mine),
+                target="0",
+                details={"chain_s": statistics.median(one["wall_s"] for one in mine)},
+            )
+
+
+def _flips(records: Path, found: list[flips.Flip]) -> None:
+    missed = [one for one in found if not one.noticed]
+    kinds = Counter(one.kind for one in found)
+    _figure(
+        records,
+        figure="fault-flips",
+        what=f"flipped bits in {len(found)} random places ({_counts(kinds)}) that are not noticed, or whose file is not named",
+        value=len(missed),
+        reached=not missed and len(found) >= 100,
+        target="0 of at least 100",
+        details={"missed": [one.line() for one in missed]},
+    )
+
+
+def property_tests() -> tuple[int, int]:
+    """Run the parsers' property tests in their long form; inputs tried, and tests that failed.
+
+    Raises:
+        RuntimeError: They could not be run.
+    """
+    say("property tests of every parser, long form")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "parsers", "--hypothesis-show-statistics", "tests"]
+    environment = {**os.environ, "HYPOTHESIS_PROFILE": "long"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    tried = sum(map(int, re.findall(r"(\d+) passing examples", done.stdout)))
+    failed = re.search(r"(\d+) failed", done.stdout)
+    return tried, int(failed[1]) if failed else 0
+
+
+def _inputs(records: Path, tried: int, failed: int) -> None:
+    _figure(
+        records,
+        figure="fault-inputs",
+        what=f"property tests that fail on {tried:,} generated inputs to every parser",
+        value=failed,
+        reached=not failed and tried >= 10_000,
+        target="0 on at least 10,000",
+        details={"inputs": tried},
+    )
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def _figure(records: Path, **fields: Any) -> None:
+    figures.append(records, unit="", command=COMMAND, **fields)

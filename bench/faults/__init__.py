@@ -1,0 +1,1 @@
+"""Killing, damaging and misfeeding Pare on purpose: does anything get lost, or come out wrong without a word?"""
