@@ -1,7 +1,7 @@
 """Is anything lost, or wrong without a word, when Pare is killed, its files are damaged, and its input is nonsense?
 
-Kills: every scenario of `bench.faults.scenarios` is run undisturbed once, then in chains of kills that must end with the
-same outcome and leave no process. Flips: a bit in a random place of whatever Pare reads back must be noticed, and
+Kills: every scenario of `bench.faults.scenarios` is run undisturbed once, then in chains of kills that must end with
+the same outcome and leave no process. Flips: a bit in a random place of whatever Pare reads back must be noticed, and
 the file named. Inputs: the property tests of every parser, in their long form. What is finished in a `--folder` is not
 done again.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.experiments.runs import ROOT, say
 from bench.faults import flips, kills
-from bench.faults.scenarios import SCENARIOS, make_inputs
+from bench.faults.scenarios import SCENARIOS, make_inputs, make_sparse
 from bench.tables import figures
 
 COMMAND = "python -m bench experiment fault_injection --records docs/results/records/faults.jsonl"
@@ -40,21 +40,18 @@ def run(records: Path, folder: Path) -> None:
 
 
 def prepare(folder: Path) -> Path:
-    """The small model that other commands read, and the cache of its text; made once.
+    """The small models that other commands read, and the cache of their text; made once.
 
     Raises:
-        RuntimeError: It could not be trained.
+        RuntimeError: They could not be made.
     """
     inputs = folder / "inputs"
-    model = inputs / "model"
-    if not model.exists():
+    if not (inputs / "model").exists():
         say("training the small model of the other commands")
-        training = kills.Started(make_inputs(), inputs / "training", inputs / "cache", folder / "inputs.log")
-        ended = training.wait(600)
-        training.end()
-        if not ended or training.process.returncode:
-            raise RuntimeError((folder / "inputs.log").read_text()[-3000:])
-        (inputs / "training/runs/model").rename(model)
+        kills.undisturbed(make_inputs(), inputs / "training", inputs / "cache")
+        (inputs / "training/runs/model").rename(inputs / "model")
+    if not (inputs / "sparse").exists():
+        kills.undisturbed(make_sparse(inputs), inputs / "pruning", inputs / "cache")
     return inputs
 
 
@@ -85,22 +82,27 @@ def killed(
         for seed in range(count):
             if (name, seed) in known:
                 continue
-            found = kills.chain(scenario, length, seed, inputs, where.with_name(f"{where.name}-{seed}"), wanted, typical_s)
+            found = kills.chain(
+                scenario, length, seed, inputs, where.with_name(f"{where.name}-{seed}"), wanted, typical_s
+            )
             with open(path, "a") as file:
                 file.write(json.dumps(found.line()) + "\n")
-            say(f"{name}, chain {seed + 1} of {count}: {len(found.kills)} kills, {found.wall_s:.0f} s; {found.faults or 'no fault'}")
+            done_in = f"{len(found.kills)} kills in {found.wall_s:.0f} s"
+            say(f"{name}, chain {seed + 1} of {count}: {done_in}; {'; '.join(found.faults) or 'no fault'}")
             yield found.line()
 
 
 def _kills(records: Path, chains: list[dict[str, Any]]) -> None:
     total = sum(len(one["kills"]) for one in chains)
     faults = [f"{one['scenario']}, seed {one['seed']}: {fault}" for one in chains for fault in one["faults"]]
-    by_signal = Counter(kill.split()[0] for one in chains for kill in one["kills"])
+    all_kills = [kill for one in chains for kill in one["kills"]]
+    by_signal = Counter(kill.split()[0] for kill in all_kills)
+    saving = sum("saving" in kill for kill in all_kills)
     _figure(
         records,
         figure="fault-kills",
         what=f"results lost, wrong, or processes left after {total} random kills ({_counts(by_signal)}; "
-        f"{sum('saving' in kill for one in chains for kill in one['kills'])} while saving) of {len(SCENARIOS)} commands",
+        f"{saving} while saving) of {len(SCENARIOS)} commands",
         value=len(faults),
         reached=not faults and total >= 100,
         target="0 of at least 100",
@@ -126,7 +128,7 @@ def _flips(records: Path, found: list[flips.Flip]) -> None:
     _figure(
         records,
         figure="fault-flips",
-        what=f"flipped bits in {len(found)} random places ({_counts(kinds)}) that are not noticed, or whose file is not named",
+        what=f"flipped bits in {len(found)} random places ({_counts(kinds)}) not noticed, or not with the file's name",
         value=len(missed),
         reached=not missed and len(found) >= 100,
         target="0 of at least 100",

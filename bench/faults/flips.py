@@ -7,6 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from common.files import check_manifest
+from common.records import record
+from lightning_modules.loading import load, load_tokenizer
+from lightning_modules.structured_pruning.plan import PruningPlan
+from lightning_modules.token_pruning.store import Saliency
+from strategies.checkpoints import SealedCheckpointIO, check_together
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -46,6 +53,50 @@ class Flip:
     def line(self) -> dict:
         """For records."""
         return asdict(self)
+
+
+def artifacts(folder: Path) -> list[Artifact]:
+    """What the undisturbed runs of the scenarios left in a folder, and how each is read.
+
+    Raises:
+        FileNotFoundError: A scenario has not run.
+    """
+    trained, pruned, sparse = (folder / name for name in ("CompressedFSDP", "prune_structure", "prune_blocks"))
+    found = [
+        Artifact("sharded checkpoint", trained / "runs/faults/checkpoints/last.ckpt", _sharded),
+        Artifact("checkpoint", folder / "CompressedDDP/runs/faults/checkpoints/last.ckpt", _checkpoint),
+        Artifact("model", trained / "runs/model", _model),
+        Artifact("cache", next((folder / "prepare/cache/data").glob("*/")), check_manifest),
+        Artifact("records", trained / "runs/results.jsonl", _records),
+        Artifact("saliency", folder / "predict/runs/saliency", lambda path: Saliency(path, {})),
+        Artifact("pruned model", pruned / "runs/pruned", _model),
+        Artifact("plan", pruned / "runs/pruned/plan.json", PruningPlan.load),
+        Artifact("sparse model", sparse / "runs/pruned", _model),
+        Artifact("packed model", folder / "pack_blocks/runs/packed", _model),
+    ]
+    missing = [str(one.path) for one in found if not one.path.exists()]
+    if missing:
+        raise FileNotFoundError(f"nothing at {', '.join(missing)}: run the scenarios first")
+    return found
+
+
+def _sharded(path: Path) -> None:
+    check_together(path, lambda value: [value], rank=0)
+
+
+def _checkpoint(path: Path) -> None:
+    SealedCheckpointIO().load_checkpoint(path)
+
+
+def _model(path: Path) -> None:
+    load(path)
+    load_tokenizer(path)
+
+
+def _records(path: Path) -> None:
+    _, broken = record.read(path)
+    if broken:
+        raise ValueError(record.passed_over(path, broken))
 
 
 def all_flips(artifacts: Sequence[Artifact], count: int, seed: int) -> list[Flip]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -67,10 +68,8 @@ class Started:
 
     def look(self) -> list[psutil.Process]:
         """The command's living processes that run Pare: ranks, and what started them."""
-        try:
+        with suppress(psutil.NoSuchProcess):
             self.seen.update(self.root.children(recursive=True))
-        except psutil.NoSuchProcess:
-            pass
         return [process for process in self.seen if _runs(process)]
 
     def wait(self, seconds: float) -> bool:
@@ -119,13 +118,23 @@ def reference(scenario: Scenario, inputs: Path, folder: Path) -> tuple[Outcome, 
     Raises:
         RuntimeError: It failed.
     """
-    began = time.monotonic()
-    run = Started(scenario.command(inputs), folder, _cache(scenario, folder, inputs), folder.with_suffix(".log"))
+    took = undisturbed(scenario.command(inputs), folder, _cache(scenario, folder, inputs))
+    return scenario.outcome(folder), took
+
+
+def undisturbed(command: list[str], folder: Path, cache: Path) -> float:
+    """Run a command to its end; seconds it took.
+
+    Raises:
+        RuntimeError: It failed, or did not end.
+    """
+    began, log = time.monotonic(), folder.with_suffix(".log")
+    run = Started(command, folder, cache, log)
     ended = run.wait(_RUN_S)
     run.end()
     if not ended or run.process.returncode:
-        raise RuntimeError(f"{scenario.name} failed: {folder.with_suffix('.log').read_text()[-3000:]}")
-    return scenario.outcome(folder), time.monotonic() - began
+        raise RuntimeError(f"{' '.join(command)} failed: {_tail(log)}")
+    return time.monotonic() - began
 
 
 def chain(
@@ -150,8 +159,8 @@ def chain(
         run = Started([*scenario.command(inputs), *again], folder, cache, log)
         last = len(found.kills) >= kills or not _strike(run, scenario, folder, typical_s, chance, found)
         if not run.wait(_RUN_S if last else _END_S):
-            left = ", ".join(sorted(" ".join(p.cmdline()[:3]) for p in run.look()))
-            found.faults.append(f"still running {_END_S:.0f} s after {found.kills[-1:]}: {left}")
+            alive = ", ".join(sorted(" ".join(p.cmdline()[:3]) for p in run.look()))
+            found.faults.append(f"still running {_END_S:.0f} s after {found.kills[-1:]}: {alive}")
         run.end()
         finished = run.process.returncode == 0
         if last and not finished:
@@ -159,7 +168,9 @@ def chain(
             break
     if finished:
         left = scenario.outcome(folder)
-        found.faults += [f"{name} differs from that of the undisturbed command" for name in wanted if left[name] != wanted[name]]
+        found.faults += [
+            f"{name} differs from that of the undisturbed command" for name in wanted if left[name] != wanted[name]
+        ]
         found.faults += [f"left behind: {path.name}" for path in _leftovers(folder)]
     found.wall_s = time.monotonic() - began
     return found

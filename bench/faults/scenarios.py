@@ -15,8 +15,22 @@ Outcome = Mapping[str, str]
 
 _FAULTS = ("--config", str(ROOT / "configs/bench/faults.yaml"))
 _LLAMA = ("--model.model_type", "llama", "--model.config")
-_SIZES = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 2}"
-_TEXT = ("--data.sources", "[topics]", "--data.block_size", "32", "--data.batch_size", "4", "--data.max_val_blocks", "16")
+_SIZES = (
+    "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 2}"
+)
+_TEXT = (
+    "--data.sources",
+    "[topics]",
+    "--data.block_size",
+    "32",
+    "--data.batch_size",
+    "4",
+    "--data.max_val_blocks",
+    "16",
+)
+
+
+_FEW = ("--model.calibration_blocks", "4")
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,22 @@ def make_inputs() -> list[str]:
     return main_py("fit", *_FAULTS, *_LLAMA, _SIZES, *short)
 
 
+def make_sparse(inputs: Path) -> list[str]:
+    """The command line that makes the model in tiers that is packed, into ``sparse``."""
+    output = ("--model.output", str(inputs / "sparse"))
+    return _on_model("prune", "block_sparsity/oneshot.yaml", "pretrained", "", *output, *_FEW)(inputs)
+
+
+def _packing(inputs: Path) -> list[str]:
+    sparse = str(inputs / "sparse")
+    arguments = ("--model.pretrained", sparse, "--data.tokenizer", sparse, "--model.output", "runs/packed", *_TEXT)
+    return main_py("export", "--config", str(ROOT / "configs/block_sparsity/export.yaml"), *arguments)
+
+
+def _packed(folder: Path) -> Outcome:
+    return {"packed": digest(folder / "runs/packed", "*.safetensors", "config.json")}
+
+
 def _sweep(inputs: Path) -> list[str]:
     main, *_ = main_py()
     config = str(ROOT / "configs/bench/smoke.yaml")
@@ -151,10 +181,11 @@ SCENARIOS: dict[str, Scenario] = {
                 "block_sparsity/oneshot.yaml",
                 "pretrained",
                 "--model.output runs/pruned",
-                *("--model.calibration_blocks", "4"),
+                *_FEW,
             ),
             _pruned,
         ),
+        Scenario("pack blocks", _packing, _packed),
         Scenario("sweep", _sweep, _swept, saves=()),
     )
 }
