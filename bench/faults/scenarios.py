@@ -125,7 +125,7 @@ def _on_model(command: str, config: str, field: str, output: str, *arguments: st
 
 def make_inputs() -> list[str]:
     """The command line that trains the small model of the other scenarios, into ``runs/model``."""
-    short = ("--trainer.max_steps", "4", "--trainer.val_check_interval", "8")
+    short = ("--trainer.max_steps", "4", "--trainer.val_check_interval", "8", "--data.block_size", "32")
     return main_py("fit", *_FAULTS, *_LLAMA, _SIZES, *short)
 
 
