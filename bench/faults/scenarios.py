@@ -165,7 +165,7 @@ SCENARIOS: dict[str, Scenario] = {
                 "token_pruning/saliency.yaml",
                 "base",
                 "--model.folder runs/saliency",
-                *("--model.num_samples", "64", "--data.max_train_blocks", "64"),
+                *("--model.num_samples", "64", "--data.max_train_blocks", "64", "--model.response", "8"),
             ),
             _saliency,
         ),
