@@ -70,7 +70,7 @@ def artifacts(folder: Path) -> list[Artifact]:
         Artifact("records", trained / "runs/results.jsonl", _records),
         Artifact("saliency", folder / "predict/runs/saliency", lambda path: Saliency(path, {})),
         Artifact("pruned model", pruned / "runs/pruned", _model),
-        Artifact("plan", pruned / "runs/pruned/plan.json", PruningPlan.load),
+        Artifact("plan", pruned / "runs/pruned/pruning_plan.json", PruningPlan.load),
         Artifact("sparse model", sparse / "runs/pruned", _model),
         Artifact("packed model", folder / "pack_blocks/runs/packed", _model),
     ]

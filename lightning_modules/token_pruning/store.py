@@ -1,7 +1,8 @@
 """Saliency on disk: a folder of safetensors parts and one JSON file that says what they are.
 
 Every part appears whole (written beside, then renamed), so a killed collection goes on with the samples that no part
-holds. ``saliency.json`` is written first, with what the values depend on, and completed last, with the counts.
+holds. ``saliency.json`` is written first, with what the values depend on, and completed last, with the counts; then
+the folder gets its manifest, which reading it checks.
 """
 
 import json
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from common.files import replacing_file
+from common.files import check_manifest, hashes, replacing_file, write_manifest
 
 INDEX = "saliency.json"
 _FORMAT = "pare-saliency"
@@ -48,6 +49,7 @@ class SaliencyStore:
     def begin(self) -> None:
         """Write the index, on the first rank, before any part."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(self.folder, "saliency", None)
         _write(self.folder / INDEX, _json({"format": _FORMAT, **self._depends, "samples": None}))
 
     def add(self, key: str, values: dict[int, Tensor]) -> None:
@@ -77,6 +79,7 @@ class SaliencyStore:
         samples = len({key for part in _parts(self.folder) for key in _keys(part)})
         index = {"format": _FORMAT, **self._depends, "samples": samples, "skipped": skipped}
         _write(self.folder / INDEX, _json(index))
+        write_manifest(self.folder, "saliency", hashes(self.folder))
         return samples
 
 
@@ -96,6 +99,8 @@ class Saliency:
         folder = Path(folder)
         check_saliency(folder, expect)
         self.index = _index(folder)
+        if self.index["samples"] is not None:
+            check_manifest(folder)
         self._values: dict[str, dict[int, Tensor]] = {}
         for part in _parts(folder):
             self._values |= dict(_read(part))
