@@ -13,6 +13,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 from rich.console import Console
 
 from bench import experiments
+from bench import memory as estimates
 from bench.network import bounds as limits
 from bench.network import link as links
 from bench.network.collectives_command import collectives
@@ -20,6 +21,7 @@ from bench.sweep import sweep
 from bench.tables import compare as comparison
 from bench.tables import documents, figures
 from bench.tables import pivot as pivots
+from common import moved
 from common.files import write_text
 from common.records import env as environment
 from common.records import record
@@ -72,25 +74,32 @@ def compare(results: Path, runs: str | None = None, fields: str | None = None, m
 
 
 def table(file: Path | None = None, only: str | None = None, check: bool = False) -> int:
-    """Write the tables of all documents anew from their records, or show the figures of one file against targets.
+    """Write tables and pictures of all documents anew from their records, or show one file's figures against targets.
 
     Args:
         file: The .jsonl file with the figures to show; without it, the documents are written.
         only: Identifiers of the figures to show, separated by commas, `*` for anything; all without.
         check: Write nothing; the exit status is 1 when a document differs from its records.
     """
+    from bench.tables import pictures  # drawing takes a second to import, which no other command needs
+
     if file is not None:
         print(figures.render_table(_read(file), only.split(",") if only else None), end="")
         return 0
-    changed = documents.drifted(documents.ROOT)
-    for path, text in changed.items():
-        name = path.relative_to(documents.ROOT)
-        if check:
-            print(f"{name} differs from its records: python -m bench table", file=sys.stderr)
-        else:
+    root, records = documents.ROOT, documents.ROOT / documents.RECORDS
+    texts = documents.drifted(root)
+    drawings = list(pictures.drifted(root, records))
+    if not check:
+        for path, text in texts.items():
             write_text(path, text)
-            print(f"{name} written")
-    return 1 if check and changed else 0
+        for path, picture, numbers in drawings:
+            pictures.write(path, picture, numbers)
+    for path in (*texts, *(path for path, _, _ in drawings)):
+        name = path.relative_to(root)
+        print(
+            f"{name} differs from its records: python -m bench table" if check else f"{name} written", file=sys.stderr
+        )
+    return 1 if check and (texts or drawings) else 0
 
 
 def pivot(
@@ -174,11 +183,15 @@ def env(full: bool = False, json: bool = False) -> int:
     return 1 if report["missing"] else 0
 
 
+_FORMS = {"model": "FOLDER", "texts": "NAME=FILE,NAME=FILE"}
+
+
 def experiment(
     name: str,
     records: Path | None = None,
     folder: Path | None = None,
     model: Path | None = None,
+    texts: str | None = None,
 ) -> None:
     """Run one experiment and append its figures to a records' file.
 
@@ -187,14 +200,22 @@ def experiment(
         records: Where the figures go; by default the file in docs/results/records that the experiment names.
         folder: Working folder of the runs; by default a temporary one that is removed.
         model: Hugging Face folder of the model to experiment on, for experiments that need one.
+        texts: Texts for experiments that need them: NAME=FILE,NAME=FILE.
     """
     if name not in experiments.names():
         raise ValueError(f"no experiment {name!r}; there are: {', '.join(experiments.names())}")
     module = importlib.import_module(f"bench.experiments.{name}")
-    wanted = "model" in inspect.signature(module.run).parameters
-    if wanted != (model is not None):
-        raise ValueError(f"experiment {name} needs --model FOLDER" if wanted else f"experiment {name} takes no --model")
-    options = {"model": model.resolve()} if model is not None else {}
+    named = dict(pair.split("=", 1) for pair in (texts or "").split(",") if "=" in pair)
+    given = {
+        "model": model and model.resolve(),
+        "texts": {text: Path(path).resolve() for text, path in named.items()} or None,
+    }
+    for option, value in given.items():
+        wanted, form = option in inspect.signature(module.run).parameters, _FORMS[option]
+        if wanted != (value is not None):
+            problem = f"needs --{option} {form}" if wanted else f"takes no --{option}"
+            raise ValueError(f"experiment {name} {problem}")
+    options = {option: value for option, value in given.items() if value is not None}
     records = records or documents.ROOT / documents.RECORDS / getattr(module, "RECORDS", f"{name}.jsonl")
     with tempfile.TemporaryDirectory() as temporary:
         module.run(records.resolve(), (folder or Path(temporary)).resolve(), **options)
@@ -245,6 +266,28 @@ def bounds(results: Path, rate: str | None = None, markdown: bool = False) -> No
     _show(limits.table(_read(results), bytes_per_s), markdown)
 
 
+def memory(
+    models: str,
+    ranks: str = "1,8",
+    engine: estimates.Engine = "fsdp",
+    residual: estimates.Residual = "none",
+    bf16: bool = False,
+    markdown: bool = False,
+) -> None:
+    """Show what training holds in the memory of each rank, computed from the model's shapes; nothing is loaded.
+
+    Args:
+        models: Hugging Face folders or hub names, or llama-1b, llama-8b, llama-70b; separated by commas.
+        ranks: Numbers of ranks, separated by commas.
+        engine: "fsdp" (everything sharded) or "ddp".
+        residual: How error feedback stores what it owes; "none" without error feedback.
+        bf16: Whether parameters are gathered in bfloat16 (bf16-mixed).
+        markdown: Print a Markdown table.
+    """
+    counts = [int(count) for count in ranks.split(",")]
+    _show(estimates.table(models.split(","), counts, engine, residual, 2 if bf16 else 4), markdown)
+
+
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
@@ -252,12 +295,29 @@ def _to_json(value: object) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if old := moved.hint(arguments):
+        print(f"error:{old}", file=sys.stderr)
+        return 1
     if "--" in arguments:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
     # --dry-run is as good as --dry_run
     arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
-    known = (env, compare, table, pivot, trace, link, experiment, sweep, collectives, bounds, report, configuration)
+    known = (
+        env,
+        compare,
+        table,
+        pivot,
+        trace,
+        link,
+        experiment,
+        sweep,
+        collectives,
+        bounds,
+        memory,
+        report,
+        configuration,
+    )
     commands: dict[str, Any] = {command.__name__: command for command in known}
     try:
         return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0

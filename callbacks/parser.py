@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from callbacks.commands import PareTrainer
+from common import moved
 from common.variants import variants
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
@@ -36,7 +37,8 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         parser: ArgumentParser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
-        print(f"error: {explain(message, program.split()[-1])}\nhelp: {program} --help", file=sys.stderr)
+        told = explain(message, program.split()[-1]) + moved.hint(sys.argv)
+        print(f"error: {told}\nhelp: {program} --help", file=sys.stderr)
         self.exit(2)
 
 

@@ -1,25 +1,41 @@
-"""Commands in the documents name files that exist and are accepted; links lead somewhere."""
+"""Documents are short, their links lead somewhere, and their commands and imports are accepted as they stand."""
 
+import ast
+import importlib
 import re
 import shlex
 from itertools import pairwise
+from textwrap import dedent
 
 import pytest
 
+from bench.__main__ import main as bench
+from bench.tables.documents import documents
 from tests.conftest import ROOT
 from tests.test_cli import _parse
 
-DOCUMENTS = [p for p in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")) if p.is_file()]
+DOCUMENTS = [path for path in documents(ROOT) if path.name != "CHANGELOG.md"]
+FEATURES = [
+    path
+    for path in DOCUMENTS
+    if path.name == "README.md" and path.relative_to(ROOT).parts[0] not in ("README.md", "docs")
+]
+
+
+def _name(path):
+    return path.relative_to(ROOT).as_posix()
 
 
 def _commands(text: str) -> list[str]:
-    """Lines of fenced shell blocks, continuation lines joined."""
+    """Lines of fenced shell blocks, continuation lines joined, and commands in the cells of tables."""
     blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [found for row in rows for found in re.findall(r"`(python (?:main\.py|-m bench) [^`]*)`", row)]
+    return [line for line in lines if line.strip() and not line.startswith("#")] + cells
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_files_named_in_commands_exist(path):
     for command in _commands(path.read_text()):
         words = shlex.split(command, comments=True)
@@ -29,7 +45,7 @@ def test_files_named_in_commands_exist(path):
                 assert (ROOT / word).exists(), f"{path.name}: {command}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_commands_are_accepted_as_they_stand(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in _commands(path.read_text()):
@@ -39,10 +55,49 @@ def test_commands_are_accepted_as_they_stand(path, capsys, monkeypatch):
             assert code == 0, f"{command}\n{err}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
+def test_bench_commands_exist_with_their_options(path, capsys):
+    for command in _commands(path.read_text()):
+        words = shlex.split(command.split(" -- ")[0], comments=True)
+        if words[:3] == ["python", "-m", "bench"]:
+            with pytest.raises(SystemExit) as stop:
+                bench([words[3], "--help"])
+            told = capsys.readouterr().out
+            assert stop.value.code == 0, command
+            options = [
+                word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in words if word[:2] == "--"
+            ]
+            assert all(option in told for option in options), f"{command}: {options}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
+def test_imports_of_python_blocks_exist(path):
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
+        for node in ast.walk(ast.parse(dedent(block))):
+            if isinstance(node, ast.ImportFrom) and node.module != "your_code":
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), f"{node.module}: {block}"
+
+
+def _anchors(text: str) -> set[str]:
+    """Anchors of headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_relative_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
-        assert (path.parent / target).exists(), f"{path.name}: {target}"
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text()):
+        to = path.parent / target if target else path
+        assert to.exists(), f"{path.name}: {target}"
+        assert not anchor or anchor in _anchors(to.read_text()), f"{path.name}: {target}#{anchor}"
+
+
+def test_readmes_are_short():
+    lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "README.md", *FEATURES)}
+    assert len(lines) >= 7
+    long = {_name(path): count for path, count in lines.items() if count > (150 if path.parent == ROOT else 120)}
+    assert not long, "README.md has at most 150 lines, a feature's 120: move what is long to docs/"
 
 
 def test_readme_has_the_two_commands_that_ci_runs():

@@ -15,10 +15,11 @@ from common.records import record
 CONFIGS = "configs/structured_pruning"
 COMMANDS = ("prune", "verify", "fit", "export", "validate", "generate")
 _O = "original"
-CHAINS = {  # the configuration of each command
-    "recommended": ("prune", "prune", "recover", "export", "validate", "recover"),
-    _O: (_O, _O, f"{_O}_recover", f"{_O}_export", f"{_O}_validate", f"{_O}_recover"),
+CHAINS = {  # the configuration of each command; export writes what recovery made
+    "recommended": ("prune", "prune", "recover", "prune", "validate", "recover"),
+    _O: (_O, _O, f"{_O}_recover", _O, f"{_O}_validate", f"{_O}_recover"),
 }
+RECOVERED = {"recommended": "recovered", _O: f"{_O}_recovered"}
 LIMIT_MIN = 10
 
 
@@ -39,8 +40,10 @@ def _chain(records: Path, folder: Path, model: Path, chain: str, configs: tuple[
     took: dict[str, float] = {}
     with mock.patch.dict(os.environ, PARE_CACHE=str(folder / "cache")):
         for name, config in zip(COMMANDS, configs, strict=True):
-            talk = ["--prompt", "It was", "--max_new_tokens", "20"] if name == "generate" else corpus()
-            took[name] = run_main(folder, name, f"{CONFIGS}/{config}.yaml", *talk)
+            more = ["--prompt", "It was", "--max_new_tokens", "20"] if name == "generate" else corpus()
+            if name == "export":
+                more += ["--model.output", f"runs/structured_pruning/{RECOVERED[chain]}"]
+            took[name] = run_main(folder, name, f"{CONFIGS}/{config}.yaml", *more)
             say(f"{chain}, {name}: {took[name]:.0f} s")
     total = sum(took.values()) / 60
     ppl = _ppl(folder, recovered=configs[2])

@@ -5,6 +5,7 @@ A comment in a document is the recipe; what stands between it and the next `<!--
     <!-- table: figures pretraining.jsonl only=exact-resume,int8-* columns=figure,measured -->
     <!-- table: pivot links.jsonl rows=method column=case values=nmse where=kind=method -->
     <!-- table: compare profile.jsonl fields=world_size,tokens_per_s -->
+    <!-- table: memory llama-1b llama-8b ranks=1,8 engine=fsdp -->
     <!-- table: records pretraining.jsonl profile.jsonl -->
     … and in a sentence: <!-- figure: pretraining.jsonl int8-quality digits=2 -->-0.14 %<!-- end -->
 
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import memory
 from bench.network import bounds
 from bench.tables import compare, figures, pivot
 from common.records import record
@@ -125,6 +127,12 @@ def _records(folder: Path, *files: str) -> str:
     return Table(["file", "records", "superseded", "commits"], rows).markdown()
 
 
+def _memory(folder: Path, *models: str, ranks: str, **options: Any) -> str:
+    """What training takes; computed, so it has no records."""
+    counts = [int(count) for count in ranks.split(",")]
+    return memory.table(list(models), counts, **options).markdown()
+
+
 def _figure(folder: Path, words: list[str], options: Mapping[str, str]) -> str:
     return _single(folder, *words, **options)
 
@@ -145,5 +153,6 @@ _TABLES: dict[str, Callable[..., str]] = {
     "pivot": _pivot,
     "compare": _compare,
     "records": _records,
+    "memory": _memory,
 }
 _MAKERS = {"table": _table, "figure": _figure}

@@ -10,5 +10,7 @@ from bench.__main__ import experiment
 def test_an_experiment_says_whether_it_needs_a_model(tmp_path):
     with pytest.raises(ValueError, match="structured_ablation needs --model FOLDER"):
         experiment("structured_ablation", tmp_path / "records.jsonl")
+    with pytest.raises(ValueError, match="real_model needs --texts NAME=FILE,NAME=FILE"):
+        experiment("real_model", tmp_path / "records.jsonl", model=Path("anything"), texts="valid.txt")
     with pytest.raises(ValueError, match="quickstart takes no --model"):
         experiment("quickstart", tmp_path / "records.jsonl", model=Path("anything"))

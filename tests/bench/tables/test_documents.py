@@ -3,7 +3,7 @@
 import pytest
 
 from bench.__main__ import main
-from bench.tables import documents, figures
+from bench.tables import documents, figures, pictures
 from common.records import record
 
 BASE = {"unit": "×", "target": "report", "reached": None, "command": "python -m x --records old/place.jsonl"}
@@ -51,7 +51,7 @@ def test_pivot_and_compare_name_every_commit(tmp_path):
     [
         ("table: figures f.jsonl only=nothing", "no figure nothing"),
         ("table: figures g.jsonl", "g.jsonl"),
-        ("table: f.jsonl", "the first word says which table: figures, pivot, compare, records"),
+        ("table: f.jsonl", "the first word says which table: figures, pivot, compare, records, memory"),
         ("table: figures f.jsonl colour=red", "colour"),
         ("figure: f.jsonl nothing", "no figure nothing in f.jsonl"),
     ],
@@ -72,6 +72,7 @@ def test_markers_come_in_pairs(records, text):
 
 def test_check_finds_what_drifted_and_table_repairs_it(records, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(documents, "ROOT", tmp_path)
+    monkeypatch.setattr(pictures, "PICTURES", {})
     page = tmp_path / "docs/page.md"
     page.write_text(DOCUMENT)
     assert main(["table", "--check"]) == 1
@@ -83,6 +84,28 @@ def test_check_finds_what_drifted_and_table_repairs_it(records, tmp_path, monkey
 
 def test_documents_of_this_repository_hold_what_their_records_say():
     assert not documents.drifted(documents.ROOT), "python -m bench table"
+    old = [path.name for path, _, _ in pictures.drifted(documents.ROOT, documents.ROOT / documents.RECORDS)]
+    assert not old, "python -m bench table"
+
+
+def test_a_picture_is_old_when_its_numbers_change(tmp_path, monkeypatch):
+    numbers = {"dense": [80.0, 1.0]}
+
+    def draw(figure, taken):
+        figure.subplots().plot(taken["dense"])
+
+    monkeypatch.setattr(pictures, "PICTURES", {"one": pictures.Picture(lambda records: dict(numbers), draw)})
+    for value in (80.0, 81.0):
+        numbers["dense"] = [value, 1.0]
+        [(path, *drawing)] = pictures.drifted(tmp_path, tmp_path)
+        pictures.write(path, *drawing)
+        assert path == tmp_path / "docs/pictures/one.png" and not list(pictures.drifted(tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize("path", sorted((documents.ROOT / pictures.FOLDER).glob("*.png")), ids=lambda path: path.name)
+def test_pictures_are_small_and_used(path):
+    assert path.stat().st_size <= 200_000
+    assert any(f"pictures/{path.name})" in page.read_text() for page in documents.documents())
 
 
 def test_every_records_file_is_shown():

@@ -1,0 +1,244 @@
+"""Pictures of the documents, drawn from records into docs/pictures.
+
+A picture carries a digest of the numbers it was drawn from, so that it is known to be old when the records have others.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from bench.report.drawing import STYLE, plain_numbers
+from bench.report.palette import GREY, hue
+from bench.tables import figures
+from bench.tables.compare import lookup
+from common.records import record
+
+FOLDER, _DPI = "docs/pictures", 120
+Numbers = dict[str, Any]  # what is drawn, as JSON
+_RATES = ("50mbit", "100mbit", "250mbit", "500mbit", "1gbit", "10gbit")
+_TEXTS = {"wikitext2": "WikiText-2", "novel": "a novel"}
+_ARMS = {"structured-25": "a quarter of the decoder\nremoved (structured)", "two-four": "2:4 everywhere\n(50 % zeros)"}
+_ARMS |= {"three-tiers": "three tiers\n(41.7 % zeros)"}
+_SCORERS = {"mlp": "learned", "hidden_norm": "length of hidden state", "last_window": "attention of the last tokens"}
+_SCORERS |= {"random": "random", "recency": "the end of the prompt"}
+_PATTERNS = {
+    "dense": "dense",
+    "wanda": "unstructured, 41.8 %",
+    "half": "2:4, 50 %",
+    "oneshot": "three tiers, 41.7 %, one cut",
+    "progressive": "three tiers, 41.7 %, five steps",
+}
+
+
+class Picture(NamedTuple):
+    """What to take from the records, how to draw it, and its size in inches."""
+
+    take: Callable[[Path], Numbers]
+    draw: Callable[[Figure, Numbers], None]
+    size: tuple[float, float] = (8.0, 3.2)
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def _figures(folder: Path, file: str) -> dict[str, Mapping[str, Any]]:
+    return {one["figure"]: one for one in figures.latest(record.read(folder / file)[0])}
+
+
+def _links(folder: Path) -> Numbers:
+    """Speed-up of a step over no compression by link rate."""
+    found = _figures(folder, "links.jsonl")
+    methods = ("none_a2a", "bf16_both", "int8_gradients", "int8_both")
+    return {name: [found[f"speedup-{name}-{rate}"]["value"] for rate in _RATES] for name in methods}
+
+
+def _prefill(folder: Path) -> Numbers:
+    """Speed-up of pruned prefill and its bound by prompt length."""
+    found = _figures(folder, "token_pruning.jsonl")
+    arms = {length: found[f"prefill-speedup-{length}"]["details"]["arms"]["pruned"] for length in (2048, 4096, 8192)}
+    return {str(length): {"measured": arm["speedup"], "bound": arm["bound"]} for length, arm in arms.items()}
+
+
+def _real(folder: Path) -> Numbers:
+    """Perplexity over the dense model's, by way of pruning and text."""
+    found = _figures(folder, "real_model.jsonl")
+    return {arm: {text: found[f"{arm}-{text}"]["value"] for text in _TEXTS} for arm in _ARMS}
+
+
+def _overview(folder: Path) -> Numbers:
+    return {"links": _links(folder), "prefill": _prefill(folder), "real": _real(folder)}
+
+
+def _recall(folder: Path) -> Numbers:
+    """Answers right by scorer and share kept."""
+    found = _figures(folder, "token_quality.jsonl")
+    keep = (0.7, 0.5, 0.3)
+    return {scorer: [found[f"recall-recall-{scorer}-{share}"]["value"] for share in keep] for scorer in _SCORERS}
+
+
+def _importances(folder: Path) -> Numbers:
+    """Perplexity by importance and allocation, a quarter removed, before recovery; and the dense model's."""
+    cells = [one for one in _figures(folder, "ablation.jsonl").values() if lookup(one, "details.when") == "before"]
+    quarter = [one for one in cells if one["details"]["budget"] == "25%"]
+    rows: Numbers = {"dense": quarter[0]["details"]["dense_ppl"], "cells": {}}
+    for one in quarter:
+        name, allocation = (one["details"][field].strip("`") for field in ("importance", "allocation"))
+        rows["cells"].setdefault(name, {})[allocation] = one["value"]
+    return rows
+
+
+def _patterns(folder: Path) -> Numbers:
+    found = _figures(folder, "block_sparsity.jsonl")
+    return {arm: [found[f"block-ppl-{arm}"][field] for field in ("value", "spread")] for arm in _PATTERNS}
+
+
+def _profile(folder: Path) -> Numbers:
+    """Seconds of a step in computing and in each collective, by run."""
+    steps = {}
+    for run in record.read(folder / "profile.jsonl")[0]:
+        wire = {name: ms / run["steps_measured"] / 1e3 for name, ms in run["comm_time_ms_by_op"].items()}
+        steps[run["run_name"]] = {"compute": run["step_time_ms_mean"] / 1e3 - sum(wire.values()), **wire}
+    return steps
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+def _draw_links(axes: Axes, numbers: Numbers) -> None:
+    names = {
+        "none_a2a": "fp32, half of gloo's bytes",
+        "int8_gradients": "int8 gradients",
+        "bf16_both": "bf16 gradients and parameters",
+        "int8_both": "int8 gradients and parameters",
+    }
+    for index, (name, label) in enumerate(names.items()):
+        colour = GREY if name == "none_a2a" else hue(index - 1)
+        axes.plot(range(len(_RATES)), numbers[name], marker="o", color=colour, label=label)
+    axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_xticks(
+        range(len(_RATES)), [rate.replace("bit", "").replace("m", " M").replace("g", " G") for rate in _RATES]
+    )
+    axes.set_xlabel("link between two hosts, bit/s")
+    axes.set_title("training step, times faster")
+    axes.legend(loc="upper right", fontsize=7)
+
+
+def _draw_prefill(axes: Axes, numbers: Numbers) -> None:
+    for index, (name, label) in enumerate({"bound": "bound by FLOPs", "measured": "measured"}.items()):
+        places = [place + 0.38 * index - 0.19 for place in range(len(numbers))]
+        heights = [one[name] for one in numbers.values()]
+        axes.bar(places, heights, 0.36, color=GREY if name == "bound" else hue(0), label=label)
+    axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(numbers)), [f"{int(length):,}" for length in numbers])
+    axes.set_xlabel("tokens in the prompt")
+    axes.set_title("reading a prompt, times faster")
+    axes.set_ylim(0, 1.3 * max(one["bound"] for one in numbers.values()))  # room for the legend
+    axes.legend(loc="upper left", fontsize=7)
+
+
+def _draw_real(axes: Axes, numbers: Numbers) -> None:
+    for index, (text, label) in enumerate(_TEXTS.items()):
+        places = [place + 0.38 * index - 0.19 for place in range(len(numbers))]
+        bars = axes.bar(places, [one[text] for one in numbers.values()], 0.36, color=hue(index), label=label)
+        axes.bar_label(bars, fmt="%.2g", fontsize=7)
+    axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
+    axes.set_xticks(range(len(numbers)), [_ARMS[arm] for arm in numbers], fontsize=6.5)
+    axes.set_title("perplexity, times the dense model's")
+    axes.legend(loc="upper left", fontsize=7)
+
+
+def _draw_overview(figure: Figure, numbers: Numbers) -> None:
+    links, prefill, real = figure.subplots(1, 3, width_ratios=(1.1, 0.8, 1.2))
+    _draw_links(links, numbers["links"])
+    _draw_prefill(prefill, numbers["prefill"])
+    _draw_real(real, numbers["real"])
+
+
+def _draw_recall(figure: Figure, numbers: Numbers) -> None:
+    axes = figure.subplots()
+    for index, (scorer, label) in enumerate(_SCORERS.items()):
+        colour = GREY if scorer in ("random", "recency") else hue(index)
+        style = ":" if scorer == "recency" else "-"
+        axes.plot(range(3), numbers[scorer], marker="o", color=colour, linestyle=style, label=label)
+    axes.set_xticks(range(3), ["70 %", "50 %", "30 %"])
+    axes.set_xlabel("of the prompt's tokens kept")
+    axes.set_title("facts of the prompt answered right, %")
+    figure.legend(loc="outside right center")
+
+
+def _draw_importances(figure: Figure, numbers: Numbers) -> None:
+    axes, cells = figure.subplots(), numbers["cells"]
+    for index, allocation in enumerate(("Uniform", "Inverse", "Global")):
+        values = [one[allocation] for one in cells.values()]
+        axes.plot(values, range(len(cells)), "osD"[index], color=hue(index), label=allocation)
+    axes.axvline(numbers["dense"], color=GREY, linestyle="--", label="dense")
+    axes.set_yticks(range(len(cells)), list(cells))
+    axes.set_title("perplexity, a quarter of the decoder removed")
+    figure.legend(loc="outside right center", title="budget divided")
+
+
+def _draw_patterns(figure: Figure, numbers: Numbers) -> None:
+    axes = figure.subplots()
+    values, spreads = zip(*numbers.values(), strict=True)
+    for place, (arm, value, spread) in enumerate(zip(numbers, values, spreads, strict=True)):
+        axes.errorbar(value, place, xerr=spread, fmt="o", color=GREY if arm == "dense" else hue(0), markersize=8)
+    axes.set_yticks(range(len(numbers)), [_PATTERNS[arm] for arm in numbers])
+    axes.invert_yaxis()
+    axes.set_title("perplexity after equal fine-tuning, 8 M parameters")
+
+
+def _draw_profile(figure: Figure, numbers: Numbers) -> None:
+    axes = figure.subplots()
+    labels = {"profile_1_rank": "one rank", "profile_2_ranks": "two ranks, one machine"}
+    labels |= {"profile_2_hosts_1gbit": "two hosts, 1 Gbit/s"}
+    left = [0.0] * len(numbers)
+    for index, part in enumerate(("compute", "all_gather", "reduce_scatter")):
+        widths = [one.get(part, 0.0) for one in numbers.values()]
+        colour = GREY if part == "compute" else hue(index - 1)
+        axes.barh([labels[run] for run in numbers], widths, left=left, color=colour, label=part.replace("_", "-"))
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_title("seconds of a training step, 62 M parameters, uncompressed")
+    figure.legend(loc="outside lower left", ncols=3)
+
+
+PICTURES = {
+    "overview": Picture(_overview, _draw_overview, (11.0, 3.4)),
+    "links": Picture(_links, lambda figure, numbers: _draw_links(figure.subplots(), numbers), (6.4, 3.4)),
+    "recall": Picture(_recall, _draw_recall, (6.4, 3.0)),
+    "importances": Picture(_importances, _draw_importances, (6.4, 3.0)),
+    "patterns": Picture(_patterns, _draw_patterns, (6.4, 2.4)),
+    "profile": Picture(_profile, _draw_profile, (6.4, 2.4)),
+}
+
+
+def _digest(numbers: Numbers) -> str:
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def drifted(root: Path, records: Path) -> Iterator[tuple[Path, Picture, Numbers]]:
+    """The pictures that were not drawn from the numbers that the records have now, and those numbers."""
+    for name, picture in PICTURES.items():
+        path, numbers = root / FOLDER / f"{name}.png", picture.take(records)
+        if not path.is_file() or Image.open(path).info.get("Numbers") != _digest(numbers):
+            yield path, picture, numbers
+
+
+def write(path: Path, picture: Picture, numbers: Numbers) -> None:
+    """Draw a picture into a PNG file that carries the digest of its numbers."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=picture.size, layout="constrained", dpi=_DPI)
+        picture.draw(figure, numbers)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Software": None, "Numbers": _digest(numbers)}
+        FigureCanvasAgg(figure).print_png(path, metadata=metadata, pil_kwargs={"optimize": True})

@@ -1,0 +1,6 @@
+"""An old name; see `common.moved`."""
+
+from common.moved import stop
+
+if __name__ == "__main__":
+    stop("callbacks.block_timing")

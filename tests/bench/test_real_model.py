@@ -1,0 +1,43 @@
+"""Calibration text is not evaluated on, answers stand in their prompts, and what is finished is not run again."""
+
+import json
+
+import pytest
+
+from bench.experiments import real_model
+
+
+def test_texts_are_cut_in_two(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": f"a{i}"} for i in range(5)]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"b{i}"}) + "\n" for i in range(2)))
+    second = real_model._halves(tmp_path, {"one": tmp_path / "a.json", "two": tmp_path / "b.jsonl"})
+    read = {name: [line["text"] for line in json.loads(path.read_text())] for name, path in second.items()}
+    first = [line["text"] for line in json.loads((tmp_path / "calibration.json").read_text())]
+    assert first == ["a0", "a1", "b0"] and read == {"one": ["a2", "a3", "a4"], "two": ["b1"]}
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b"}))
+    with pytest.raises(ValueError, match=r"b\.jsonl: too short"):
+        real_model._halves(tmp_path, {"two": tmp_path / "b.jsonl"})
+
+
+def test_needles_stand_in_their_context_at_both_depths():
+    samples = real_model._needles("Nothing happened here. " * 100)
+    assert len(samples) == 2 * len(real_model.NEEDLES)
+    for sample in samples:
+        assert sample["answers"][0] in sample["context"] and sample["answers"][0] not in sample["input"]
+    places = [sample["context"].index(sample["answers"][0]) / len(sample["context"]) for sample in samples]
+    assert max(places[::2]) < 0.4 < min(places[1::2])
+
+
+def test_a_validation_is_read_or_run_once(tmp_path, monkeypatch):
+    runs = []
+
+    def run(folder, *command):
+        runs.append(command)
+        folder.mkdir(parents=True)
+        (folder / "output.log").write_text("│   val/loss  │  3.5 │\n│   val/ppl   │  33.115451 │\n")
+        return 1.0
+
+    monkeypatch.setattr(real_model, "run_main", run)
+    for _ in range(2):
+        assert real_model._validated(tmp_path / "dense/one", "a.yaml", "--x", "1") == 33.115451
+    assert runs == [("validate", "a.yaml", "--x", "1")]
