@@ -223,7 +223,11 @@ def experiment(
 
 
 def report(
-    results: Path, output: Path = Path("report.html"), tables: Path | None = None, figures: Path | None = None
+    results: Path,
+    output: Path = Path("report.html"),
+    tables: Path | None = None,
+    figures: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Make one self-contained HTML file of a results file: what was compared, what it cost, how to run it again.
 
@@ -232,10 +236,11 @@ def report(
         output: The HTML file to write.
         tables: Folder for every table of the report as Markdown and CSV.
         figures: Folder for every chart of the report as PNG and SVG.
+        overwrite: Replace the two folders also where Pare did not write them.
     """
     from bench import report as reports  # drawing takes a second to import, which no other command needs
 
-    print(reports.build(results, output, tables, figures))
+    print(reports.build(results, output, tables, figures, overwrite))
 
 
 def configuration(results: Path, run: str) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.measurement import completes_step
+from strategies.checkpoints import LOST_PEER
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # By which a rank and the one that launched it tell each other: sent as it came, a signal may be the other's second.
@@ -25,7 +26,6 @@ _PASSED_ON = {signal.SIGRTMIN + signum: signum for signum in SIGNALS}
 _runs = itertools.count()
 _PARENT = "PARE_PARENT"
 _LEAD = {"cpu": 1, "cuda": 20}  # steps between announcing and stopping; see GracefulStop
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
 
 
 class Stopped(SystemExit):
@@ -203,7 +203,7 @@ class GracefulStop(Callback):
             passed_on = signal.SIGRTMIN + exception.signum
             known = signal.getsignal(passed_on) is _launched_rank_stopped  # not in a program other than main.py
             launcher.kill(passed_on if known else exception.signum)
-        if any(text in str(exception) for text in _LOST_PEER):
+        if any(text in str(exception) for text in LOST_PEER):
             print(
                 f"rank {trainer.global_rank}: another rank has died (see its output above, or the kernel log for "
                 "out-of-memory kills). Continue from the last complete checkpoint with --ckpt_path last.",

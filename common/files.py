@@ -53,7 +53,7 @@ def check_output(
     complete. Everything else needs ``overwrite``; an input is refused always.
 
     Args:
-        folder: Destination.
+        folder: Destination; may be that of a file, of which an existing one always needs ``overwrite``.
         field: The argument that gave it, for the message.
         inputs: What the command reads: folders, files; hub names and None are passed over.
         overwrite: Replace a folder that Pare did not write.
@@ -71,6 +71,10 @@ def check_output(
         if source == folder or source in folder.parents or folder in source.parents:
             relation = "is" if source == folder else "lies inside" if source in folder.parents else "contains"
             raise ValueError(f"{field}: {folder} {relation} the input {given}; choose a folder apart from it")
+    if not overwrite and folder.is_file():
+        raise ValueError(
+            f"{field}: {folder} is a file that exists; choose another name, or allow its loss with overwrite"
+        )
     if not overwrite and (found := _foreign(folder)) is not None:
         raise ValueError(
             f"{field}: {folder} holds what Pare did not write ({found}); choose another folder, or allow its loss with "

@@ -11,6 +11,7 @@ from bench.report import export, page
 from bench.report.evidence import Evidence, sort
 from bench.report.sections import SECTIONS
 from bench.report.values import count
+from common.files import check_output
 from common.records import record
 
 
@@ -34,7 +35,9 @@ def read(results: Path) -> tuple[Evidence, str]:
     return sort(found, broken), ", ".join(path.name for path in files)
 
 
-def build(results: Path, output: Path, tables: Path | None = None, figures: Path | None = None) -> str:
+def build(
+    results: Path, output: Path, tables: Path | None = None, figures: Path | None = None, overwrite: bool = False
+) -> str:
     """Write the report of a results file; see `python -m bench report --help`.
 
     Returns:
@@ -42,8 +45,11 @@ def build(results: Path, output: Path, tables: Path | None = None, figures: Path
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: There is no record in it, or none that this report knows.
+        ValueError: There is no record in it, or none that this report knows; or a folder holds what Pare did not write.
     """
+    for field, folder, others in (("tables", tables, [results]), ("figures", figures, [results, tables])):
+        if folder is not None:
+            check_output(folder, field, others, overwrite)
     evidence, names = read(results)
     sections = [made for make in SECTIONS if (made := make(evidence))]
     if not (evidence.runs or evidence.figures or evidence.failures or evidence.collectives):
@@ -56,11 +62,10 @@ def build(results: Path, output: Path, tables: Path | None = None, figures: Path
     if evidence.problems:
         facts["Not understood"] = count(len(evidence.problems), "remark") + ", listed under failures"
     export.page(output, page.render("Pare report", sections, facts))
-    written = [output]
-    written += export.tables(tables, sections) if tables else []
-    written += export.figures(figures, sections) if figures else []
+    written = export.tables(tables, sections, overwrite) if tables else 0
+    written += export.figures(figures, sections, overwrite) if figures else 0
     said = f"{output}: {output.stat().st_size / 1e6:.2f} MB, {', '.join(_counted(evidence))}"
-    return said + (f"; {count(len(written) - 1, 'file')} of tables and figures" if len(written) > 1 else "")
+    return said + (f"; {count(written, 'file')} of tables and figures" if written else "")
 
 
 def _counted(evidence: Evidence) -> list[str]:

@@ -1,4 +1,4 @@
-"""Files of a report: the page, its tables for papers and slides, its charts; each written beside and then renamed."""
+"""Files of a report: the page, its tables for papers and slides, its charts; each complete or not at all."""
 
 import csv
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from bench.report import drawing
 from bench.report.content import Chart, Section, Sheet
 from bench.report.values import Spread
-from common.files import replacing_file, write_text
+from common.files import replacing, write_text
 from common.tables import Table
 
 
@@ -24,18 +24,15 @@ def _numbered(sections: Sequence[Section]) -> list[tuple[str, str, Table]]:
     return sheets + [(b.name, b.title, b.data) for b in blocks if isinstance(b, Chart)]
 
 
-def tables(folder: Path, sections: Sequence[Section]) -> list[Path]:
-    """Write every table, also those behind charts, as Markdown and as CSV; returns the files."""
-    written = []
-    for name, title, table in _numbered(sections):
-        write_text(folder / f"{name}.md", f"**{title}**\n\n{table.markdown()}")
-        with (
-            replacing_file(folder / f"{name}.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
-        ):
-            csv.writer(file).writerows(plain(table))
-        written += [folder / f"{name}.md", folder / f"{name}.csv"]
-    return written
+def tables(folder: Path, sections: Sequence[Section], overwrite: bool = False) -> int:
+    """Write every table, also those behind charts, as Markdown and as CSV; returns the number of files."""
+    blocks = _numbered(sections)
+    with replacing(folder, "tables", overwrite=overwrite) as beside:
+        for name, title, table in blocks:
+            (beside / f"{name}.md").write_text(f"**{title}**\n\n{table.markdown()}", encoding="utf-8")
+            with open(beside / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(plain(table))
+    return 2 * len(blocks)
 
 
 def plain(table: Table) -> list[list[Any]]:
@@ -58,12 +55,10 @@ def plain(table: Table) -> list[list[Any]]:
     return rows
 
 
-def figures(folder: Path, sections: Sequence[Section]) -> list[Path]:
-    """Write every chart as PNG and SVG; returns the files."""
-    written = []
-    for chart in (block for section in sections for block in section.blocks if isinstance(block, Chart)):
-        png, svg = folder / f"{chart.name}.png", folder / f"{chart.name}.svg"
-        with replacing_file(png) as first, replacing_file(svg) as second:
-            drawing.write(chart, first, second)
-        written += [png, svg]
-    return written
+def figures(folder: Path, sections: Sequence[Section], overwrite: bool = False) -> int:
+    """Write every chart as PNG and SVG; returns the number of files."""
+    charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
+    with replacing(folder, "figures", overwrite=overwrite) as beside:
+        for chart in charts:
+            drawing.write(chart, beside / f"{chart.name}.png", beside / f"{chart.name}.svg")
+    return 2 * len(charts)

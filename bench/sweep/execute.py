@@ -48,6 +48,8 @@ def execute(command: Sequence[str], folder: Path, timeout_s: float) -> Ended:
     sweep that was killed outright is ended first.
     """
     _end_leftover(folder / "pid")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "output.log").is_file():
+        raise ValueError(f"{folder} is to be the working folder of a run, but holds something else: move it away")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     begin, timed_out = time.monotonic(), False

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from common.files import replacing_file
+from common.files import check_output, replacing_file
 from common.progress import stage
 from lightning_modules.data.hub import hub_rows
 from lightning_modules.data.readers import document_text
@@ -19,7 +19,14 @@ from lightning_modules.data.readers import document_text
 _FIELDS = ("id", "title", "text")
 
 
-def export(dataset: str, output: Path, config: str | None = None, split: str = "train", max_mb: float = 500.0) -> int:
+def export(
+    dataset: str,
+    output: Path,
+    config: str | None = None,
+    split: str = "train",
+    max_mb: float = 500.0,
+    overwrite: bool = False,
+) -> int:
     """Save a Hub dataset as one JSON array, to train on it where there is no network.
 
     The file appears only when it is complete.
@@ -30,18 +37,20 @@ def export(dataset: str, output: Path, config: str | None = None, split: str = "
         config: Configuration of the dataset, e.g. 20231101.en.
         split: Split of the dataset.
         max_mb: Stop after this many megabytes (1,000,000 bytes).
+        overwrite: Replace a file that is there.
 
     Returns:
         Number of records written.
 
     Raises:
         FileNotFoundError: the dataset, or the folder to write to, is not there, or the Hub cannot be reached.
-        ValueError: ``max_mb`` is not positive, or the dataset has no text.
+        ValueError: ``max_mb`` is not positive, the file exists, or the dataset has no text.
     """
     if max_mb <= 0:
         raise ValueError(f"max_mb must be positive, got {max_mb}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output: no such folder: {output.parent}")
+    check_output(output, "output", overwrite=overwrite)
     limit, size, records = int(max_mb * 1e6), 0, 0
     with replacing_file(output) as partial:
         with (

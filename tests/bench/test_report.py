@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from bench.__main__ import main
+from bench.report import build
 from bench.report.sections import tiers
 from tests.bench import report_records as synthetic
 
@@ -137,7 +138,7 @@ def test_tables_and_figures_are_written_for_papers(whole):
     header, first, *_ = (folder / "tables/headline.csv").read_text().splitlines()
     assert "validation PPL mean,validation PPL sd,validation PPL n" in header and "±" not in first
     assert (folder / "tables/headline.md").read_text().startswith("**Methods by setting**\n\n| setting | method |")
-    pictures = {path.suffix: path for path in (folder / "figures").iterdir()}
+    pictures = {path.suffix: path for path in (folder / "figures").iterdir() if path.name != "pare.json"}
     assert set(pictures) == {".png", ".svg"} and len(list((folder / "figures").glob("*.png"))) == len(page.named("svg"))
     assert pictures[".png"].read_bytes().startswith(b"\x89PNG") and "var(--" not in pictures[".svg"].read_text()
     assert not list(folder.rglob(".*"))  # nothing half-written is left
@@ -238,3 +239,12 @@ def test_the_recorded_configuration_comes_back(tmp_path, capsys):
     assert main(["configuration", str(results), run["run_name"]]) == 0
     assert capsys.readouterr().out == run["config"]
     assert main(["configuration", str(results), "other"]) == 1
+
+
+@pytest.mark.parametrize("field", ["tables", "figures"])
+def test_a_folder_of_somebody_elses_is_refused_before_anything_is_written(field, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("ten years")
+    with pytest.raises(ValueError, match=rf"^{field}: .*thesis\.tex"):
+        build(tmp_path / "none.jsonl", tmp_path / "page.html", **{field: tmp_path / "mine"})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

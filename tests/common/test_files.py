@@ -77,7 +77,7 @@ def test_what_the_user_adds_to_pares_folder_is_the_users(tmp_path):
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path):
     (tmp_path / "model").write_text("a file")
-    with pytest.raises(ValueError, match="did not write"):
+    with pytest.raises(ValueError, match=r"^output: .*model is a file that exists"):
         check_output(tmp_path / "model", "output")
     with pytest.raises(ValueError, match="no folder that you may write to"):
         check_output(tmp_path / "model/deeper", "output")

@@ -41,7 +41,7 @@ def test_failed_export_leaves_what_was_there(rows, tmp_path):
     output.write_text("before")
     rows.append({"content": "?"})
     with pytest.raises(ValueError, match="some/dataset, row 51 has no field 'text'"):
-        export_hub.export("some/dataset", output)
+        export_hub.export("some/dataset", output, overwrite=True)
     assert output.read_text() == "before"
     assert list(tmp_path.iterdir()) == [output]
 
@@ -65,3 +65,12 @@ def test_command_without_a_network_says_what_to_do(tmp_path):
     assert "Offline, give a file or folder instead" in run.stderr
     assert "Traceback" not in run.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(rows, tmp_path):
+    output = tmp_path / "out.json"
+    output.write_text("mine")
+    with pytest.raises(ValueError, match=r"^output: .*out\.json is a file that exists"):
+        export_hub.export("some/dataset", output)
+    assert output.read_text() == "mine"
+    assert export_hub.export("some/dataset", output, overwrite=True) == 50
