@@ -3,11 +3,10 @@
 import copy
 
 import pytest
-import torch
 
 from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning.layer_damage import measure, measured
-from tests.lightning_modules.structured_pruning.toy import batches, ids, tiny
+from tests.lightning_modules.structured_pruning.toy import batches, ids, tiny, two_samples
 
 
 def _without(model, index: int):
@@ -35,17 +34,9 @@ def test_damages_are_of_samples_not_of_rows(tmp_path):
     """Two samples in one row, or padded under each other, are worth what they are worth alone."""
     one, two = ids(1, 9, seed=3), ids(1, 7, seed=4)
     alone = [{"input_ids": one, "labels": one}, {"input_ids": two, "labels": two}]
-    both = torch.cat([one, two], 1)
-    packed = {"input_ids": both, "labels": both, "position_ids": torch.cat([torch.arange(9), torch.arange(7)])[None]}
-    pad = torch.zeros(1, 2, dtype=torch.long)
-    left = {
-        "input_ids": torch.cat([one, torch.cat([pad, two], 1)]),
-        "labels": torch.cat([one, torch.cat([pad - 100, two], 1)]),
-        "attention_mask": torch.cat([torch.ones_like(one), torch.cat([pad, torch.ones_like(two)], 1)]),
-    }
     model = tiny()
     expected = measure(model, alone, tmp_path / "alone.json")
-    for name, batch in (("packed", packed), ("left", left)):
+    for name, batch in two_samples().items():
         found = measure(model, [batch], tmp_path / f"{name}.json")
         assert [found.dense, *found.without] == pytest.approx([expected.dense, *expected.without], rel=1e-5)
 

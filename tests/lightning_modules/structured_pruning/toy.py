@@ -48,6 +48,26 @@ def batches(count: int = 2, rows: int = 2) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": one, "labels": one} for one in found]
 
 
+def two_samples() -> dict[str, dict[str, torch.Tensor]]:
+    """The same two samples as one packed row, and as two rows padded on the right and on the left."""
+    one, two = ids(1, 9, seed=3), ids(1, 7, seed=4)
+    both = torch.cat([one, two], 1)
+    pad, ones = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 7, dtype=torch.long)
+    places = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    layouts = {"packed": {"input_ids": both, "labels": both, "position_ids": places}}
+    for side in ("right", "left"):
+
+        def padded(part: torch.Tensor, filler: torch.Tensor, side: str = side) -> torch.Tensor:
+            return torch.cat([part, filler] if side == "right" else [filler, part], 1)
+
+        layouts[side] = {
+            "input_ids": torch.cat([one, padded(two, pad)]),
+            "labels": torch.cat([one, padded(two, pad - 100)]),
+            "attention_mask": torch.cat([torch.ones_like(one), padded(ones, pad)]),
+        }
+    return layouts
+
+
 KEPT = [
     LayerPlan([0, 1, 2, 3], list(range(48))),
     LayerPlan([0, 2], list(range(0, 48, 2))),
