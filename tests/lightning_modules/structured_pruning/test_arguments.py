@@ -84,6 +84,22 @@ def test_what_is_possible_passes(check):
         check(**arguments)
 
 
+def test_what_the_original_reports_of_llama_3_8b_is_refused_for_what_it_would_leave(tmp_path):
+    """8.03 B parameters less 84.64 % are 1.23 B, of which embeddings and head alone are 1.05 B."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=8, vocab_size=128256)
+    config.save_pretrained(tmp_path / "llama-3-8b")
+    left = round((1 - 0.8464) * 8_030_261_248)
+    request = {"base": str(tmp_path / "llama-3-8b"), "output": str(tmp_path / "o"), "budget_unit": "parameters"}
+    with pytest.raises(ValueError, match=r"\(97\.38% of these layers\) is not possible with allocation\.cap 0\.7"):
+        StructuredPruning(budget=left, **request).check_arguments("prune", Data())
+    with pytest.raises(ValueError, match=r"keeps a group and 64 channels, so at most .* \(97\.2% of these layers\)"):
+        StructuredPruning(budget=left, allocation=Uniform(), **request).check_arguments("prune", Data())
+    layer = left - (2 * 128256 * 4096 + 4096)
+    group, channel, norms = 2 * 4096 * 4 * 128 + 2 * 4096 * 128, 3 * 4096, 2 * 4096
+    assert (layer / 32 - norms - group) / channel == pytest.approx(37.5, abs=0.1)
+
+
 def test_a_plan_is_read_before_the_model(check, tmp_path):
     path = tmp_path / "plan.json"
     plan_for(tiny()).save(path)
