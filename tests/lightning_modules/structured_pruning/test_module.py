@@ -284,6 +284,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(make, data, base, 
     assert not (tmp_path / "pruned").exists()
 
 
+def test_verify_sees_one_weight_that_is_a_hundredth_off(make, data, tmp_path):
+    make().prune(data, CPU)
+    (tmp_path / "pruned/pare.json").unlink()
+    weights = load_file(tmp_path / "pruned/model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 2] *= 1.01
+    save_file(weights, tmp_path / "pruned/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="verify: logits of the sliced model differ"):
+        make().verify(data, CPU)
+
+
 def test_text_of_another_tokenizer_is_refused(make, data):
     data.tokenizer = range(400)
     with pytest.raises(ValueError, match="use the model's own tokenizer"):
