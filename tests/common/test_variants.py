@@ -1,5 +1,6 @@
 """One registry for every family of exchangeable parts."""
 
+import json
 from abc import abstractmethod
 
 import pytest
@@ -63,6 +64,7 @@ def test_every_variant_of_every_family_has_examples_that_describe_themselves(fam
     assert found
     for variant in found:
         for example in variant.examples():
-            assert type(example) is variant
-            assert example.describe() == type(example)(**example.arguments()).describe()
-            assert variant.__name__ in repr(example) and example.name
+            assert type(example) is variant and example.name
+            assert example.describe() == {"class": variant.__name__, **example.config()}
+            assert json.loads(json.dumps(example.describe())) == example.describe()
+            assert repr(example).startswith(f"{variant.__name__}(")
