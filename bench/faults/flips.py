@@ -63,16 +63,16 @@ def artifacts(folder: Path) -> list[Artifact]:
     """
     trained, pruned, sparse = (folder / name for name in ("CompressedFSDP", "prune_structure", "prune_blocks"))
     found = [
-        Artifact("sharded checkpoint", trained / "runs/faults/checkpoints/last.ckpt", _sharded),
-        Artifact("checkpoint", folder / "CompressedDDP/runs/faults/checkpoints/last.ckpt", _checkpoint),
-        Artifact("model", trained / "runs/model", _model),
+        Artifact("sharded checkpoint", trained / "runs/faults/checkpoints/last.ckpt", check_sharded),
+        Artifact("checkpoint", folder / "CompressedDDP/runs/faults/checkpoints/last.ckpt", check_checkpoint),
+        Artifact("model", trained / "runs/model", check_model),
         Artifact("cache", next((folder / "prepare/cache/data").glob("*/")), check_manifest),
-        Artifact("records", trained / "runs/results.jsonl", _records),
+        Artifact("records", trained / "runs/results.jsonl", check_records),
         Artifact("saliency", folder / "predict/runs/saliency", lambda path: Saliency(path, {})),
-        Artifact("pruned model", pruned / "runs/pruned", _model),
+        Artifact("pruned model", pruned / "runs/pruned", check_model),
         Artifact("plan", pruned / "runs/pruned/pruning_plan.json", PruningPlan.load),
-        Artifact("sparse model", sparse / "runs/pruned", _model),
-        Artifact("packed model", folder / "pack_blocks/runs/packed", _model),
+        Artifact("sparse model", sparse / "runs/pruned", check_model),
+        Artifact("packed model", folder / "pack_blocks/runs/packed", check_model),
     ]
     missing = [str(one.path) for one in found if not one.path.exists()]
     if missing:
@@ -80,20 +80,28 @@ def artifacts(folder: Path) -> list[Artifact]:
     return found
 
 
-def _sharded(path: Path) -> None:
+def check_sharded(path: Path) -> None:
+    """What every engine does before it loads a sharded checkpoint."""
     check_together(path, lambda value: [value], rank=0)
 
 
-def _checkpoint(path: Path) -> None:
+def check_checkpoint(path: Path) -> None:
+    """Load a checkpoint of one file."""
     SealedCheckpointIO().load_checkpoint(path)
 
 
-def _model(path: Path) -> None:
+def check_model(path: Path) -> None:
+    """Load model and tokenizer."""
     load(path)
     load_tokenizer(path)
 
 
-def _records(path: Path) -> None:
+def check_records(path: Path) -> None:
+    """Read records as tables and reports do.
+
+    Raises:
+        ValueError: Lines were passed over.
+    """
     _, broken = record.read(path)
     if broken:
         raise ValueError(record.passed_over(path, broken))

@@ -167,13 +167,18 @@ def chain(
             found.faults.append(f"could not be continued: exit status {run.process.returncode}; {_tail(log)}")
             break
     if finished:
-        left = scenario.outcome(folder)
-        found.faults += [
-            f"{name} differs from that of the undisturbed command" for name in wanted if left[name] != wanted[name]
-        ]
-        found.faults += [f"left behind: {path.name}" for path in _leftovers(folder)]
+        found.faults += compare(scenario, folder, wanted)
     found.wall_s = time.monotonic() - began
     return found
+
+
+def compare(scenario: Scenario, folder: Path, wanted: Outcome) -> list[str]:
+    """What a finished command left that it would not have left undisturbed, in words."""
+    left = scenario.outcome(folder)
+    differing = [
+        f"{name} differs from that of the undisturbed command" for name in wanted if left[name] != wanted[name]
+    ]
+    return differing + [f"left behind: {path.name}" for path in _leftovers(folder)]
 
 
 def _strike(
