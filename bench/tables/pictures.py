@@ -230,8 +230,16 @@ def drifted(root: Path, records: Path) -> Iterator[tuple[Path, Picture, Numbers]
     """The pictures that were not drawn from the numbers that the records have now, and those numbers."""
     for name, picture in PICTURES.items():
         path, numbers = root / FOLDER / f"{name}.png", picture.take(records)
-        if not path.is_file() or Image.open(path).info.get("Numbers") != _digest(numbers):
+        if _drawn_from(path) != _digest(numbers):
             yield path, picture, numbers
+
+
+def _drawn_from(path: Path) -> str | None:
+    """The digest that a picture carries; None without a picture."""
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.info.get("Numbers")
 
 
 def write(path: Path, picture: Picture, numbers: Numbers) -> None:
