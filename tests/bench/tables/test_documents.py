@@ -70,6 +70,13 @@ def test_markers_come_in_pairs(records, text):
         documents.render(text, records)
 
 
+def test_a_damaged_records_file_is_named(records):
+    with open(records / "f.jsonl", "a") as file:
+        file.write('{"kind": "fig')
+    with pytest.raises(ValueError, match=r"f\.jsonl has 1 broken line"):
+        documents.render("<!-- table: figures f.jsonl -->x<!-- end -->", records)
+
+
 def test_check_finds_what_drifted_and_table_repairs_it(records, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(documents, "ROOT", tmp_path)
     monkeypatch.setattr(pictures, "PICTURES", {})
