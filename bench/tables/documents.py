@@ -89,9 +89,9 @@ def _arguments(recipe: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _read(folder: Path, name: str) -> Records:
-    records, skipped = record.read(folder / name)
-    if skipped:
-        raise ValueError(f"{name} has {skipped} broken line(s)")
+    records, broken = record.read(folder / name)
+    if broken:
+        raise ValueError(f"{name}: broken line {', '.join(map(str, broken))}")
     return records
 
 

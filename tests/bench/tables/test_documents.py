@@ -73,7 +73,7 @@ def test_markers_come_in_pairs(records, text):
 def test_a_damaged_records_file_is_named(records):
     with open(records / "f.jsonl", "a") as file:
         file.write('{"kind": "fig')
-    with pytest.raises(ValueError, match=r"f\.jsonl has 1 broken line"):
+    with pytest.raises(ValueError, match=r"f\.jsonl: broken line 3$"):
         documents.render("<!-- table: figures f.jsonl -->x<!-- end -->", records)
 
 
