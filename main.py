@@ -18,7 +18,7 @@ import strategies  # noqa: F401
 from callbacks.commands import PareTrainer
 from callbacks.graceful_stop import stoppable
 from callbacks.parser import Parser
-from callbacks.run_folders import check_callbacks, last_checkpoint
+from callbacks.run_folders import check_callbacks, to_continue
 from common.output import quiet, steady
 
 
@@ -43,8 +43,8 @@ class PareCLI(LightningCLI):
             if check is not None:
                 check(self.subcommand, self.datamodule)
             check_callbacks(self.trainer.callbacks, str(self.subcommand), self.model, self.datamodule)
-            if chosen.get("ckpt_path") == "last":
-                chosen["ckpt_path"] = last_checkpoint(self.trainer.callbacks)
+            if "ckpt_path" in chosen:
+                chosen["ckpt_path"] = to_continue(chosen["ckpt_path"], self.trainer.callbacks)
 
     before_fit = before_validate = before_test = before_predict = check_arguments
     before_prune = before_verify = before_export = check_arguments

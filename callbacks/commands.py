@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from callbacks.model_card import HFExport
-from callbacks.run_folders import check_callbacks, last_checkpoint
+from callbacks.run_folders import check_callbacks, to_continue
 from callbacks.run_record import RunRecord
 from callbacks.survival import show, survival
 from lightning_modules import generation
@@ -54,7 +54,7 @@ class PareTrainer(Trainer):
             raise ValueError(f"model: {type(model).__name__} has nothing to {command}")
         if (
             ckpt_path is not None
-            and ckpt_path not in ("best", "last", "hpc", "registry")
+            and ckpt_path not in ("auto", "best", "last", "hpc", "registry")
             and not Path(ckpt_path).exists()
         ):
             raise FileNotFoundError(f"ckpt_path: there is no checkpoint {ckpt_path}")
@@ -66,8 +66,7 @@ class PareTrainer(Trainer):
             if refuse is not None:
                 refuse(command, datamodule)
         check_callbacks(self.callbacks, command, model, datamodule)
-        if ckpt_path == "last":
-            last_checkpoint(self.callbacks)
+        to_continue(ckpt_path, self.callbacks)
         print(f"{command}: nothing is wrong with this configuration")
 
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:

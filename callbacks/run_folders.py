@@ -72,14 +72,18 @@ def _folders(callbacks: Iterable[Callback]) -> list[Path]:
     return sorted({Path(folder).resolve() for folder in given if folder is not None and "://" not in str(folder)})
 
 
-def last_checkpoint(callbacks: Iterable[Any]) -> str:
-    """The newest ``last.ckpt`` of these callbacks, also where a kill left it under another name.
+def to_continue(ckpt_path: str | None, callbacks: Iterable[Any]) -> str | None:
+    """The checkpoint that a command line asks for.
 
-    Lightning's own search warns where there is none, and trains from scratch.
+    "last" is the newest ``last.ckpt`` of the callbacks, also where a kill left it under another name (Lightning's own
+    search warns where there is none, and trains from scratch). "auto" is the same, or a fresh start where there is
+    none yet: for scripts that start again by themselves.
 
     Raises:
-        ValueError: There is none.
+        ValueError: "last", and there is none.
     """
+    if ckpt_path not in ("last", "auto"):
+        return ckpt_path
     found: list[Path] = []
     searched = []
     for callback in callbacks:
@@ -89,9 +93,11 @@ def last_checkpoint(callbacks: Iterable[Any]) -> str:
             recover_all(folder)
             found += folder.glob(f"{callback.CHECKPOINT_NAME_LAST}*{callback.FILE_EXTENSION}")
     found = [path for path in found if path.exists()]
+    if not found and ckpt_path == "auto":
+        return None
     if not found:
         where = f"in {', '.join(searched)}" if searched else "since no ModelCheckpoint has a dirpath"
         raise ValueError(
-            f"ckpt_path: there is no last checkpoint {where}; start without --ckpt_path, or give the checkpoint's path"
+            f"ckpt_path: there is no last checkpoint {where}; start without --ckpt_path (or with auto), or give the checkpoint's path"
         )
     return str(max(found, key=lambda path: path.stat().st_mtime))

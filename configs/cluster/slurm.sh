@@ -23,7 +23,7 @@ fi
 command=$1
 set -- "$@" --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
 if [[ $command == fit && ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then
-  set -- "$@" --ckpt_path last
+  set -- "$@" --ckpt_path auto
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # since SLURM 22.05 steps do not inherit the CPUs of a task; a rank that fails ends the others

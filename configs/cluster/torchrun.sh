@@ -10,7 +10,7 @@
 set -euo pipefail
 if [[ -n ${PARE_RANK:-} ]]; then # started below, as a rank
   if [[ $1 == fit && ${TORCHELASTIC_RESTART_COUNT:-0} -gt 0 ]]; then
-    set -- "$@" --ckpt_path last
+    set -- "$@" --ckpt_path auto
   fi
   exec python main.py "$@"
 fi

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from callbacks import HFExport, RunFolders
-from callbacks.run_folders import last_checkpoint
+from callbacks.run_folders import to_continue
 from common.files import DamagedError, InUseError, replacing
 from strategies import CompressedFSDP2
 from strategies.compressors.int8 import Int8
@@ -131,17 +131,17 @@ def test_an_export_never_replaces_what_the_model_or_the_data_come_from(tmp_path)
 def test_the_last_checkpoint_is_found_also_where_a_kill_moved_it_aside(tmp_path):
     callbacks = [HFExport(f"{tmp_path}/model"), ModelCheckpoint(tmp_path)]
     with pytest.raises(ValueError, match=r"ckpt_path: there is no last checkpoint in"):
-        last_checkpoint(callbacks)
+        to_continue("last", callbacks)
     with pytest.raises(ValueError, match="no ModelCheckpoint has a dirpath"):
-        last_checkpoint([])
+        to_continue("last", [])
     with replacing(tmp_path / "last.ckpt", "checkpoint"):
         pass
     (tmp_path / "last.ckpt").rename(tmp_path / ".last.ckpt.old")
     (tmp_path / ".last.ckpt.partial").mkdir()
-    assert last_checkpoint(callbacks) == str(tmp_path / "last.ckpt") and (tmp_path / "last.ckpt").is_dir()
+    assert to_continue("last", callbacks) == str(tmp_path / "last.ckpt") and (tmp_path / "last.ckpt").is_dir()
     (tmp_path / "last-v1.ckpt").write_text("newer")
     os.utime(tmp_path / "last.ckpt", (1, 1))
-    assert last_checkpoint(callbacks) == str(tmp_path / "last-v1.ckpt")
+    assert to_continue("last", callbacks) == str(tmp_path / "last-v1.ckpt")
 
 
 def test_checkpoints_of_lightnings_own_strategies_are_sealed(tmp_path):
