@@ -98,6 +98,7 @@ def to_continue(ckpt_path: str | None, callbacks: Iterable[Any]) -> str | None:
     if not found:
         where = f"in {', '.join(searched)}" if searched else "since no ModelCheckpoint has a dirpath"
         raise ValueError(
-            f"ckpt_path: there is no last checkpoint {where}; start without --ckpt_path (or with auto), or give the checkpoint's path"
+            f"ckpt_path: there is no last checkpoint {where}; start without --ckpt_path or with auto, or give the "
+            "checkpoint's path"
         )
     return str(max(found, key=lambda path: path.stat().st_mtime))

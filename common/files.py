@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 MARKER = "pare.json"
+CARD = "README.md"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EIO}
@@ -287,6 +288,8 @@ def sync(path: Path) -> None:
 def hashes(folder: Path, only: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of a folder's files, all of which reach the disk before this returns.
 
+    A model card is named without them: people edit it.
+
     Args:
         folder: What was written.
         only: These names, relative to it; by default all but the marker.
@@ -297,6 +300,9 @@ def hashes(folder: Path, only: Iterable[str] | None = None) -> dict[str, dict[st
             continue
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
+            if name == CARD:
+                found[name] = {"bytes": None, "sha256": None}
+                continue
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             found[name] = {"bytes": file.tell(), "sha256": digest}
     return found
@@ -333,6 +339,8 @@ def check_manifest(folder: str | Path, part: tuple[int, int] = (0, 1)) -> dict[s
         raise DamagedError(f"{folder / MARKER} is damaged; {_remedy(folder)}")
     for name, expected in list(manifest["files"].items())[part[0] :: part[1]]:
         path = folder / name
+        if name == CARD:
+            continue
         if not path.is_file():
             raise DamagedError(f"{path} is missing; {_remedy(folder)}")
         if (size := path.stat().st_size) != expected["bytes"]:

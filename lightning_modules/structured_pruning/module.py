@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
-from common.files import check_manifest, check_output
+from common.files import CARD, check_manifest, check_output, write_text
 from common.progress import stage
 from common.randomness import run_seed
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
@@ -242,14 +242,15 @@ class StructuredPruning(CausalLM):
                     learning_rate = self.recovery_learning_rate
                     model, adapters = short_recovery(model, batches, self.recovery_steps, learning_rate, done)
             rounds.append(Round(plan, adapters))
-        measured["ppl_after"] = self._ppl(model, datamodule, "Perplexity after")
         plan = composed([one.plan for one in rounds])
         structure = report.structure(whole, plan, block, measured)
-        card = report.card(self.base, structure | {"dataset": datamodule.name})
+        card = report.card(self.base, datamodule.name, structure)
         save(self.output, model, tokenizer, card, plan, rounds, self._inputs(datamodule), self.overwrite)
+        print(f"pruned model: {self.output}", flush=True)  # what follows only measures
         again: Any = load(self.output, model.dtype, self.loading["attention"]).to(device)
         structure["reload_difference"] = largest_difference(model, again, ids)
-        print(f"pruned model: {self.output}")
+        structure["ppl_after"] = self._ppl(again, datamodule, "Perplexity after")
+        write_text(self.output / CARD, report.card(self.base, datamodule.name, structure))
         return _shown(self.base, structure) | {"val_ppl": structure["ppl_after"]}
 
     def _needs_no_weights(self) -> bool:

@@ -80,16 +80,17 @@ def layer_table(layers: Sequence[dict[str, int]]) -> Table:
     return shown
 
 
-def card(base: str, fields: dict[str, Any]) -> str:
+def card(base: str, dataset: str, fields: dict[str, Any]) -> str:
     """Markdown of the pruned folder, with the metadata that the hub reads."""
+    after = fields.get("ppl_after")
     rows = {
         "perplexity before": f"{fields['ppl_before']:.3f}",
-        "perplexity after, not recovered": f"{fields['ppl_after']:.3f}",
+        "perplexity after, not recovered": "not measured" if after is None else f"{after:.3f}",
         "parameters": f"{fields['parameters_after']:,} of {fields['parameters_before']:,}",
         "decoder parameters": f"{fields['decoder_parameters_after']:,} of {fields['decoder_parameters_before']:,}",
         "KV bytes per token": f"{fields['kv_bytes_per_token_after']:,} of {fields['kv_bytes_per_token_before']:,}",
         "importance, allocation": f"{fields['importance']}, {fields['allocation']}",
-        "perplexity measured on": f"{fields['dataset']}, blocks of {fields['block_size']} tokens, no overlap, no BOS",
+        "perplexity measured on": f"{dataset}, blocks of {fields['block_size']} tokens, no overlap, no BOS",
     }
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"

@@ -134,6 +134,8 @@ def test_the_last_checkpoint_is_found_also_where_a_kill_moved_it_aside(tmp_path)
         to_continue("last", callbacks)
     with pytest.raises(ValueError, match="no ModelCheckpoint has a dirpath"):
         to_continue("last", [])
+    assert to_continue("auto", callbacks) is to_continue(None, callbacks) is None
+    assert to_continue("some.ckpt", callbacks) == "some.ckpt"
     with replacing(tmp_path / "last.ckpt", "checkpoint"):
         pass
     (tmp_path / "last.ckpt").rename(tmp_path / ".last.ckpt.old")
@@ -141,7 +143,7 @@ def test_the_last_checkpoint_is_found_also_where_a_kill_moved_it_aside(tmp_path)
     assert to_continue("last", callbacks) == str(tmp_path / "last.ckpt") and (tmp_path / "last.ckpt").is_dir()
     (tmp_path / "last-v1.ckpt").write_text("newer")
     os.utime(tmp_path / "last.ckpt", (1, 1))
-    assert to_continue("last", callbacks) == str(tmp_path / "last-v1.ckpt")
+    assert to_continue("last", callbacks) == to_continue("auto", callbacks) == str(tmp_path / "last-v1.ckpt")
 
 
 def test_checkpoints_of_lightnings_own_strategies_are_sealed(tmp_path):

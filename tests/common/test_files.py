@@ -349,3 +349,12 @@ def test_a_killed_writer_leaves_no_lock(tmp_path):
     assert (tmp_path / ".run.lock").exists()
     _write(tmp_path / "run", "after")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_model_card_may_be_edited_and_is_still_pares_to_replace(tmp_path):
+    with replacing(tmp_path / "model", "model") as folder:
+        (folder / "README.md").write_text("# model")
+        (folder / "weights").write_text("1")
+    (tmp_path / "model/README.md").write_text("# my model")
+    check_manifest(tmp_path / "model")
+    check_output(tmp_path / "model", "model.output")

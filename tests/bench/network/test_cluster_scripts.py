@@ -83,7 +83,7 @@ def test_slurm_hands_cpus_on_and_queues_again_when_the_time_is_up(left_s, queued
 
 def test_slurm_goes_on_from_the_last_checkpoint_when_queued_again(tmp_path):
     _, noted = _noted(tmp_path, "slurm.sh", ["fit"], **_JOB, SLURM_RESTART_COUNT="1")
-    assert "--ckpt_path last" in noted
+    assert "--ckpt_path auto" in noted
 
 
 _NODES = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "RANKS_PER_NODE": "4"}
@@ -99,7 +99,7 @@ def test_torchrun_meets_over_c10d_on_the_network_of_the_first_node_and_restarts(
 @pytest.mark.parametrize(("restarts", "resumes"), [("0", False), ("2", True)])
 def test_torchruns_ranks_go_on_from_the_last_checkpoint_after_a_restart(restarts, resumes, tmp_path):
     _, noted = _noted(tmp_path, "torchrun.sh", ["fit"], PARE_RANK="1", TORCHELASTIC_RESTART_COUNT=restarts)
-    assert noted.startswith("python main.py fit") and ("--ckpt_path last" in noted) == resumes
+    assert noted.startswith("python main.py fit") and ("--ckpt_path auto" in noted) == resumes
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
