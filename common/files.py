@@ -294,7 +294,7 @@ def hashes(folder: Path, only: Iterable[str] | None = None) -> dict[str, dict[st
         folder: What was written.
         only: These names, relative to it; by default all but the marker.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in names(folder) if only is None else only:
         if name == MARKER:
             continue

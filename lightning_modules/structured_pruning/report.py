@@ -80,7 +80,7 @@ def layer_table(layers: Sequence[dict[str, int]]) -> Table:
     return shown
 
 
-def card(base: str, dataset: str, fields: dict[str, Any]) -> str:
+def card(base: str, dataset: str | None, fields: dict[str, Any]) -> str:
     """Markdown of the pruned folder, with the metadata that the hub reads."""
     after = fields.get("ppl_after")
     rows = {
