@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from lightning_modules.data.blocks import FORMAT, block_preparation
 from lightning_modules.data.loading import Blocks, Windows
-from lightning_modules.data.prepare import FORMAT, open_blocks, prepare, summary
+from lightning_modules.data.prepare import Preparation, summary
 from lightning_modules.data.prepared import PreparedData
 from lightning_modules.data.repeats import Repeats
+from lightning_modules.data.shards import open_shards
 from lightning_modules.data.tokenizer import SMALLEST_VOCAB, Encoder
 
 
@@ -33,8 +35,8 @@ class TextDataModule(PreparedData):
         cache_dir: Folder for prepared data. Default: $PARE_CACHE, or ~/.cache/pare.
         num_proc: Processors to use while preparing.
         num_workers: Loader processes of a rank. 0 loads in the training process, which is fast enough.
-        max_train_blocks: Use only the first so many training blocks.
-        max_val_blocks: Use only the first so many validation blocks.
+        max_train_blocks: Use only the first so many training blocks; the rest of the text is read, but not tokenised.
+        max_val_blocks: The same for validation.
         val_stride: Validate on overlapping windows of ``block_size`` tokens that begin this many tokens apart; a token
             is predicted once, from more text before it. None validates on the blocks as they are.
         repeats: Share of the training blocks, from 0 to 1, that end with a passage of theirs over and over (see
@@ -71,7 +73,8 @@ class TextDataModule(PreparedData):
         self.val_stride, self.repeats = val_stride, repeats
         if tokenizer is None and vocab_size < SMALLEST_VOCAB:
             raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB} (256 bytes, end of text), got {vocab_size}")
-        self._vocab_size, self._num_proc, self._limits = vocab_size, num_proc, limits
+        self._vocab_size, self._num_proc = vocab_size, num_proc
+        self._limits = {"train": max_train_blocks, "val": max_val_blocks}
 
     @abstractmethod
     def documents(self) -> Iterator[tuple[str, str]]:
@@ -81,17 +84,19 @@ class TextDataModule(PreparedData):
         before as a validation document is left out.
         """
 
-    def _prepare(self, folder: Path) -> None:
-        source = self._source_tokenizer
-        prepare(folder, self.documents(), source, self._vocab_size, self.block_size, self._num_proc)
+    def _preparation(self) -> Preparation:
+        source, limits = self._source_tokenizer, self._limits
+        return block_preparation(self.documents, source, self._vocab_size, self.block_size, limits, self._num_proc)
 
     def _open(self, folder: Path) -> None:
         self.tokenizer = self._source_tokenizer or AutoTokenizer.from_pretrained(
             str(folder / "tokenizer"), local_files_only=True
         )
-        self._splits = summary(folder)
-        self.train = self._first(open_blocks(folder, "train"), self._limits["max_train_blocks"])
-        self.val = self._first(open_blocks(folder, "val"), self._limits["max_val_blocks"])
+        self._states = summary(folder)
+        self.train, self.val = (
+            self._first(open_shards(folder / split).with_format("torch"), self._limits[split])
+            for split in ("train", "val")
+        )
 
     def _dataset(self, split: str) -> Blocks | Windows | Repeats:
         if split == "val" and self.val_stride is not None:
@@ -105,14 +110,19 @@ class TextDataModule(PreparedData):
         return state | ({"data": f"{state['data']}, repeats {self.repeats:g}"} if self.repeats else {})
 
     def describe(self) -> dict[str, Any]:
-        """The data in numbers, for records: documents, tokens and blocks of both splits, tokenizer, hash."""
-        splits = self._splits
+        """The data in numbers, for records: documents, tokens and blocks of both splits, tokenizer, hash.
+
+        Documents are those of the whole source; tokens those of the blocks that are used, which may be fewer. Tokens
+        are dropped only at the end of a split that is used whole.
+        """
+        used = {"val": len(self.val), "train": len(self.train)}
+        rests = {split: s.rest if s.complete and used[split] == s.rows else [] for split, s in self._states.items()}
         return {
             "name": self.name,
-            "documents": {split: counts.documents for split, counts in splits.items()},
-            "tokens": {split: counts.tokens for split, counts in splits.items()},
-            "dropped_tokens": {split: counts.dropped_tokens for split, counts in splits.items()},
-            "blocks": {"val": len(self.val), "train": len(self.train)},
+            "documents": {split: state.source["rows"] for split, state in self._states.items()},
+            "tokens": {split: blocks * self.block_size + len(rests[split]) for split, blocks in used.items()},
+            "dropped_tokens": {split: len(rest) for split, rest in rests.items()},
+            "blocks": used,
             "block_size": self.block_size,
             "repeats": self.repeats,
             "tokenizer": self._tokenizer_name,

@@ -3,14 +3,13 @@
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-PARTIAL = ".partial"
+from common.files import remove
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}
@@ -32,8 +31,8 @@ def explain_unwritable(root: Path) -> Iterator[None]:
         if not ours or error.errno not in _CANNOT_WRITE | _NO_FOLDER:
             raise
         raise ValueError(
-            f"cache_dir: cannot write the prepared data below {root} ({error.strerror or error}); make room, or set "
-            "cache_dir or $PARE_CACHE to another folder"
+            f"cache_dir: cannot write the prepared data below {root} ({error.strerror or error}); make room and start "
+            "again (what is finished is kept), or set cache_dir or $PARE_CACHE to another folder"
         ) from error
 
 
@@ -64,13 +63,14 @@ def remove_leftovers(ours: Path) -> None:
 
     Living preparations hold their lock and keep theirs.
     """
-    for partial in ours.parent.glob(f"*/*{PARTIAL}"):
+    for partial in ours.parent.glob("*/**/.*.partial*"):
+        folder = ours.parent / partial.relative_to(ours.parent).parts[0]
         # Our own are overwritten in due course; and to open our lock file again would, on closing it, free the lock.
-        if partial.parent == ours:
+        if folder == ours:
             continue
-        with locked(lock_of(partial.parent), wait=False) as dead:
+        with locked(lock_of(folder), wait=False) as dead:
             if dead:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
 
 
 def lock_of(folder: Path) -> Path:

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from lightning_modules.data.instructions import Instruction, Template, recognise
 from lightning_modules.data.loading import Samples
 from lightning_modules.data.packing import pack_whole
+from lightning_modules.data.prepare import Preparation, summary
 from lightning_modules.data.prepared import PreparedData
-from lightning_modules.data.samples import FORMAT, SampleEncoder, open_samples, prepare_samples, split_of, summary
+from lightning_modules.data.samples import FORMAT, SampleEncoder, sample_preparation, split_of
+from lightning_modules.data.shards import State, open_shards
 from lightning_modules.data.source import Source
 
 
@@ -84,7 +86,8 @@ class InstructData(PreparedData):
                 raise ValueError(f"{field} must be at least 1, got {value}")
         self.source = Source(train, val, val_percent, hub_config, train_split, val_split)
         self.name = self.source.name
-        self.packing, self.padding_side, self.template, self._limits = packing, padding_side, template, limits
+        self.packing, self.padding_side, self.template = packing, padding_side, template
+        self._limits = {"train": max_train_samples, "val": max_val_samples}
 
     def inputs(self) -> list[Path]:
         """See ``PreparedData.inputs``."""
@@ -94,8 +97,8 @@ class InstructData(PreparedData):
         """See ``Source.key``."""
         return self.source.key()
 
-    def instructions(self) -> Iterator[tuple[str, Instruction]]:
-        """Pairs of split and sample, always in the same order, validation first.
+    def instructions(self) -> Iterator[tuple[str, Instruction, str]]:
+        """Split, sample, and how to call it in an error; always in the same order, validation first.
 
         Raises:
             ValueError: a record of no known format.
@@ -103,7 +106,7 @@ class InstructData(PreparedData):
         source = self.source
         for field, record, where in source.records():
             sample = recognise(record, where)
-            yield split_of(sample, source.val_percent) if source.divides else field, sample
+            yield split_of(sample, source.val_percent) if source.divides else field, sample, where
 
     @cached_property
     def _encoder(self) -> SampleEncoder:
@@ -114,14 +117,16 @@ class InstructData(PreparedData):
         key = [FORMAT, "instruct", self.source_key(), self._encoder.identity(), self.block_size]
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
-    def _prepare(self, folder: Path) -> None:
-        prepare_samples(folder, self.instructions(), self._encoder)
+    def _preparation(self) -> Preparation:
+        return sample_preparation(self.instructions, self._encoder, self._limits)
 
     def _open(self, folder: Path) -> None:
         self.tokenizer = self._encoder.tokenizer
-        self._counts = summary(folder)
-        self.train = self._first(open_samples(folder, "train"), self._limits["max_train_samples"])
-        self.val = self._first(open_samples(folder, "val"), self._limits["max_val_samples"])
+        self._states = summary(folder)
+        self.train, self.val = (
+            self._first(open_shards(folder / split).with_format("numpy"), self._limits[split])
+            for split in ("train", "val")
+        )
         self._rows: dict[str, Samples] = {}
         pad = self.tokenizer.pad_token_id
         for split, samples in (("train", self.train), ("val", self.val)):
@@ -139,7 +144,7 @@ class InstructData(PreparedData):
         """The data in numbers, for records: samples and tokens of both splits, what was left out, tokenizer, hash."""
         return {
             "name": self.name,
-            "prepared": self._counts,
+            "prepared": {split: _prepared(state) for split, state in self._states.items()},
             "samples": {"val": len(self.val), "train": len(self.train)},
             "rows": {split: len(rows) for split, rows in self._rows.items()},
             "template": self.template,
@@ -150,6 +155,11 @@ class InstructData(PreparedData):
             "vocab_size": len(self.tokenizer),
             "hash": self._hash,
         }
+
+
+def _prepared(state: State) -> dict[str, int]:
+    """What was tokenised and what was left out of a split."""
+    return {**state.counts, **{name: count for name, count in state.source.items() if name != "rows"}}
 
 
 def _lengths(samples: Any) -> NDArray[np.int64]:

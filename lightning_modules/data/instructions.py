@@ -40,15 +40,13 @@ _KNOWN = "; ".join(
 
 
 class Prompt(NamedTuple):
-    """The text before the response, and after it."""
+    """The text before the response; of a chat, the whole conversation."""
 
     text: str
     context: slice
     """Characters of ``text`` that may be shortened: the input that the instruction is about."""
-    special: bool
-    """Whether special tokens are written in ``text`` and ``end`` (by a chat template)."""
-    end: str = ""
-    """What closes the response; empty stands for the end-of-text token."""
+    response: int | None = None
+    """Where in ``text`` the response begins, if it is there; it and what ends its turn are to be learnt."""
 
 
 def recognise(record: Any, where: str) -> Instruction:
@@ -88,11 +86,11 @@ def write_prompt(sample: Instruction, template: Template, tokenizer: PreTrainedT
     user's message.
 
     Raises:
-        ValueError: ``chat`` with a tokenizer without a chat template, or one that rewrites the question when it is
-            answered.
+        ValueError: ``chat`` with a template that cannot write the sample, that writes the response in other words, or
+            that begins a question with its answer otherwise than the question alone.
     """
     if sample.instruction is None:
-        return Prompt("", slice(0, 0), False)
+        return Prompt("", slice(0, 0))
     if template == "chat":
         return _chat(sample, tokenizer)
     given = ", paired with an input that provides further context" if sample.context else ""
@@ -102,29 +100,41 @@ def write_prompt(sample: Instruction, template: Template, tokenizer: PreTrainedT
     )
     tail = "### Response:\n"
     if not sample.context:
-        return Prompt(head + tail, slice(0, 0), False)
+        return Prompt(head + tail, slice(0, 0))
     head += "### Input:\n"
-    return Prompt(f"{head}{sample.context}\n\n{tail}", slice(len(head), len(head) + len(sample.context)), False)
+    return Prompt(f"{head}{sample.context}\n\n{tail}", slice(len(head), len(head) + len(sample.context)))
 
 
 def _chat(sample: Instruction, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    if not tokenizer.chat_template:
-        raise ValueError("template: this tokenizer has no chat template; use template: alpaca")
     message = f"{sample.instruction}\n\n{sample.context}" if sample.context else str(sample.instruction)
-    question = [{"role": "user", "content": message}]
-    answer = {"role": "assistant", "content": sample.response}
-    prompt = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template([*question, answer], tokenize=False))
-    response = sample.response.strip()
-    if not whole.startswith(prompt) or response not in whole[len(prompt) :]:
+    prompt = _rendered(tokenizer, message, None)
+    # It shows where the template puts a response, whatever stands before that (an empty <think> block, a blank).
+    stand_in = "RESPONSE"
+    while stand_in in prompt:
+        stand_in += "E"
+    before, found, end = _rendered(tokenizer, message, stand_in).partition(stand_in)
+    whole = _rendered(tokenizer, message, sample.response)
+    forms = (sample.response, sample.response.strip(), sample.response.lstrip(), sample.response.rstrip())
+    if not found or stand_in in end or not any(whole == before + form + end for form in forms):
+        raise ValueError("the chat template changes the response; change one of them, or use template: alpaca")
+    if not before.startswith(prompt):
         raise ValueError(
-            "template: what this tokenizer's chat template writes for a question is not how it begins a question with "
-            "its answer, so prompt and response cannot be told apart; use template: alpaca"
+            "what the chat template writes for a question is not how it begins a question with its answer, so what is "
+            "learnt would not be what is asked; use template: alpaca"
         )
-    end = whole[whole.index(response, len(prompt)) + len(response) :]
     start = prompt.rfind(sample.context) if sample.context else -1
     context = slice(start, start + len(sample.context)) if start >= 0 else slice(0, 0)
-    return Prompt(prompt, context, True, end)
+    return Prompt(whole, context, len(before))
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, question: str, answer: str | None) -> str:
+    turns = [{"role": "user", "content": question}]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
+    except Exception as error:  # a template is a program, which can fail in any way
+        raise ValueError(f"the chat template cannot write it ({error}); change it, or use template: alpaca") from error
 
 
 def shorten(prompt: list[int], context: slice, response: list[int], room: int) -> tuple[list[int], list[int]]:

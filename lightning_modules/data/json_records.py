@@ -172,8 +172,10 @@ def _elements(path: Path, file: BinaryIO, begin: int) -> Iterator[tuple[bytes, i
 
 
 def _only_white_space(path: Path, rest: bytes, file: BinaryIO, begin: int) -> None:
-    while rest:
+    while True:
         if found := rest.lstrip():
             place = begin + len(rest) - len(found)
             raise ValueError(f"{path}: broken JSON: something follows the array at byte {place}; one array is expected")
         begin, rest = begin + len(rest), file.read(_READ)
+        if not rest:
+            return

@@ -1,27 +1,22 @@
 """Samples of a prompt and a response on disk: tokens of both, where the response begins, and an id."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset
-from lightning.pytorch.utilities import rank_zero_info
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from common.files import replacing, write_text
 from lightning_modules.data.instructions import Instruction, Prompt, Template, shorten, write_prompt
-from lightning_modules.data.prepare import SPLITS
+from lightning_modules.data.prepare import Preparation
 from lightning_modules.data.readers import in_validation, text_digest
-from lightning_modules.data.tokenizer import single_threaded
+from lightning_modules.data.rows import Row, Rows
+from lightning_modules.data.shards import Recipe, State
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache key: raise it when the meaning of a cache folder changes."""
-
-_BATCH = 256  # samples tokenised and written at a time
 
 _SCHEMA = pa.schema(
     [("input_ids", pa.list_(pa.int32())), ("prompt", pa.int32()), ("length", pa.int32()), ("sample_id", pa.int64())]
@@ -44,6 +39,8 @@ class SampleEncoder:
         self._begin = [tokenizer.bos_token_id] if begins else []
         # "</s>" written in a question is text about a token; only a chat template places tokens by their names.
         self._plain, self._special = (_backend(tokenizer, as_text) for as_text in (True, False))
+        if template == "chat" and not tokenizer.chat_template:
+            raise ValueError("template: this tokenizer has no chat template; use template: alpaca")
         if max_length < len(self._begin) + 2:
             raise ValueError(f"max_length must be at least {len(self._begin) + 2}, got {max_length}")
 
@@ -52,35 +49,39 @@ class SampleEncoder:
         chat = str(self.tokenizer.chat_template) if self.template == "chat" else ""
         return [self._plain.to_str(), str(self._begin), str(self._end), self.template, chat]
 
-    def __call__(self, samples: list[Instruction], counts: Counter[str]) -> Iterator[tuple[int, list[int], int]]:
-        """Number of the sample, its ids, and how many of them are prompt; long plain texts are cut into several.
+    def __call__(self, sample: Instruction, counts: Counter[str]) -> Iterator[tuple[list[int], int]]:
+        """Ids of a sample, and how many of them are prompt; a long plain text is cut into several.
 
         Args:
-            samples: What to encode.
+            sample: What to encode.
             counts: Counts the samples that had to be shortened, by what was cut.
+
+        Raises:
+            ValueError: see ``write_prompt``.
         """
-        prompts = [write_prompt(sample, self.template, self.tokenizer) for sample in samples]
-        for number, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
-            if sample.instruction is None:
-                ids = self._ids(self._plain, sample.response) + self._end
-                step = self.max_length - len(self._begin)
-                for start in range(0, len(ids), step):
-                    # a piece of one token predicts nothing
-                    if len(self._begin) + len(ids[start:]) > 1:
-                        yield number, self._begin + ids[start : start + step], len(self._begin)
-            else:
-                yield number, *self._answered(prompt, sample.response, counts)
+        if sample.instruction is not None:
+            yield self._answered(write_prompt(sample, self.template, self.tokenizer), sample.response, counts)
+            return
+        ids = self._ids(self._plain, sample.response) + self._end
+        step = self.max_length - len(self._begin)
+        for start in range(0, len(ids), step):
+            if len(self._begin) + len(ids[start:]) > 1:  # a piece of one token predicts nothing
+                yield self._begin + ids[start : start + step], len(self._begin)
 
     def _answered(self, prompt: Prompt, response: str, counts: Counter[str]) -> tuple[list[int], int]:
-        backend = self._special if prompt.special else self._plain
-        begin = [] if prompt.special else self._begin
-        encoded = backend.encode(prompt.text, add_special_tokens=False)
+        chat = prompt.response is not None
+        encoded = (self._special if chat else self._plain).encode(prompt.text, add_special_tokens=False)
+        begin = [] if chat else self._begin
+        if prompt.response is not None:
+            # A token that holds both the end of the prompt (a blank) and the beginning of the response is response.
+            first = next(i for i, (_, end) in enumerate(encoded.offsets) if end > prompt.response)
+            asked, answer = encoded.ids[:first], encoded.ids[first:]
+        else:
+            asked, answer = encoded.ids, self._ids(self._plain, response) + self._end
         inside = [i for i, (_, end) in enumerate(encoded.offsets) if prompt.context.start < end <= prompt.context.stop]
         context = slice(inside[0], inside[-1] + 1) if inside else slice(0, 0)
-        closing = self._ids(self._special, prompt.end) if prompt.special else self._end
-        answer = self._ids(self._plain, response.strip() if prompt.special else response) + closing
-        before, after = shorten(encoded.ids, context, answer, self.max_length - len(begin))
-        counts["shortened_prompts"] += len(before) < len(encoded.ids)
+        before, after = shorten(asked, context, answer, self.max_length - len(begin))
+        counts["shortened_prompts"] += len(before) < len(asked)
         counts["shortened_responses"] += len(after) < len(answer)
         return begin + before + after, len(begin) + len(before)
 
@@ -97,49 +98,70 @@ def _backend(tokenizer: PreTrainedTokenizerBase, special_as_text: bool) -> Token
     return backend
 
 
-def prepare_samples(folder: Path, samples: Iterable[tuple[str, Instruction]], encoder: SampleEncoder) -> None:
-    """Encode all samples and write the splits. The caller holds the lock of ``folder``.
+class SampleRecipe(Recipe):
+    """Instructions and responses as rows of ``input_ids``, ``prompt`` and ``length`` in tokens, ``sample_id``.
+
+    Args:
+        encoder: Makes token ids.
+    """
+
+    schema = _SCHEMA
+
+    def __init__(self, encoder: SampleEncoder) -> None:
+        self.encoder = encoder
+
+    def encode(self, rows: list[Row]) -> tuple[list[tuple[list[int], int, int, int]], Counter[str]]:
+        """See ``Recipe``."""
+        found: list[tuple[list[int], int, int, int]] = []
+        counts = Counter[str]()
+        for where, instruction, context, response in rows:
+            sample = Instruction(instruction, context or "", response or "")
+            try:
+                pieces = list(self.encoder(sample, counts))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            for number, (ids, prompt) in enumerate(pieces):
+                # the piece's number tells apart the pieces of one text
+                text = "\0".join([*(part or "" for part in sample), str(number)])
+                found.append((ids, prompt, len(ids), int.from_bytes(text_digest(text)[:8], "big") >> 1))
+                counts["tokens"] += len(ids)
+                counts["response_tokens"] += len(ids) - prompt
+        counts["samples"] += len(found)
+        return found, counts
+
+    def pack(self, encoded: Any, state: State) -> list[pa.Array]:
+        """See ``Recipe``."""
+        found, counts = encoded
+        state.count(counts)
+        columns = zip(*found, strict=True) if found else [()] * len(_SCHEMA)
+        return [pa.array(list(column), kind.type) for column, kind in zip(columns, _SCHEMA, strict=True)]
+
+    def too_little(self, state: State) -> str:
+        """See ``Recipe``."""
+        return "no sample has more than one token; give more data"
+
+
+def sample_preparation(
+    samples: Callable[[], Iterable[tuple[str, Instruction, str]]],
+    encoder: SampleEncoder,
+    limits: dict[str, int | None],
+) -> Preparation:
+    """How samples are prepared.
 
     Left out and counted: samples without a response or instruction, repeated ones, and training samples whose prompt is
     also in the validation split (``samples`` gives that split first, or divides by the prompt).
 
-    Raises:
-        ValueError: a split without samples.
+    Args:
+        samples: Gives split, sample, and how to call it in an error.
+        encoder: Makes token ids.
+        limits: Samples that are wanted of each split; None for all.
     """
-    final = folder / "samples"
-    if not final.exists():
-        with replacing(final, "cache") as beside:
-            counts = _write(beside, samples, encoder)
-            (beside / "counts.json").write_text(json.dumps(counts))
-        for split, found in counts.items():
-            notes = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in found.items() if n and name != "samples")
-            rank_zero_info(f"{split}: {found['samples']:,} samples ({notes})")
-    write_text(folder / "summary.json", (final / "counts.json").read_text())
 
+    def recipe(folder: Path, rows: Callable[[], Rows]) -> SampleRecipe:
+        return SampleRecipe(encoder)
 
-def _write(folder: Path, samples: Iterable[tuple[str, Instruction]], encoder: SampleEncoder) -> dict[str, Counter[str]]:
-    counts = {split: Counter[str]() for split in SPLITS}
-    writers = {split: _Writer(folder / f"{split}.arrow") for split in SPLITS}
-    distinct = _distinct(samples, counts)
-    with single_threaded():
-        while batch := list(islice(distinct, _BATCH)):
-            for split in SPLITS:
-                writers[split].add([sample for name, sample in batch if name == split], encoder, counts[split])
-    for split in SPLITS:
-        writers[split].close()
-        if not counts[split]["samples"]:
-            raise ValueError(f"{split}: no usable sample (left out: {dict(counts[split]) or 'none'}); give more data")
-    return counts
-
-
-def open_samples(folder: Path, split: str) -> Dataset:
-    """The samples of a split, memory-mapped: ``input_ids``, ``prompt`` and ``length`` in tokens, ``sample_id``."""
-    return Dataset.from_file(str(folder / "samples" / f"{split}.arrow")).with_format("numpy")
-
-
-def summary(folder: Path) -> dict[str, dict[str, int]]:
-    """What was prepared and what was left out, by split."""
-    return json.loads((folder / "summary.json").read_text())
+    columns = ("where", "instruction", "context", "sample")
+    return Preparation(columns, lambda left_out: _distinct(samples(), left_out), recipe, limits)
 
 
 def split_of(sample: Instruction, val_percent: float) -> str:
@@ -153,49 +175,20 @@ def _prompt_digest(sample: Instruction) -> bytes:
 
 
 def _distinct(
-    samples: Iterable[tuple[str, Instruction]], counts: dict[str, Counter[str]]
-) -> Iterator[tuple[str, Instruction]]:
+    samples: Iterable[tuple[str, Instruction, str]], left_out: dict[str, Counter[str]]
+) -> Iterator[tuple[str, Row]]:
     seen, validation = set[bytes](), set[bytes]()
-    for split, sample in samples:
+    for split, sample, where in samples:
         prompt = _prompt_digest(sample)
         whole = text_digest("\0".join(part or "" for part in sample))
         if not sample.usable:
-            counts[split]["without_response"] += 1
+            left_out[split]["without_response"] += 1
         elif split == "train" and prompt in validation:
-            counts[split]["also_in_validation"] += 1
+            left_out[split]["also_in_validation"] += 1
         elif whole in seen:
-            counts[split]["repeated"] += 1
+            left_out[split]["repeated"] += 1
         else:
             seen.add(whole)
             if split == "val":
                 validation.add(prompt)
-            yield split, sample
-
-
-class _Writer:
-    """An Arrow stream of encoded samples."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = pa.OSFile(str(path), "wb")
-        self.stream = pa.ipc.new_stream(self.file, _SCHEMA)
-
-    def add(self, samples: list[Instruction], encoder: SampleEncoder, counts: Counter[str]) -> None:
-        columns: tuple[list, ...] = ([], [], [], [])
-        pieces = Counter[int]()
-        for number, ids, prompt in encoder(samples, counts):
-            # the piece's number tells apart the pieces of one text
-            text = "\0".join([*(part or "" for part in samples[number]), str(pieces[number])])
-            pieces[number] += 1
-            sample_id = int.from_bytes(text_digest(text)[:8], "big") >> 1
-            for column, value in zip(columns, (ids, prompt, len(ids), sample_id), strict=True):
-                column.append(value)
-            counts["tokens"] += len(ids)
-            counts["response_tokens"] += len(ids) - prompt
-        counts["samples"] += len(columns[0])
-        if columns[0]:
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-            self.stream.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-
-    def close(self) -> None:
-        self.stream.close()
-        self.file.close()
+            yield split, (where, *sample)

@@ -109,8 +109,8 @@ def test_chat_template_that_cannot_be_masked_is_refused(make, tokenizer, tmp_pat
         make([ALPACA], template="chat", tokenizer=str(tmp_path / "plain"))
     broken.chat_template = "{{ messages | length }}{{ messages[0].content }}"
     broken.save_pretrained(str(tmp_path / "rewrites"))
-    with pytest.raises(ValueError, match="prompt and response cannot be told apart"):
-        make([ALPACA], template="chat", tokenizer=str(tmp_path / "rewrites"))
+    with pytest.raises(ValueError, match=r"data.jsonl: record \d+ .*changes the response; .*use template: alpaca"):
+        make([question(i) for i in range(20)], template="chat", tokenizer=str(tmp_path / "rewrites"), val_percent=50)
 
 
 def test_begin_token_comes_where_the_tokenizer_puts_it(make, tmp_path):

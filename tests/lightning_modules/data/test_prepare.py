@@ -51,7 +51,7 @@ def test_blocks_hold_exactly_the_documents_with_an_end_of_text_after_each(tmp_pa
 
 
 def test_result_does_not_depend_on_the_number_of_processors(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_modules.data.prepare._CHUNK", 500)  # many chunks to mix up
+    monkeypatch.setattr("lightning_modules.data.rows.CHUNK", 500)  # many chunks to mix up
     one, four = (Toy(cache_dir=str(tmp_path / str(n)), num_proc=n) for n in (1, 4))
     assert blocks(one) == blocks(four)
     assert one.describe() == four.describe()
@@ -63,7 +63,7 @@ def test_second_start_reads_nothing_and_leaves_no_working_files(tmp_path):
     assert blocks(Toy(cache_dir=str(tmp_path), log=str(log))) == first
     assert log.read_text() == "read\n"
     (folder,) = (path for path in cache_root(str(tmp_path)).iterdir() if path.is_dir())
-    assert {path.name for path in folder.iterdir()} == {"summary.json", "tokenizer", "train", "val"}
+    assert {path.name for path in folder.iterdir()} == {"pare.json", "tokenizer", "train", "val"}
 
 
 def test_everything_that_matters_makes_another_cache(tmp_path):
@@ -79,14 +79,14 @@ def test_killed_preparation_is_taken_up_again(tmp_path, hold_at, reads):
     process.kill()
     process.communicate()
     root = cache_root(str(tmp_path))
-    assert list(root.glob("*/*.partial"))
+    assert list(root.glob("*/**/.*.partial*"))
     with pytest.raises(FileNotFoundError, match="no prepared data"):
         Toy(cache_dir=str(tmp_path)).setup("fit")
 
     resumed = blocks(Toy(cache_dir=str(tmp_path), log=str(tmp_path / "log")))
     assert (tmp_path / "log").read_text().count("read") == reads
     assert resumed == blocks(Toy(cache_dir=str(tmp_path / "fresh")))
-    assert not list(root.glob("*/*.partial"))
+    assert not list(root.glob("*/**/.*.partial*"))
 
 
 def test_leftovers_of_a_dead_preparation_of_other_data_are_removed_and_living_ones_kept(tmp_path):
@@ -94,11 +94,11 @@ def test_leftovers_of_a_dead_preparation_of_other_data_are_removed_and_living_on
     wait_for((tmp_path / "here").exists, dead)
     root = cache_root(str(tmp_path))
     Toy(cache_dir=str(tmp_path), documents=100).prepare_data()
-    assert list(root.glob("*/*.partial")), "it still lives, and its files are its own"
+    assert list(root.glob("*/**/.*.partial*")), "it still lives, and its files are its own"
     dead.kill()
     dead.communicate()
     Toy(cache_dir=str(tmp_path), documents=101).prepare_data()
-    assert not list(root.glob("*/*.partial"))
+    assert not list(root.glob("*/**/.*.partial*"))
 
 
 def test_two_preparations_at_once_do_the_work_once(tmp_path):
@@ -123,7 +123,8 @@ def test_interrupt_leaves_only_finished_stages(tmp_path):
     process.communicate()
     assert process.returncode != 0
     (folder,) = (path for path in cache_root(str(tmp_path)).iterdir() if path.is_dir())
-    assert {path.name for path in folder.iterdir()} == {"rows", "tokenizer"}
+    assert {path.name for path in folder.iterdir()} == {"rows", "tokenizer", "val"}
+    assert list((folder / "val").iterdir()) == []
 
 
 def test_full_disk_is_explained_and_leaves_nothing(tmp_path):
@@ -133,7 +134,7 @@ def test_full_disk_is_explained_and_leaves_nothing(tmp_path):
     _, err = process.communicate()
     assert process.returncode == 1
     assert "ValueError: cache_dir: cannot write the prepared data below" in err
-    assert "make room, or set cache_dir" in err
+    assert "make room and start again (what is finished is kept), or set cache_dir" in err
     assert not [path for path in cache_root(str(tmp_path)).iterdir() if path.is_dir()]
 
 
@@ -153,12 +154,13 @@ def test_cache_folder_that_may_not_be_written(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"documents": 2, "block_size": 500}, r"val: the corpus has \d+ tokens, less than one block of 500; set"),
     ({"documents": 30, "block_size": 4000}, r"val: the corpus has"),
-    ({"documents": 1}, "train: the corpus has no document"),
+    ({"documents": 1}, "train: no usable document; give more text"),
 ])  # fmt: skip
 def test_too_little_text(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         Toy(cache_dir=str(tmp_path), **change).prepare_data()
-    assert not [path for path in cache_root(str(tmp_path)).iterdir() if path.is_dir()]
+    with pytest.raises(ValueError, match=message):  # and again, from what is finished
+        Toy(cache_dir=str(tmp_path), **change).prepare_data()
 
 
 def test_error_in_the_source_is_passed_on_and_leaves_nothing(tmp_path):

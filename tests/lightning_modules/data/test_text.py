@@ -57,7 +57,7 @@ def test_two_files(tmp_path):
 
 def test_same_file_for_both_splits_is_refused(tmp_path):
     file = write(tmp_path / "a.json", sentences(0, 50))
-    with pytest.raises(ValueError, match="train: the corpus has no document that is not also validation text"):
+    with pytest.raises(ValueError, match=r"train: no usable document \(50 also in validation\)"):
         corpus(tmp_path, file, val=file).prepare_data()
 
 

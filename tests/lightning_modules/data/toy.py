@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from lightning_modules.data import prepare
+from lightning_modules.data import blocks
 from lightning_modules.data.base import TextDataModule
 
 WORDS = ["the", "one", "red", "blue", "old", "house", "river", "stone", "light", "word", "reads", "holds", "and", "but"]
@@ -58,21 +58,21 @@ def main(cache: str, log: str, hold_at: str) -> None:
 
         data.documents = held
     elif hold_at == "tokenizer":
-        original = prepare.train_bpe
+        original = blocks.train_bpe
 
         def train(texts, vocab_size):
             hold(here, go)
             return original(texts, vocab_size)
 
-        prepare.train_bpe = train
+        blocks.train_bpe = train
     elif hold_at == "blocks":
-        original = prepare.pack_blocks
+        original = blocks.pack_blocks
 
         def pack(pieces, block_size):
             hold(here, go)
             return original(pieces, block_size)
 
-        prepare.pack_blocks = pack
+        blocks.pack_blocks = pack
     data.prepare_data()
     data.setup("fit")
     print(data.describe()["blocks"]["train"])
