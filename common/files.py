@@ -312,10 +312,11 @@ def write_manifest(folder: Path, kind: str, files: dict[str, dict[str, Any]] | N
     """Write ``pare.json``; None for ``files`` says that the folder is not complete."""
     manifest: dict[str, Any] = {"pare": 1, "kind": kind, "ranks": ranks, "files": files and dict(sorted(files.items()))}
     manifest["sha256"] = _digest(manifest)
-    beside = folder / f".{MARKER}.partial"
+    marker = folder / MARKER
+    beside = folder / f".{MARKER}.partial" if marker.exists() else marker  # others may read the earlier one meanwhile
     beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(beside)
-    beside.replace(folder / MARKER)  # a folder may get a new manifest while others read it
+    beside.replace(marker)
     for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(inner)
 
