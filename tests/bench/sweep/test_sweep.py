@@ -156,6 +156,7 @@ def test_stopping_leaves_no_process_and_no_record(start, tmp_path, monkeypatch):
 def test_a_run_left_by_a_killed_sweep_is_ended_first(tmp_path):
     left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run/output.log").write_text("half")
     (tmp_path / "run/pid").write_text(f"{left.pid} {sweep_execute._started(left.pid)}")
     ended = sweep_execute.execute([sys.executable, "-c", "print('new')"], tmp_path / "run", 60)
     assert left.poll() is not None and ended.last_lines == "new" and ended.exit_status == 0
