@@ -45,8 +45,7 @@ class Throughput(Measurement):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        self._tokens += 0 if ids is None else ids.numel() * trainer.world_size
+        self._tokens += _tokens(batch) * trainer.world_size
         self.clock.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -99,6 +98,14 @@ class Throughput(Measurement):
         if self._flops_per_token and self._peak_flops and self.tokens_per_step:
             fields["mfu"] = fields["tokens_per_s"] * self._flops_per_token / self._peak_flops
         return fields
+
+
+def _tokens(batch: Any) -> int:
+    """Tokens of a batch without its padding; 0 for what is no batch of tokens."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return 0
+    mask = batch.get("attention_mask")  # of padded rows only, so that other batches need not wait for the device
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _training_flops_per_token(meta_model: torch.nn.Module, length: int) -> float:

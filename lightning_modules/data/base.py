@@ -109,6 +109,13 @@ class TextDataModule(PreparedData):
         state = super().state_dict()
         return state | ({"data": f"{state['data']}, repeats {self.repeats:g}"} if self.repeats else {})
 
+    @property
+    def perplexity_on(self) -> str:
+        """See ``PreparedData.perplexity_on``."""
+        if self.val_stride is None:
+            return f"blocks of {self.block_size} tokens, no overlap, no BOS"
+        return f"windows of {self.block_size} tokens every {self.val_stride}, no BOS"
+
     def describe(self) -> dict[str, Any]:
         """The data in numbers, for records: documents, tokens and blocks of both splits, tokenizer, hash.
 
@@ -125,6 +132,7 @@ class TextDataModule(PreparedData):
             "blocks": used,
             "block_size": self.block_size,
             "repeats": self.repeats,
+            "perplexity_on": self.perplexity_on,
             "tokenizer": self._tokenizer_name,
             "vocab_size": len(self.tokenizer),
             "hash": self._hash,

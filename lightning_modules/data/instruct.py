@@ -140,6 +140,14 @@ class InstructData(PreparedData):
     def _row_lengths(self) -> NDArray[np.int64] | None:
         return None if self.packing else _lengths(self.train)
 
+    @property
+    def perplexity_on(self) -> str:
+        """See ``PreparedData.perplexity_on``."""
+        begins = self._encoder.begins
+        return (
+            f"responses in samples of at most {self.block_size} tokens, {self.template}, {'' if begins else 'no '}BOS"
+        )
+
     def describe(self) -> dict[str, Any]:
         """The data in numbers, for records: samples and tokens of both splits, what was left out, tokenizer, hash."""
         return {
@@ -151,6 +159,7 @@ class InstructData(PreparedData):
             "packing": self.packing,
             "padding_side": self.padding_side,
             "max_length": self.block_size,
+            "perplexity_on": self.perplexity_on,
             "tokenizer": self._tokenizer_name,
             "vocab_size": len(self.tokenizer),
             "hash": self._hash,

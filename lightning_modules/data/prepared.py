@@ -77,6 +77,11 @@ class PreparedData(L.LightningDataModule, ABC):
         folder = Path(self._tokenizer_source or "").expanduser()
         return [folder] if self._tokenizer_source and folder.exists() else []
 
+    @property
+    @abstractmethod
+    def perplexity_on(self) -> str:
+        """What a perplexity of the validation split is measured on: lengths, overlap, beginnings; for records."""
+
     @abstractmethod
     def source_key(self) -> Any:
         """What the text depends on, as JSON-able values; another key makes another cache."""

@@ -145,9 +145,20 @@ class Recall(L.LightningDataModule):
         self.train = RecallSamples(self._sizes["train"], run_seed(), **self.shape)
         self.val = RecallSamples(self._sizes["val"], _EVALUATION, **self.shape)
 
+    @property
+    def perplexity_on(self) -> str:
+        """See ``PreparedData.perplexity_on``."""
+        return f"values of questions in samples of {self.block_size} tokens, BOS"
+
     def describe(self) -> dict[str, Any]:
         """The data in numbers, for records."""
-        return {"name": self.name, **self.shape, "blocks": self._sizes, "vocab_size": len(self.tokenizer)}
+        return {
+            "name": self.name,
+            **self.shape,
+            "blocks": self._sizes,
+            "perplexity_on": self.perplexity_on,
+            "vocab_size": len(self.tokenizer),
+        }
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches from the present position on."""

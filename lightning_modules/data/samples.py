@@ -44,6 +44,14 @@ class SampleEncoder:
         if max_length < len(self._begin) + 2:
             raise ValueError(f"max_length must be at least {len(self._begin) + 2}, got {max_length}")
 
+    @property
+    def begins(self) -> bool:
+        """Whether samples begin with the tokenizer's BOS; in chats that is for the template to say."""
+        if self.template != "chat":
+            return bool(self._begin)
+        text = write_prompt(Instruction("?", "", "!"), "chat", self.tokenizer).text
+        return bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
+
     def identity(self) -> list[str]:
         """What decides the ids besides the text."""
         chat = str(self.tokenizer.chat_template) if self.template == "chat" else ""

@@ -204,14 +204,14 @@ class StructuredPruning(CausalLM):
                 what the plan says; an earlier output folder is still there.
         """
         self.check_arguments("prune", datamodule)
-        block = datamodule.block_size
+        block, perplexity_on = datamodule.block_size, datamodule.perplexity_on
         counted: Any = load_on_meta(self.base, supported=family)
         check_vocabulary(counted, datamodule.tokenizer)
         whole = ModelShape.of(counted, self._weights_dtype().itemsize)
         multiple = channel_multiple(whole.shapes, self.multiple)
         if dry_run and self._needs_no_weights():
             plan = self._planner(counted, [], multiple).plan(self._target(whole), self._settings())
-            return _shown(self.base, report.structure(whole, plan, block, {}))
+            return _shown(self.base, report.structure(whole, plan, block, perplexity_on, {}))
         batches = datamodule.calibration(self.calibration_blocks, run_seed())
         ids = self._verification_ids(datamodule).to(device)
         tokenizer = load_tokenizer(self.base, datamodule)
@@ -228,7 +228,7 @@ class StructuredPruning(CausalLM):
             part = 1.0 if dry_run else number / self.rounds
             plan = self._plan(planner, whole, datamodule, part, removed, measured)
             if dry_run:
-                return _shown(self.base, report.structure(whole, plan, block, measured))
+                return _shown(self.base, report.structure(whole, plan, block, perplexity_on, measured))
             measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_memory_bytes(device)}
             del planner  # it holds the model that is about to be replaced
             model, verification = proven_slice(model, plan, ids, self.tolerance)
@@ -243,7 +243,7 @@ class StructuredPruning(CausalLM):
                     model, adapters = short_recovery(model, batches, self.recovery_steps, learning_rate, done)
             rounds.append(Round(plan, adapters))
         plan = composed([one.plan for one in rounds])
-        structure = report.structure(whole, plan, block, measured)
+        structure = report.structure(whole, plan, block, perplexity_on, measured)
         card = report.card(self.base, datamodule.name, structure)
         save(self.output, model, tokenizer, card, plan, rounds, self._inputs(datamodule), self.overwrite)
         print(f"pruned model: {self.output}", flush=True)  # what follows only measures

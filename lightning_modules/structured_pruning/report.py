@@ -24,7 +24,9 @@ def layer_fields(shapes: Sequence[LayerShape], kept: Sequence[LayerPlan]) -> lis
     ]
 
 
-def structure(whole: ModelShape, plan: PruningPlan, block_size: int, measured: dict[str, Any]) -> dict[str, Any]:
+def structure(
+    whole: ModelShape, plan: PruningPlan, block_size: int, perplexity_on: str, measured: dict[str, Any]
+) -> dict[str, Any]:
     """The record's block: layers, costs before and after, where the plan comes from, and what was measured.
 
     ``budget_requested`` and ``budget_obtained`` are parameters removed.
@@ -35,6 +37,7 @@ def structure(whole: ModelShape, plan: PruningPlan, block_size: int, measured: d
         **before.fields("before"),
         **after.fields("after"),
         "block_size": block_size,
+        "perplexity_on": perplexity_on,
         "importance": plan.settings.get("importance", {}).get("name"),
         "allocation": plan.settings.get("allocation", {}).get("name"),
         "budget_requested": plan.settings.get("parameters_requested"),
@@ -56,7 +59,7 @@ def table(base: str, fields: dict[str, Any]) -> Table:
         "kv_bytes_per_token": ("KV cache per token, bytes", 1, "{:,.0f}"),
         "flops_per_token": (f"MFLOP per token at {block} tokens", 1e6, "{:,.2f}"),
         "weight_bytes": ("weights on disk, MB", 1e6, "{:,.2f}"),
-        "ppl": (f"perplexity ({block} tokens, no overlap, no BOS)", 1, "{:.2f}"),
+        "ppl": (f"perplexity ({fields['perplexity_on']})", 1, "{:.2f}"),
     }
     for name, (what, unit, form) in rows.items():
         old, new = (fields.get(f"{name}_{when}") for when in ("before", "after"))
@@ -90,7 +93,7 @@ def card(base: str, dataset: str | None, fields: dict[str, Any]) -> str:
         "decoder parameters": f"{fields['decoder_parameters_after']:,} of {fields['decoder_parameters_before']:,}",
         "KV bytes per token": f"{fields['kv_bytes_per_token_after']:,} of {fields['kv_bytes_per_token_before']:,}",
         "importance, allocation": f"{fields['importance']}, {fields['allocation']}",
-        "perplexity measured on": f"{dataset}, blocks of {fields['block_size']} tokens, no overlap, no BOS",
+        "perplexity measured on": f"{dataset}, {fields['perplexity_on']}",
     }
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"

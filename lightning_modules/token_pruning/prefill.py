@@ -158,8 +158,9 @@ class Prefill:
         self._real = None
         if mask is not None:
             # the one time that the host waits for the device: sizes must be known to cut tensors
-            real = mask.bool()
-            ends_early = (real[:, :-1] & ~real[:, 1:]).sum()
+            # generate() without a mask takes every padding token for padding: within the text, it is text
+            real = mask.bool().cummax(-1).values
+            ends_early = (~mask[:, -1].bool()).sum()
             *lengths, not_on_the_left = torch.cat([real.sum(-1), ends_early[None]]).tolist()
             if not_on_the_left:
                 raise ValueError("pad prompts on the left: generation goes on from the last column")

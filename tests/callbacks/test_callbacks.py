@@ -231,3 +231,15 @@ def test_only_training_counts_as_time_to_a_quality(monkeypatch):
     assert callback.state_dict()["trained_s"] == 12.0
     fields = callback.summary()
     assert fields["time_to_target_ppl_s"] == 7.0 and fields["ppl_at_fixed_time"] == 30.0
+
+
+@pytest.mark.parametrize("batch, tokens", [
+    ({"input_ids": torch.zeros(2, 5)}, 10),
+    ({"input_ids": torch.zeros(2, 5), "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 1, 1]])}, 5),
+    (torch.zeros(2, 5), 0),
+    ({"pixels": torch.zeros(2, 5)}, 0),
+])  # fmt: skip
+def test_padding_is_no_token_per_second(batch, tokens):
+    clocked = Throughput()
+    clocked.on_train_batch_start(SimpleNamespace(world_size=3), None, batch, 0)
+    assert clocked._tokens == 3 * tokens

@@ -282,3 +282,8 @@ def test_calibration_rows_are_spread_or_drawn_by_a_seed(toy):
     for count in (0, len(everything) + 1):
         with pytest.raises(ValueError, match=f"calibration_blocks is {count}, but the training text has only"):
             toy.calibration(count)
+
+
+def test_data_say_what_a_perplexity_is_measured_on(toy, cache):
+    assert toy.describe()["perplexity_on"] == "blocks of 16 tokens, no overlap, no BOS"
+    assert Toy(cache_dir=str(cache), val_stride=4).perplexity_on == "windows of 16 tokens every 4, no BOS"

@@ -92,6 +92,7 @@ def test_inputs_are_the_files_and_folders_that_are_read(tmp_path, tokenizer):
 def test_chat_template_of_the_tokenizer(make):
     data = make([question(i) for i in range(40)] + [DOLLY], template="chat", val_percent=20)
     found = dict(rows(data) + rows(data, "val"))
+    assert data.perplexity_on == "responses in samples of at most 512 tokens, chat, no BOS"
     prompt = "<|user|>\nName the river.\n\nThe Rhine is long.<|endoftext|>\n<|assistant|>\n"
     assert found[prompt] == "The Rhine<|endoftext|>\n"
     ids = next(
@@ -126,6 +127,8 @@ def test_begin_token_comes_where_the_tokenizer_puts_it(make, tmp_path):
         tokenizer=str(tmp_path / "begins"),
         max_length=40,
     )
+    assert data.perplexity_on == data.describe()["perplexity_on"]
+    assert data.perplexity_on == "responses in samples of at most 40 tokens, alpaca, BOS"
     samples = [*data.train, *data.val]
     assert all(row["input_ids"][0] == 0 and row["prompt"] >= 1 and row["length"] <= 40 for row in samples)
 

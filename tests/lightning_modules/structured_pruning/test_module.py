@@ -54,6 +54,7 @@ def data(tokenizer):
         tokenizer=tokenizer,
         block_size=20,
         name="toy",
+        perplexity_on="toy text",
         calibration=calibration,
         val_dataloader=lambda: [wide, {name: part[:, :15] for name, part in narrow.items()}],
     )

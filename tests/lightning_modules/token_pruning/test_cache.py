@@ -97,6 +97,20 @@ def test_what_cannot_be_pruned_is_refused():
             model(ids, position_ids=torch.arange(N)[None] % 50, use_cache=False)
 
 
+def test_a_padding_token_within_the_text_is_text():
+    """As generate() masks it, that is given no mask."""
+    model, ids = shared(), tokens(2, N)
+    mask = torch.ones(2, N, dtype=torch.int64)
+    mask[0, :10], mask[1, 50] = 0, 0
+    with prompt_pruner().prefill(model) as holes, torch.no_grad():
+        model(ids, attention_mask=mask)
+    mask[1, 50] = 1
+    with prompt_pruner().prefill(model) as whole, torch.no_grad():
+        model(ids, attention_mask=mask)
+    assert len(holes.stages) == len(whole.stages) > 0
+    assert torch.equal(holes.kept().sum(-1), whole.kept().sum(-1))
+
+
 def test_scores_of_the_wrong_shape_name_the_scorer():
     short = mock.patch.object(HiddenNorm, "score", lambda self, hidden_BNH, layer, context: hidden_BNH[:, 1:, 0])
     wanted = pytest.raises(ValueError, match=r"HiddenNorm.*\(1, 95\)")
