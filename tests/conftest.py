@@ -1,6 +1,7 @@
 """Fixtures that several test folders use."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, settings
 from tests.ranks import Ranks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell that starts pytest in the background lets it ignore Ctrl-C, and so would every command that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parents[1]
 
 # Property tests. "ci": few examples, the same on every run. "long": many, new ones on every run
