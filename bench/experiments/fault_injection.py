@@ -143,7 +143,7 @@ def property_tests() -> tuple[int, int]:
         RuntimeError: They could not be run.
     """
     say("property tests of every parser, long form")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "parsers", "--hypothesis-show-statistics", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "hypothesis", "--hypothesis-show-statistics", "tests"]
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "long"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode not in (0, 1):
