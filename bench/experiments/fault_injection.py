@@ -22,7 +22,7 @@ from bench.faults import flips, kills
 from bench.faults.scenarios import SCENARIOS, make_inputs, make_sparse
 from bench.tables import figures
 
-COMMAND = "python -m bench experiment fault_injection --records docs/results/records/faults.jsonl"
+COMMAND = "python -m bench experiment fault_injection"
 CHAIN = 4
 # Chains of CHAIN kills; training has the most states to lose.
 CHAINS = {"CompressedFSDP": 6, "CompressedFSDP2": 5, "CompressedDDP": 5, "sweep": 2}
