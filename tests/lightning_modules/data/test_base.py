@@ -101,6 +101,11 @@ def test_validation_is_the_whole_split_in_order(toy):
     assert rows == [row for batch in toy.test_dataloader() for row in batch["input_ids"].tolist()]
 
 
+def test_rows_that_only_fill_up_have_no_labels(toy):
+    labels = toy._dataset("val").__getitems__([0, -1])["labels"]
+    assert (labels[0] != -100).all() and (labels[1] == -100).all()
+
+
 def test_limits_take_the_first_blocks(cache, toy):
     few = Toy(cache_dir=str(cache), max_train_blocks=7, max_val_blocks=2)
     few.setup("fit")

@@ -33,7 +33,9 @@ def blocks(data):
     return data.train[:]["input_ids"].tolist(), data.val[:]["input_ids"].tolist()
 
 
-def test_blocks_hold_exactly_the_documents_with_an_end_of_text_after_each(tmp_path):
+@pytest.mark.parametrize("characters", [500, 1 << 20])  # text of a block may lie in two chunks
+def test_blocks_hold_exactly_the_documents_with_an_end_of_text_after_each(tmp_path, monkeypatch, characters):
+    monkeypatch.setattr("lightning_modules.data.rows.CHUNK", characters)
     data = Toy(cache_dir=str(tmp_path))
     train, val = blocks(data)
     documents = sentences(0, 200)
