@@ -79,7 +79,7 @@ class Started:
             living = self.look()
             if self.process.poll() is not None and not living:
                 return True
-            time.sleep(0.05)
+            time.sleep(0.3)  # looking for children costs milliseconds
         return False
 
     def end(self) -> None:
@@ -187,10 +187,10 @@ def _strike(
     """Signal one of the command's processes once the moment has come; False if the command ended before."""
     began = time.monotonic()
     for now in _moments(scenario, folder, typical_s, chance):
-        living = run.look()
         if run.process.poll() is not None:
             return False
-        if now and living:
+        living = run.look() if now else []
+        if living:
             target = chance.choice(sorted(living, key=lambda process: process.pid))
             number = chance.choice(SIGNALS)
             who = "the command" if target == run.root else "a process it started"
