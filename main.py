@@ -18,7 +18,7 @@ import strategies  # noqa: F401
 from callbacks.commands import PareTrainer
 from callbacks.graceful_stop import stoppable
 from callbacks.parser import Parser
-from callbacks.run_folders import check_callbacks, to_continue
+from callbacks.run_folders import to_continue
 from common.output import quiet, steady
 
 
@@ -37,12 +37,10 @@ class PareCLI(LightningCLI):
             super().instantiate_classes()
 
     def check_arguments(self) -> None:
-        """Let module and callbacks refuse what cannot succeed before any text or weight is read."""
-        chosen, check = self.config_init[self.subcommand], getattr(self.model, "check_arguments", None)
+        """See ``PareTrainer.check_arguments``."""
+        chosen = self.config_init[self.subcommand]
         with self._explained():
-            if check is not None:
-                check(self.subcommand, self.datamodule)
-            check_callbacks(self.trainer.callbacks, str(self.subcommand), self.model, self.datamodule)
+            self.trainer.check_arguments(str(self.subcommand), self.model, self.datamodule)
             if "ckpt_path" in chosen:
                 chosen["ckpt_path"] = to_continue(chosen["ckpt_path"], self.trainer.callbacks)
 

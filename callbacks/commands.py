@@ -61,13 +61,25 @@ class PareTrainer(Trainer):
         ranks, replicas = self.num_nodes * self.num_devices, getattr(self.strategy, "replicas", None) or 1
         if ranks % replicas:
             raise ValueError(f"replicas={replicas} does not divide {ranks} ranks")
+        self.check_arguments(command, model, datamodule)
+        to_continue(ckpt_path, self.callbacks)
+        print(f"{command}: nothing is wrong with this configuration")
+
+    def check_arguments(
+        self, command: str, model: LightningModule | None, datamodule: LightningDataModule | None
+    ) -> None:
+        """Let data, module and callbacks refuse what cannot succeed before any text or weight is read.
+
+        Args:
+            command: The command that is to run.
+            model: Refuses where it has ``check_arguments(command, datamodule)``.
+            datamodule: The same.
+        """
         for part in (datamodule, model):
             refuse: Any = getattr(part, "check_arguments", None)
             if refuse is not None:
                 refuse(command, datamodule)
         check_callbacks(self.callbacks, command, model, datamodule)
-        to_continue(ckpt_path, self.callbacks)
-        print(f"{command}: nothing is wrong with this configuration")
 
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Tokenise and pack the data into its cache, without training; later starts find it there."""
