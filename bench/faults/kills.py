@@ -97,9 +97,9 @@ def _runs(process: psutil.Process) -> bool:
 
 def _moments(scenario: Scenario, folder: Path, typical_s: float, chance: random.Random) -> Iterator[bool]:
     """Becomes true at the moment to strike: at any time, or while something is being saved."""
-    started, after = time.monotonic(), chance.uniform(0.02, 1.0) * typical_s
+    started, after = time.monotonic(), chance.uniform(0.02, 0.75) * typical_s
     saving = bool(scenario.saves) and chance.random() < 0.4
-    to_skip = chance.randrange(6)  # of the moments in which something is being saved
+    to_skip = chance.randrange(4)  # of the moments in which something is being saved
     before = False
     while True:
         elapsed = time.monotonic() - started
