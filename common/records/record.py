@@ -19,6 +19,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common.files import sync
 from common.records import machine
 from common.records.schema import OPTIONAL, REQUIRED, Field
 
@@ -146,7 +147,7 @@ def append(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     finally:
         os.close(handle)  # also releases the lock
     if size == 0:
-        _sync_folder(path.parent)
+        sync(path.parent)  # a new file's name
 
 
 def sealed(record: Mapping[str, Any]) -> bytes:
@@ -157,15 +158,6 @@ def sealed(record: Mapping[str, Any]) -> bytes:
 
 def _text(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new file's directory entry durable too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _refuse(constant: str) -> NoReturn:
