@@ -1,15 +1,14 @@
-"""Where prepared data lie, and the lock that guards them."""
+"""Where prepared data lie, and who may prepare them."""
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from common.files import remove
+from common.files import InUseError, lock, remove
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}
@@ -37,25 +36,15 @@ def explain_unwritable(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock between processes; the system frees it when its holder dies, however it dies.
-
-    ``lockf`` rather than ``flock`` or the filelock package: its lock belongs to this process alone, so a forked child
-    that outlives a killed parent does not keep it.
-
-    Yields:
-        True with the lock held; False only where ``wait`` is false and another process holds it.
-    """
-    with path.open("a") as file:
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only process that prepares a cache folder; waits for another one, and says so."""
+    with ExitStack() as held:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if not wait:
-                yield False
-                return
-            rank_zero_info(f"Another process is preparing this data; waiting for it ({path})")
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield True
+            held.enter_context(lock(folder))
+        except InUseError as other:
+            rank_zero_info(f"Waiting for another process that prepares this data ({other})")
+            held.enter_context(lock(folder, wait=True))
+        yield
 
 
 def remove_leftovers(ours: Path) -> None:
@@ -65,14 +54,6 @@ def remove_leftovers(ours: Path) -> None:
     """
     for partial in ours.parent.glob("*/**/.*.partial*"):
         folder = ours.parent / partial.relative_to(ours.parent).parts[0]
-        # Our own are overwritten in due course; and to open our lock file again would, on closing it, free the lock.
-        if folder == ours:
-            continue
-        with locked(lock_of(folder), wait=False) as dead:
-            if dead:
+        if folder != ours:  # our own are overwritten in due course
+            with suppress(InUseError), lock(folder):
                 remove(partial)
-
-
-def lock_of(folder: Path) -> Path:
-    """The lock file that guards a cache folder."""
-    return folder.with_name(folder.name + ".lock")

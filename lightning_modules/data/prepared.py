@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from common.files import DamagedError, check_manifest
 from common.processes import check_temporary_folder
 from common.randomness import run_seed
-from lightning_modules.data.cache import cache_root, explain_unwritable, lock_of, locked, remove_leftovers
+from lightning_modules.data.cache import alone, cache_root, explain_unwritable, remove_leftovers
 from lightning_modules.data.loading import Blocks, ResumableLoader, Samples, Windows, as_is
 from lightning_modules.data.prepare import Preparation, finished, prepare
 from lightning_modules.data.repeats import Repeats
@@ -123,7 +123,7 @@ class PreparedData(L.LightningDataModule, ABC):
             return
         with explain_unwritable(self._cache_root):
             folder.mkdir(parents=True, exist_ok=True)
-            with locked(lock_of(folder)):
+            with alone(folder):
                 folder.mkdir(exist_ok=True)
                 try:
                     if not self._ready(folder):

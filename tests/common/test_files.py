@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -22,6 +23,7 @@ from common.files import (
     replacing,
     replacing_file,
 )
+from tests.conftest import ROOT
 
 
 def _write(folder: Path, text: str, **options) -> None:
@@ -358,3 +360,24 @@ def test_a_model_card_may_be_edited_and_is_still_pares_to_replace(tmp_path):
     (tmp_path / "model/README.md").write_text("# my model")
     check_manifest(tmp_path / "model")
     check_output(tmp_path / "model", "model.output")
+
+
+def test_a_lock_is_not_inherited_by_children_that_outlive_the_holder(tmp_path):
+    program = (
+        "import os, sys, time; from common.files import lock\n"
+        f"with lock({str(tmp_path / 'run')!r}):\n"
+        "    child = os.fork()\n"
+        "    time.sleep(60) if child == 0 else (print(child, flush=True), time.sleep(60))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    try:
+        with pytest.raises(InUseError, match=str(process.pid)), lock(tmp_path / "run"):
+            pass
+        process.kill()
+        process.wait()
+        with lock(tmp_path / "run"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
