@@ -1,4 +1,4 @@
-"""A run's folders: one run writes in them at a time, and its last checkpoint is found."""
+"""A run's folders: one run writes in them at a time, its last checkpoint is found, and its log has no gaps."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -9,6 +9,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.measurement import completes_step
 from callbacks.model_card import HFExport
 from common.files import InUseError, lock, recover_all
 from strategies.checkpoints import SealedCheckpointIO
@@ -20,10 +21,14 @@ class RunFolders(Callback):
 
     Rank 0 holds the locks for all ranks of a run. They are the system's, so none is left when a run is killed. The
     checkpoints of Lightning's own strategies, where they are one file, get a manifest; Pare's engines see to theirs.
+
+    Lightning logs a step after its checkpoint is saved, so that a kill in between would lose that step's row of the
+    log. The row goes into the checkpoint, and is the first that a resumed run writes.
     """
 
     def __init__(self) -> None:
         self._locks = ExitStack()
+        self._row: tuple[int, dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the locks, before any weight is loaded.
@@ -48,6 +53,29 @@ class RunFolders(Callback):
                 problem = str(error)
         if (problem := trainer.strategy.broadcast(problem)) is not None:
             raise InUseError(problem)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Keep what the loggers will be given for this step; checkpoints are saved after this."""
+        if completes_step(trainer) and trainer.global_step % trainer.log_every_n_steps == 0:
+            self._row = (trainer.global_step - 1, dict(trainer.logged_metrics))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last row of the log."""
+        if self._row is None:
+            return {}
+        step, metrics = self._row
+        return {"step": step, "metrics": {name: float(value) for name, value in metrics.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        if state_dict:
+            self._row = (state_dict["step"], state_dict["metrics"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the row of the step that the checkpoint was saved at."""
+        if self._row is not None and self._row[0] == trainer.global_step - 1:
+            for logger in trainer.loggers:
+                logger.log_metrics(self._row[1], self._row[0])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the locks back."""

@@ -1,6 +1,8 @@
 """Where a run writes is settled before it works, is its alone, and its last checkpoint is found."""
 
+import csv
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -8,6 +10,7 @@ import warnings
 import lightning.pytorch as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from callbacks import HFExport, RunFolders
@@ -42,10 +45,9 @@ def _trainer(folder, callbacks, **options):
         accelerator="cpu",
         callbacks=callbacks,
         default_root_dir=folder,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"max_steps": 2, "devices": 1} | options,
+        **{"max_steps": 2, "devices": 1, "logger": False} | options,
     )
 
 
@@ -155,3 +157,46 @@ def test_checkpoints_of_lightnings_own_strategies_are_sealed(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DamagedError, match=r"last\.ckpt"):
         _fit(tmp_path, [RunFolders(), _checkpoints(tmp_path)], ckpt_path=path, max_steps=4)
+
+
+class _Logs(Net):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss)
+        return loss
+
+
+class _Killed(ModelCheckpoint):
+    """Ends the run when it has saved the third step, before Lightning logs it."""
+
+    def on_train_batch_end(self, trainer, *args):
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step == 3:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("every, steps", [(1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5])])
+def test_the_log_of_a_resumed_run_has_no_gap(every, steps, tmp_path):
+    def rows():
+        logs = sorted((tmp_path / "log").glob("version_*/metrics.csv"))
+        found = [row for log in logs for row in csv.DictReader(log.read_text().splitlines())]
+        return {int(row["step"]): row["train/loss"] for row in found if row["train/loss"]}
+
+    options = {"max_steps": 6, "log_every_n_steps": every}
+
+    def fit(checkpoint, ckpt_path=None):
+        logger = CSVLogger(tmp_path, "log", flush_logs_every_n_steps=1)
+        saved = checkpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_last=True, save_top_k=0)
+        run = _trainer(tmp_path, [RunFolders(), saved], **options, logger=logger)
+        run.fit(_Logs(), DataLoader(Rows(), batch_size=2), ckpt_path=ckpt_path, weights_only=True)
+
+    fit(ModelCheckpoint)
+    whole = rows()
+    assert list(whole) == steps
+    shutil.rmtree(tmp_path / "log")
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ZeroDivisionError):
+        fit(_Killed)
+    assert 2 not in rows()
+    fit(ModelCheckpoint, str(tmp_path / "checkpoints/last.ckpt"))
+    assert sorted(rows()) == steps and rows().get(2) == whole.get(2)
