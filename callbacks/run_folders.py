@@ -56,7 +56,8 @@ class RunFolders(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Keep what the loggers will be given for this step; checkpoints are saved after this."""
-        if completes_step(trainer) and trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps
+        if every and completes_step(trainer) and trainer.global_step % every == 0:
             self._row = (trainer.global_step - 1, dict(trainer.logged_metrics))
 
     def state_dict(self) -> dict[str, Any]:
