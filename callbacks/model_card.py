@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch import Callback, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from common.files import check_output, replacing
+from common.files import check_output, inputs_of, replacing
 
 _CARD_FIELDS = (
     "dataset",
@@ -46,7 +46,7 @@ class HFExport(Callback):
             ValueError: See ``common.files.check_output``.
         """
         if command == "fit":
-            check_output(self.dirpath, "HFExport.dirpath", _inputs(model, data), self.overwrite)
+            check_output(self.dirpath, "HFExport.dirpath", inputs_of(model, data), self.overwrite)
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """See ``check_arguments``; for Trainers that the command line has not asked."""
@@ -67,7 +67,7 @@ class HFExport(Callback):
             prefix = "model."
             state = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             card = self._card(trainer, pl_module.model.config.model_type)
-            inputs = _inputs(pl_module, trainer.datamodule)
+            inputs = inputs_of(pl_module, trainer.datamodule)
             with replacing(self.dirpath, "model", inputs, self.overwrite) as folder:
                 pl_module.write_export(folder, state, trainer.datamodule.tokenizer, card)
         trainer.strategy.barrier()
@@ -85,8 +85,3 @@ class HFExport(Callback):
         )
         text = f"# {self.dirpath.parent.name or model_type}\n\nA {model_type} language model trained with Pare.\n\n"
         return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{usage}\n{results}"))
-
-
-def _inputs(*parts: Any) -> list[Any]:
-    """What model and data read, where they say so."""
-    return [path for part in parts for path in getattr(part, "inputs", list)()]

@@ -86,6 +86,11 @@ def check_output(
         raise ValueError(f"{field}: cannot write {folder}: {above} is no folder that you may write to")
 
 
+def inputs_of(*parts: Any) -> list[str | Path | None]:
+    """What modules and DataModules read, for ``check_output``: their ``inputs()``, where they have that method."""
+    return [path for part in parts for path in getattr(part, "inputs", list)()]
+
+
 def _foreign(folder: Path) -> str | None:
     """The first thing in a folder that Pare did not write; None when all is Pare's, or nothing is there."""
     if not folder.is_dir():

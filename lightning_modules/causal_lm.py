@@ -160,8 +160,8 @@ class CausalLM(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def inputs(self) -> list[str]:
-        """Folders and hub names that this module reads, and which no result may replace."""
+    def inputs(self) -> list[Any]:
+        """Folders, files and hub names that this module reads, and which no result may replace; None is passed over."""
         return []
 
     def write_export(

@@ -37,9 +37,9 @@ class Pretraining(CausalLM):
         self.config_fields = dict(config or (_GPT2_62M if model_type == "gpt2" else {}))
         self.pretrained = pretrained
 
-    def inputs(self) -> list[str]:
+    def inputs(self) -> list[Any]:
         """See ``CausalLM.inputs``."""
-        return [] if self.pretrained is None else [self.pretrained]
+        return [self.pretrained]
 
     def build_model(self) -> PreTrainedModel:
         """See ``CausalLM.build_model``; every rank draws the same weights, since all share one seed."""

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
-from common.files import CARD, check_manifest, check_output, write_text
+from common.files import CARD, check_manifest, check_output, inputs_of, write_text
 from common.progress import stage
 from common.randomness import run_seed
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
@@ -152,12 +152,12 @@ class StructuredPruning(CausalLM):
                 ``common.files.check_output``.
         """
         if command == "prune":
-            check_output(self.output, "model.output", self._inputs(data), self.overwrite)
+            check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
             self._check_request()
         elif command == "verify":
             PruningPlan.load(self.output / FILE).check_fits(self._counted().shapes)
         elif command == "export":
-            check_output(self.portable, "model.portable", [self.output, *self._inputs(data)], self.overwrite)
+            check_output(self.portable, "model.portable", [self.output, *inputs_of(self, data)], self.overwrite)
             family(load_config(self.output))
 
     def _check_request(self) -> None:
@@ -172,9 +172,9 @@ class StructuredPruning(CausalLM):
         """The base model's shape, from its configuration."""
         return ModelShape.of(load_on_meta(self.base, supported=family), self._weights_dtype().itemsize)
 
-    def _inputs(self, data: Any) -> list[Any]:
-        """What is read, and so must not be written over."""
-        return [self.base, self.plan_path, *(data.inputs() if hasattr(data, "inputs") else ())]
+    def inputs(self) -> list[Any]:
+        """See ``CausalLM.inputs``."""
+        return [self.base, self.plan_path]
 
     # ---- the commands -------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class StructuredPruning(CausalLM):
         plan = composed([one.plan for one in rounds])
         structure = report.structure(whole, plan, block, perplexity_on, measured)
         card = report.card(self.base, datamodule.name, structure)
-        save(self.output, model, tokenizer, card, plan, rounds, self._inputs(datamodule), self.overwrite)
+        save(self.output, model, tokenizer, card, plan, rounds, inputs_of(self, datamodule), self.overwrite)
         print(f"pruned model: {self.output}", flush=True)  # what follows only measures
         again: Any = load(self.output, model.dtype, self.loading["attention"]).to(device)
         structure["reload_difference"] = largest_difference(model, again, ids)
@@ -350,7 +350,7 @@ class StructuredPruning(CausalLM):
             )
         name = type(padded.model).__name__
         card = f"# {self.output.name}\n\n{name}, padded from a pruned model.\n"
-        inputs = [self.output, *self._inputs(datamodule)]
+        inputs = [self.output, *inputs_of(self, datamodule)]
         save(self.portable, padded.model, tokenizer, card, inputs=inputs, overwrite=self.overwrite)
         print(f"{name} in {self.portable}: logits differ by at most {difference:.3g}")
         return {

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from common.files import check_output, replacing
+from common.files import check_output, inputs_of, replacing
 from lightning_modules.causal_lm import CausalLM, check_vocabulary
 from lightning_modules.loading import load, load_config
 from lightning_modules.structured_pruning import adapter as adapters
@@ -111,7 +111,7 @@ class LoraRecovery(CausalLM):
         if command == "export":
             if self.adapter is None or self.merged is None:
                 raise ValueError("export needs the adapter to merge (adapter) and the folder to write (merged)")
-            check_output(self.merged, "model.merged", self._inputs(data), self.overwrite)
+            check_output(self.merged, "model.merged", inputs_of(self, data), self.overwrite)
 
     def _check_teacher(self, teacher: Any, student: Any) -> None:
         if teacher.vocab_size != student.vocab_size:
@@ -120,9 +120,9 @@ class LoraRecovery(CausalLM):
                 "the model that the base was pruned from"
             )
 
-    def _inputs(self, data: Any) -> list[Any]:
-        """What is read, and so must not be written over."""
-        return [self.base, self.adapter, self.teacher_path, *(data.inputs() if hasattr(data, "inputs") else ())]
+    def inputs(self) -> list[Any]:
+        """See ``CausalLM.inputs``."""
+        return [self.base, self.adapter, self.teacher_path]
 
     # ---- the model ------------------------------------------------------------------------------------------------
 
@@ -190,10 +190,6 @@ class LoraRecovery(CausalLM):
 
     # ---- the result -----------------------------------------------------------------------------------------------
 
-    def inputs(self) -> list[Any]:
-        """See ``CausalLM.inputs``."""
-        return self._inputs(None)
-
     def write_export(
         self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
     ) -> None:
@@ -210,7 +206,7 @@ class LoraRecovery(CausalLM):
         self.check_arguments("export", datamodule)
         merged = Path(str(self.merged))
         card = f"# {merged.name}\n\n{self.base} with the adapter {self.adapter} merged into it.\n"
-        with replacing(merged, "model", self._inputs(datamodule), self.overwrite) as folder:
+        with replacing(merged, "model", inputs_of(self, datamodule), self.overwrite) as folder:
             self._merge(folder, None, None, datamodule.tokenizer, card)
         print(f"merged model: {merged}")
         return {}

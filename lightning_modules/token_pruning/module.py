@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import get_scheduler
 
-from common.files import check_output
+from common.files import check_output, inputs_of
 from common.randomness import run_seed, step_seed
 from lightning_modules.batches import logits as logits_of
 from lightning_modules.data.tokenizer import fingerprint
@@ -140,10 +140,13 @@ class TokenPruning(L.LightningModule):
         if command == "fit":
             if self.device_map is not None:
                 raise ValueError("model.device_map is for validate: leave it out to train")
-            inputs: list[Path] = data.inputs() if hasattr(data, "inputs") else []
-            check_output(self.output, "model.output", [self.base, self.saliency_path, self.pruner_path, *inputs])
+            check_output(self.output, "model.output", inputs_of(self, data))
             if self.saliency_path is not None:
                 check_saliency(Path(self.saliency_path), {"layers": layers})
+
+    def inputs(self) -> list[Any]:
+        """See ``CausalLM.inputs``."""
+        return [self.base, self.saliency_path, self.pruner_path]
 
     def _check_layers(self, pruner: TokenPruner, layers: list[int]) -> None:
         if list(pruner.layers) != layers:

@@ -86,6 +86,10 @@ class TokenSaliency(L.LightningModule):
             collected = {"target": self.target.describe(), "layers": layers}
             refuse_differences(self.folder, collected, "set another folder, or delete this one")
 
+    def inputs(self) -> list[Any]:
+        """See ``CausalLM.inputs``."""
+        return [self.base]
+
     def setup(self, stage: str) -> None:
         """Stop after the samples asked for."""
         data = self.trainer.datamodule

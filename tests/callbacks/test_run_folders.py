@@ -16,6 +16,12 @@ from torch.utils.data import DataLoader
 from callbacks import HFExport, RunFolders
 from callbacks.run_folders import to_continue
 from common.files import DamagedError, InUseError, replacing
+from lightning_modules.pretraining import Pretraining
+from lightning_modules.structured_pruning import LoraRecovery, StructuredPruning
+from lightning_modules.token_pruning.module import TokenPruning
+from lightning_modules.token_pruning.saliency import TokenSaliency
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from strategies import CompressedFSDP2
 from strategies.compressors.int8 import Int8
 from tests.callbacks.test_callbacks import Net, Rows
@@ -128,6 +134,29 @@ def test_an_export_never_replaces_what_the_model_or_the_data_come_from(tmp_path)
             with pytest.raises(ValueError, match="the input"):
                 HFExport(str(dirpath), overwrite=True).check_arguments("fit", model, data)
         HFExport(f"{tmp_path}/text").check_arguments("fit", model, data)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda given: Pretraining(pretrained=given),
+        lambda given: StructuredPruning(given, "out"),
+        lambda given: StructuredPruning("hub/base", "out", plan=given),
+        lambda given: LoraRecovery(given),
+        lambda given: LoraRecovery("hub/base", adapter=given),
+        lambda given: LoraRecovery("hub/base", teacher=given),
+        lambda given: TokenPruning(given, Schedule(layers=[2]), mse_weight=0, ranking_weight=0),
+        lambda given: TokenPruning("hub/base", Schedule(layers=[2]), saliency=given),
+        lambda given: TokenPruning("hub/base", Schedule(layers=[2]), pruner=given),
+        lambda given: TokenSaliency(given, "out", Schedule(layers=[2]), GateGradient()),
+    ],
+)
+def test_every_module_says_what_it_reads(make, tmp_path):
+    with replacing(tmp_path / "read", "model"):
+        pass
+    model, target = make(str(tmp_path / "read")), HFExport(str(tmp_path / "read"), overwrite=True)
+    with pytest.raises(ValueError, match=r"HFExport\.dirpath: .*read is the input"):
+        target.check_arguments("fit", model, None)
 
 
 def test_the_last_checkpoint_is_found_also_where_a_kill_moved_it_aside(tmp_path):
