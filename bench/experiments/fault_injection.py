@@ -9,6 +9,7 @@ done again.
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from bench.experiments.runs import ROOT, say
 from bench.faults import flips, kills
 from bench.faults.scenarios import SCENARIOS, make_inputs, make_sparse
 from bench.tables import figures
+from common.files import write_text
+from common.records import record
 
 COMMAND = "python -m bench experiment fault_injection"
 CHAIN = 4
@@ -68,7 +71,7 @@ def killed(
     """
     counts = {name: CHAINS.get(name, 3) for name in SCENARIOS} if chains is None else chains
     path = folder / "chains.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done, _ = record.read(path) if path.exists() else ([], [])
     known = {(one["scenario"], one["seed"]) for one in done}
     yield from done
     for name, count in counts.items():
@@ -77,7 +80,8 @@ def killed(
         expected = where.with_suffix(".json")
         if not expected.exists():
             say(f"{name}, undisturbed")
-            expected.write_text(json.dumps(kills.reference(scenario, inputs, where)))
+            shutil.rmtree(where, ignore_errors=True)  # of one that was broken off
+            write_text(expected, json.dumps(kills.reference(scenario, inputs, where)))
         wanted, typical_s = json.loads(expected.read_text())
         for seed in range(count):
             if (name, seed) in known:
@@ -85,8 +89,7 @@ def killed(
             found = kills.chain(
                 scenario, length, seed, inputs, where.with_name(f"{where.name}-{seed}"), wanted, typical_s
             )
-            with open(path, "a") as file:
-                file.write(json.dumps(found.line()) + "\n")
+            record.append(path, found.line())
             done_in = f"{len(found.kills)} kills in {found.wall_s:.0f} s"
             say(f"{name}, chain {seed + 1} of {count}: {done_in}; {'; '.join(found.faults) or 'no fault'}")
             yield found.line()

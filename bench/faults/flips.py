@@ -1,4 +1,7 @@
-"""A flipped bit in a random place of what Pare reads back: is it noticed, and is the file named?"""
+"""A flipped bit in a random place of what Pare reads back: is it noticed, and is the file named?
+
+Model cards are left out: nothing reads them but people, who may edit them.
+"""
 
 import random
 import shutil
@@ -7,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.files import check_manifest
+from common.files import CARD, check_manifest
 from common.records import record
 from lightning_modules.loading import load, load_tokenizer
 from lightning_modules.structured_pruning.plan import PruningPlan
@@ -122,7 +125,7 @@ def flip(artifact: Artifact, chance: random.Random) -> Flip:
         else:
             shutil.copy(artifact.path, copy)
         files = sorted(path for path in (copy.rglob("*") if copy.is_dir() else [copy]) if path.is_file())
-        target = chance.choice([path for path in files if path.stat().st_size])
+        target = chance.choice([path for path in files if path.stat().st_size and path.name != CARD])
         content = bytearray(target.read_bytes())
         byte, bit = chance.randrange(len(content)), chance.randrange(8)
         content[byte] ^= 1 << bit

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -151,6 +152,7 @@ def chain(
         wanted: The undisturbed command's outcome.
         typical_s: How long it takes undisturbed.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # of a chain that was itself broken off
     found, chance, began = Chain(scenario.name, seed), random.Random(seed), time.monotonic()
     log, cache = folder.with_suffix(".log"), _cache(scenario, folder, inputs)
     finished = False
@@ -211,7 +213,7 @@ def _cache(scenario: Scenario, folder: Path, inputs: Path) -> Path:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob(".*") if path.name.endswith((".partial", ".old", ".tmp"))]
+    return [path for path in folder.rglob(".*") if any(part in path.name for part in (".partial", ".old", ".tmp"))]
 
 
 def _tail(log: Path) -> str:
