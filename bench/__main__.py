@@ -124,7 +124,8 @@ def pivot(
         markdown: Print a Markdown table.
     """
     chosen = pivots.where(limits.annotate(_read(records)), pivots.conditions(where))
-    _show(pivots.pivot(chosen, rows.split(","), column, values.split(","), repeat), markdown)
+    table, _ = pivots.pivot(chosen, rows.split(","), column, values.split(","), repeat)
+    _show(table, markdown)
 
 
 def trace(traces: Path, markdown: bool = False, json: bool = False) -> None:

@@ -4,7 +4,9 @@
 file a section; `drawing.py` and `palette.py` draw; `page.py` and `export.py` write.
 """
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 
 from bench.report import export, page
@@ -45,11 +47,13 @@ def build(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: There is no record in it, or none that this report knows; or a folder holds what Pare did not write.
+        ValueError: There is no record in it, or none that this report knows; or a folder holds what Pare did not write;
+            or two of the destinations are one, or one lies inside the other.
     """
-    for field, folder, others in (("tables", tables, [results]), ("figures", figures, [results, tables])):
+    _check_apart({"output": output, "tables": tables, "figures": figures})
+    for field, folder in (("tables", tables), ("figures", figures)):
         if folder is not None:
-            check_output(folder, field, others, overwrite)
+            check_output(folder, field, [results], overwrite)
     evidence, names = read(results)
     sections = [made for make in SECTIONS if (made := make(evidence))]
     if not (evidence.runs or evidence.figures or evidence.failures or evidence.collectives):
@@ -66,6 +70,16 @@ def build(
     written += export.figures(figures, sections, overwrite) if figures else 0
     said = f"{output}: {output.stat().st_size / 1e6:.2f} MB, {', '.join(_counted(evidence))}"
     return said + (f"; {count(written, 'file')} of tables and figures" if written else "")
+
+
+def _check_apart(destinations: Mapping[str, Path | None]) -> None:
+    """Refuse destinations of which one would replace the other, whether anything is there yet or not."""
+    given = [(field, path.expanduser().resolve()) for field, path in destinations.items() if path is not None]
+    for (field, path), (other, there) in combinations(given, 2):
+        if path == there or path in there.parents or there in path.parents:
+            raise ValueError(
+                f"{field} ({path}) and {other} ({there}) are one, or one lies inside the other; keep them apart"
+            )
 
 
 def _counted(evidence: Evidence) -> list[str]:

@@ -107,8 +107,8 @@ def _figures(folder: Path, file: str, only: str | None = None, columns: str | No
 
 def _pivot(folder: Path, file: str, rows: str, column: str, values: str, where: str = "", repeat: str = "seed") -> str:
     found = pivot.where(bounds.annotate(_read(folder, file)), pivot.conditions(where))
-    shown = pivot.pivot(found, rows.split(","), column, values.split(","), repeat)
-    return f"{shown.markdown()}\n{figures.origins(found)}"
+    table, shown = pivot.pivot(found, rows.split(","), column, values.split(","), repeat)
+    return f"{table.markdown()}\n{figures.origins(shown)}"
 
 
 def _compare(folder: Path, file: str, runs: str | None = None, fields: str | None = None) -> str:

@@ -22,11 +22,14 @@ def where(records: Iterable[Mapping[str, Any]], conditions: Mapping[str, str]) -
 
 def pivot(
     records: Sequence[Mapping[str, Any]], rows: Sequence[str], column: str, values: Sequence[str], repeat: str = "seed"
-) -> Table:
+) -> tuple[Table, list[Mapping[str, Any]]]:
     """Table of ``values`` by ``rows`` (fields, one column each) and ``column`` (a field, one column a value of it).
 
     Records that agree in all of these are repeats of one measurement: they are averaged over different ``repeat``
     (mean ± sample sd); of the same ``repeat`` the newest stands. The ``value`` of a figure stands with its own spread.
+
+    Returns:
+        The table, and the records that stand in it.
 
     Raises:
         ValueError: No record has any of the values.
@@ -46,7 +49,7 @@ def pivot(
         cells = [_mean([e for key, e in newest.items() if key[:-1] == (*left, name)], value) for name, value in heads]
         body.append([*left, *cells])
     titles = [name if len(values) == 1 else f"{name}: {_title(value)}" for name, value in heads]
-    return Table([*map(_title, rows), *titles], body)
+    return Table([*map(_title, rows), *titles], body), list(newest.values())
 
 
 def _title(field: str) -> str:

@@ -248,3 +248,19 @@ def test_a_folder_of_somebody_elses_is_refused_before_anything_is_written(field,
     with pytest.raises(ValueError, match=rf"^{field}: .*thesis\.tex"):
         build(tmp_path / "none.jsonl", tmp_path / "page.html", **{field: tmp_path / "mine"})
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("output", "tables", "figures"),
+    [
+        ("p.html", "out", "out"),
+        ("p.html", "out", "out/figures"),
+        ("out/p.html", None, "out"),
+        ("p.html", "p.html", None),
+    ],
+)
+def test_destinations_that_would_replace_each_other_are_refused(output, tables, figures, tmp_path):
+    given = {field: tmp_path / name for field, name in (("tables", tables), ("figures", figures)) if name}
+    with pytest.raises(ValueError, match="keep them apart"):
+        build(tmp_path / "none.jsonl", tmp_path / output, **given)
+    assert not list(tmp_path.iterdir())

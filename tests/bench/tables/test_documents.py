@@ -32,9 +32,9 @@ def test_tables_and_figures_are_written_and_the_rest_is_left(records):
     assert documents.render(text, records) == text
 
 
-def test_pivot_and_compare_name_every_commit(tmp_path):
+def test_pivot_and_compare_name_every_commit_that_they_show(tmp_path):
     stamp = record.stamp()
-    for method, commit in (("a", "1" * 40), ("b", "2" * 40)):
+    for method, commit in (("a", "3" * 40), ("a", "1" * 40), ("b", "2" * 40)):
         made = {**stamp, "kind": "run", "run_name": method, "compress_method": method, "world_size": 2}
         record.append(tmp_path / "runs.jsonl", {**made, "val_ppl": 3.5, "git_commit": commit})
     recipes = (
@@ -44,6 +44,7 @@ def test_pivot_and_compare_name_every_commit(tmp_path):
     for recipe in recipes:
         text = documents.render(f"<!-- table: {recipe} -->\n<!-- end -->", tmp_path)
         assert "3.5" in text and "1111111111" in text and "2222222222" in text
+        assert ("3333333333" in text) == (recipe[:5] != "pivot"), "a superseded record does not stand in a pivot"
 
 
 @pytest.mark.parametrize(
