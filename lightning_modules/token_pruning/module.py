@@ -61,6 +61,7 @@ class TokenPruning(L.LightningModule):
         offload_folder: For parts that ``device_map`` places on "disk".
         dtype: What the base model's weights are loaded as; "auto" is what they are on disk. Scorers are float32.
         attention: Attention kernel of the base model: "sdpa" or "eager"; None takes transformers' choice.
+        overwrite: Let ``output`` replace a folder that Pare did not write.
 
     Raises:
         ValueError: a value outside its range.
@@ -90,6 +91,7 @@ class TokenPruning(L.LightningModule):
         offload_folder: str | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "float32",
         attention: str | None = None,
+        overwrite: bool = False,
     ) -> None:
         super().__init__()
         self.weights = {"lm": lm_weight, "mse": mse_weight, "ranking": ranking_weight}
@@ -100,13 +102,16 @@ class TokenPruning(L.LightningModule):
             raise ValueError("temperature and learning_rate must be positive, pairs and response at least 1")
         if saliency is None and mse_weight + ranking_weight > 0 and pruner is None:
             raise ValueError("mse_weight and ranking_weight need saliency: give its folder, or set both to 0")
-        self.base, self.schedule, self.output, self.pruner_path = base, schedule, Path(output), pruner
+        self.base, self.schedule, self.output, self.pruner_path = base, schedule, Path(output).expanduser(), pruner
         self.saliency_path, self.target, self.width = saliency, target, width
         self.pairs, self.temperature, self.response, self.eval_keep = pairs, temperature, response, eval_keep
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
-        self.device_map = device_map
+        self.device_map, self.overwrite = device_map, overwrite
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
-        self.loading |= {"device_map": device_map, "offload_folder": offload_folder}
+        self.loading |= {
+            "device_map": device_map,
+            "offload_folder": offload_folder and str(Path(offload_folder).expanduser()),
+        }
         self.pruner: Any = None
         self.saliency: Saliency | None = None
         self._base: Frozen | None = None
@@ -140,9 +145,9 @@ class TokenPruning(L.LightningModule):
         if command == "fit":
             if self.device_map is not None:
                 raise ValueError("model.device_map is for validate: leave it out to train")
-            check_output(self.output, "model.output", inputs_of(self, data))
+            check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
             if self.saliency_path is not None:
-                check_saliency(Path(self.saliency_path), {"layers": layers})
+                check_saliency(Path(self.saliency_path).expanduser(), {"layers": layers})
 
     def inputs(self) -> list[Any]:
         """See ``CausalLM.inputs``."""
@@ -307,7 +312,7 @@ class TokenPruning(L.LightningModule):
             target = self.saliency.index["target"] if self.saliency is not None else None
             self.pruner.notes = {"schedule": vars(self.schedule), "target": target, "weights": self.weights}
             self.pruner.notes |= {"steps": self.trainer.global_step, "data": self.trainer.datamodule.name}
-            self.pruner.save(self.output)
+            self.pruner.save(self.output, inputs_of(self, self.trainer.datamodule), self.overwrite)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Compare scores with saliency, and prune by them, by chance and by recency."""

@@ -7,7 +7,7 @@ Shape legend: B sequences, N tokens, H hidden size.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,14 +100,19 @@ class TokenPruner(nn.Module):
                 "trained for, or train a pruner for this one (configs/token_pruning/train.yaml)"
             )
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, inputs: Iterable[str | Path | None] = (), overwrite: bool = False) -> None:
         """Write ``model.safetensors``, ``config.json`` and ``README.md``; the folder appears complete or not at all.
 
+        Args:
+            folder: Destination.
+            inputs: See ``common.files.check_output``.
+            overwrite: See ``common.files.check_output``.
+
         Raises:
-            ValueError: the folder holds what Pare did not write.
+            ValueError: See ``common.files.check_output``.
         """
         weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        with replacing(folder, "token pruner") as beside:
+        with replacing(folder, "token pruner", inputs, overwrite) as beside:
             save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
             (beside / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
             (beside / "README.md").write_text(self._card(), encoding="utf-8")
@@ -173,8 +178,9 @@ def _mlp(hidden_size: int, width: int) -> nn.Sequential:
 
 def _folder(path: str | Path) -> Path:
     """The local folder of a path or hub name."""
-    if Path(path).is_dir():
-        return Path(path)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
     try:
         return Path(snapshot_download(str(path), allow_patterns=[WEIGHTS, CONFIG]))
     except (OSError, ValueError) as error:  # offline, no such repository, or a path that is no repository's name

@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from common.files import check_output, inputs_of
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.loading import Dtype, load, load_config
 from lightning_modules.token_pruning.anatomy import check_supported
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.samples import check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
-from lightning_modules.token_pruning.store import INDEX, SaliencyStore, refuse_differences
+from lightning_modules.token_pruning.store import SaliencyStore, check_folder
 from lightning_modules.token_pruning.targets import Target
 
 
@@ -54,7 +55,7 @@ class TokenSaliency(L.LightningModule):
         super().__init__()
         if num_samples < 1 or response < 1:
             raise ValueError(f"num_samples and response must be at least 1, got {num_samples} and {response}")
-        self.base, self.folder, self.schedule, self.target = base, Path(folder), schedule, target
+        self.base, self.folder, self.schedule, self.target = base, Path(folder).expanduser(), schedule, target
         self.num_samples, self.response = num_samples, response
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
@@ -74,7 +75,8 @@ class TokenSaliency(L.LightningModule):
             data: The DataModule.
 
         Raises:
-            ValueError: A model, schedule or data that cannot be pruned, or saliency of another kind in the folder.
+            ValueError: A model, schedule or data that cannot be pruned; or a folder that is no place for the saliency:
+                it is, contains or lies inside an input, or holds something else.
         """
         if command != "predict":
             return
@@ -82,9 +84,9 @@ class TokenSaliency(L.LightningModule):
         check_supported(config)
         check_data(data, config)
         layers = self.schedule.resolve(config.num_hidden_layers)
-        if (self.folder / INDEX).is_file():
-            collected = {"target": self.target.describe(), "layers": layers}
-            refuse_differences(self.folder, collected, "set another folder, or delete this one")
+        # nothing is replaced here: parts are added to what an earlier run has collected
+        check_output(self.folder, "model.folder", inputs_of(self, data), overwrite=True)
+        check_folder(self.folder, {"target": self.target.describe(), "layers": layers})
 
     def inputs(self) -> list[Any]:
         """See ``CausalLM.inputs``."""

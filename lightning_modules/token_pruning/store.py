@@ -2,10 +2,12 @@
 
 Every part appears whole (written beside, then renamed), so a killed collection goes on with the samples that no part
 holds. ``saliency.json`` is written first, with what the values depend on, and completed last, with the counts; then
-the folder gets its manifest, which reading it checks.
+the folder gets its manifest, which reading it checks. The manifest names the index and the parts alone: what else lies
+in the folder is not Pare's.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from common.files import check_manifest, hashes, replacing_file, write_manifest
+from common.files import MARKER, check_manifest, hashes, replacing_file, write_manifest
 
 INDEX = "saliency.json"
 _FORMAT = "pare-saliency"
@@ -30,7 +32,7 @@ class SaliencyStore:
         rank: This rank; part of its files' names.
 
     Raises:
-        ValueError: the folder holds saliency that depends on something else, naming it.
+        ValueError: the folder holds saliency that depends on something else, or no saliency, naming it.
     """
 
     samples_per_part = 64
@@ -39,10 +41,7 @@ class SaliencyStore:
     def __init__(self, folder: Path, depends: dict[str, Any], rank: int) -> None:
         self.folder, self.rank = folder, rank
         self._pending: list[tuple[str, dict[int, Tensor]]] = []
-        if (folder / INDEX).is_file():
-            refuse_differences(folder, depends, "set another folder, or delete this one")
-        elif folder.is_dir() and any(f.suffix == ".safetensors" and f.name[0] != "." for f in folder.iterdir()):
-            raise ValueError(f"{folder} holds safetensors files but no {INDEX}: give another folder for the saliency")
+        check_folder(folder, depends)
         self.done = {key for part in _parts(folder) for key in _keys(part)}
         self._depends = depends
 
@@ -79,7 +78,8 @@ class SaliencyStore:
         samples = len({key for part in _parts(self.folder) for key in _keys(part)})
         index = {"format": _FORMAT, **self._depends, "samples": samples, "skipped": skipped}
         _write(self.folder / INDEX, _json(index))
-        write_manifest(self.folder, "saliency", hashes(self.folder))
+        mine = [INDEX, *(part.name for part in _parts(self.folder))]
+        write_manifest(self.folder, "saliency", hashes(self.folder, mine))
         return samples
 
 
@@ -96,7 +96,7 @@ class Saliency:
     """
 
     def __init__(self, folder: str | Path, expect: dict[str, Any]) -> None:
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         check_saliency(folder, expect)
         self.index = _index(folder)
         if self.index["samples"] is not None:
@@ -117,6 +117,23 @@ class Saliency:
     def get(self, key: str) -> dict[int, Tensor] | None:
         """Values of a sample, float32 [its prompt's tokens] by layer; None where it was not collected."""
         return self._values.get(key)
+
+
+def check_folder(folder: Path, depends: dict[str, Any]) -> None:
+    """Refuse a folder to collect in that holds anything but saliency, or saliency that depends on other values.
+
+    A run that was killed before it wrote the index leaves at most the marker and files whose names begin with a dot.
+    """
+    if (folder / INDEX).is_file():
+        refuse_differences(folder, depends, "set another folder, or delete this one")
+    elif folder.is_dir():
+        found = min(
+            (path.name for path in folder.iterdir() if path.name != MARKER and path.name[0] != "."), default=None
+        )
+        if found is not None:
+            raise ValueError(f"{folder} holds {found} but no {INDEX}: give another folder for the saliency")
+    elif os.path.lexists(folder):
+        raise ValueError(f"{folder} is no folder: give another place for the saliency")
 
 
 def check_saliency(folder: Path, expect: dict[str, Any]) -> None:

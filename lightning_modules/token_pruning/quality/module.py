@@ -78,7 +78,7 @@ class TokenQuality(L.LightningModule):
             raise ValueError("the task longbench needs a file: give model.longbench")
         self.base, self.schedule, self.scorers, self.keep = base, schedule, scorers, keep
         self.tasks, self.windows, self.suffix = tasks, windows, suffix
-        self.longbench, self.max_prompt = longbench, max_prompt
+        self.longbench, self.max_prompt = Path(longbench or "").expanduser(), max_prompt
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
 
@@ -98,7 +98,7 @@ class TokenQuality(L.LightningModule):
         config = load_config(self.base)
         for scorer in self.scorers:
             PromptPruner(scorer, self.schedule).check(config)
-        if "longbench" in self.tasks and not Path(str(self.longbench)).is_file():
+        if "longbench" in self.tasks and not self.longbench.is_file():
             raise FileNotFoundError(f"model.longbench: no such file: {self.longbench}")
         if "repeated" in self.tasks:
             check_repeatable(data.block_size, self.suffix)
@@ -152,7 +152,7 @@ class TokenQuality(L.LightningModule):
 
     def _all(self, task: Task, data: Any) -> Iterator[Window]:
         if task == "longbench":
-            yield from longbench_windows(Path(str(self.longbench)), data.tokenizer, self.max_prompt)
+            yield from longbench_windows(self.longbench, data.tokenizer, self.max_prompt)
             return
         for batch in data.val_dataloader():
             if task == "response":

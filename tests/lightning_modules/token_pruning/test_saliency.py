@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.files import DamagedError
+from common.files import DamagedError, check_output, write_manifest
 from lightning_modules.token_pruning.saliency import TokenSaliency
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
@@ -155,12 +155,59 @@ def test_two_ranks_write_parts_that_do_not_collide(tmp_path):
     assert Saliency(tmp_path, {}).get("key1")[1].tolist() == [0, 1, 2, 3]
 
 
-def test_a_flipped_bit_is_noticed_and_collecting_again_mends_it(tmp_path):
-    store = SaliencyStore(tmp_path, {"layers": [1]}, 0)
+def _collected(folder):
+    store = SaliencyStore(folder, {"layers": [1]}, 0)
     store.begin()
     store.add("key", {1: torch.arange(3).float()})
     store.flush()
-    store.finish({})
+    assert store.finish({}) == 1
+
+
+def test_a_file_of_the_users_never_becomes_pares(tmp_path):
+    for name in ("thesis.tex", "model.safetensors", "chapters"):
+        folder = tmp_path / f"of {name}"
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"holds {name} but no saliency.json"):
+            SaliencyStore(folder, {"layers": [1]}, 0)
+        assert [path.name for path in folder.iterdir()] == [name]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is no folder"):
+        SaliencyStore(tmp_path / "file", {"layers": [1]}, 0)
+    _collected(tmp_path / "s")
+    (tmp_path / "s/thesis.tex").write_text("added between two runs")
+    _collected(tmp_path / "s")
+    with pytest.raises(ValueError, match=r"what Pare did not write \(thesis\.tex\)"):
+        check_output(tmp_path / "s", "output")
+    Saliency(tmp_path / "s", {})
+
+
+def test_what_a_kill_before_the_index_leaves_is_no_hindrance(tmp_path):
+    write_manifest(tmp_path, "saliency", None)
+    (tmp_path / ".saliency.json.lock").touch()
+    _collected(tmp_path)
+    assert len(Saliency(tmp_path, {})) == 1
+
+
+def test_the_folder_is_checked_before_weights_are_read(base, data, tmp_path):
+    def check(folder):
+        TokenSaliency(base, str(folder), SCHEDULE, GateGradient()).check_arguments("predict", data)
+
+    check(tmp_path / "new")
+    for folder, names in ((base, "is the input"), (f"{base}/saliency", "lies inside the input"), (tmp_path, "thesis")):
+        (tmp_path / "thesis").touch()
+        with pytest.raises(ValueError, match=names):
+            check(folder)
+
+
+def test_a_tilde_is_the_home_folder(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _collected(tmp_path / "s")
+    assert TokenSaliency(base, "~/s", SCHEDULE, GateGradient()).folder == tmp_path / "s"
+    assert len(Saliency("~/s", {})) == 1
+
+
+def test_a_flipped_bit_is_noticed_and_collecting_again_mends_it(tmp_path):
+    _collected(tmp_path)
     part = next(tmp_path.glob("rank0-*.safetensors"))
     content = bytearray(part.read_bytes())
     content[-1] ^= 1

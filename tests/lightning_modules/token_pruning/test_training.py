@@ -269,6 +269,31 @@ def test_what_does_not_go_together_is_found_before_weights_are_read(options, nam
     assert module.pruner is None and sorted(p.name for p in Path("thesis").iterdir()) == ["chapter1.tex"]
 
 
+def test_a_foreign_folder_is_replaced_when_that_is_allowed(base, data, tmp_path):  # noqa: F811
+    (tmp_path / "pruner").mkdir()
+    (tmp_path / "pruner/old.tex").touch()
+    alone = {"mse_weight": 0.0, "ranking_weight": 0.0}
+    with pytest.raises(ValueError, match=r"model\.output: .*overwrite"):
+        _module(base, tmp_path, **alone).check_arguments("fit", data)
+    module = _module(base, tmp_path, **alone, overwrite=True)
+    module.check_arguments("fit", data)
+    _trainer(max_steps=1, limit_val_batches=0).fit(module, data)
+    assert TokenPruner.load(tmp_path / "pruner", module.model).layers == (1, 3)
+    with pytest.raises(ValueError, match="is the input"):  # that is never allowed
+        TokenPruning(base, SCHEDULE, base, **alone, overwrite=True).check_arguments("fit", data)
+
+
+def test_a_tilde_is_the_home_folder(base, data, saliency, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s").symlink_to(saliency)
+    TokenPruner(64, SCHEDULE.resolve(LAYERS), 8).save("~/saved")
+    module = TokenPruning(base, SCHEDULE, "~/out", pruner="~/saved", saliency="~/s", offload_folder="~/disk")
+    assert module.output == tmp_path / "out" and module.loading["offload_folder"] == str(tmp_path / "disk")
+    module.check_arguments("fit", data)
+    module.configure_model()
+    assert module.pruner.layers == (1, 3)
+
+
 def test_what_goes_together_is_let_through(base, data, saliency, tmp_path):  # noqa: F811
     _module(base, tmp_path, saliency=saliency).check_arguments("fit", data)
     _module(base, tmp_path, saliency=saliency, device_map="auto").check_arguments("validate", data)
