@@ -49,26 +49,22 @@ def replacing_together(path: Path, gather: Gather, rank: int) -> Iterator[Path]:
         ValueError: There is a folder of somebody else's at ``path``.
     """
     with ExitStack() as held:
-        try:
-            with agreed(path, gather) as mine:
-                if rank == 0:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(lock(path))
-                    _check_place(path)
-                    start(path, "checkpoint")
-            partial = files.partial_of(path)
-            with agreed(path, gather) as mine:
-                yield partial
-                names = (name for name in files.names(partial) if _writer(name) == rank)
-                mine.own = files.hashes(partial, names)
-            with agreed(path, gather):
-                if rank == 0:
-                    written = {name: entry for own in mine.all for name, entry in own.items()}
-                    files.write_manifest(partial, "checkpoint", written, ranks=len(mine.all))
-                    swap(partial, path)
-        finally:
+        with agreed(path, gather):
             if rank == 0:
-                remove(files.partial_of(path))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock(path))
+                _check_place(path)
+                held.callback(remove, start(path, "checkpoint"))  # only what was made here, and while it is locked
+        partial = files.partial_of(path)
+        with agreed(path, gather) as mine:
+            yield partial
+            names = (name for name in files.names(partial) if _writer(name) == rank)
+            mine.own = files.hashes(partial, names)
+        with agreed(path, gather):
+            if rank == 0:
+                written = {name: entry for own in mine.all for name, entry in own.items()}
+                files.write_manifest(partial, "checkpoint", written, ranks=len(mine.all))
+                swap(partial, path)
 
 
 class _Outcome:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import resource
 import shutil
 import signal
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from common.files import DamagedError
+from common.files import DamagedError, lock
 from strategies.checkpoints import (
     SealedCheckpointIO,
     check_seal,
@@ -90,6 +91,34 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
         shutil.copytree(path, tmp_path / leftover)
     _save(path, "second")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_refused_save_leaves_what_another_run_or_somebody_else_has_beside(tmp_path):
+    path, beside = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.partial"
+    beside.mkdir()
+    (beside / "thesis.tex").write_text("ten years")
+    with pytest.raises(ValueError, match="is in the way"):
+        _save(path, "first")
+    assert (beside / "thesis.tex").read_text() == "ten years"
+    (beside / "thesis.tex").rename(beside / "pare.json")  # Pare's own: of a run that is writing
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    other = context.Process(target=_hold, args=(path, theirs))
+    other.start()
+    try:
+        assert ours.recv() == "locked"
+        with pytest.raises(ValueError, match="is being written by another run"):
+            _save(path, "second")
+        assert (beside / "pare.json").read_text() == "ten years"
+    finally:
+        ours.send("done")
+        other.join()
+
+
+def _hold(path, pipe):
+    with lock(path):
+        pipe.send("locked")
+        pipe.recv()
 
 
 def test_somebody_elses_folder_is_refused_and_lightnings_checkpoint_replaced(tmp_path):
