@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.measurement import completes_step
-from strategies.checkpoints import LOST_PEER
+from strategies.checkpoints import peer_lost
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # By which a rank and the one that launched it tell each other: sent as it came, a signal may be the other's second.
@@ -203,7 +203,7 @@ class GracefulStop(Callback):
             passed_on = signal.SIGRTMIN + exception.signum
             known = signal.getsignal(passed_on) is _launched_rank_stopped  # not in a program other than main.py
             launcher.kill(passed_on if known else exception.signum)
-        if any(text in str(exception) for text in LOST_PEER):
+        if peer_lost(exception):
             print(
                 f"rank {trainer.global_rank}: another rank has died (see its output above, or the kernel log for "
                 "out-of-memory kills). Continue from the last complete checkpoint with --ckpt_path last.",

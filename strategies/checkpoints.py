@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,9 +22,11 @@ from common.files import DamagedError, check_manifest, check_output, disk_full, 
 Gather = Callable[[Any], list[Any]]
 """Gives every rank what all ranks gave, in order of rank."""
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
 """What gloo says when another process of the group is gone."""
 
+Doing = Literal["save", "load"]
+_KEPT: dict[Doing, str] = {"save": "; an earlier one is untouched", "load": ""}
 _END = b"PK\x05\x06"  # a zip archive's last record: 22 bytes, the last two are the length of the comment after it
 _NO_HASH = "0" * 64
 
@@ -75,7 +77,7 @@ class _Outcome:
 
 
 @contextmanager
-def agreed(path: Path, gather: Gather) -> Iterator[_Outcome]:
+def agreed(path: Path, gather: Gather, doing: Doing = "save") -> Iterator[_Outcome]:
     """Run a block on every rank; when it fails on one, all raise the same error.
 
     torch's ``CheckpointException`` is a ``BaseException``, which nothing else would report.
@@ -85,36 +87,48 @@ def agreed(path: Path, gather: Gather) -> Iterator[_Outcome]:
         yield outcome
     except (Exception, CheckpointException) as error:
         raised = error
-        if any(text in str(error) for text in LOST_PEER):  # who is gone answers no question
-            raise _lost(path, error) from error
-        failure = (isinstance(error, ValueError), disk_full(error), reason(error))
+        if peer_lost(error):  # who is gone answers no question
+            raise lost(path, error, doing) from error
+        said = next((kind for kind in (DamagedError, ValueError) if isinstance(error, kind)), None)
+        failure = (said, disk_full(error), reason(error))
     try:
         told = gather((outcome.own, failure))
     except Exception as error:
-        raise _lost(path, error) from error
+        raise lost(path, error, doing) from error
     outcome.all = [own for own, _ in told]
     for other, (_, problem) in enumerate(told):
         if problem is not None:
-            refused, full, text = problem
-            if refused:
-                raise ValueError(text) from raised
-            advice = f"make room in {path.parent}" if full else f"check that {path.parent} can be written to"
+            said, full, text = problem
+            if said is not None:
+                raise said(text) from raised
+            use = "written to" if doing == "save" else "read"
+            advice = f"make room in {path.parent}" if full else f"check that {path.parent} can be {use}"
             raise OSError(
                 errno.ENOSPC if full else errno.EIO,
-                f"could not save the checkpoint {path} (rank {other}: {text}); an earlier one is untouched; {advice}",
+                f"could not {doing} the checkpoint {path} (rank {other}: {text}){_KEPT[doing]}; {advice}",
             ) from raised
 
 
-def _lost(path: Path, error: BaseException) -> RuntimeError:
+def peer_lost(error: BaseException) -> bool:
+    """Whether an error says that another process of the group is gone."""
+    return any(text in str(error) for text in _LOST_PEER)
+
+
+def lost(path: Path | None, error: BaseException, doing: Doing) -> RuntimeError:
+    """What to raise for such an error."""
     return RuntimeError(
-        f"could not save the checkpoint {path}: another rank is gone ({reason(error)}); an earlier one is untouched"
+        f"could not {doing} the checkpoint {path}: another rank is gone ({reason(error)}){_KEPT[doing]}"
     )
 
 
+def at_fault(error: BaseException) -> BaseException:
+    """The error itself; for torch's checkpoint errors, which carry tracebacks, that of the rank at fault."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 def reason(error: BaseException) -> str:
-    """One line for an error; for torch's checkpoint errors, which carry tracebacks, that of the rank at fault."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    """One line for an error; see ``at_fault``."""
+    error = at_fault(error)
     if disk_full(error):
         return "the disk is full"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -135,20 +149,26 @@ def _check_place(path: Path) -> None:
 def check_together(path: Path, gather: Gather, rank: int) -> None:
     """Look for damage before a checkpoint is loaded: the ranks share the files of a folder, rank 0 reads a single file.
 
+    An earlier one that a killed save had moved aside gets its name back first.
+
     Raises:
+        FileNotFoundError: On all ranks: there is no such checkpoint, at least on one.
         DamagedError: On all ranks, naming the first file that is missing, cut short or changed.
+        OSError: On all ranks: one cannot read it.
     """
-    ranks, problem = len(gather(None)), None
-    try:
+    with agreed(path, gather, "load") as found:
+        if rank == 0:
+            recover(path)
+    ranks = len(found.all)
+    with agreed(path, gather, "load") as found:
+        found.own = path.exists()
         if path.is_dir():
             check_manifest(path, part=(rank, ranks))
-        elif rank == 0:
+        elif rank == 0 and found.own:
             check_seal(path)
-    except DamagedError as error:
-        problem = str(error)
-    problems = [text for text in gather(problem) if text is not None]
-    if problems:
-        raise DamagedError(problems[0])
+    if not all(found.all):
+        where = f", which other ranks see (rank {found.all.index(False)} does not): share it" if any(found.all) else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{where}; see the run's checkpoints folder")
 
 
 # ---- a single file --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from strategies.compressors import Compressor
 from strategies.ddp_buckets import KEEP_BUFFERS, FixedBuckets, bucket_units, install_hook
-from strategies.engine import CompressedEngine, misfit
+from strategies.engine import CompressedEngine, fitting
 from strategies.kernels import Choice
 from strategies.traffic import Traffic
 from strategies.units import Unit
@@ -73,10 +73,8 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         Raises:
             ValueError: The checkpoint holds other parameters than the model.
         """
-        try:
+        with fitting(self.loaded_from):
             super().load_model_state_dict(checkpoint, strict)
-        except RuntimeError as error:
-            raise misfit(self.loaded_from, error) from error
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:

@@ -279,19 +279,12 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         """See ``CompressedEngine.saves_one_file``."""
         return not self._save_distributed_checkpoint
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint; see ``CompressedEngine.load_checkpoint``.
-
-        In a whole checkpoint torch lets rank 0 find that a tensor does not fit, while the others wait for its broadcast
-        until they time out. So every rank looks first.
-        """
-        path = Path(checkpoint_path)
-        if path.is_file():
-            state = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only is not False)[
-                "state_dict"
-            ]
-            for name, parameter in self.model.named_parameters():
-                saved = tuple(state[name].shape) if name in state else None
-                if saved != tuple(parameter.shape):
-                    raise misfit(path, ValueError(f"{name} is {tuple(parameter.shape)}, in the checkpoint {saved}"))
-        return super().load_checkpoint(checkpoint_path, weights_only)
+    def _look_at(self, path: Path, weights_only: bool) -> None:
+        """See ``CompressedEngine._look_at``: torch lets rank 0 alone read the tensors, and the others wait for it."""
+        if not path.is_file():
+            return
+        state = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)["state_dict"]
+        for name, parameter in self.model.named_parameters():
+            saved = tuple(state[name].shape) if name in state else None
+            if saved != tuple(parameter.shape):
+                raise misfit(path, f"{name} is {tuple(parameter.shape)}, in the checkpoint {saved}")

@@ -1,7 +1,8 @@
 """What the engines have in common: reducing a unit's gradient under the counters, and checkpoints that are whole."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,21 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from common.files import partial_of, recover
+from common.files import partial_of
 from common.processes import end_with
 from strategies import residuals, transport
-from strategies.checkpoints import agreed, check_together, replacing_together, sealing
+from strategies.checkpoints import (
+    agreed,
+    at_fault,
+    check_together,
+    lost,
+    peer_lost,
+    reason,
+    replacing_together,
+    sealing,
+)
 from strategies.compressors import Compressor
 from strategies.kernels import Choice, Job, choose
 from strategies.precision import UnscaledPrecision
@@ -44,7 +55,7 @@ class CompressedEngine(ParallelStrategy):
     units: list[Unit]
     kernels: Choice = "auto"
     codec_backend: str | None = None
-    loaded_from: Any = None  # the checkpoint that is being restored, for messages
+    loaded_from: Path | None = None  # the checkpoint that is being restored, for messages
     owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
     _served: Any = None  # the module whose units these are
 
@@ -217,23 +228,21 @@ class CompressedEngine(ParallelStrategy):
         Raises:
             FileNotFoundError: No such checkpoint.
             DamagedError: A file of it is missing, cut short or changed.
+            OSError: A rank cannot read it.
             ValueError: The checkpoint holds other parameters than the model, or another compressor's residuals.
         """
         path = Path(checkpoint_path)
-        if self.global_rank == 0:
-            recover(path)
-        self.barrier()
-        if not path.exists():
-            raise FileNotFoundError(f"no checkpoint at {checkpoint_path}; see the run's checkpoints folder")
         check_together(path, self._gather, self.global_rank)
-        self.loaded_from = checkpoint_path
-        try:
-            # a checkpoint is data: unless told otherwise, refuse one that carries code
-            loaded = super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
-        except (RuntimeError, KeyError, dist.checkpoint.api.CheckpointException) as error:
-            raise misfit(checkpoint_path, error) from error
+        self.loaded_from = path
+        weights_only = True if weights_only is None else weights_only  # a checkpoint is data: refuse one with code
+        with fitting(path):
+            self._look_at(path, weights_only)
+            loaded = super().load_checkpoint(checkpoint_path, weights_only)
         self._restore_residuals(path, loaded.pop("compressor", []))
         return loaded
+
+    def _look_at(self, path: Path, weights_only: bool) -> None:
+        """Refuse a whole checkpoint that does not fit, on every rank: before any waits for another in loading it."""
 
     def _restore_residuals(self, path: Path, ranks: list[dict[str, Any]]) -> None:
         """Take up what compression still owed; ``ranks`` comes from a checkpoint of one file."""
@@ -260,11 +269,34 @@ def _position(trainer: Any) -> dict[str, int]:
     return {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch": batches.ready}
 
 
-def misfit(checkpoint_path: Any, error: BaseException) -> ValueError:
-    """What to raise when a checkpoint does not fit the model; ``error`` is torch's, often very long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0][:300] if lines else type(error).__name__
+@contextmanager
+def fitting(path: Path | None) -> Iterator[None]:
+    """Say what torch's errors in loading a checkpoint, often very long, mean.
+
+    Raises:
+        ValueError: The checkpoint does not fit the model.
+        RuntimeError: Another rank is gone.
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, CheckpointException) as error:
+        cause = at_fault(error)
+        if peer_lost(cause):
+            raise lost(path, cause, "load") from error
+        if isinstance(cause, RuntimeError | KeyError | ValueError | TypeError) and not _out_of_memory(cause):
+            raise misfit(path, reason(cause)) from error
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # on CUDA; on the CPU
+
+
+def misfit(path: Path | None, reason: str) -> ValueError:
+    """What to raise when a checkpoint does not fit the model."""
     return ValueError(
-        f"checkpoint {checkpoint_path} does not fit this model ({reason}). Resume with the config that the run saved "
+        f"checkpoint {path} does not fit this model ({reason}). Resume with the config that the run saved "
         "beside its logs, or start without --ckpt_path."
     )
