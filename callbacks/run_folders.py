@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.measurement import completes_step
 from callbacks.model_card import HFExport
-from common.files import InUseError, lock, recover_all
+from common.files import recover_all
+from common.locks import InUseError, lock
 from strategies.checkpoints import SealedCheckpointIO
 from strategies.engine import CompressedEngine
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from common.files import check_manifest, recover
+from common.files import recover
+from common.manifest import check_manifest
 
 GgufConfig: Any = getattr(transformers, "GgufConfig", None)  # before there was one, transformers always expanded
 

@@ -1,6 +1,6 @@
 """Checkpoints that exist only when they are complete, and whose damage is noticed before anything is loaded.
 
-A sharded checkpoint is a folder with a manifest (``common.files``). A checkpoint of one file is a zip archive, as
+A sharded checkpoint is a folder with a manifest (``common.manifest``). A checkpoint of one file is a zip archive, as
 ``torch.save`` writes; its manifest is the archive's comment, so that file and manifest cannot be parted.
 """
 
@@ -16,8 +16,10 @@ from typing import Any, Literal
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
-from common import files
-from common.files import DamagedError, check_manifest, check_output, disk_full, lock, recover, remove, start, swap
+from common import files, manifest
+from common.files import check_output, disk_full, recover, remove, start, swap
+from common.locks import lock
+from common.manifest import DamagedError, check_manifest
 
 Gather = Callable[[Any], list[Any]]
 """Gives every rank what all ranks gave, in order of rank."""
@@ -60,12 +62,12 @@ def replacing_together(path: Path, gather: Gather, rank: int) -> Iterator[Path]:
         partial = files.partial_of(path)
         with agreed(path, gather) as mine:
             yield partial
-            names = (name for name in files.names(partial) if _writer(name) == rank)
-            mine.own = files.hashes(partial, names)
+            names = (name for name in manifest.names(partial) if _writer(name) == rank)
+            mine.own = manifest.hashes(partial, names)
         with agreed(path, gather):
             if rank == 0:
                 written = {name: entry for own in mine.all for name, entry in own.items()}
-                files.write_manifest(partial, "checkpoint", written, ranks=len(mine.all))
+                manifest.write_manifest(partial, "checkpoint", written, ranks=len(mine.all))
                 swap(partial, path)
 
 
@@ -237,7 +239,7 @@ def seal(path: Path) -> None:
         found.update(comment(_NO_HASH))
         file.seek(0, 2)
         file.write(comment(found.hexdigest()))
-    files.sync(path)
+    manifest.sync(path)
 
 
 def check_seal(path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.files import CARD, check_manifest
+from common.manifest import CARD, check_manifest
 from common.records import record
 from lightning_modules.loading import load, load_tokenizer
 from lightning_modules.structured_pruning.plan import PruningPlan

@@ -52,7 +52,7 @@ class Scenario:
     outcome: Callable[[Path], Outcome]
     resume: tuple[str, ...] = ()
     begun: tuple[str, ...] = ()
-    saves: tuple[str, ...] = ("runs/**/.*.partial",)
+    saves: tuple[str, ...] = ("runs/**/.*.partial*",)
     fresh_cache: bool = False
 
 

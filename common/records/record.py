@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.files import sync
+from common.manifest import sync
 from common.records import machine
 from common.records.schema import OPTIONAL, REQUIRED, Field
 

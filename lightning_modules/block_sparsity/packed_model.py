@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from common.files import check_manifest
+from common.manifest import check_manifest
 from lightning_modules.block_sparsity import tensor_file
 from lightning_modules.block_sparsity.bands import band_product, check_bands, from_bands, to_bands
 from lightning_modules.block_sparsity.lora import plain_state

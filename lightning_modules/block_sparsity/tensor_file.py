@@ -1,6 +1,6 @@
 """safetensors files that say what they are.
 
-Damage is noticed by the manifest of the folder that they lie in (``common.files.check_manifest``).
+Damage is noticed by the manifest of the folder that they lie in (``common.manifest.check_manifest``).
 """
 
 from collections.abc import Mapping

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from common.files import InUseError, lock, remove
+from common.files import remove
+from common.locks import InUseError, lock
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import MARKER, hashes, write_manifest
+from common.manifest import MARKER, hashes, write_manifest
 from lightning_modules.data.rows import SPLITS, Row, Rows, write_rows
 from lightning_modules.data.shards import Recipe, State, last_state, shard_files, write_shards
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from common.files import DamagedError, check_manifest
+from common.manifest import DamagedError, check_manifest
 from common.processes import check_temporary_folder
 from common.randomness import run_seed
 from lightning_modules.data.cache import alone, cache_root, explain_unwritable, remove_leftovers

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from common.files import DamagedError, hashes, replacing_file, write_text
+from common.files import replacing_file, write_text
+from common.manifest import DamagedError, hashes
 from common.progress import stage
 from lightning_modules.data.rows import Row, Rows
 from lightning_modules.data.tokenizer import single_threaded

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.files import check_manifest
+from common.manifest import check_manifest
 
 BASE_FILE = "base.json"
 _WEIGHTS = "adapter_model.safetensors"

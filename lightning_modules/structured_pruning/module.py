@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
-from common.files import CARD, check_manifest, check_output, inputs_of, write_text
+from common.files import check_output, inputs_of, write_text
+from common.manifest import CARD, check_manifest
 from common.progress import stage
 from common.randomness import run_seed
 from lightning_modules.causal_lm import CausalLM, check_vocabulary

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from common.files import MARKER, check_manifest, hashes, replacing_file, write_manifest
+from common.files import replacing_file
+from common.manifest import MARKER, check_manifest, hashes, write_manifest
 
 INDEX = "saliency.json"
 _FORMAT = "pare-saliency"

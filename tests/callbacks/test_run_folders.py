@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 
 from callbacks import HFExport, RunFolders
 from callbacks.run_folders import to_continue
-from common.files import DamagedError, InUseError, replacing
+from common.files import replacing
+from common.locks import InUseError
+from common.manifest import DamagedError
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.structured_pruning import LoraRecovery, StructuredPruning
 from lightning_modules.token_pruning.module import TokenPruning
@@ -25,24 +27,14 @@ from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from strategies import CompressedFSDP2
 from strategies.compressors.int8 import Int8
 from tests.callbacks.test_callbacks import Net, Rows
-
-_HOLD = """
-import sys
-from common.files import lock
-with lock(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+from tests.common.writers import other_process
 
 
 @pytest.fixture
 def other_run(tmp_path):
     """Another process that has the folder of checkpoints."""
-    command = [sys.executable, "-c", _HOLD, str(tmp_path / "checkpoints"), "--other-run"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
-    yield process
-    process.communicate()
+    with other_process(tmp_path / "checkpoints") as process:
+        yield process
 
 
 def _trainer(folder, callbacks, **options):
@@ -78,7 +70,7 @@ def _sharded(folder):
 def test_a_second_run_is_told_of_the_first_on_all_ranks(two_ranks, other_run, tmp_path):
     for message in two_ranks.run(_sharded, str(tmp_path)):
         assert "checkpoints is being written by another run" in message and str(other_run.pid) in message
-        assert "--other-run" in message
+        assert "--my-run" in message
     assert not (tmp_path / "checkpoints").exists()
     other_run.communicate()
     assert two_ranks.run(_sharded, str(tmp_path)) == [2, 2]
@@ -97,7 +89,7 @@ def test_a_run_that_has_ended_holds_nothing(ends, tmp_path):
     else:
         with pytest.raises(ZeroDivisionError):
             _fit(tmp_path, [*callbacks, Breaks()])
-    code = "import sys; from common.files import lock\nwith lock(sys.argv[1]): pass"
+    code = "import sys; from common.locks import lock\nwith lock(sys.argv[1]): pass"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "checkpoints")], check=True)
 
 
@@ -170,7 +162,7 @@ def test_the_last_checkpoint_is_found_also_where_a_kill_moved_it_aside(tmp_path)
     with replacing(tmp_path / "last.ckpt", "checkpoint"):
         pass
     (tmp_path / "last.ckpt").rename(tmp_path / ".last.ckpt.old")
-    (tmp_path / ".last.ckpt.partial").mkdir()
+    (tmp_path / ".last.partial.ckpt").mkdir()
     assert to_continue("last", callbacks) == str(tmp_path / "last.ckpt") and (tmp_path / "last.ckpt").is_dir()
     (tmp_path / "last-v1.ckpt").write_text("newer")
     os.utime(tmp_path / "last.ckpt", (1, 1))

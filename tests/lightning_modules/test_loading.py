@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 
-from common.files import DamagedError
+from common.manifest import DamagedError
 from lightning_modules.block_sparsity.packed_model import write_packed
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.data.tokenizer import load_tokenizer as data_tokenizer

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from common.files import DamagedError, lock
+from common.locks import lock
+from common.manifest import DamagedError
 from strategies.checkpoints import (
     SealedCheckpointIO,
     check_seal,
@@ -90,7 +91,7 @@ def test_a_ranks_death_is_not_called_a_full_disk(where, tmp_path):
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     path = tmp_path / "last.ckpt"
     _save(path, "first")
-    for leftover in (".last.ckpt.partial", ".last.ckpt.old"):
+    for leftover in (".last.partial.ckpt", ".last.ckpt.old"):
         shutil.copytree(path, tmp_path / leftover)
     _save(path, "second")
     assert list(tmp_path.iterdir()) == [path]

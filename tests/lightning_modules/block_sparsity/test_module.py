@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from callbacks import TierSchedule
-from common.files import DamagedError
+from common.manifest import DamagedError
 from common.records.schema import TIERS
 from lightning_modules.block_sparsity import BlockSparsity, load_packed
 from lightning_modules.block_sparsity import module as block_module

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common.files import DamagedError, replacing
+from common.files import replacing
+from common.manifest import DamagedError
 from lightning_modules.block_sparsity import load_packed
 from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.masks import mask_weights

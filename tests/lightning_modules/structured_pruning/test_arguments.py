@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from common.files import DamagedError
+from common.manifest import DamagedError
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.structured_pruning import LoraRecovery, StructuredPruning
 from lightning_modules.structured_pruning.allocation.inverse import Inverse

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.files import DamagedError, check_output, write_manifest
+from common.files import check_output
+from common.manifest import DamagedError, write_manifest
 from lightning_modules.token_pruning.saliency import TokenSaliency
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
@@ -87,7 +88,7 @@ def test_a_killed_collection_goes_on_where_it_was(base, data, tmp_path, monkeypa
         _predict(base, data, tmp_path / "parts", _Dies())
     with pytest.raises(ValueError, match="interrupted after 12 samples"):
         _read(tmp_path / "parts")
-    (tmp_path / "parts/.rank0-x.safetensors.1.partial").write_bytes(b"half")  # what a power cut leaves
+    (tmp_path / "parts/.rank0-x.partial.safetensors").write_bytes(b"half")  # what a power cut leaves
     resumed = _predict(base, data, tmp_path / "parts", target := _Dies())
     assert target._calls == 2 and len(resumed.store.done) == 20  # 8 samples were left
     whole, parts = _read(tmp_path / "whole"), _read(tmp_path / "parts")
