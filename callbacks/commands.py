@@ -14,8 +14,7 @@ from callbacks.run_folders import check_callbacks, to_continue
 from callbacks.run_record import RunRecord
 from callbacks.survival import show, survival
 from lightning_modules import generation
-from lightning_modules.causal_lm import check_vocabulary
-from lightning_modules.loading import Dtype, load, load_tokenizer
+from lightning_modules.loading import Dtype, check_vocabulary, load, load_tokenizer
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer

@@ -15,7 +15,7 @@ from common.names import clean_name
 from common.randomness import run_seed, step_seed
 from lightning_modules.distillation import distilled_loss
 from lightning_modules.export import export
-from lightning_modules.loading import Dtype
+from lightning_modules.loading import Dtype, check_vocabulary
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.perplexity import batch_nll, perplexity
 
@@ -181,21 +181,3 @@ class CausalLM(L.LightningModule):
         """The same architecture on the meta device: costs no memory; for counting FLOPs and for export."""
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.model.config)
-
-
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Refuse text whose tokens the model does not embed.
-
-    Args:
-        model: A ``PreTrainedModel``.
-        tokenizer: The data's tokenizer; None where the data have none.
-
-    Raises:
-        ValueError: The tokenizer has more tokens than the model embeds.
-    """
-    rows: int = model.get_input_embeddings().num_embeddings
-    if tokenizer is not None and len(tokenizer) > rows:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: use the model's own "
-            "tokenizer (data.tokenizer), or train a model for this one"
-        )

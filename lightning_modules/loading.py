@@ -52,6 +52,11 @@ class _Source(NamedTuple):
     options: dict[str, str]
     local: bool
 
+    @property
+    def path(self) -> str:
+        """What leads here again, a GGUF file within its folder too."""
+        return "/".join([self.name, *self.options.values()])
+
 
 def load(
     path: str | Path,
@@ -122,6 +127,7 @@ def load(
             f"{path}: {len(wrong)} weights are missing or of other shapes than config.json says, e.g. {wrong[0]}: the "
             "folder is incomplete, or its config.json is of another model; write or fetch it again"
         )
+    model.name_or_path = source.path
     return model.eval()
 
 
@@ -129,7 +135,9 @@ def load_config(path: str | Path) -> PretrainedConfig:
     """A model's configuration; costs no weights. Arguments and errors as for ``load``."""
     source = _locate(path)
     with _explained(path, source):
-        return AutoConfig.from_pretrained(source.name, **source.options)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.name, **source.options)
+    config.name_or_path = source.path
+    return config
 
 
 def load_on_meta(path: str | Path, supported: Callable[[PretrainedConfig], Any] | None = None) -> Any:
@@ -169,6 +177,47 @@ def load_tokenizer(path: str | Path, data: Any = None) -> PreTrainedTokenizerBas
             f"{path} has no tokenizer that can be read: put tokenizer.json and tokenizer_config.json beside the "
             f"weights, or name one (data.tokenizer) ({_first_line(error)})"
         ) from error
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse text in other tokens than the model's own: its loss and perplexity would be wrong without a word.
+
+    The model's own tokenizer is the one that lies beside its weights; a model without one, or without weights on disk,
+    is compared by the number of tokens alone. Tokens that one of the two has been given later (a padding token) may be
+    missing from the other.
+
+    Args:
+        model: A ``PreTrainedModel``, or one on the meta device.
+        tokenizer: The data's tokenizer; None where the data have none.
+
+    Raises:
+        ValueError: The tokenizer has more tokens than the model embeds, or gives a token another number than the
+            model's own does.
+    """
+    if tokenizer is None:
+        return
+    remedy = "use the model's own tokenizer (data.tokenizer), or train a model for this one"
+    rows: int = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: {remedy}")
+    path = getattr(model, "name_or_path", "")
+    if not path:
+        return
+    try:
+        own = load_tokenizer(path)
+    except (FileNotFoundError, ValueError):  # it has none
+        return
+    here, there = tokenizer.get_vocab(), own.get_vocab()
+    added = tokenizer.get_added_vocab().keys() | own.get_added_vocab().keys()
+    others = {token for token, _ in here.items() ^ there.items()}
+    others -= {token for token in added if token not in here or token not in there}
+    if others:
+        token = min(others)
+        numbers = " and ".join(f"{vocab.get(token, 'none')}" for vocab in (here, there))
+        raise ValueError(
+            f"the data's tokenizer is not the one of {path}: {len(others)} tokens have other numbers, e.g. {token!r} "
+            f"({numbers}): {remedy}"
+        )
 
 
 def _locate(path: str | Path) -> _Source:

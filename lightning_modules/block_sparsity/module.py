@@ -29,7 +29,7 @@ from lightning_modules.block_sparsity.tiers import check_sizes
 from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import load, load_config
+from lightning_modules.loading import check_vocabulary, load, load_config
 
 _CHECKPOINT = "block_sparsity"
 
@@ -326,6 +326,7 @@ class BlockSparsity(CausalLM):
         if not dry_run:
             data.calibration(self.calibration_blocks)  # refuses too few blocks before the weights are read
         self.configure_model()
+        check_vocabulary(self.plain_model, data.tokenizer)
         self.pruner.check_target(row.ratios)
         plan = self.pruner.plan(row.ratios)
         print("\n".join(f"{name}: {cell(value)}" for name, value in plan.items()))

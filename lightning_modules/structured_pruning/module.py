@@ -16,9 +16,9 @@ from common.files import check_output, inputs_of, write_text
 from common.manifest import CARD, check_manifest
 from common.progress import stage
 from common.randomness import run_seed
-from lightning_modules.causal_lm import CausalLM, check_vocabulary
+from lightning_modules.causal_lm import CausalLM
 from lightning_modules.data.cache import cache_root
-from lightning_modules.loading import Dtype, load, load_config, load_on_meta, load_tokenizer
+from lightning_modules.loading import Dtype, check_vocabulary, load, load_config, load_on_meta, load_tokenizer
 from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.inverse import Inverse

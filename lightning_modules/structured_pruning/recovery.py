@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from common.files import check_output, inputs_of, replacing
-from lightning_modules.causal_lm import CausalLM, check_vocabulary
-from lightning_modules.loading import load, load_config
+from lightning_modules.causal_lm import CausalLM
+from lightning_modules.loading import check_vocabulary, load, load_config
 from lightning_modules.structured_pruning import adapter as adapters
 from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.provenance import model_hash

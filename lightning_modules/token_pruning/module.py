@@ -15,7 +15,7 @@ from lightning_modules.batches import logits as logits_of
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import load, load_config
+from lightning_modules.loading import check_vocabulary, load, load_config
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.anatomy import check_supported, input_device
@@ -193,13 +193,14 @@ class TokenPruning(L.LightningModule):
 
         Raises:
             ValueError: With a device map, since training keeps the model on one device; in float16; or with saliency of
-                other layers, of another tokenizer or another model.
+                other layers, of another tokenizer or another model; or with data of another tokenizer than the model's.
         """
         if self.device_map is not None:
             raise ValueError("model.device_map is for validate: leave it out to train")
         if self.model.dtype == torch.float16:  # see ``soft_mask.FLOOR``
             raise ValueError("model.dtype: the base model is float16, which cannot hold the mask; take bfloat16")
         check_data(self.trainer.datamodule, self.model.config)
+        check_vocabulary(self.model, self.trainer.datamodule.tokenizer)
         self.model.to(self.device)
         if self.saliency_path is not None:
             expect = {
@@ -217,6 +218,7 @@ class TokenPruning(L.LightningModule):
     def on_validation_start(self) -> None:
         """Put the base model beside the scorers, unless a device map has placed it."""
         check_data(self.trainer.datamodule, self.model.config)
+        check_vocabulary(self.model, self.trainer.datamodule.tokenizer)
         if self.device_map is None:
             self.model.to(self.device)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.files import check_output, inputs_of
 from lightning_modules.data.tokenizer import fingerprint
-from lightning_modules.loading import Dtype, load, load_config
+from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
 from lightning_modules.token_pruning.anatomy import check_supported
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.samples import check_data, split_batch
@@ -102,6 +102,7 @@ class TokenSaliency(L.LightningModule):
     def on_predict_start(self) -> None:
         """Open the store, and see what an earlier run has left in it."""
         check_data(self.trainer.datamodule, self.model.config)
+        check_vocabulary(self.model, self.trainer.datamodule.tokenizer)
         self.store = SaliencyStore(self.folder, self.depends(), self.global_rank)
         if self.store.done:
             rank_zero_info(f"{len(self.store.done)} samples are in {self.folder} already")

@@ -13,7 +13,7 @@ from lightning_modules.block_sparsity.packed_model import write_packed
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.data.tokenizer import load_tokenizer as data_tokenizer
 from lightning_modules.data.tokenizer import train_bpe
-from lightning_modules.loading import load, load_config, load_tokenizer
+from lightning_modules.loading import check_vocabulary, load, load_config, load_on_meta, load_tokenizer
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
 from tests.lightning_modules import gguf_file
@@ -165,3 +165,29 @@ def test_the_tokenizer_is_beside_the_weights_or_named_by_the_data(folder, tokeni
         for without in (None, SimpleNamespace(named_tokenizer=None)):
             with pytest.raises(ValueError, match=r"model has no tokenizer.*data\.tokenizer"):
                 load_tokenizer(folder, without)
+
+
+def test_text_in_another_models_tokens_is_refused(tmp_path, tokenizer):
+    """A smaller or a foreign vocabulary fits into the embedding, and would give a perplexity of nothing."""
+    folder = tmp_path / "model"
+    tiny(vocab_size=320).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = load(folder)
+    check_vocabulary(model, None)
+    check_vocabulary(model, tokenizer)
+    check_vocabulary(load_on_meta(folder), tokenizer)
+    padded = load_tokenizer(folder)
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    check_vocabulary(model, padded)  # what a token was added to is still the model's
+    gguf_file.write(tmp_path / "m.gguf", tiny(vocab_size=320, head_dim=8), tokenizer)
+    bare = tmp_path / "bare"
+    model.save_pretrained(bare)
+    for text, size in (("a foreign language, of other words. ", 300), ("the quick brown fox jumps over. ", 270)):
+        wrong = train_bpe([text] * 50, size)
+        assert len(wrong) <= 320
+        check_vocabulary(load(bare), wrong)  # nothing says what its tokens are
+        for read in (model, load_on_meta(folder), load(tmp_path / "m.gguf")):
+            with pytest.raises(ValueError, match=r"is not the one of .*tokens have other numbers.*use the model's own"):
+                check_vocabulary(read, wrong)
+    with pytest.raises(ValueError, match="has 400 tokens but the model embeds only 320"):
+        check_vocabulary(model, range(400))

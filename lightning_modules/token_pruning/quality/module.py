@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import torch
 
 from common.progress import stage
-from lightning_modules.loading import Dtype, load, load_config
+from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.tasks import (
@@ -106,6 +106,7 @@ class TokenQuality(L.LightningModule):
     def verify(self, datamodule: Any, device: torch.device) -> dict[str, Any]:
         """Run all tasks; returns the record's ``token_quality``."""
         self.model = load(self.base, **self.loading).to(device)
+        check_vocabulary(self.model, datamodule.tokenizer)
         rows: list[dict[str, Any]] = []
         for task in self.tasks:
             found = self._task(task, datamodule, device)

@@ -140,6 +140,6 @@ def test_what_is_wrong_is_named(options, names):
 
 def test_an_empty_data_set_is_refused(tmp_path):
     build("llama").save_pretrained(tmp_path)
-    nothing = SimpleNamespace(name="nothing", val_dataloader=lambda: [])
+    nothing = SimpleNamespace(name="nothing", tokenizer=None, val_dataloader=lambda: [])
     with pytest.raises(ValueError, match="no sample in nothing"):
         TokenQuality(str(tmp_path), SCHEDULE, [Random()]).verify(nothing, torch.device("cpu"))

@@ -9,13 +9,16 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import BertConfig
 
+from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.loading import load
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.module import TokenPruning
 from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.saliency import TokenSaliency
 from lightning_modules.token_pruning.samples import check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.soft_mask import Budget
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from lightning_modules.token_pruning.targets.gradient_norm import GradientNorm
@@ -137,6 +140,23 @@ def test_saliency_of_another_model_is_refused(base, data, saliency, tmp_path):  
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"was collected with another base \(the values of .* are others\)"):
         _trainer(max_steps=1).fit(_module(str(tmp_path / "other"), tmp_path, saliency=saliency), data)
+
+
+def test_text_in_another_models_tokens_is_refused_by_every_command(base, data, tmp_path):  # noqa: F811
+    foreign = tmp_path / "foreign"
+    load(base).save_pretrained(foreign)
+    train_bpe(["a foreign language, of other words. "] * 50, 300).save_pretrained(foreign)
+    module = _module(str(foreign), tmp_path, mse_weight=0.0, ranking_weight=0.0)
+    saliency = TokenSaliency(str(foreign), str(tmp_path / "s"), SCHEDULE, GateGradient())
+    quality = TokenQuality(str(foreign), SCHEDULE, [Random()])
+    for run in (
+        lambda: _trainer(max_steps=1, limit_val_batches=0).fit(module, data),
+        lambda: _trainer().validate(module, data),
+        lambda: _trainer().predict(saliency, data),
+        lambda: quality.verify(data, torch.device("cpu")),
+    ):
+        with pytest.raises(ValueError, match=r"is not the one of .*/foreign"):
+            run()
 
 
 def test_an_offloaded_model_validates_to_the_same_numbers(base, data, tmp_path):  # noqa: F811
