@@ -217,7 +217,7 @@ def experiment(
             problem = f"needs --{option} {form}" if wanted else f"takes no --{option}"
             raise ValueError(f"experiment {name} {problem}")
     options = {option: value for option, value in given.items() if value is not None}
-    records = records or documents.ROOT / documents.RECORDS / getattr(module, "RECORDS", f"{name}.jsonl")
+    records = records or documents.ROOT / documents.RECORDS / module.RECORDS
     with tempfile.TemporaryDirectory() as temporary:
         module.run(records.resolve(), (folder or Path(temporary)).resolve(), **options)
     table(records)

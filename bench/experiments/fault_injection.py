@@ -25,6 +25,7 @@ from bench.tables import figures
 from common.files import write_text
 from common.records import record
 
+RECORDS = "fault_injection.jsonl"
 COMMAND = "python -m bench experiment fault_injection"
 CHAIN = 4
 # Chains of CHAIN kills; training has the most states to lose.

@@ -12,6 +12,7 @@ from bench.experiments.runs import corpus, run_main, say
 from bench.tables import figures
 from common.records import record
 
+RECORDS = "structured_chain.jsonl"
 CONFIGS = "configs/structured_pruning"
 COMMANDS = ("prune", "verify", "fit", "export", "validate", "generate")
 _O = "original"

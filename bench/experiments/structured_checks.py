@@ -10,6 +10,7 @@ from typing import Any
 from bench.experiments.runs import books, fit, say
 from bench.tables import figures
 
+RECORDS = "structured.jsonl"
 CONFIG = "configs/structured_pruning/prune.yaml"
 BUDGETS = (0.1, 0.25, 0.5)
 # Sizes that the authors of Llama-3-8B published; enough to count with.
@@ -29,7 +30,6 @@ FOREIGN = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 
-RECORDS = "structured.jsonl"
 pruned = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 stock = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 assert not any(name.startswith("lightning") for name in sys.modules)

@@ -11,6 +11,7 @@ from bench.experiments.runs import BOOKS, corpus, run_main, say
 from bench.tables import figures
 from common.records import record
 
+RECORDS = "token_quality.jsonl"
 CONFIGS = "configs/token_pruning"
 FOREIGN = BOOKS.parent / "wikitext2/valid.txt"  # text of another kind than models and scorers are trained on
 COMMAND = "python -m bench experiment token_quality --model FOLDER"

@@ -118,8 +118,10 @@ class StructuredPruning(CausalLM):
         if rounds > 1 and alone:
             raise ValueError("rounds above 1 cannot be combined with max_ppl_ratio, plan, drop_layers or a control")
         self.base = base
-        self.output = Path(output)
-        self.portable = Path(portable) if portable else self.output.with_name(f"{self.output.name}-portable")
+        self.output = Path(output).expanduser()
+        self.portable = (
+            Path(portable).expanduser() if portable else self.output.with_name(f"{self.output.name}-portable")
+        )
         self.overwrite = overwrite
         self.budget = budget
         self.budget_unit = budget_unit
@@ -132,7 +134,7 @@ class StructuredPruning(CausalLM):
         self.rounds = rounds
         self.recovery_steps = recovery_steps
         self.recovery_learning_rate = recovery_learning_rate
-        self.plan_path = plan
+        self.plan_path = Path(plan).expanduser() if plan is not None else None
         self.verify_blocks = verify_blocks
         self.tolerance = tolerance
         self.measure_cost = measure_cost
@@ -164,7 +166,7 @@ class StructuredPruning(CausalLM):
     def _check_request(self) -> None:
         whole = self._counted()
         if self.plan_path is not None:
-            PruningPlan.load(Path(self.plan_path)).check_fits(whole.shapes)
+            PruningPlan.load(self.plan_path).check_fits(whole.shapes)
             return
         multiple = channel_multiple(whole.shapes, self.multiple)
         check_possible(whole.shapes, self._target(whole), self.allocation, multiple, self.drop_layers, self.rounds)
@@ -281,7 +283,7 @@ class StructuredPruning(CausalLM):
     ) -> PruningPlan:
         """The given plan; or the one for this part of the budget; or the one for the largest share under the limit."""
         if self.plan_path is not None:
-            plan = PruningPlan.load(Path(self.plan_path))
+            plan = PruningPlan.load(self.plan_path)
             plan.check_fits(planner.shapes, planner.hash)
             return plan
         target = self._target(whole)

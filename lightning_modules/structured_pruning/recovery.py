@@ -73,8 +73,8 @@ class LoraRecovery(CausalLM):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.base = base
-        self.adapter = adapter
-        self.merged = merged
+        self.adapter = Path(adapter).expanduser() if adapter is not None else None
+        self.merged = Path(merged).expanduser() if merged is not None else None
         self.overwrite = overwrite
         self.teacher_path = teacher
         self.distill_weight = distill_weight
@@ -105,7 +105,7 @@ class LoraRecovery(CausalLM):
         config = load_config(self.base)
         family(config)
         if self.adapter is not None:
-            adapters.check_adapter(Path(self.adapter))
+            adapters.check_adapter(self.adapter)
         if self.teacher_path is not None:
             self._check_teacher(load_config(self.teacher_path), config)
         if command == "export":
@@ -132,16 +132,27 @@ class LoraRecovery(CausalLM):
         Raises:
             ValueError: ``adapter`` was trained on another base.
         """
-        model = load(self.base, **self.loading, supported=family)
-        self.base_hash = self._hash(model)
+        model = load(self.base, attention=self.loading["attention"], supported=family)
+        self.base_hash = model_hash(
+            model
+        )  # in float32, so that it is the same whatever the adapters are trained beside
+        self._narrow(model)
         weights = None
         if self.adapter is not None:
-            self.lora, weights = adapters.read_adapter(Path(self.adapter), self.base, self.base_hash)
+            self.lora, weights = adapters.read_adapter(self.adapter, self.base, self.base_hash)
         return adapters.attach(model, self.lora, weights).train()
 
-    def _hash(self, base: Any) -> str:
-        """Of the base in float32, so that it is the same whatever the adapters are trained beside."""
-        return model_hash(base if base.dtype == torch.float32 else load(self.base))
+    def _narrow(self, model: Any) -> None:
+        """Make the weights what they would be loaded as; buffers are in float32 either way."""
+        name = self.loading["dtype"]
+        model.config.dtype = self._stored() if name == "auto" else getattr(torch, name)
+        for weight in model.parameters():
+            weight.data = weight.data.to(model.config.dtype)
+
+    def _stored(self) -> torch.dtype:
+        """What the base is on disk."""
+        stored: Any = load_config(self.base).dtype
+        return stored or torch.float32
 
     def configure_model(self) -> None:
         """Build the model, and the teacher where there is one."""
@@ -153,7 +164,9 @@ class LoraRecovery(CausalLM):
         rank_zero_info(f"adapters of rank {self.lora.r}: {trained:,} parameters to train")
         if self.teacher_path is not None:
             teacher = load(self.teacher_path, **self.loading)
-            self.teacher = teacher.requires_grad_(False).train()  # until on_train_start
+            # A submodule, not ``Frozen``: sharding strategies then cut it up like the student, of whose size it is or
+            # larger, instead of holding it whole on every rank. In training mode until on_train_start.
+            self.teacher = teacher.requires_grad_(False).train()
             self._check_teacher(self.teacher.config, self.model.config)
 
     def on_train_start(self) -> None:
@@ -204,7 +217,8 @@ class LoraRecovery(CausalLM):
             ValueError: The adapter was trained on another base, or an argument is missing.
         """
         self.check_arguments("export", datamodule)
-        merged = Path(str(self.merged))
+        merged = self.merged
+        assert merged is not None
         card = f"# {merged.name}\n\n{self.base} with the adapter {self.adapter} merged into it.\n"
         with replacing(merged, "model", inputs_of(self, datamodule), self.overwrite) as folder:
             self._merge(folder, None, None, datamodule.tokenizer, card)
@@ -224,11 +238,11 @@ class LoraRecovery(CausalLM):
         check_vocabulary(base, tokenizer)
         base_hash = model_hash(base)
         if config is None:
-            config, weights = adapters.read_adapter(Path(str(self.adapter)), self.base, base_hash)
+            assert self.adapter is not None
+            config, weights = adapters.read_adapter(self.adapter, self.base, base_hash)
         adapted = adapters.attach(base, config, weights)
         adapters.save_adapter(folder / _ADAPTER, adapted, self.base, base_hash)
         # merged in float32, written in the dtype that the base has on disk
-        stored = load_config(self.base).dtype or torch.float32
-        adapted.merge_and_unload().to(stored).save_pretrained(folder)
+        adapted.merge_and_unload().to(self._stored()).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -12,6 +12,7 @@ from lightning_modules.structured_pruning.layers import decoder_layers, rows_of,
 from lightning_modules.structured_pruning.plan import PruningPlan
 from lightning_modules.structured_pruning.slicing import slice_model
 
+_ANY_DTYPE = ("eager", "sdpa")  # attention kernels that compute in float64 too
 _CONTROL = 10.0  # the negative control must differ by so many tolerances
 
 
@@ -121,8 +122,10 @@ def in_float64(model: Any) -> Iterator[None]:
 
     Embeddings, each decoder layer, the last norm and the head get float64 weights only while they are at work. So
     memory is the model in its own dtype, the largest of these modules at eight bytes a parameter, and activations and
-    logits at eight bytes a number. Norms and rotary angles stay in float32, as transformers computes them.
+    logits at eight bytes a number. Norms and rotary angles stay in float32, as transformers computes them. An attention
+    kernel that knows half precision alone (flash attention) makes room for torch's, which knows float64.
     """
+    kernel = model.config._attn_implementation
     before: dict[Any, Tensor] = {}
 
     def widen(module: Any, arguments: Any) -> None:
@@ -138,8 +141,10 @@ def in_float64(model: Any) -> Iterator[None]:
     handles = [part.register_forward_pre_hook(widen) for part in parts]
     handles += [part.register_forward_hook(narrow) for part in parts]
     try:
+        model.config._attn_implementation = kernel if kernel in _ANY_DTYPE else "sdpa"
         yield
     finally:
+        model.config._attn_implementation = kernel
         for handle in handles:
             handle.remove()
         for parameter, data in before.items():  # of a module in which the forward pass failed

@@ -1,9 +1,11 @@
-"""Experiments on a model ask for it; others do not take one."""
+"""Experiments on a model ask for it, others do not take one, and each says where its figures go."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 
+from bench import experiments
 from bench.__main__ import experiment
 
 
@@ -14,3 +16,9 @@ def test_an_experiment_says_whether_it_needs_a_model(tmp_path):
         experiment("real_model", tmp_path / "records.jsonl", model=Path("anything"), texts="valid.txt")
     with pytest.raises(ValueError, match="quickstart takes no --model"):
         experiment("quickstart", tmp_path / "records.jsonl", model=Path("anything"))
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_every_experiment_names_its_records(name):
+    records = importlib.import_module(f"bench.experiments.{name}").RECORDS
+    assert records.endswith(".jsonl") and "/" not in records

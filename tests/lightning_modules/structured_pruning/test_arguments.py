@@ -112,6 +112,16 @@ def test_a_plan_is_read_before_the_model(check, tmp_path):
         check(plan=str(path))
 
 
+def test_a_tilde_is_the_home_folder(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").symlink_to(base)
+    plan_for(tiny(vocab_size=320)).save(tmp_path / "plan.json")
+    module = StructuredPruning("~/base", "~/pruned", plan="~/plan.json", portable="~/portable")
+    assert (module.output, module.portable) == (tmp_path / "pruned", tmp_path / "portable")
+    assert StructuredPruning("~/base", "~/pruned").portable == tmp_path / "pruned-portable"
+    module.check_arguments("prune", Data())
+
+
 def test_an_output_that_would_cost_something_is_refused(check, base, tmp_path):
     thesis = tmp_path / "thesis"
     thesis.mkdir()

@@ -14,6 +14,7 @@ from lightning_modules.distillation import divergence
 from lightning_modules.loading import load
 from lightning_modules.structured_pruning import LoraRecovery
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
+from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
 from strategies import CompressedFSDP
@@ -192,6 +193,32 @@ def test_a_base_in_half_precision_gets_the_same_adapter_folder(folders, tmp_path
     again.configure_model()
     for name, weight in adapters(module).items():
         torch.testing.assert_close(adapters(again)[name], weight)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto", "float32"])
+def test_a_base_is_read_once_and_is_what_it_would_be_loaded_as(folders, dtype, monkeypatch):
+    reads = []
+    monkeypatch.setattr(
+        "lightning_modules.structured_pruning.recovery.load", lambda *a, **k: reads.append(a) or load(*a, **k)
+    )
+    module = recovery(folders, dtype=dtype)
+    module.configure_model()
+    wanted = load(folders / "base", dtype)
+    assert len(reads) == 1 and module.base_hash == model_hash(load(folders / "base"))
+    found = module.model.get_base_model()
+    assert found.config.dtype == wanted.config.dtype
+    got = {name.replace(".base_layer", ""): part for name, part in (*found.named_parameters(), *found.named_buffers())}
+    for name, part in (*wanted.named_parameters(), *wanted.named_buffers()):
+        assert got[name].dtype == part.dtype and torch.equal(got[name], part)
+
+
+def test_a_tilde_is_the_home_folder(folders, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders))
+    module = LoraRecovery("~/base", adapter="~/a", merged="~/m", teacher="~/base-dense")
+    assert (module.adapter, module.merged) == (folders / "a", folders / "m")
+    module = LoraRecovery("~/base", teacher="~/base-dense")
+    module.check_arguments("fit", None)
+    module.configure_model()
 
 
 def test_arguments_are_checked(folders, tmp_path):

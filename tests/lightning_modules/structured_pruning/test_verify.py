@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_modules.structured_pruning.importance.base import best
 from lightning_modules.structured_pruning.importance.per_tensor_truncation import PerTensorTruncation
@@ -99,6 +102,32 @@ def test_half_precision_comes_back_bit_by_bit():
         model(ids())
     assert model_hash(model) == before and [p.data_ptr() for p in model.parameters()] == held
     assert slice_model(model, plan_for(model)).dtype == torch.bfloat16
+
+
+def test_a_kernel_that_knows_half_precision_alone_is_stood_in_for(monkeypatch):
+    """As flash attention is."""
+    model = tiny(dtype=torch.bfloat16)
+    wanted = exact_logits(model, ids())
+
+    def halves_only(module, query, *args, **kwargs):
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError("only support fp16 and bf16 data type")
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "halves_only", halves_only)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "halves_only", sdpa_mask)
+    model.config._attn_implementation = "halves_only"
+    half = model(ids()).logits
+    assert torch.equal(exact_logits(model, ids()), wanted)
+    assert model.config._attn_implementation == "halves_only" and torch.equal(model(ids()).logits, half)
+    with pytest.raises(RuntimeError, match="on purpose"), in_float64(model):
+        raise RuntimeError("on purpose")
+    assert model.config._attn_implementation == "halves_only"
+    dense = tiny(dtype=torch.bfloat16)
+    plan = plan_for(dense)
+    sliced = slice_model(dense, plan)
+    sliced.config._attn_implementation = "halves_only"
+    compare(*reference_logits(dense, plan, ids()), sliced, ids(), 1e-6).raise_if_failed()
 
 
 def test_only_the_module_at_work_is_wide():
