@@ -25,18 +25,23 @@ if [[ -z ${RANKS_PER_NODE:-} ]]; then
 fi
 # this node's address and interface towards the first node; gloo would go by the host's name, which may lead elsewhere
 read -r address interface < <(python - "$MASTER_ADDR" "$MASTER_PORT" <<'PYTHON'
-import socket, sys
+import ipaddress, socket, sys
 import psutil
 
 host, port = sys.argv[1:]
-family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-with socket.socket(family, kind, protocol) as probe:
-    probe.connect(target)  # sends nothing
-    own = probe.getsockname()[0]
+try:
+    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(target)  # sends nothing
+        own = probe.getsockname()[0]
+except OSError as error:
+    sys.exit(f"{host}, port {port}: {error}")
+if ipaddress.ip_address(own.partition("%")[0]).is_loopback and not host.startswith(("127.", "::1", "localhost")):
+    sys.exit(f"{host} stands for {target[0]} here, which no other node reaches: give the address that they reach")
 known = {a.address.partition("%")[0]: name for name, addresses in psutil.net_if_addrs().items() for a in addresses}
 print(own, known.get(own, ""))
 PYTHON
-)
+) || true # nothing to read: said below
 if [[ -z ${interface:-} ]]; then
   echo "no network leads to MASTER_ADDR=$MASTER_ADDR from this node" >&2
   exit 2

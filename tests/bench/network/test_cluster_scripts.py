@@ -96,6 +96,18 @@ def test_torchrun_meets_over_c10d_on_the_network_of_the_first_node_and_restarts(
     assert "is_host=1" in noted and "GLOO=lo" in noted
 
 
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [("no.such.node.invalid", "port 29500: "), ("0.0.0.0", "stands for 0.0.0.0 here, which no other node reaches")],
+)
+def test_torchrun_says_which_address_leads_nowhere(address, why):
+    clean = {name: value for name, value in os.environ.items() if name != "PARE_RANK"}
+    nodes = {**clean, **_NODES, "MASTER_ADDR": address}
+    done = subprocess.run([str(SCRIPTS / "torchrun.sh"), "fit"], env=nodes, capture_output=True, text=True)
+    assert done.returncode == 2 and why in done.stderr
+    assert f"no network leads to MASTER_ADDR={address}" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(("restarts", "resumes"), [("0", False), ("2", True)])
 def test_torchruns_ranks_go_on_from_the_last_checkpoint_after_a_restart(restarts, resumes, tmp_path):
     _, noted = _noted(tmp_path, "torchrun.sh", ["fit"], PARE_RANK="1", TORCHELASTIC_RESTART_COUNT=restarts)
