@@ -45,7 +45,7 @@ def stream(
     if room < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the model's context")
     ids = prompt_ids(tokenizer, prompt, room).to(model.get_input_embeddings().weight.device)
-    with _own_config(model, tokenizer):
+    with own_config(model, tokenizer):
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -100,7 +100,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, room: int) ->
 
 
 @contextmanager
-def _own_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def own_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Within the block the model's own generation configuration says nothing but which tokens begin and end a text."""
     saved = model.generation_config
     end = saved.eos_token_id if saved.eos_token_id is not None else tokenizer.eos_token_id
