@@ -21,8 +21,9 @@ class InferenceTiming(Measurement):
     what they say. Memory is counted (weights and cached keys and values) and, on a GPU, also measured.
 
     Args:
-        dense: Hugging Face folder, GGUF file or hub name of the dense model.
-        pruned: The same of the pruned model; merge adapters first, they cost time of their own.
+        dense: Hugging Face folder, GGUF file or hub name of the dense model; by default the module's ``base``.
+        pruned: The same of the pruned model, by default the module's ``output``; merge adapters first, they cost time
+            of their own.
         prompt_tokens: Tokens of every prompt.
         new_tokens: Decoding steps of one timed call.
         batch_sizes: Prompts computed together.
@@ -34,8 +35,8 @@ class InferenceTiming(Measurement):
 
     def __init__(
         self,
-        dense: str,
-        pruned: str,
+        dense: str | None = None,
+        pruned: str | None = None,
         prompt_tokens: int = 512,
         new_tokens: int = 16,
         batch_sizes: list[int] = [1, 8, 64],  # noqa: B006 (jsonargparse shows it)
@@ -47,7 +48,9 @@ class InferenceTiming(Measurement):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.attention = attention
-        self.folders = {"dense": dense, "pruned": pruned}
+        self.dense = dense
+        self.pruned = pruned
+        self.folders: dict[str, str] = {}
         self.prompt_tokens = prompt_tokens
         self.new_tokens = new_tokens
         self.batch_sizes = batch_sizes
@@ -59,10 +62,16 @@ class InferenceTiming(Measurement):
 
         Raises:
             FileNotFoundError: See ``loading.load``.
-            ValueError: See ``loading.load``; or a model has fewer positions than prompt and new tokens.
+            ValueError: See ``loading.load``; a model has fewer positions than prompt and new tokens; or a folder is not
+                given and the module has none.
         """
         if stage != "validate":
             return
+        for name, given, attribute in (("dense", self.dense, "base"), ("pruned", self.pruned, "output")):
+            folder = given or getattr(pl_module, attribute, None)
+            if folder is None:
+                raise ValueError(f"InferenceTiming.{name}: give its folder; {type(pl_module).__name__} has none")
+            self.folders[name] = str(folder)
         for name, folder in self.folders.items():
             most = getattr(load_config(folder), "max_position_embeddings", None)
             if most is not None and self.prompt_tokens + self.new_tokens > most:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import InferenceTiming, RunRecord
 from lightning_modules import Pretraining
+from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
@@ -55,6 +56,17 @@ def test_models_that_cannot_be_timed_are_refused_before_the_validation(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         timing = InferenceTiming(str(tmp_path / "small"), str(tmp_path / "nowhere"), prompt_tokens=60, new_tokens=4)
         timing.setup(None, None, "validate")
+
+
+def test_models_that_are_not_named_are_the_modules_own(tmp_path):
+    config = AutoConfig.for_model("llama", max_position_embeddings=64, num_hidden_layers=1)
+    for name in ("whole", "cut"):
+        config.save_pretrained(tmp_path / name)
+    timing = InferenceTiming(prompt_tokens=4)
+    timing.setup(None, StructuredPruning(str(tmp_path / "whole"), str(tmp_path / "cut")), "validate")
+    assert timing.folders == {"dense": str(tmp_path / "whole"), "pruned": str(tmp_path / "cut")}
+    with pytest.raises(ValueError, match=r"InferenceTiming\.dense: give its folder; Pretraining has none"):
+        InferenceTiming().setup(None, Pretraining(), "validate")
 
 
 def test_arguments_are_checked():
