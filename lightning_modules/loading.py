@@ -251,7 +251,7 @@ def _explained(path: str | Path, source: _Source) -> Iterator[None]:
     except ImportError as error:
         if "gguf" not in str(error).lower():
             raise
-        raise ValueError(f"{path}: reading GGUF files needs the package gguf: pip install 'pare[gguf]'") from error
+        raise ValueError(f"{path}: reading GGUF files needs the package gguf: pip install -e '.[gguf]'") from error
     except SafetensorError as error:
         raise ValueError(f"{path}: weights are cut short or damaged ({error}); write or fetch them again") from error
     except OSError as error:

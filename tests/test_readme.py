@@ -13,8 +13,12 @@ from bench.__main__ import main as bench
 from bench.tables.documents import documents
 from tests.conftest import ROOT
 from tests.test_cli import _parse
+from tests.test_repository import FILES, PYTHON
 
+TRACKED = [path.relative_to(ROOT).as_posix() for path in FILES if path.is_file()]
+KNOWN = set(re.findall(r"\w+", "\n".join(path.read_text() for path in PYTHON)))
 DOCUMENTS = [path for path in documents(ROOT) if path.name != "CHANGELOG.md"]
+SMALL = "runs/llama_gqa"  # the model that configurations prune where no other is given
 FEATURES = [
     path
     for path in DOCUMENTS
@@ -46,13 +50,28 @@ def test_files_named_in_commands_exist(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
+def test_files_and_classes_named_in_prose_exist(path):
+    """Those of Pare: a script of the original or a file that a run leaves has no place in the repository."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    if path.name == "original_scripts.md":  # a table's first column holds the names of others
+        text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.M)
+    for name in re.findall(r"`([\w/-]+\.(?:py|sh|yaml|md))`", text):
+        made = path.name == "CONTRIBUTING.md" and f"`{name}`\n\n```python" in path.read_text()
+        assert made or any(f"/{file}".endswith(f"/{name}") for file in TRACKED), f"{path.name}: {name}"
+    for name in re.findall(r"`([A-Z][a-z]+\w*[A-Z]\w*)`", text):
+        assert name in KNOWN, f"{path.name}: there is no {name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_commands_are_accepted_as_they_stand(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in _commands(path.read_text()):
         words = shlex.split(command, comments=True)
         if "main.py" in words:
-            code, _, err = _parse(capsys, *words[words.index("main.py") + 1 :], "--print_config")
+            code, out, err = _parse(capsys, *words[words.index("main.py") + 1 :], "--print_config")
             assert code == 0, f"{command}\n{err}"
+            own = any(re.fullmatch("[A-Z]+", word) for word in words)  # FOLDER, and what the original scripts name
+            assert not own or SMALL not in out, f"{command}: still reads {SMALL}, which who brings a model does not have"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_name)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A run over several nodes under SLURM: one task a rank; Lightning recognises SLURM and takes ranks and addresses from it.
 # run: sbatch configs/cluster/slurm.sh fit --config configs/pretraining/two_hosts.yaml
+#   on GPUs: sbatch --gpus-per-node 1 configs/cluster/slurm.sh fit --config configs/pretraining/gpt2_62m.yaml
 #   another shape: sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 configs/cluster/slurm.sh fit --config ...
 # needs: Pare installed where the nodes find it; submit from the repository's root
 # Lightning wants as many tasks a node as devices, which is why both come from SLURM here. --signal lets GracefulStop

@@ -16,6 +16,6 @@ def triton_kernel(codec: str, step: str, block: int) -> Callable[..., None] | No
             codec, step, block
         )
     except ImportError as error:
-        logging.getLogger(__name__).warning("no Triton kernels: %s; pip install 'pare[triton]'", error)
+        logging.getLogger(__name__).warning("no Triton kernels: %s; pip install -e '.[triton]'", error)
         return None
     return found
