@@ -4,9 +4,10 @@ Forward pre-hooks do all of it. Between two layers a stage scores the hidden sta
 with their rotary embeddings, so every token keeps its original position. Layers after a stage get a mask for the tokens
 that are left, in the prefill and in every later step. Before the final norm the survivors return to their places, so
 that `logits[:, -1]`, `labels=` and `logits_to_keep` mean what they always did; logits of dropped tokens mean nothing.
-Attention kernels, cache layout and `generate` are untouched.
+Attention kernels, cache layout and `generate` are untouched. What a cache holds before the prompt stays: a prefix that
+was read without pruning in all layers, earlier pruned turns as their own stages left them.
 
-Shape legend: B rows, N tokens of the padded prompt, K that are left, H hidden width.
+Shape legend: B rows, N tokens of the padded prompt, K that are left, P cached before it, H hidden width.
 """
 
 import warnings
@@ -24,6 +25,7 @@ from lightning_modules.token_pruning.cache import Permit, PrunedCache, Stage
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
 from lightning_modules.token_pruning.selection import put, select, take
+from lightning_modules.token_pruning.serving import watched_generate
 
 _pruned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # decoders that have hooks now
 
@@ -34,10 +36,12 @@ class PromptPruner:
     Args:
         scorer: Says which tokens to keep.
         schedule: Says after which layers and how many.
+        later_turns: Prune later turns of a conversation too, each by the schedule; turns of no more tokens than it
+            protects stay whole.
     """
 
-    def __init__(self, scorer: Scorer, schedule: Schedule | None = None) -> None:
-        self.scorer, self.schedule = scorer, schedule or Schedule()
+    def __init__(self, scorer: Scorer, schedule: Schedule | None = None, later_turns: bool = False) -> None:
+        self.scorer, self.schedule, self.later_turns = scorer, schedule or Schedule(), later_turns
         self._ready_for: tuple[Any, ...] = ()
 
     def check(self, config: Any) -> list[int]:
@@ -57,8 +61,11 @@ class PromptPruner:
         """Within this context the model prunes every prompt that it reads.
 
         `model.generate(…)` and plain forward calls work as ever, batches padded on the left included. A prompt is what
-        the model reads into an empty cache; later turns on the same cache see the pruned prompt and are not pruned
-        themselves. Leaving the context leaves the model as it was.
+        the model reads, several tokens at once, into a cache that holds nothing pruned: an empty one, or one with a
+        prefix, such as a system prompt, that was read without pruning and stays whole. Later turns on the same cache
+        see the pruned prompt and are pruned only with `later_turns`. Without a cache, `generate` reads the prompt again
+        at every step; the tokens that it kept at the first stay the same. Leaving the context leaves the model as it
+        was.
 
         Args:
             model: A causal language model of a supported architecture.
@@ -70,6 +77,7 @@ class PromptPruner:
             UnsupportedModelError: See `anatomy`.
             ValueError: Stages that do not fit the model, or a scorer made for another one.
             RuntimeError: The model is being pruned already.
+            And from `generate`, see `serving.refuse_options`.
         """
         stages, parts = self.check(model.config), anatomy(model)
         ready_for = (weakref.ref(model), model.device, model.dtype)
@@ -78,7 +86,7 @@ class PromptPruner:
             self._ready_for = ready_for
         if parts.decoder in _pruned:
             raise RuntimeError("this model is being pruned already: contexts cannot be nested")
-        run = Prefill(parts, self.scorer, self.schedule, stages)
+        run = Prefill(parts, self.scorer, self.schedule, stages, self.later_turns)
         handles = [
             parts.decoder.register_forward_pre_hook(run.begin, with_kwargs=True),
             parts.norm.register_forward_pre_hook(run.end),
@@ -88,7 +96,8 @@ class PromptPruner:
             handles.append(parts.layers[index].register_forward_pre_hook(run.at_layer(index), with_kwargs=True))
         _pruned.add(parts.decoder)
         try:
-            yield run
+            with watched_generate(model, run.generating):
+                yield run
         finally:
             _pruned.discard(parts.decoder)
             run.permit.open = False
@@ -100,14 +109,18 @@ class Prefill:
     """What pruning does in one context, and what it did to the latest prompt.
 
     Attributes:
-        input_ids: The latest prompt `[B, N]`, None when it was given as embeddings.
+        input_ids: The latest prompt `[B, N]`, None when it was given as embeddings; what a cache held before it left
+            out.
         rows: Its rows B.
         length: Its columns N.
         stages: What each pruning point left of it; empty when nothing was pruned.
     """
 
-    def __init__(self, parts: Anatomy, scorer: Scorer, schedule: Schedule, layers: list[int]) -> None:
+    def __init__(
+        self, parts: Anatomy, scorer: Scorer, schedule: Schedule, layers: list[int], later_turns: bool = False
+    ) -> None:
         self.parts, self.scorer, self.schedule, self.layers = parts, scorer, schedule, layers
+        self.later_turns = later_turns
         self.permit = Permit()
         self.input_ids: Tensor | None = None
         self.rows = self.length = 0
@@ -119,6 +132,13 @@ class Prefill:
         self._protected = self._positions = torch.empty(0)
         self._real: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
+        # before the prompt: columns, and which of them are real
+        self._past, self._prefix = 0, None
+        # of this forward pass: the same as `stages`, unless the prompt is read again with what was said since
+        self._passed: list[Stage] = []
+        self._said = 0
+        self._choices: list[tuple[Tensor, Tensor | None]] = []
+        self._generating = self._read = False
 
     def kept(self) -> Tensor:
         """Tokens of the latest prompt that every stage left, bool `[stages, B, N]`; all but padding, if none pruned."""
@@ -126,6 +146,15 @@ class Prefill:
             real = torch.ones(self.rows, self.length, dtype=torch.bool) if self._real is None else self._real.cpu()
             return real.expand(len(self.layers), -1, -1)
         return torch.stack([stage.kept(self.length).cpu() for stage in self.stages])
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """One call of `generate`: what it reads without a cache after the prompt is the prompt, and its own answer."""
+        self._generating, self._read = True, False
+        try:
+            yield
+        finally:
+            self._generating = False
 
     # ---- the start of a forward pass --------------------------------------------------------------------------
 
@@ -138,38 +167,58 @@ class Prefill:
             raise ValueError("token pruning makes the attention masks itself: give attention_mask as [batch, tokens]")
         assert given is not None
         width, past = given.shape[1], 0 if cache is None else cache.get_seq_length()
-        self._masks = {}
-        if past == 0 and width > 1:
+        pruned = isinstance(cache, PrunedCache) and bool(cache.stretches)
+        if pruned and cache.after != self.layers:
+            raise ValueError(
+                f"this cache was pruned after layers {cache.after}, and this schedule prunes after {self.layers}: go "
+                "on with the schedule that it was begun with"
+            )
+        self._masks, self._passed, self._said = {}, [], 0
+        if self._generating and self._read and cache is None:
+            self._mode, self._said = "prompt" if self.stages else "plain", width - self.length
+            self._positions = torch.arange(width, device=given.device).expand(self.rows, width)
+        elif width > 1 and (self.later_turns or not pruned):
             if cache is None and mask is None:
                 _refuse_packed(call.get("position_ids"))
-            self.input_ids, self.stages, self._rotary = call.get("input_ids"), [], None
-            self.rows, self.length = given.shape[:2]
-            self._mode = "prompt" if self._plan(given, mask) else "plain"
-        elif isinstance(cache, PrunedCache) and cache.stages:
-            self._mode, cache.permit = "later", self.permit
-            self._grow(cache, mask, width)
+            planned = self._plan(given, mask, past, warn=not pruned)
+            if planned and cache is not None:
+                PrunedCache.check(cache)
+            if planned or not pruned:
+                self.input_ids, self.stages, self._rotary = call.get("input_ids"), self._passed, None
+                self.rows, self.length, self._choices, self._read = *given.shape[:2], [], True
+            self._mode = "prompt" if planned else "later" if pruned else "plain"
         else:
-            self._mode = "plain"
+            self._mode = "later" if pruned else "plain"
+        if self._mode == "later":
+            cache.permit = self.permit
+            self._grow(cache, mask, given)
 
-    def _plan(self, given: Tensor, mask: Tensor | None) -> bool:
+    def _plan(self, given: Tensor, mask: Tensor | None, past: int, warn: bool) -> bool:
         """Budgets and protected tokens of every row; whether there is anything to drop."""
         rows, width = given.shape[:2]
         lengths = [width]
-        self._real = None
+        real = prefix = None
         if mask is not None:
+            if mask.shape[1] != past + width:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} columns for {past} cached tokens and {width} new ones: give "
+                    "it for all of them"
+                )
             # the one time that the host waits for the device: sizes must be known to cut tensors
             # generate() without a mask takes every padding token for padding: within the text, it is text
-            real = mask.bool().cummax(-1).values
-            ends_early = (~mask[:, -1].bool()).sum()
-            *lengths, not_on_the_left = torch.cat([real.sum(-1), ends_early[None]]).tolist()
+            real, prefix = mask[:, past:].bool().cummax(-1).values, mask[:, :past].bool()
+            ends_early, padding = (~mask[:, -1].bool()).sum(), (~prefix).sum()
+            *lengths, not_on_the_left, padded = torch.cat([real.sum(-1), torch.stack([ends_early, padding])]).tolist()
             if not_on_the_left:
                 raise ValueError("pad prompts on the left: generation goes on from the last column")
-            if min(lengths) < width:
-                self._real = real
+            real, prefix = real if min(lengths) < width else None, prefix if padded else None
         protected = torch.zeros(len(lengths), width, dtype=torch.bool)
         for row, length in enumerate(lengths):
             protected[row, width - length :] = self.schedule.protected(length)
-        if not self._worth_it(lengths, protected):
+        worth_it = self._worth_it(lengths, protected, warn)
+        if worth_it or warn:
+            self._real = real
+        if not worth_it:
             return False
         stages = range(len(self.layers))
         self._budgets = [[self.schedule.budget(stage, length) for length in lengths] for stage in stages]
@@ -177,12 +226,13 @@ class Prefill:
             self._budgets = [budgets * rows for budgets in self._budgets]
         self._protected = protected.to(given.device, non_blocking=True)
         self._positions = torch.arange(width, device=given.device).expand(rows, width)
+        self._past, self._prefix = past, prefix
         return True
 
-    def _worth_it(self, lengths: list[int], protected: Tensor) -> bool:
+    def _worth_it(self, lengths: list[int], protected: Tensor, warn: bool) -> bool:
         if any(count < length for count, length in zip(protected.sum(-1).tolist(), lengths, strict=True)):
             return True
-        if not self._warned:
+        if warn and not self._warned:
             self._warned = True
             warnings.warn(
                 f"nothing pruned: a prompt of {max(lengths)} tokens is no longer than what the schedule protects "
@@ -191,20 +241,21 @@ class Prefill:
             )
         return False
 
-    def _grow(self, cache: PrunedCache, mask: Tensor | None, new: int) -> None:
-        """Note the entries that this step appends to every stage."""
-        real = None
+    def _grow(self, cache: PrunedCache, mask: Tensor | None, given: Tensor) -> None:
+        """Note the entries that this step appends behind every pruning point."""
+        real, new = None, given.shape[1]
         # a single new token is never padding, and asking would make the host wait at every step
         if mask is not None and new > 1 and not bool(mask[:, -new:].all()):
             real = mask[:, -new:].bool()
-        for stage in cache.stages:
-            stage.grow(real, new, cache.get_seq_length(stage.after + 1))
+        for number in range(len(self.layers)):
+            cache.grow(number, real, given.shape[:2])
 
     # ---- the layers -------------------------------------------------------------------------------------------
 
     def at_layer(self, index: int) -> Callable[..., Any]:
         """Pre-hook of one decoder layer."""
         names, prune = self.parts.arguments, index - 1 in self.layers
+        number = sum(after < index for after in self.layers)
 
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             if self._mode == "plain":
@@ -215,7 +266,7 @@ class Prefill:
             if self._mode == "later":
                 # one query sees every key: where the kernel needed no mask for layer 0 it needs none here
                 if hidden.shape[1] > 1 or call.get("attention_mask") is not None:
-                    call["attention_mask"] = self._mask(hidden, cache, index)
+                    call["attention_mask"] = self._mask(hidden, cache, index, number)
                 return (hidden,), call
             if prune:
                 hidden = self._prune(index - 1, hidden, call, cache)
@@ -223,20 +274,37 @@ class Prefill:
                 call["position_embeddings"] = self._rotary
             # gaps between positions would be taken for the borders of packed sequences
             call["position_ids"] = None
-            call["attention_mask"] = self._mask(hidden, None, None)
+            call["attention_mask"] = self._mask(hidden, cache, index, number)
             return (hidden,), call
 
         return hook
 
     def _prune(self, layer: int, hidden_BNH: Tensor, call: dict[str, Any], cache: Any) -> Tensor:
         """Drop tokens from the output of a layer."""
-        if not self.stages:
+        if not self._passed:
             self._rotary = call.get("position_embeddings")
             if cache is not None:
-                PrunedCache.adopt(cache, self.length, self.stages, self.permit)
-        device, budgets = hidden_BNH.device, self._budgets[len(self.stages)]
+                cache = PrunedCache.adopt(cache, self.layers, self._prefix)
+                cache.begin(self._past, self.length, self.stages, self.permit)
+        positions = self._positions.to(hidden_BNH.device)
+        index, real = self._repeat(hidden_BNH) if self._said else self._choose(layer, hidden_BNH, positions)
+        self._positions = positions.gather(1, index)
+        if self._rotary is not None:
+            cos, sin = self._rotary
+            self._rotary = take(cos, index), take(sin, index)
+        stage = Stage(layer, self._positions, real)
+        if cache is None:
+            self._passed.append(stage)
+        else:
+            cache.keep(stage)
+        self._masks.clear()
+        return take(hidden_BNH, index)
+
+    def _choose(self, layer: int, hidden_BNH: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Places of the tokens that stay among those that are there, and which of them are real; see `select`."""
+        device, budgets = hidden_BNH.device, self._budgets[len(self._passed)]
         real = None if self._real is None else self._real.to(device)
-        protected, positions = self._protected.to(device), self._positions.to(device)
+        protected = self._protected.to(device)
         context = Context(self.parts, positions, real, protected, tuple(budgets), self._rotary)
         with torch.no_grad():
             scores = self.scorer.score(hidden_BNH, layer, context)
@@ -245,24 +313,26 @@ class Prefill:
                 f"{self.scorer!r} returned scores {tuple(scores.shape)} for tokens {tuple(hidden_BNH.shape[:2])}"
             )
         index, self._real = select(scores.to(device), budgets, protected, real)
-        self._positions = positions.gather(1, index)
         self._protected = protected.expand(len(index), -1).gather(1, index)
-        if self._rotary is not None:
-            cos, sin = self._rotary
-            self._rotary = take(cos, index), take(sin, index)
-        self.stages.append(Stage(layer, self._positions, self._real))
-        self._masks.clear()
-        return take(hidden_BNH, index)
+        self._choices.append((index, self._real))
+        return index, self._real
 
-    def _mask(self, hidden: Tensor, cache: Any, layer: int | None) -> Any:
-        """The attention mask of this layer's stage, made once for all layers that share it."""
-        stages = self.stages if layer is None else cache.stages
-        number = len(stages) if layer is None else cache.stage_of(layer)
+    def _repeat(self, hidden_BNH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `_choose`: what was chosen when the prompt was read first, and all that was said since."""
+        index, real = self._choices[len(self._passed)]
+        rows, width = hidden_BNH.shape[:2]
+        said = torch.arange(width - self._said, width, device=index.device).expand(rows, -1)
+        if real is not None:
+            real = torch.cat([real, torch.ones_like(said, dtype=torch.bool)], dim=1)
+        return torch.cat([index, said], dim=1), real
+
+    def _mask(self, hidden: Tensor, cache: Any, layer: int, number: int) -> Any:
+        """The attention mask behind a pruning point (1 is the first), made once for all layers that share it."""
         if number not in self._masks:
             self._masks[number] = create_causal_mask(
                 config=self.parts.decoder.config,
                 inputs_embeds=hidden,
-                attention_mask=stages[number - 1].mask,
+                attention_mask=self._passed[number - 1].real if cache is None else cache.masks[number - 1],
                 past_key_values=cache,
                 position_ids=None,
                 layer_idx=layer,
@@ -275,8 +345,8 @@ class Prefill:
         """Pre-hook of the final norm: survivors back to their places, zeros where tokens were dropped."""
         if self._mode != "prompt":
             return None
-        hidden_BKH, last = args[0], self.stages[-1]
-        return (put(hidden_BKH, last.index, last.mask, self.length),)
+        hidden_BKH, last = args[0], self._passed[-1]
+        return (put(hidden_BKH, last.index, last.real, self.length + self._said),)
 
 
 def _refuse_packed(position_ids: Tensor | None) -> None:

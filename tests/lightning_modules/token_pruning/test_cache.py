@@ -53,12 +53,12 @@ def test_copies_rows_and_cropping_of_the_cache():
         cache = DynamicCache()
         model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         bytes_before, copied = cache.bytes(), copy.deepcopy(cache)
-        widths = [stage.mask.shape[1] for stage in cache.stages if stage.mask is not None]
+        widths = [mask.shape[1] for mask in cache.masks if mask is not None]
         call = {"attention_mask": whole, "position_ids": positions, "use_cache": True}
         wanted = model(step, past_key_values=cache, **call).logits
         assert cache.bytes() == bytes_before + 2 * 4 * LAYERS * 3 * 4 * 2 * 16  # k and v, float32, rows, heads, width
         cache.crop(-4)
-        assert widths and [stage.mask.shape[1] for stage in cache.stages if stage.mask is not None] == widths
+        assert widths and [mask.shape[1] for mask in cache.masks if mask is not None] == widths
         assert torch.equal(model(step, past_key_values=cache, **call).logits, wanted)
         order = torch.tensor([2, 0])
         copied.batch_repeat_interleave(2)
