@@ -133,7 +133,8 @@ class Prefill:
         self._real: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
         # before the prompt: columns, and which of them are real
-        self._past, self._prefix = 0, None
+        self._past = 0
+        self._prefix: Tensor | None = None
         # of this forward pass: the same as `stages`, unless the prompt is read again with what was said since
         self._passed: list[Stage] = []
         self._said = 0
@@ -167,31 +168,32 @@ class Prefill:
             raise ValueError("token pruning makes the attention masks itself: give attention_mask as [batch, tokens]")
         assert given is not None
         width, past = given.shape[1], 0 if cache is None else cache.get_seq_length()
-        pruned = isinstance(cache, PrunedCache) and bool(cache.stretches)
-        if pruned and cache.after != self.layers:
+        pruned = cache if isinstance(cache, PrunedCache) and cache.stretches else None
+        if pruned is not None and pruned.after != self.layers:
             raise ValueError(
-                f"this cache was pruned after layers {cache.after}, and this schedule prunes after {self.layers}: go "
+                f"this cache was pruned after layers {pruned.after}, and this schedule prunes after {self.layers}: go "
                 "on with the schedule that it was begun with"
             )
         self._masks, self._passed, self._said = {}, [], 0
         if self._generating and self._read and cache is None:
             self._mode, self._said = "prompt" if self.stages else "plain", width - self.length
             self._positions = torch.arange(width, device=given.device).expand(self.rows, width)
-        elif width > 1 and (self.later_turns or not pruned):
+        elif width > 1 and (self.later_turns or pruned is None):
             if cache is None and mask is None:
                 _refuse_packed(call.get("position_ids"))
-            planned = self._plan(given, mask, past, warn=not pruned)
+            planned = self._plan(given, mask, past, warn=pruned is None)
             if planned and cache is not None:
                 PrunedCache.check(cache)
-            if planned or not pruned:
+            if planned or pruned is None:
                 self.input_ids, self.stages, self._rotary = call.get("input_ids"), self._passed, None
-                self.rows, self.length, self._choices, self._read = *given.shape[:2], [], True
-            self._mode = "prompt" if planned else "later" if pruned else "plain"
+                self.rows, self.length = given.shape[:2]
+                self._choices, self._read = [], True
+            self._mode = "prompt" if planned else "plain"
         else:
-            self._mode = "later" if pruned else "plain"
-        if self._mode == "later":
-            cache.permit = self.permit
-            self._grow(cache, mask, given)
+            self._mode = "plain"
+        if pruned is not None and self._mode == "plain":
+            self._mode, pruned.permit = "later", self.permit
+            self._grow(pruned, mask, given)
 
     def _plan(self, given: Tensor, mask: Tensor | None, past: int, warn: bool) -> bool:
         """Budgets and protected tokens of every row; whether there is anything to drop."""
