@@ -8,11 +8,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from common.progress import stage
+
 MARKER = "pare.json"
 CARD = "README.md"
+
+_THREADS = 8  # that read and hash at once; hashlib lets other threads run
+_SILENT = 2 << 30  # bytes that are checked without showing progress: a second or two
 
 
 class DamagedError(ValueError):
@@ -61,7 +68,8 @@ def check_manifest(folder: str | Path, part: tuple[int, int] = (0, 1), contents:
     Args:
         folder: What is to be read.
         part: (i, n) looks at every n-th file from the i-th, so that n processes share the work.
-        contents: Read the files. False compares sizes alone, which takes no time.
+        contents: Read the files, with progress where there is much to read. False compares sizes alone, which takes no
+            time.
 
     Returns:
         The manifest; None for a folder without one.
@@ -75,20 +83,42 @@ def check_manifest(folder: str | Path, part: tuple[int, int] = (0, 1), contents:
     manifest = read_manifest(folder)
     if manifest is None or manifest["files"] is None:
         raise DamagedError(f"{folder / MARKER} is damaged; {_remedy(folder)}")
-    for name, expected in list(manifest["files"].items())[part[0] :: part[1]]:
-        path = folder / name
-        if name == CARD:
-            continue
+    check_files(folder, dict(list(manifest["files"].items())[part[0] :: part[1]]), contents)
+    return manifest
+
+
+def check_files(folder: Path, files: dict[str, dict[str, Any]], contents: bool = True) -> None:
+    """Compare files with what ``hashes`` said of them: first all sizes, then all contents, several files at a time.
+
+    Args:
+        folder: Where they lie.
+        files: Bytes and SHA-256 by name.
+        contents: See ``check_manifest``.
+
+    Raises:
+        DamagedError: See ``check_manifest``.
+    """
+    known = {folder / name: expected for name, expected in files.items() if name != CARD}
+    for path, expected in known.items():
         if not path.is_file():
             raise DamagedError(f"{path} is missing; {_remedy(folder)}")
         if (size := path.stat().st_size) != expected["bytes"]:
             raise DamagedError(f"{path} has {size:,} bytes instead of {expected['bytes']:,}; {_remedy(folder)}")
-        if not contents:
-            continue
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+    if not contents:
+        return
+    total, checked = sum(expected["bytes"] for expected in known.values()), 0
+    shown = stage(f"Checking {folder}", total, "bytes") if total > _SILENT else nullcontext(lambda done: None)
+    with shown as done, ThreadPoolExecutor(_THREADS) as pool:
+        for (path, expected), found in zip(known.items(), pool.map(_sha256, known), strict=True):
+            if found != expected["sha256"]:
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise DamagedError(f"{path} is not what was written (its SHA-256 differs); {_remedy(folder)}")
-    return manifest
+            done(checked := checked + expected["bytes"])
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remedy(folder: Path) -> str:

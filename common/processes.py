@@ -36,6 +36,11 @@ def end_with(parent: int, name: str, grace_s: float = 10.0, poll_s: float = 0.5)
     return thread
 
 
+def first_on_node() -> bool:
+    """Whether this is the first rank of its node, or the only process."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+
+
 def check_temporary_folder() -> None:
     """Refuse a temporary folder whose name is too long for worker processes to hand over tensors.
 

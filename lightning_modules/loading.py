@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.files import recover
 from common.manifest import check_manifest
+from common.processes import first_on_node
 
 GgufConfig: Any = getattr(transformers, "GgufConfig", None)  # before there was one, transformers always expanded
 
@@ -94,7 +95,7 @@ def load(
     source = _locate(path)
     folder = Path(source.name)
     if source.local and not source.options:
-        check_manifest(folder)
+        check_manifest(folder, contents=first_on_node())  # once, however many ranks load it
     reader = next((read for file, read in FORMATS.items() if source.local and (folder / file).is_file()), None)
     if reader is not None:
         if device_map is not None:
@@ -167,12 +168,12 @@ def load_tokenizer(path: str | Path, data: Any = None) -> PreTrainedTokenizerBas
             if not len(tokenizer):  # what transformers makes of some folders without one
                 raise ValueError("its vocabulary is empty")
             return tokenizer
-    except FileNotFoundError:
-        raise
     except Exception as error:  # tokenizers raises plain Exception for a broken file, transformers KeyError
         named: PreTrainedTokenizerBase | None = getattr(data, "named_tokenizer", None)
         if named is not None:
             return named
+        if isinstance(error, FileNotFoundError):
+            raise
         raise ValueError(
             f"{path} has no tokenizer that can be read: put tokenizer.json and tokenizer_config.json beside the "
             f"weights, or name one (data.tokenizer) ({_first_line(error)})"
@@ -220,6 +221,11 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
         )
 
 
+def may_be_on_hub(name: str) -> bool:
+    """Whether something that is not here can be the name of a model or dataset on the Hub: ``name``, ``owner/name``."""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+
 def _locate(path: str | Path) -> _Source:
     """Find a model without reading it."""
     name, local = str(path), Path(path).expanduser()
@@ -235,10 +241,9 @@ def _locate(path: str | Path) -> _Source:
             raise ValueError(f"{path} is a file: give the folder that it is in, or a GGUF file ({_GGUF})")
         return _Source(str(local.parent), {"gguf_file": local.name}, True)
     owner_name, _, file = name.rpartition("/")
-    on_hub = not name.startswith((".", "/", "~"))
-    if on_hub and name.endswith(_GGUF) and owner_name.count("/") == 1:
+    if name.endswith(_GGUF) and owner_name.count("/") == 1 and may_be_on_hub(owner_name):
         return _Source(owner_name, {"gguf_file": file}, False)
-    if not on_hub or name.count("/") > 1:
+    if not may_be_on_hub(name):
         raise FileNotFoundError(f"no model folder at {path}: give a Hugging Face folder, a GGUF file or a Hub name")
     return _Source(name, {}, False)
 

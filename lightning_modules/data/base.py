@@ -1,7 +1,5 @@
 """What all text DataModules share: documents tokenised, packed into blocks, and read as they are needed."""
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +7,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lightning_modules.data.blocks import FORMAT, block_preparation
-from lightning_modules.data.loading import Blocks, Windows
-from lightning_modules.data.prepare import Preparation, summary
+from lightning_modules.data.blocks import block_preparation
+from lightning_modules.data.loading import Batches, Blocks, Windows
+from lightning_modules.data.prepare import TOKENIZER, Preparation
 from lightning_modules.data.prepared import PreparedData
 from lightning_modules.data.repeats import Repeats
-from lightning_modules.data.shards import open_shards
 from lightning_modules.data.tokenizer import SMALLEST_VOCAB, Encoder
 
 
@@ -60,12 +57,9 @@ class TextDataModule(PreparedData):
         val_stride: int | None = None,
         repeats: float = 0.0,
     ) -> None:
-        super().__init__(block_size, batch_size, tokenizer, cache_dir, num_workers)
-        limits = {"max_train_blocks": max_train_blocks, "max_val_blocks": max_val_blocks}
-        sizes = {"block_size": block_size, "batch_size": batch_size, "num_proc": num_proc}
-        for field, value in {**sizes, **limits}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{field} must be at least 1, got {value}")
+        super().__init__(block_size, batch_size, tokenizer, cache_dir, num_workers, max_train_blocks, max_val_blocks)
+        if num_proc < 1:
+            raise ValueError(f"num_proc must be at least 1, got {num_proc}")
         if val_stride is not None and not 1 <= val_stride <= block_size:
             raise ValueError(f"val_stride must lie between 1 and block_size {block_size}, got {val_stride}")
         if not 0 <= repeats <= 1:
@@ -74,7 +68,6 @@ class TextDataModule(PreparedData):
         if tokenizer is None and vocab_size < SMALLEST_VOCAB:
             raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB} (256 bytes, end of text), got {vocab_size}")
         self._vocab_size, self._num_proc = vocab_size, num_proc
-        self._limits = {"train": max_train_blocks, "val": max_val_blocks}
 
     @abstractmethod
     def documents(self) -> Iterator[tuple[str, str]]:
@@ -90,28 +83,23 @@ class TextDataModule(PreparedData):
 
     def _open(self, folder: Path) -> None:
         self.tokenizer = self._source_tokenizer or AutoTokenizer.from_pretrained(
-            str(folder / "tokenizer"), local_files_only=True
-        )
-        self._states = summary(folder)
-        self.train, self.val = (
-            self._first(open_shards(folder / split).with_format("torch"), self._limits[split])
-            for split in ("train", "val")
+            str(folder / TOKENIZER), local_files_only=True
         )
 
-    def _dataset(self, split: str) -> Blocks | Windows | Repeats:
+    def _dataset(self, split: str) -> Batches:
         if split == "val" and self.val_stride is not None:
             return Windows(self.val, self.block_size, self.val_stride)
         blocks = Blocks(self.train if split == "train" else self.val)
         return Repeats(blocks, self.repeats) if split == "train" and self.repeats else blocks
 
     def state_dict(self) -> dict[str, Any]:
-        """See ``PreparedData.state_dict``; blocks in which passages come again are other data."""
+        """See ``OrderedData.state_dict``; blocks in which passages come again are other data."""
         state = super().state_dict()
         return state | ({"data": f"{state['data']}, repeats {self.repeats:g}"} if self.repeats else {})
 
     @property
     def perplexity_on(self) -> str:
-        """See ``PreparedData.perplexity_on``."""
+        """See ``OrderedData.perplexity_on``."""
         if self.val_stride is None:
             return f"blocks of {self.block_size} tokens, no overlap, no BOS"
         return f"windows of {self.block_size} tokens every {self.val_stride}, no BOS"
@@ -138,8 +126,6 @@ class TextDataModule(PreparedData):
             "hash": self._hash,
         }
 
-    def _key(self) -> str:
+    def _encoding(self) -> Any:
         source = self._source_tokenizer
-        identity = ["bpe", self._vocab_size] if source is None else Encoder(source).identity()
-        key = [FORMAT, self.source_key(), identity, self.block_size]
-        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return ["bpe", self._vocab_size] if source is None else Encoder(source).identity()

@@ -13,14 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from common.files import replacing
 from common.progress import stage
 from lightning_modules.data.packing import pack_blocks
-from lightning_modules.data.prepare import Preparation
+from lightning_modules.data.prepare import TOKENIZER, Preparation
 from lightning_modules.data.readers import text_digest
 from lightning_modules.data.rows import Row, Rows
 from lightning_modules.data.shards import Recipe, State
 from lightning_modules.data.tokenizer import Encoder, train_bpe
-
-FORMAT = 2
-"""Part of every cache key: raise it when the meaning of a cache folder changes."""
 
 _TRAIN_BPE = 32 << 20  # bytes of text a tokenizer is trained on, spread over the corpus
 
@@ -77,7 +74,7 @@ def block_preparation(
     """
 
     def recipe(folder: Path, rows: Callable[[], Rows]) -> BlockRecipe:
-        trained = folder / "tokenizer"
+        trained = folder / TOKENIZER
         if tokenizer is None and not trained.exists():
             _train_tokenizer(trained, rows(), vocab_size)
         used = tokenizer or AutoTokenizer.from_pretrained(str(trained), local_files_only=True)

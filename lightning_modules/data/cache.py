@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from common.files import remove
+from common.files import remove, replacing
 from common.locks import InUseError, lock
+from common.manifest import MARKER, names, read_manifest
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}
@@ -39,6 +40,7 @@ def explain_unwritable(root: Path) -> Iterator[None]:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Be the only process that prepares a cache folder; waits for another one, and says so."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         try:
             held.enter_context(lock(folder))
@@ -48,13 +50,27 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def remove_leftovers(ours: Path) -> None:
-    """Delete what dead preparations left half-written beside the folder ``ours``, whose lock the caller holds.
+@contextmanager
+def begin(folder: Path) -> Iterator[None]:
+    """Have a cache folder, marked as Pare's from the first moment; removed again if nothing gets finished in it."""
+    if not folder.exists():
+        with replacing(folder, "cache"):
+            pass
+    try:
+        yield
+    finally:
+        if names(folder) in ([], [MARKER]):
+            remove(folder)
 
-    Living preparations hold their lock and keep theirs.
+
+def remove_leftovers(ours: Path) -> None:
+    """Delete what dead preparations left half-written in the folder ``ours``, whose lock the caller holds, and beside.
+
+    Living preparations hold their lock and keep theirs. What Pare did not mark is somebody else's.
     """
-    for partial in ours.parent.glob("*/**/.*.partial*"):
-        folder = ours.parent / partial.relative_to(ours.parent).parts[0]
-        if folder != ours:  # our own are overwritten in due course
+    for folder in ours.parent.iterdir():
+        manifest = read_manifest(folder) if (folder / MARKER).is_file() else None
+        if manifest is not None and manifest["kind"] == "cache":
             with suppress(InUseError), lock(folder):
-                remove(partial)
+                for leftover in [*folder.rglob(".*.partial*"), *folder.rglob(".*.lock")]:
+                    remove(leftover)

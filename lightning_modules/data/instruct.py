@@ -1,7 +1,5 @@
 """Instructions with responses, for tuning and calibration: Dolly, Alpaca, GSM8K, and plain text."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +11,10 @@ from numpy.typing import NDArray
 from lightning_modules.data.instructions import Instruction, Template, recognise
 from lightning_modules.data.loading import Samples
 from lightning_modules.data.packing import pack_whole
-from lightning_modules.data.prepare import Preparation, summary
+from lightning_modules.data.prepare import Preparation
 from lightning_modules.data.prepared import PreparedData
-from lightning_modules.data.samples import FORMAT, SampleEncoder, sample_preparation, split_of
-from lightning_modules.data.shards import State, open_shards
+from lightning_modules.data.samples import SampleEncoder, sample_preparation, split_of
+from lightning_modules.data.shards import State
 from lightning_modules.data.source import Source
 
 
@@ -59,6 +57,7 @@ class InstructData(PreparedData):
 
     length_field = "max_length"
     rows_are = "samples"
+    row_format = "numpy"
 
     def __init__(
         self,
@@ -79,18 +78,13 @@ class InstructData(PreparedData):
         max_train_samples: int | None = None,
         max_val_samples: int | None = None,
     ) -> None:
-        super().__init__(max_length, batch_size, tokenizer, cache_dir, num_workers)
-        limits = {"max_train_samples": max_train_samples, "max_val_samples": max_val_samples}
-        for field, value in {"max_length": max_length, "batch_size": batch_size, **limits}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{field} must be at least 1, got {value}")
+        super().__init__(max_length, batch_size, tokenizer, cache_dir, num_workers, max_train_samples, max_val_samples)
         self.source = Source(train, val, val_percent, hub_config, train_split, val_split)
         self.name = self.source.name
         self.packing, self.padding_side, self.template = packing, padding_side, template
-        self._limits = {"train": max_train_samples, "val": max_val_samples}
 
     def inputs(self) -> list[Path]:
-        """See ``PreparedData.inputs``."""
+        """See ``OrderedData.inputs``."""
         return self.source.inputs() + super().inputs()
 
     def source_key(self) -> Any:
@@ -113,36 +107,30 @@ class InstructData(PreparedData):
         assert self._source_tokenizer is not None  # ``tokenizer`` is required
         return SampleEncoder(self._source_tokenizer, self.template, self.block_size)
 
-    def _key(self) -> str:
-        key = [FORMAT, "instruct", self.source_key(), self._encoder.identity(), self.block_size]
-        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    def _encoding(self) -> Any:
+        return ["instruct", *self._encoder.identity()]
 
     def _preparation(self) -> Preparation:
         return sample_preparation(self.instructions, self._encoder, self._limits)
 
     def _open(self, folder: Path) -> None:
         self.tokenizer = self._encoder.tokenizer
-        self._states = summary(folder)
-        self.train, self.val = (
-            self._first(open_shards(folder / split).with_format("numpy"), self._limits[split])
-            for split in ("train", "val")
-        )
-        self._rows: dict[str, Samples] = {}
+        self._samples: dict[str, Samples] = {}
         pad = self.tokenizer.pad_token_id
         for split, samples in (("train", self.train), ("val", self.val)):
             groups = pack_whole(_lengths(samples).tolist(), self.block_size) if self.packing else None
             end = self.tokenizer.eos_token_id
-            self._rows[split] = Samples(samples, groups, end if pad is None else pad, self.padding_side)
+            self._samples[split] = Samples(samples, groups, end if pad is None else pad, self.padding_side)
 
     def _dataset(self, split: str) -> Samples:
-        return self._rows[split]
+        return self._samples[split]
 
     def _row_lengths(self) -> NDArray[np.int64] | None:
         return None if self.packing else _lengths(self.train)
 
     @property
     def perplexity_on(self) -> str:
-        """See ``PreparedData.perplexity_on``."""
+        """See ``OrderedData.perplexity_on``."""
         begins = self._encoder.begins
         return (
             f"responses in samples of at most {self.block_size} tokens, {self.template}, {'' if begins else 'no '}BOS"
@@ -154,7 +142,7 @@ class InstructData(PreparedData):
             "name": self.name,
             "prepared": {split: _prepared(state) for split, state in self._states.items()},
             "samples": {"val": len(self.val), "train": len(self.train)},
-            "rows": {split: len(rows) for split, rows in self._rows.items()},
+            "rows": {split: len(rows) for split, rows in self._samples.items()},
             "template": self.template,
             "packing": self.packing,
             "padding_side": self.padding_side,

@@ -1,5 +1,6 @@
 """Batches from memory-mapped blocks and samples."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,26 @@ from lightning_modules.data.sampler import FixedOrderSampler
 from lightning_modules.perplexity import IGNORED
 
 
-class Blocks(Dataset[dict[str, Tensor]]):
+class Batches(Dataset[dict[str, Tensor]]):
+    """Rows that are read a batch at a time.
+
+    The index ``FixedOrderSampler.PADDING`` stands for a row that only fills up; its labels do not count.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Rows."""
+
+    @abstractmethod
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch of at least ``input_ids`` and ``labels``, int64 [B, T]."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One row as a batch of one."""
+        return self.__getitems__([index])
+
+
+class Blocks(Batches):
     """Rows of ``input_ids[block]`` that are read a batch at a time, which is several times faster than one by one.
 
     Args:
@@ -26,10 +46,6 @@ class Blocks(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One block as a batch of one."""
-        return self.__getitems__([index])
-
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch ``{"input_ids": int64[B, T], "labels": int64[B, T]}``.
 
@@ -40,7 +56,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": input_ids, "labels": input_ids.masked_fill(padding[:, None], IGNORED)}
 
 
-class Windows(Dataset[dict[str, Tensor]]):
+class Windows(Batches):
     """Overlapping windows over the text of consecutive blocks, in which every token is predicted once.
 
     Window i begins ``stride`` tokens after window i − 1; only its last ``stride`` tokens count (all of the first), so
@@ -58,10 +74,6 @@ class Windows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return (len(self.rows) - 1) * self.length // self.stride + 1
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One window as a batch of one."""
-        return self.__getitems__([index])
-
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch as ``Blocks`` gives it."""
         input_ids = torch.stack([self._window(max(index, 0)) for index in indices])
@@ -77,7 +89,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         return self.rows[list(range(block, last))]["input_ids"].flatten()[offset : offset + self.length]
 
 
-class Samples(Dataset[dict[str, Tensor]]):
+class Samples(Batches):
     """Rows of one sample each, or of several packed into one.
 
     Args:
@@ -95,10 +107,6 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.samples if self.groups is None else self.groups)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One row as a batch of one."""
-        return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch, see ``InstructData``.
@@ -149,11 +157,11 @@ class ResumableLoader(DataLoader):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: see ``PreparedData.state_dict``."""
+        """Nothing: see ``OrderedData.state_dict``."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see ``PreparedData.load_state_dict``."""
+        """Nothing: see ``OrderedData.load_state_dict``."""
 
 
 def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,20 +10,20 @@ value does not yet know which key stands before it. A model needs two layers for
 stands before it and a later one that finds the value by its key (induction heads, arXiv 2209.11895).
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import lightning.pytorch as L
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from common.randomness import run_seed
-from lightning_modules.data.loading import ResumableLoader, as_is
-from lightning_modules.data.sampler import FixedOrderSampler, Position, ResumableSampler
+from lightning_modules.data.loading import Batches
+from lightning_modules.data.ordered import OrderedData
+from lightning_modules.data.sampler import FixedOrderSampler
 from lightning_modules.data.tokenizer import END_OF_TEXT
 from lightning_modules.perplexity import IGNORED
 
@@ -33,7 +33,7 @@ _EPOCH = 1_000_000  # training samples in an epoch; every one is different
 _EVALUATION = 2**31  # seeds from here on are the validation's
 
 
-class RecallSamples(Dataset[dict[str, Tensor]]):
+class RecallSamples(Batches):
     """Samples as a function of their number.
 
     Args:
@@ -54,11 +54,7 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One sample as a batch of one."""
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch of samples.
 
         Returns:
@@ -97,7 +93,7 @@ class RecallSamples(Dataset[dict[str, Tensor]]):
         return ids, labels, places[asked] + 1
 
 
-class Recall(L.LightningDataModule):
+class Recall(OrderedData):
     """Associative recall with known answer positions; nothing is read or downloaded.
 
     Args:
@@ -115,6 +111,7 @@ class Recall(L.LightningDataModule):
     """
 
     name = "recall"
+    rows_are = "samples"
 
     def __init__(
         self,
@@ -127,7 +124,7 @@ class Recall(L.LightningDataModule):
         max_train_blocks: int = _EPOCH,
         max_val_blocks: int = 512,
     ) -> None:
-        super().__init__()
+        super().__init__(context + 2 * questions, batch_size, num_workers=0)
         if not 0 < questions <= facts <= min(keys, (context - 1) // 2):
             raise ValueError(
                 f"facts: {facts} must be at least questions ({questions}), at most keys ({keys}), and fit the context "
@@ -136,18 +133,25 @@ class Recall(L.LightningDataModule):
         if min(values, batch_size, max_train_blocks, max_val_blocks) < 1:
             raise ValueError("values, batch_size, max_train_blocks and max_val_blocks must be at least 1")
         self.shape = {"context": context, "facts": facts, "questions": questions, "keys": keys, "values": values}
-        self.block_size, self.batch_size = context + 2 * questions, batch_size
         self._sizes = {"train": max_train_blocks, "val": max_val_blocks}
-        self.tokenizer: PreTrainedTokenizerBase = _tokenizer(keys, values)
+        self.tokenizer = _tokenizer(keys, values)
 
     def setup(self, stage: str) -> None:
         """Fix the samples; the seed of the run decides the training samples, validation is always the same."""
         self.train = RecallSamples(self._sizes["train"], run_seed(), **self.shape)
         self.val = RecallSamples(self._sizes["val"], _EVALUATION, **self.shape)
+        super().setup(stage)
+
+    def _dataset(self, split: str) -> RecallSamples:
+        return self.train if split == "train" else self.val
+
+    @property
+    def _identity(self) -> str:
+        return f"{self.shape}, seed {self.train.seed}"
 
     @property
     def perplexity_on(self) -> str:
-        """See ``PreparedData.perplexity_on``."""
+        """See ``OrderedData.perplexity_on``."""
         return f"values of questions in samples of {self.block_size} tokens, BOS"
 
     def describe(self) -> dict[str, Any]:
@@ -159,35 +163,6 @@ class Recall(L.LightningDataModule):
             "perplexity_on": self.perplexity_on,
             "vocab_size": len(self.tokenizer),
         }
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled batches from the present position on."""
-        ranks = self._ranks()
-        sampler = ResumableSampler(len(self.train), ranks["num_replicas"], ranks["rank"], self._position)
-        return ResumableLoader(self.train, sampler=sampler, drop_last=True, **self._loading())
-
-    def val_dataloader(self) -> DataLoader:
-        """Validation samples in fixed order."""
-        return self._in_order(self.val)
-
-    def predict_dataloader(self) -> DataLoader:
-        """Training samples in fixed order."""
-        return self._in_order(self.train)
-
-    def _in_order(self, samples: RecallSamples) -> DataLoader:
-        sampler = FixedOrderSampler(len(samples), **self._ranks())
-        return DataLoader(samples, sampler=sampler, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "collate_fn": as_is}
-
-    def _ranks(self) -> dict[str, int]:
-        shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return shared or {"num_replicas": 1, "rank": 0}
-
-    def _position(self) -> Position:
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
-        return Position(run_seed(), done * self.batch_size * self._ranks()["num_replicas"])
 
 
 def _starts(keys: int, values: int) -> list[int]:

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from common.randomness import run_seed
-from lightning_modules.data.loading import Blocks
+from lightning_modules.data.loading import Batches, Blocks
 from lightning_modules.data.sampler import FixedOrderSampler
 
 _SHORTEST, _LONGEST = 8, 128  # tokens of a passage
 
 
-class Repeats(Dataset[dict[str, Tensor]]):
+class Repeats(Batches):
     """Blocks of text, some of which end with one of their passages, over and over.
 
     A passage of 8 to 128 tokens (fewer in short blocks) and the place from which it fills the rest of the block are
@@ -31,10 +30,6 @@ class Repeats(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One block as a batch of one."""
-        return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch as ``Blocks`` gives it."""

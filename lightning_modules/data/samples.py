@@ -14,9 +14,7 @@ from lightning_modules.data.prepare import Preparation
 from lightning_modules.data.readers import in_validation, text_digest
 from lightning_modules.data.rows import Row, Rows
 from lightning_modules.data.shards import Recipe, State
-
-FORMAT = 2
-"""Part of every cache key: raise it when the meaning of a cache folder changes."""
+from lightning_modules.data.tokenizer import plain_backend
 
 _SCHEMA = pa.schema(
     [("input_ids", pa.list_(pa.int32())), ("prompt", pa.int32()), ("length", pa.int32()), ("sample_id", pa.int64())]
@@ -38,7 +36,7 @@ class SampleEncoder:
         begins = tokenizer.bos_token_id in tokenizer("").input_ids[:1]
         self._begin = [tokenizer.bos_token_id] if begins else []
         # "</s>" written in a question is text about a token; only a chat template places tokens by their names.
-        self._plain, self._special = (_backend(tokenizer, as_text) for as_text in (True, False))
+        self._plain, self._special = (plain_backend(tokenizer, as_text) for as_text in (True, False))
         if template == "chat" and not tokenizer.chat_template:
             raise ValueError("template: this tokenizer has no chat template; use template: alpaca")
         if max_length < len(self._begin) + 2:
@@ -96,14 +94,6 @@ class SampleEncoder:
     @staticmethod
     def _ids(backend: Tokenizer, text: str) -> list[int]:
         return backend.encode(text, add_special_tokens=False).ids
-
-
-def _backend(tokenizer: PreTrainedTokenizerBase, special_as_text: bool) -> Tokenizer:
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = special_as_text
-    return backend
 
 
 class SampleRecipe(Recipe):

@@ -4,8 +4,8 @@ A preparation that is killed, or that wanted only the first rows, is continued a
 the same, byte for byte, as if it had never stopped.
 """
 
+import hashlib
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -90,9 +90,6 @@ def write_shards(folder: Path, rows: Rows, recipe: Recipe, limit: int | None, th
         How far the split is prepared now.
     """
     state = last_state(folder)
-    if state.digest != rows.digest(state.chunks):  # a Hub dataset may have changed under its name
-        shutil.rmtree(folder)
-        state = State()
     if state.enough(limit):
         return state
     folder.mkdir(exist_ok=True)
@@ -104,7 +101,7 @@ def write_shards(folder: Path, rows: Rows, recipe: Recipe, limit: int | None, th
     ):
         encoded = _ahead(pool, recipe.encode, rows.chunks(state.chunks), threads)
         while not state.enough(limit):
-            name = f"{len(list(folder.glob('[0-9]*.json'))):05}"
+            name = f"{len(_states(folder)):05}"
             with (
                 replacing_file(folder / f"{name}.arrow") as partial,
                 pa.OSFile(str(partial), "wb") as file,
@@ -120,7 +117,8 @@ def write_shards(folder: Path, rows: Rows, recipe: Recipe, limit: int | None, th
                         break
             state.digest = rows.digest(state.chunks)
             state.file = hashes(folder, [f"{name}.arrow"])[f"{name}.arrow"]
-            write_text(folder / f"{name}.json", json.dumps(asdict(state)))
+            content = asdict(state)
+            write_text(folder / f"{name}.json", json.dumps(content | {"sha256": _digest(content)}))
     return state
 
 
@@ -143,19 +141,36 @@ def last_state(folder: Path) -> State:
     Raises:
         DamagedError: the file that says it is damaged.
     """
-    states = sorted(folder.glob("[0-9]*.json"))
-    if not states:
-        return State()
+    states = _states(folder)
+    return read_state(states[-1]) if states else State()
+
+
+def read_state(path: Path) -> State:
+    """How far a split was prepared when a shard was finished.
+
+    Raises:
+        DamagedError: the file is damaged.
+    """
     try:
-        return State(**json.loads(states[-1].read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"{states[-1]} is damaged; delete {folder}: it is prepared again") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("sha256") == _digest(content):
+            return State(**content)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise DamagedError(f"{path} is damaged; delete {path.parent}: it is prepared again")
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.json"))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def shard_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of every shard, as noted when it was written."""
-    states = sorted(folder.glob("[0-9]*.json"))
-    return {f"{path.stem}.arrow": json.loads(path.read_text(encoding="utf-8"))["file"] for path in states}
+    return {f"{path.stem}.arrow": read_state(path).file for path in _states(folder)}
 
 
 def open_shards(folder: Path) -> Dataset:

@@ -10,6 +10,7 @@ from common.progress import stage
 from lightning_modules.data.corpus import Corpus, find_corpus
 from lightning_modules.data.hub import hub_rows
 from lightning_modules.data.readers import READERS, check_percent, read_records
+from lightning_modules.loading import may_be_on_hub
 
 
 class _Part(NamedTuple):
@@ -93,9 +94,7 @@ class Source:
 def is_path(source: str) -> bool:
     """Whether a source names a file or folder: it exists, or it cannot be the name of a Hub dataset."""
     path = Path(source).expanduser()
-    return (
-        path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix.lower() in READERS
-    )
+    return path.exists() or not may_be_on_hub(source) or path.suffix.lower() in READERS
 
 
 def _name(path: Path) -> str:

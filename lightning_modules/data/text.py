@@ -46,7 +46,7 @@ class TextCorpus(TextDataModule):
         self.name = self.source.name
 
     def inputs(self) -> list[Path]:
-        """See ``PreparedData.inputs``."""
+        """See ``OrderedData.inputs``."""
         return self.source.inputs() + super().inputs()
 
     def source_key(self) -> Any:

@@ -39,7 +39,7 @@ def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
         tokenizer = loading.load_tokenizer(path_or_name)
     elif path.is_dir():
         tokenizer = _from_folder(path)
-    elif path.exists() or path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1:
+    elif path.exists() or not loading.may_be_on_hub(path_or_name):
         raise FileNotFoundError(f"tokenizer: no such folder: {path_or_name} (a folder with tokenizer.json is expected)")
     else:
         tokenizer = _from_hub(path_or_name)
@@ -132,6 +132,20 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def plain_backend(tokenizer: PreTrainedTokenizerBase, special_as_text: bool = True) -> Tokenizer:
+    """A copy of what encodes, without truncation and padding.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        special_as_text: "<|endoftext|>" written in a text is text about a token, and not the token itself.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = special_as_text
+    return backend
+
+
 class Encoder:
     """Turns documents into token ids, and can do so in several threads at once (the work is done outside Python).
 
@@ -141,11 +155,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.eos = np.array([tokenizer.eos_token_id], np.int32)
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        # "<|endoftext|>" written in a document is text about a token; only we place the token itself.
-        self._backend.encode_special_tokens = True
+        self._backend = plain_backend(tokenizer)
 
     def identity(self) -> str:
         """SHA-256 of everything that decides the ids (also normaliser and pre-tokeniser)."""

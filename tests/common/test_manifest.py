@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from common import manifest as manifests
 from common.files import check_output, replacing
 from common.manifest import DamagedError, check_manifest
 from tests.common.writers import write
@@ -41,6 +42,24 @@ def test_damage_is_noticed_and_the_file_named(damage, message, tmp_path):
     damage(tmp_path / "model/sub/weights")
     with pytest.raises(DamagedError, match=rf"sub/weights .*{message}|sub/weights {message}"):
         check_manifest(tmp_path / "model")
+
+
+def test_much_is_read_with_progress_each_file_once_and_the_damaged_one_named(tmp_path, monkeypatch, caplog):
+    with replacing(tmp_path / "out", "cache") as beside:
+        for number in range(20):
+            (beside / f"{number:02}").write_text(f"file {number}")
+    read = []
+    monkeypatch.setattr(manifests, "_sha256", lambda path, real=manifests._sha256: read.append(path.name) or real(path))
+    with caplog.at_level("INFO"):
+        check_manifest(tmp_path / "out")
+    assert not caplog.records and sorted(read) == [f"{number:02}" for number in range(20)]
+    monkeypatch.setattr(manifests, "_SILENT", 100)
+    with caplog.at_level("INFO"):
+        check_manifest(tmp_path / "out")
+    assert f"Checking {tmp_path / 'out'}" in caplog.text
+    (tmp_path / "out/13").write_text("FILE 13")
+    with pytest.raises(DamagedError, match="out/13 is not what was written"):
+        check_manifest(tmp_path / "out")
 
 
 def test_a_damaged_manifest_is_named(tmp_path):

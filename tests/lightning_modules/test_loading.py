@@ -1,6 +1,7 @@
 """One loader for folders, GGUF files and names, and what it says when something is wrong."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import gguf
 import pytest
 import torch
 
+from common import manifest
 from common.manifest import DamagedError
 from lightning_modules.block_sparsity.packed_model import write_packed
 from lightning_modules.block_sparsity.pruner import Pruner
@@ -165,6 +167,23 @@ def test_the_tokenizer_is_beside_the_weights_or_named_by_the_data(folder, tokeni
         for without in (None, SimpleNamespace(named_tokenizer=None)):
             with pytest.raises(ValueError, match=r"model has no tokenizer.*data\.tokenizer"):
                 load_tokenizer(folder, without)
+    assert load_tokenizer("nobody/model-without-one", data) is data.named_tokenizer  # the Hub has no tokenizer of it
+    with pytest.raises(FileNotFoundError, match="no model 'nobody/model-without-one'"):
+        load_tokenizer("nobody/model-without-one")
+
+
+def test_one_rank_of_a_node_reads_all_that_pare_wrote_and_every_rank_its_sizes(tmp_path, tokenizer, monkeypatch):
+    save(tmp_path / "model", tiny(), tokenizer, "# card")
+    read = []
+    monkeypatch.setattr(manifest, "_sha256", lambda path, real=manifest._sha256: read.append(path.name) or real(path))
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        read.clear()
+        load(tmp_path / "model")
+        assert read.count("model.safetensors") == times
+    os.truncate(tmp_path / "model/model.safetensors", 100)
+    with pytest.raises(DamagedError, match=r"model\.safetensors has 100 bytes"):
+        load(tmp_path / "model")
 
 
 def test_text_in_another_models_tokens_is_refused(tmp_path, tokenizer):

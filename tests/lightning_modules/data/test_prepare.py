@@ -1,30 +1,56 @@
 """Preparation: what it writes, and what is left after it was killed, refused or run twice at once."""
 
+import logging
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+import traceback
+from multiprocessing import get_context
 
 import pytest
+from lightning_utilities.core import rank_zero
 
 from lightning_modules.data.cache import cache_root
-from tests.lightning_modules.data.toy import Toy, sentences
-
-ROOT = Path(__file__).parents[3]
+from tests.lightning_modules.data.toy import Toy, hold_up, sentences
 
 
-def start(cache, hold_at, **popen):
-    command = [sys.executable, "-m", "tests.lightning_modules.data.toy", str(cache), str(cache / "log"), hold_at]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+def start(cache, hold_at, first=lambda: None):
+    """A forked process that prepares (see ``toy.hold_up``); what it says is in ``cache/said.PID``."""
+    process = get_context("fork").Process(target=_prepare, args=(cache, hold_at, first))
+    process.start()
+    return process
+
+
+def _prepare(cache, hold_at, first):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    said = cache / f"said.{os.getpid()}"
+    tell = said.open("a", buffering=1).write
+    rank_zero.log.handlers[:] = [logging.StreamHandler(said.open("a"))]
+    first()
+    try:
+        data = hold_up(cache, hold_at)
+        data.prepare_data()
+        data.setup("fit")
+        tell(f"blocks {data.describe()['blocks']}")
+    except BaseException as error:
+        tell("".join(traceback.format_exception_only(error)))
+        raise SystemExit(1) from None
+
+
+def said(cache, process):
+    return (cache / f"said.{process.pid}").read_text()
 
 
 def wait_for(condition, process):
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), process
         time.sleep(0.02)
+
+
+def kill(process):
+    process.kill()
+    process.join()
 
 
 def blocks(data):
@@ -78,8 +104,7 @@ def test_everything_that_matters_makes_another_cache(tmp_path):
 def test_killed_preparation_is_taken_up_again(tmp_path, hold_at, reads):
     process = start(tmp_path, hold_at)
     wait_for((tmp_path / "here").exists, process)
-    process.kill()
-    process.communicate()
+    kill(process)
     root = cache_root(str(tmp_path))
     assert list(root.glob("*/**/.*.partial*"))
     with pytest.raises(FileNotFoundError, match="no prepared data"):
@@ -97,44 +122,55 @@ def test_leftovers_of_a_dead_preparation_of_other_data_are_removed_and_living_on
     root = cache_root(str(tmp_path))
     Toy(cache_dir=str(tmp_path), documents=100).prepare_data()
     assert list(root.glob("*/**/.*.partial*")), "it still lives, and its files are its own"
-    dead.kill()
-    dead.communicate()
+    kill(dead)
     Toy(cache_dir=str(tmp_path), documents=101).prepare_data()
     assert not list(root.glob("*/**/.*.partial*"))
+
+
+def test_what_merely_looks_like_leftovers_is_not_deleted(tmp_path):
+    """The cache may lie in a folder that holds other things, as with ``cache_dir: .`` and a ``data`` of one's own."""
+    mine = cache_root(str(tmp_path)) / "mine" / "sub"
+    mine.mkdir(parents=True)
+    (mine / ".thesis.partial").write_text("ten years")
+    (mine.parent / ".thesis.partial.tex").write_text("ten years")
+    Toy(cache_dir=str(tmp_path)).prepare_data()
+    assert (mine / ".thesis.partial").exists() and (mine.parent / ".thesis.partial.tex").exists()
+    assert {path.name for path in mine.parent.iterdir()} == {"sub", ".thesis.partial.tex"}
 
 
 def test_two_preparations_at_once_do_the_work_once(tmp_path):
     first = start(tmp_path, "rows")
     wait_for((tmp_path / "here").exists, first)
     second = start(tmp_path, "nowhere")
-    line = second.stderr.readline()
-    while line and "Waiting for another process" not in line:
-        line = second.stderr.readline()
-    assert line, "the second never waited for the first"
+    wait_for((tmp_path / f"said.{second.pid}").exists, second)
+    wait_for(lambda: "Waiting for another process that prepares" in said(tmp_path, second), second)
     (tmp_path / "go").touch()
-    (out, err), (out2, err2) = first.communicate(), second.communicate()
-    assert (first.returncode, second.returncode) == (0, 0), err + err2
-    assert out == out2
+    first.join()
+    second.join()
+    one, other = (said(tmp_path, process) for process in (first, second))
+    assert (first.exitcode, second.exitcode) == (0, 0), one + other
+    assert one.splitlines()[-1] == other.splitlines()[-1] and "blocks {" in one
     assert (tmp_path / "log").read_text() == "read\n"
 
 
 def test_interrupt_leaves_only_finished_stages(tmp_path):
     process = start(tmp_path, "blocks")
     wait_for((tmp_path / "here").exists, process)
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode != 0
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 1 and "KeyboardInterrupt" in said(tmp_path, process)
     (folder,) = (path for path in cache_root(str(tmp_path)).iterdir() if path.is_dir())
-    assert {path.name for path in folder.iterdir()} == {"rows", "tokenizer", "val"}
+    assert {path.name for path in folder.iterdir()} == {"pare.json", "rows", "tokenizer", "val"}
     assert list((folder / "val").iterdir()) == []
 
 
 def test_full_disk_is_explained_and_leaves_nothing(tmp_path):
     # A limit on file size is met like a full disk: by a failing write in the middle.
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
-    process = start(tmp_path, "nowhere", preexec_fn=limit)
-    _, err = process.communicate()
-    assert process.returncode == 1
+    process = start(tmp_path, "nowhere", limit)
+    process.join()
+    assert process.exitcode == 1
+    err = said(tmp_path, process)
     assert "ValueError: cache_dir: cannot write the prepared data below" in err
     assert "make room and start again (what is finished is kept), or set cache_dir" in err
     assert not [path for path in cache_root(str(tmp_path)).iterdir() if path.is_dir()]
@@ -161,8 +197,7 @@ def test_cache_folder_that_may_not_be_written(tmp_path):
 def test_too_little_text(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         Toy(cache_dir=str(tmp_path), **change).prepare_data()
-    with pytest.raises(ValueError, match=message):  # and again, from what is finished
-        Toy(cache_dir=str(tmp_path), **change).prepare_data()
+    assert not list(cache_root(str(tmp_path)).iterdir()), "mended text is another cache, and nobody wants this one"
 
 
 def test_error_in_the_source_is_passed_on_and_leaves_nothing(tmp_path):

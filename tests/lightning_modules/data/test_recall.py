@@ -50,3 +50,22 @@ def test_places_of_facts_reach_over_the_whole_context():
 def test_more_than_fits_is_refused(options):
     with pytest.raises(ValueError, match="facts"):
         _data(**options)
+
+
+def test_a_run_goes_on_where_it_stopped_with_another_batch_size():
+    data, other = _data(), _data(batch_size=4)
+    straight = [batch["sample_id"].tolist() for _, batch in zip(range(4), data.train_dataloader(), strict=False)]
+    other.load_state_dict(data.state_dict() | {"samples": 16, "seed": data.position().seed})
+    assert next(iter(other.train_dataloader()))["sample_id"].tolist() == straight[2][:4]
+    assert data.state_dict()["data"] != _data(keys=17).state_dict()["data"]
+
+
+def test_it_is_tested_on_its_validation_samples_and_calibrated_on_training_ones():
+    data = _data(max_train_blocks=30)
+    for one, other in zip(data.test_dataloader(), data.val_dataloader(), strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+    assert [batch["sample_id"].tolist() for batch in data.calibration(10)] == [
+        [0, 3, 6, 9, 12, 15, 18, 21],
+        [24, 27],
+    ]
+    assert data.inputs() == []

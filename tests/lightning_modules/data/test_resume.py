@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from common import files
+from common import files, manifest
 from lightning_modules.data import blocks, rows, samples, shards
 from lightning_modules.data.cache import cache_root
 from lightning_modules.data.instruct import InstructData
@@ -54,13 +56,13 @@ def content(cache):
     }
 
 
-def run(kind, cache, target):
+def run(kind, cache, target, **change):
     """Prepare in a forked process that kills itself at the ``target``-th step; its exit code and steps."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         code = 1
         try:
-            os.write(writer, str(_prepare_and_die(kind, cache, target)).encode())
+            os.write(writer, str(_prepare_and_die(kind, cache, target, **change)).encode())
             code = 0
         finally:
             os._exit(code)
@@ -70,7 +72,7 @@ def run(kind, cache, target):
         return os.waitstatus_to_exitcode(status), file.read()
 
 
-def _prepare_and_die(kind, cache, target) -> int:
+def _prepare_and_die(kind, cache, target, documents=None) -> int:
     done = 0
 
     def step(work):
@@ -83,12 +85,15 @@ def _prepare_and_die(kind, cache, target) -> int:
 
         return working
 
-    # every file and folder gets its name by one of the first two, and reaches the disk by the third
-    for owner, name in ((Path, "replace"), (Path, "rename"), (files, "sync")):
+    # every file and folder gets its name by one of the first two, and reaches the disk by the others
+    for owner, name in ((Path, "replace"), (Path, "rename"), (files, "sync"), (manifest, "sync")):
         setattr(owner, name, step(getattr(owner, name)))
     for recipe in (blocks.BlockRecipe, samples.SampleRecipe):
         recipe.encode, recipe.pack = step(recipe.encode), step(recipe.pack)
-    make(kind, cache).prepare_data()
+    data = make(kind, cache)
+    if documents is not None:
+        data.documents = documents
+    data.prepare_data()
     return done
 
 
@@ -128,7 +133,7 @@ def test_finished_shards_are_not_tokenised_again(parent, kind, monkeypatch):
     cache = parent / f"{kind}-again"
     with pytest.raises(OSError, match="something breaks"):
         make(kind, cache).prepare_data()
-    kept = {name: data for name, data in content(cache).items() if "/rows/" not in name}
+    kept = {name: data for name, data in content(cache).items() if re.search(r"/(train|val|tokenizer)/", name)}
     assert [name for name in kept if name.endswith(".arrow")], "an exception deletes nothing that is finished"
     before, seen[:] = list(seen), [None] * 100
     make(kind, cache).prepare_data()
@@ -138,6 +143,58 @@ def test_finished_shards_are_not_tokenised_again(parent, kind, monkeypatch):
     assert done >= 3, "at least a shard of three chunks"
     make(kind, parent / f"{kind}-fresh").prepare_data()
     assert content(cache) == content(parent / f"{kind}-fresh")
+
+
+@pytest.mark.parametrize("kind", ["blocks", "samples"])
+def test_what_a_killed_run_left_half_written_is_no_part_of_the_cache(parent, kind):
+    _, steps = run(kind, parent / f"{kind}-straight", 0)
+    few = {"max_train_blocks": 1, "max_val_blocks": 1}
+    if kind == "samples":
+        few = {name.replace("blocks", "samples"): count for name, count in few.items()}
+    orphans = 0
+    for back in range(8, 24, 3):  # within the shards of the training split
+        cache = parent / f"{kind}-left-{back}"
+        code, _ = run(kind, cache, int(steps) - back)
+        assert code == -signal.SIGKILL
+        (folder,) = (path for path in cache_root(str(cache)).iterdir() if path.is_dir())
+        shards = {path.stem for path in (folder / "train").glob("0*.json")}
+        left = [p for p in folder.rglob("*") if "partial" in p.name or (p.suffix == ".arrow" and p.stem not in shards)]
+        orphans += any("train" in path.parts for path in left)
+        make(kind, cache, **few).prepare_data()
+        named = json.loads((folder / "pare.json").read_text())["files"]
+        assert all(re.fullmatch(r"(train|val)/\d+\.(arrow|json)|tokenizer/\w+\.json", name) for name in named)
+        assert all(name.replace(".arrow", ".json") in named for name in named)
+        assert not list(folder.rglob(".*")), "nothing half-written stays"
+        make(kind, cache).prepare_data()
+        assert content(cache) == content(parent / f"{kind}-straight")
+    assert orphans >= 2, "these kills prove nothing"
+
+
+def test_a_manifest_that_does_not_name_all_is_not_finished(tmp_path, monkeypatch):
+    """Killed after the last shard, before the manifest that says so."""
+    few = make("blocks", tmp_path, max_train_blocks=1, max_val_blocks=1)
+    few.prepare_data()
+    (folder,) = (path for path in cache_root(str(tmp_path)).iterdir() if path.is_dir())
+    before = (folder / "pare.json").read_bytes()
+    make("blocks", tmp_path).prepare_data()
+    (folder / "pare.json").write_bytes(before)
+    with pytest.raises(FileNotFoundError, match="no prepared data"):
+        make("blocks", tmp_path).setup("fit")
+    few.setup("fit")
+    flip(folder / "train/00001.arrow")
+    with pytest.raises(ValueError, match=r"train/00001\.arrow is not what was written .*; delete"):
+        make("blocks", tmp_path).prepare_data()
+
+
+def test_every_file_is_read_once_at_a_start(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(manifest, "_sha256", lambda path, real=manifest._sha256: read.append(path) or real(path))
+    make("blocks", tmp_path, max_train_blocks=50).prepare_data()
+    for arguments in ({"max_train_blocks": 50}, {}, {}):
+        read.clear()
+        named = [path for path in cache_root(str(tmp_path)).rglob("*") if path.suffix == ".arrow"]
+        make("blocks", tmp_path, **arguments).prepare_data()
+        assert sorted(path for path in read if path.suffix == ".arrow") == sorted(named)
 
 
 def test_only_what_is_wanted_is_tokenised_and_more_later(tmp_path, monkeypatch):
@@ -189,6 +246,80 @@ def test_a_source_that_changed_under_its_name_is_tokenised_anew(tmp_path):
     changed.setup("fit")
     text = changed.tokenizer.decode(changed.train[:]["input_ids"].flatten())
     assert sentences(7, 200)[1] in text and sentences(0, 200)[1] not in text
+
+
+def test_a_source_that_changed_under_its_name_leaves_nothing_of_the_old_wherever_it_is_killed(parent):
+    def documents():
+        # Validation is as before; training has other words, of which another tokenizer is made.
+        for i, text in enumerate(sentences(0, 60)):
+            yield "train" if i % 10 else "val", text.replace("stone", "pebbles") if i % 10 else text
+
+    code, _ = run("blocks", parent / "changed", 0, documents=documents)
+    assert code == 0
+    make("blocks", parent / "small", max_train_blocks=5, max_val_blocks=5).prepare_data()
+    _, steps = run("blocks", shutil.copytree(parent / "small", parent / "counted"), 0, documents=documents)
+    for target in range(1, int(steps), 9):
+        cache = shutil.copytree(parent / "small", parent / f"changed-{target}")
+        code, _ = run("blocks", cache, target, documents=documents)
+        assert code == -signal.SIGKILL
+        code, _ = run("blocks", cache, 0, documents=documents)
+        assert code == 0
+        assert content(cache) == content(parent / "changed")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_text_that_cannot_be_used_leaves_nothing_but_what_is_in_use(tmp_path, monkeypatch, known):
+    if known:
+        make("blocks", tmp_path, max_train_blocks=5, max_val_blocks=5).prepare_data()
+    before = content(tmp_path)
+    encode = blocks.BlockRecipe.encode
+
+    def refuses(self, rows):
+        if any(text.startswith("51 ") for (text,) in rows):
+            raise ValueError("this text cannot be used")
+        return encode(self, rows)
+
+    monkeypatch.setattr(blocks.BlockRecipe, "encode", refuses)
+    with pytest.raises(ValueError, match="this text cannot be used"):
+        make("blocks", tmp_path).prepare_data()
+    after = content(tmp_path)
+    assert before.items() <= after.items() and not [name for name in after if "/rows/" in name]
+    if not known:
+        assert not list(cache_root(str(tmp_path)).iterdir())
+    else:
+        make("blocks", tmp_path, max_train_blocks=5, max_val_blocks=5).setup("fit")
+
+
+@pytest.fixture(scope="module")
+def unfinished(parent):
+    """What an error amid the training split left."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_pieces(patch.setattr)
+        pack, packed = blocks.BlockRecipe.pack, []
+
+        def fails(self, *arguments):
+            packed.append(arguments)
+            if len(packed) == 10:
+                raise OSError("something breaks")
+            return pack(self, *arguments)
+
+        patch.setattr(blocks.BlockRecipe, "pack", fails)
+        with pytest.raises(OSError, match="something breaks"):
+            make("blocks", parent / "unfinished").prepare_data()
+    return parent / "unfinished"
+
+
+@pytest.mark.parametrize(
+    "name", ["rows/train.arrow", "tokenizer/tokenizer.json", "val/00000.arrow", "train/00000.arrow", "train/00000.json"]
+)
+def test_damage_to_what_a_broken_off_preparation_left_is_named(unfinished, tmp_path, name):
+    cache = shutil.copytree(unfinished, tmp_path / "cache")
+    (folder,) = (path for path in cache_root(str(cache)).iterdir() if path.is_dir())
+    flip(folder / name)
+    before = content(cache)
+    with pytest.raises(ValueError, match=rf"{name} .*; delete {folder}, and the data are prepared again"):
+        make("blocks", cache).prepare_data()
+    assert content(cache) == before
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
-"""A DataModule over made-up text, and a program that prepares it and can be held up or killed on the way."""
+"""A DataModule over made-up text, whose preparation can be held up on the way."""
 
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -43,10 +42,13 @@ def hold(marker: Path, release: Path) -> None:
         time.sleep(0.02)
 
 
-def main(cache: str, log: str, hold_at: str) -> None:
-    """Prepare, and stop at ``hold_at`` ("rows", "tokenizer", "blocks" or "nowhere") until ``cache/go`` exists."""
-    here, go = Path(cache) / "here", Path(cache) / "go"
-    data = Toy(cache_dir=cache, log=log, num_proc=1)
+def hold_up(cache: Path, hold_at: str) -> Toy:
+    """Data that stop at ``hold_at`` ("rows", "tokenizer", "blocks" or "nowhere") until ``cache/go`` exists.
+
+    For a process of its own, whose modules this changes.
+    """
+    here, go = cache / "here", cache / "go"
+    data = Toy(cache_dir=str(cache), log=str(cache / "log"), num_proc=1)
     if hold_at == "rows":
         original = data.documents
 
@@ -73,10 +75,4 @@ def main(cache: str, log: str, hold_at: str) -> None:
             return original(pieces, block_size)
 
         blocks.pack_blocks = pack
-    data.prepare_data()
-    data.setup("fit")
-    print(data.describe()["blocks"]["train"])
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return data
