@@ -93,7 +93,7 @@ def test_without_the_package_gguf_the_message_says_what_to_install(tmp_path, tok
     for name in [name for name in sys.modules if name == "gguf" or name.startswith("gguf.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match=r"model\.gguf.*pip install 'pare\[gguf\]'"):
+    with pytest.raises(ValueError, match=r"model\.gguf.*pip install -e '\.\[gguf\]'"):
         load(tmp_path / "model.gguf")
 
 
