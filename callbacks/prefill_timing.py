@@ -151,7 +151,9 @@ def placed(model: Any) -> dict[str, list[str]]:
 
 def everything(schedule: Schedule, model_layers: int) -> Schedule:
     """The same stages, but no token is dropped."""
-    return Schedule(layers=schedule.resolve(model_layers), keep=1.0, sinks=schedule.sinks, tail=schedule.tail)
+    whole = schedule.keeping(1.0)
+    whole.layers, whole.of = schedule.resolve(model_layers), "free"
+    return whole
 
 
 def read(model: Any, ids: Tensor) -> object:

@@ -42,7 +42,7 @@ SAVED = {0.9: 12.2, 0.8: 23.8, 0.7: 35.0}  # per cent of FLOPs, E-RECAP
 def run(records: Path, folder: Path) -> None:
     """Compute the bounds, and append a figure for each claim."""
     # what the scripts protect never exceeds a stage's budget
-    lines = list(bounds(QWEN2_7B, Schedule(tail=0.0), KEEP, (*SHORT, 32768)))
+    lines = list(bounds(QWEN2_7B, Schedule(first=4, step=3, of="prompt", tail=0.0, min_tail=16), KEEP, (*SHORT, 32768)))
     found = {(line["keep"], line["length"]): line["bound"] for line in lines}
     for keep, claimed in SPEED.items():
         bound = statistics.mean(found[keep, length] for length in SHORT)
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=3, help="layers from stage to stage")
     parser.add_argument("--tail", type=float, default=0.1, help="share of the prompt at its end that always stays")
     options = parser.parse_args()
-    schedule = Schedule(first=options.first, step=options.step, tail=options.tail)
+    schedule = Schedule(first=options.first, step=options.step, of="prompt", tail=options.tail, min_tail=16)
     for line in bounds(load_config(options.model), schedule, options.keep, options.lengths):
         print(json.dumps(line))
 

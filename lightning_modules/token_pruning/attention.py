@@ -1,7 +1,7 @@
 """Attention that the last tokens of rows pay, from projections alone, so that any kernel may run the model.
 
-Shape legend: B rows, N tokens, W last tokens, H hidden width, G key-value heads, R query heads that share one, D width
-of a head.
+Shape legend: B rows, N tokens, W last tokens, H hidden width, A query heads, G key-value heads, R query heads that
+share one, D width of a head.
 """
 
 import torch
@@ -13,7 +13,7 @@ from lightning_modules.token_pruning.anatomy import Anatomy, Rotary
 def tail_attention(
     parts: Anatomy, layer: int, hidden_BNH: Tensor, window: int, rotary: Rotary | None, real_BN: Tensor | None
 ) -> Tensor:
-    """Probabilities that the last tokens give to all tokens under the causal mask, mean over heads.
+    """Probabilities that the last tokens give to all tokens under the causal mask, head by head.
 
     Args:
         parts: The model.
@@ -24,7 +24,7 @@ def tail_attention(
         real_BN: False on padding; None when there is none. What padding among the last tokens asks means nothing.
 
     Returns:
-        float32 ``[B, W, N]``, on the device of the layer.
+        float32 ``[B, A, W, N]``, on the device of the layer.
     """
     last = None if rotary is None else (rotary[0][:, -window:], rotary[1][:, -window:])
     queries_BAWD = parts.queries(layer, hidden_BNH[:, -window:], last)
@@ -35,4 +35,4 @@ def tail_attention(
     hidden_keys = torch.ones(window, width, dtype=torch.bool, device=logits.device).triu(width - window + 1)
     if real_BN is not None:
         hidden_keys = hidden_keys | ~real_BN.to(logits.device)[:, None, None, None, :]
-    return logits.masked_fill(hidden_keys, torch.finfo(torch.float32).min).softmax(-1).mean((1, 2))
+    return logits.masked_fill(hidden_keys, torch.finfo(torch.float32).min).softmax(-1).flatten(1, 2)

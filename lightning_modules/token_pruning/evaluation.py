@@ -39,7 +39,8 @@ def pruned_nll(
         Sums in nats [B], numbers of response tokens [B], and what was pruned.
     """
     budget = Budget.of(schedule, model.config.num_hidden_layers, samples.prompt)
-    pruning = Pruning(scoring(model, samples, budget, scorer), samples.prompt, budget)
+    pool = 1 if isinstance(scorer, TokenPruner) else scorer.pool
+    pruning = Pruning(scoring(model, samples, budget, scorer), samples.prompt, budget, pool=pool)
     with layer_inputs(model, samples.real, pruning):
         logits = logits_of(model, samples.inputs())
     return *response_nll(logits, samples.labels), pruning

@@ -24,7 +24,7 @@ from lightning_modules.token_pruning.anatomy import Anatomy, anatomy, check_supp
 from lightning_modules.token_pruning.cache import Permit, PrunedCache, Stage
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
-from lightning_modules.token_pruning.selection import put, select, take
+from lightning_modules.token_pruning.selection import pooled, put, select, take
 from lightning_modules.token_pruning.serving import watched_generate
 
 _pruned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # decoders that have hooks now
@@ -222,6 +222,7 @@ class Prefill:
             self._real = real
         if not worth_it:
             return False
+        self._say_starved(max(lengths))
         stages = range(len(self.layers))
         self._budgets = [[self.schedule.budget(stage, length) for length in lengths] for stage in stages]
         if len(lengths) < rows:
@@ -242,6 +243,17 @@ class Prefill:
                 stacklevel=2,
             )
         return False
+
+    def _say_starved(self, length: int) -> None:
+        starved = self.schedule.starved(length, len(self.parts.layers))
+        if starved and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"of a prompt of {length} tokens the stages after layers {starved} keep only the "
+                f"{int(self.schedule.protected(length).sum())} protected ones (sinks, tail, spans): raise the "
+                'shares, shorten the tail, or set of="free"',
+                stacklevel=2,
+            )
 
     def _grow(self, cache: PrunedCache, mask: Tensor | None, given: Tensor) -> None:
         """Note the entries that this step appends behind every pruning point."""
@@ -314,10 +326,17 @@ class Prefill:
             raise ValueError(
                 f"{self.scorer!r} returned scores {tuple(scores.shape)} for tokens {tuple(hidden_BNH.shape[:2])}"
             )
-        index, self._real = select(scores.to(device), budgets, protected, real)
+        index, self._real = select(self._pooled(scores.to(device), protected, real), budgets, protected, real)
         self._protected = protected.expand(len(index), -1).gather(1, index)
         self._choices.append((index, self._real))
         return index, self._real
+
+    def _pooled(self, scores: Tensor, protected: Tensor, real: Tensor | None) -> Tensor:
+        left_out = protected.expand_as(scores) if real is None else protected | ~real
+        if self.scorer.asking:
+            left_out = left_out.clone()
+            left_out[:, -self.scorer.asking :] = True
+        return pooled(scores, self.schedule.pool or self.scorer.pool, left_out)
 
     def _repeat(self, hidden_BNH: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `_choose`: what was chosen when the prompt was read first, and all that was said since."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from math import ceil
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,24 +13,28 @@ class Schedule:
     """When to prune and how much to keep.
 
     A stage is one pruning point: tokens are dropped from the *output* of a layer, so that later layers never see them.
-    All shares are of the prompt's original length n; padding is no part of a prompt. With the defaults this is the
-    schedule of SDTP (arXiv 2504.04514): stages after layers 4, 7, 10, …, the s-th leaving keepˢ·n tokens.
+    Padding is no part of a prompt. With the defaults stages lie where those of SDTP (arXiv 2504.04514) lie in a model
+    of 28 layers, after layers 4, 7, 10, …, 25, at the same shares of any other model's depth; the s-th leaves keepˢ.
 
-    Always kept: the first `sinks` tokens, the last max(`min_tail`, `tail`·n), and `spans`. What is protected counts
-    towards the budget, and raises it where it is larger.
+    Always kept: the first `sinks` tokens, the last max(`min_tail`, `tail`·n) of a prompt of n tokens, and `spans`.
 
     Args:
         layers: Layers after which to prune, counted from 0, ascending; None takes `first`, `step` and `count`.
-        first: First layer, when `layers` is not given.
-        step: Distance between layers.
-        count: Number of stages; None takes as many as the model has room for.
-        keep: A number r keeps rˢ·n tokens after stage s = 1, 2, …; a list gives every stage's share of n, never rising.
+        first: First layer, when `layers` is not given; None takes 4/28 of the model's depth.
+        step: Distance between layers; None takes 3/28 of the model's depth.
+        count: Number of stages; None takes as many as the model has room for, at most 8 where `step` is None too.
+        keep: A number r keeps the share rˢ after stage s = 1, 2, …; a list gives every stage's share, never rising.
         tokens: Absolute budgets in place of `keep`: tokens that stay after every stage (a number), or after each (a
             list, never rising).
+        of: What shares and tokens are counted of. "free": of the tokens that may be dropped; what is protected stays
+            besides. "prompt": of the whole prompt, as published: what is protected counts towards the budget, and
+            raises it where it is larger.
         sinks: Tokens at the start that always stay (attention sinks).
         tail: Share of the prompt at its end that always stays.
         min_tail: Least number of tokens at the end that stay.
         spans: Further positions [start, end) of the prompt that always stay, such as a question or a chat template.
+        pool: Width of the mean over neighbouring tokens that scores are smoothed with before the best are chosen, odd;
+            1 leaves them as they are, None takes what suits the scorer. See `selection.pooled`.
 
     Raises:
         ValueError: A value outside its range, naming it.
@@ -38,18 +43,20 @@ class Schedule:
     def __init__(
         self,
         layers: list[int] | None = None,
-        first: int = 4,
-        step: int = 3,
+        first: int | None = None,
+        step: int | None = None,
         count: int | None = None,
         keep: float | list[float] = 0.7,
         tokens: int | list[int] | None = None,
+        of: Literal["free", "prompt"] = "free",
         sinks: int = 4,
         tail: float = 0.1,
-        min_tail: int = 16,
+        min_tail: int = 32,
         spans: list[tuple[int, int]] | None = None,
+        pool: int | None = None,
     ) -> None:
         self.layers, self.first, self.step, self.count = layers, first, step, count
-        self.keep, self.tokens = keep, tokens
+        self.keep, self.tokens, self.of, self.pool = keep, tokens, of, pool
         self.sinks, self.tail, self.min_tail, self.spans = sinks, tail, min_tail, spans
         self._check_layers()
         self._check_budgets()
@@ -57,12 +64,17 @@ class Schedule:
             raise ValueError(f"sinks must not be negative and tail must be within [0, 1], got {sinks} and {tail}")
         if min_tail < 1:
             raise ValueError(f"min_tail must be at least 1, got {min_tail}: the last token predicts the next one")
+        if of not in ("free", "prompt"):
+            raise ValueError(f'of must be "free" or "prompt", got {of!r}')
+        if pool is not None and (pool < 1 or pool % 2 == 0):
+            raise ValueError(f"pool must be odd and at least 1, got {pool}: as many neighbours on each side")
         for start, end in spans or ():
             if not 0 <= start < end:
                 raise ValueError(f"spans: [{start}, {end}) is no stretch of a prompt; give 0 ≤ start < end")
 
     def _check_layers(self) -> None:
-        if self.first < 0 or self.step < 1 or (self.count is not None and self.count < 1):
+        given = [value for value in (self.first, self.step, self.count) if value is not None]
+        if min(given, default=1) < 0 or 0 in (self.step, self.count):
             raise ValueError(f"first ≥ 0, step ≥ 1 and count ≥ 1, got {self.first}, {self.step} and {self.count}")
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
             raise ValueError(f"layers must be distinct and ascending, got {self.layers}")
@@ -94,11 +106,7 @@ class Schedule:
             ValueError: A layer outside the model, no room for a single stage, or lists of different lengths.
         """
         last = model_layers - 2  # after the last layer nothing is left to skip
-        if self.layers is not None:
-            chosen = list(self.layers)
-        else:
-            stop = last + 1 if self.count is None else self.first + self.step * self.count
-            chosen = list(range(self.first, stop, self.step))
+        chosen = list(self.layers) if self.layers is not None else self._by_depth(model_layers)
         fitting = [layer for layer in chosen if 0 <= layer <= last]
         if not chosen or fitting != chosen:
             raise ValueError(
@@ -110,8 +118,16 @@ class Schedule:
                 raise ValueError(f"{name} has {len(values)} values for {len(chosen)} stages (after layers {chosen})")
         return chosen
 
+    def _by_depth(self, model_layers: int) -> list[int]:
+        """Stages at the shares of a model's depth that SDTP takes of 28 layers, unless told otherwise."""
+        first = max(1, round(_FIRST * model_layers)) if self.first is None else self.first
+        step = max(1, round(_STEP * model_layers)) if self.step is None else self.step
+        if self.count is not None:
+            return list(range(first, first + step * self.count, step))
+        return list(range(first, model_layers - 1, step))[: _STAGES if self.step is None else None]
+
     def budget(self, stage: int, length: int) -> int:
-        """Tokens that stay after a stage.
+        """Tokens that stay after a stage, protected ones included.
 
         Args:
             stage: Stage index from 0.
@@ -120,12 +136,21 @@ class Schedule:
         Returns:
             Between 1 and `length`, and not less than what is protected.
         """
+        protected = int(self.protected(length).sum())
+        of = length - protected if self.of == "free" else length
         if self.tokens is not None:
             wanted = self.tokens[stage] if isinstance(self.tokens, list) else self.tokens
         else:
             share = self.keep[stage] if isinstance(self.keep, list) else self.keep ** (stage + 1)
-            wanted = ceil(share * length - 1e-9)  # 0.7·10 is 7.000…1 in floating point
-        return min(length, max(wanted, int(self.protected(length).sum())))
+            wanted = ceil(share * of - 1e-9)  # 0.7·10 is 7.000…1 in floating point
+        return protected + min(of, wanted) if self.of == "free" else min(length, max(wanted, protected))
+
+    def starved(self, length: int, model_layers: int) -> list[int]:
+        """The layers of those stages that keep nothing of such a prompt but what is protected."""
+        stages, protected = self.resolve(model_layers), int(self.protected(length).sum())
+        if protected >= length:
+            return stages
+        return [layer for stage, layer in enumerate(stages) if self.budget(stage, length) <= protected]
 
     def protected(self, length: int) -> Tensor:
         """Which tokens of a prompt always stay: bool `[length]`, on the CPU."""
@@ -143,16 +168,24 @@ class Schedule:
         return [budgets[sum(after < layer for after in stages)] for layer in range(model_layers)]
 
 
-PRESETS = {"keep09": 0.9, "keep08": 0.8, "keep07": 0.7}
-"""The three configurations of SDTP and E-RECAP: the share that each stage keeps of what it gets."""
+_FIRST, _STEP, _STAGES = 4 / 28, 3 / 28, 8
+
+_KEEP = {"09": 0.9, "08": 0.8, "07": 0.7}
+PRESETS = {f"keep{name}": {"keep": keep} for name, keep in _KEEP.items()} | {
+    f"sdtp{name}": {"layers": [4, 7, 10, 13, 16, 19, 22, 25], "keep": keep, "of": "prompt", "min_tail": 16}
+    for name, keep in _KEEP.items()
+}
+"""The three configurations of SDTP and E-RECAP by the share that each stage keeps of what it gets: "keep…" at the same
+shares of any model's depth, and "sdtp…" with the published layers and budgets of Qwen2-7B."""
 
 
 def preset(name: str, spans: Sequence[tuple[int, int]] = ()) -> Schedule:
-    """One of the published configurations: after layers 4, 7, 10, …, first 4 and last 10 % (at least 16) protected.
+    """One of `PRESETS`: the first 4 and the last 10 % of the tokens are protected.
 
     Raises:
         ValueError: There is none of this name.
     """
     if name not in PRESETS:
         raise ValueError(f"no schedule {name!r}; there are: {', '.join(PRESETS)}")
-    return Schedule(keep=PRESETS[name], spans=list(spans) or None)
+    arguments: dict[str, Any] = PRESETS[name]
+    return Schedule(**arguments, spans=list(spans) or None)

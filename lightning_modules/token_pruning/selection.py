@@ -1,4 +1,4 @@
-"""Which tokens stay: the best-scored up to a budget, protected ones first, their order unchanged.
+"""Which tokens stay: the best-scored stretches up to a budget, protected ones first, their order unchanged.
 
 Shape legend: B rows, N tokens before, K tokens after (of the row that keeps most).
 """
@@ -6,7 +6,32 @@ Shape legend: B rows, N tokens before, K tokens after (of the row that keeps mos
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def pooled(scores_BN: Tensor, width: int, left_out_BN: Tensor) -> Tensor:
+    """Mean of every token's score and its neighbours': what is kept is then stretches of text, not single tokens.
+
+    Attention marks the surroundings of what is asked for rather than each of its tokens (SnapKV, arXiv 2404.14469,
+    pools for the same reason). Sinks and asking tokens have scores of another size, which would smear over their
+    neighbours: they are left out of every mean, and keep their own score.
+
+    Args:
+        scores_BN: Of tokens that are there, in their order.
+        width: Tokens in the mean, odd; fewer at the ends and beside what is left out.
+        left_out_BN: Tokens that count for none but themselves, bool `[B or 1, N]`; padding among them.
+
+    Returns:
+        float32 `[B, N]`.
+    """
+    scores = scores_BN.float()
+    if width == 1:
+        return scores
+    counted = (~left_out_BN).float().expand_as(scores)
+    means = F.avg_pool1d((scores * counted).masked_fill(left_out_BN, 0.0)[:, None], width, 1, width // 2)[:, 0]
+    shares = F.avg_pool1d(counted[:, None], width, 1, width // 2)[:, 0]
+    return torch.where(left_out_BN, scores, means / shares.clamp_min(1e-9))
 
 
 def select(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.losses import normalise
 from lightning_modules.token_pruning.schedule import Schedule
-from lightning_modules.token_pruning.selection import select
+from lightning_modules.token_pruning.selection import pooled, select
 
 FLOOR = 1e-6
 """What a hard 0 is in the forward pass. The gradient of log m at m = FLOOR is large, the attention it multiplies is as
@@ -82,11 +82,13 @@ class Budget:
         stages: The layers after which tokens are dropped.
         tokens: By stage and row.
         protected: bool [B, N].
+        pool: Width of the mean over neighbours, see ``selection.pooled``; None takes what suits the scorer.
     """
 
     stages: list[int]
     tokens: list[list[int]]
     protected: Tensor
+    pool: int | None = None
 
     @classmethod
     def of(cls, schedule: Schedule, model_layers: int, prompt_BN: Tensor) -> "Budget":
@@ -97,7 +99,7 @@ class Budget:
         protected = torch.zeros_like(prompt_BN)
         for row, n in enumerate(lengths):
             protected[row, prompt_BN[row]] = schedule.protected(n).to(prompt_BN.device)
-        return cls(stages, tokens, protected)
+        return cls(stages, tokens, protected, schedule.pool)
 
 
 class Pruning:
@@ -113,9 +115,10 @@ class Pruning:
         temperature: None keeps or drops for good. A number brings the scores of each prompt to deviation 1, adds
             Gumbel noise of this size, drops by what comes out, and lets gradients through as if the mask were the
             sigmoid of the distance to the cut over the temperature.
+        pool: Width of the mean over neighbours that suits the scorer, where the budget names none.
 
     Attributes:
-        scores: Scores of each stage [B, N], without noise.
+        scores: Scores of each stage [B, N], without noise and before the mean over neighbours.
         alive: What each stage left, bool [B, N]; all tokens outside the prompts are.
     """
 
@@ -125,8 +128,10 @@ class Pruning:
         prompt_BN: Tensor,
         budget: Budget,
         temperature: float | None = None,
+        pool: int = 1,
     ) -> None:
         self.score, self.prompt, self.budget, self.temperature = score, prompt_BN, budget, temperature
+        self.pool = budget.pool or pool
         self.scores: dict[int, Tensor] = {}
         self.alive: dict[int, Tensor] = {}
         self._log_mask: Tensor | None = None
@@ -143,6 +148,7 @@ class Pruning:
         # layers may be on several devices; masks are where the prompt is
         scores = self.scores[layer] = self.score(layer, hidden_BNH).to(self.prompt.device)
         free = before & self.prompt & ~self.budget.protected
+        scores = self._pooled(scores, before & self.prompt, free)
         noisy = scores
         if self.temperature is not None:
             # noise is as large as what it disturbs: otherwise scores outgrow it, and nothing is tried any more
@@ -156,6 +162,14 @@ class Pruning:
         mask = torch.where(self.prompt, mask, 1.0)
         log_mask = torch.log(FLOOR + (1 - FLOOR) * mask)
         self._log_mask = log_mask if self._log_mask is None else self._log_mask + log_mask
+
+    def _pooled(self, scores: Tensor, there: Tensor, free: Tensor) -> Tensor:
+        """``selection.pooled`` over what is left: neighbours are those that the pruned prefill would have."""
+        if self.pool == 1:
+            return scores
+        order = (~there).to(torch.uint8).argsort(dim=1, stable=True)  # what is there first, in its order
+        means = pooled(scores.gather(1, order), self.pool, ~free.gather(1, order))
+        return torch.zeros_like(means).scatter(1, order, means)
 
 
 def keep_best(scores: Tensor, candidates: Tensor, protected: Tensor, tokens: list[int]) -> tuple[Tensor, Tensor]:

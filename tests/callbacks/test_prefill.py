@@ -68,7 +68,9 @@ def test_timing_compares_four_arms_and_records_them(tmp_path, capsys):
         (length, arm) for length in (60, 120) for arm in ("baseline", "pruned", "keep-1.0", "random")
     ]
     assert (
-        block["layers"] == [1, 3] and block["keep"] == 0.5 and block["scorer"] == {"name": "last_window", "window": 32}
+        block["layers"] == [1, 3]
+        and block["keep"] == 0.5
+        and block["scorer"] == {"name": "last_window", "window": 32, "heads": "max", "only": None}
     )
     assert block["kernels"] == ["aten._scaled_dot_product_flash_attention_for_cpu.default"]
     assert block["placement"] == {"devices": ["cpu"], "layers": ["cpu"] * LAYERS, "offloaded": []}
@@ -193,10 +195,10 @@ def test_survival_says_where_every_token_went():
         model(ids)
     fields = survival(run, _Letters())
     assert fields["layers"] == [1, 3] and len(fields["tokens"]) == 100
-    # recency keeps 4 sinks and the end: 50 tokens after the first stage, 25 after the second
-    assert fields["dropped_at"] == [None] * 4 + [0] * 50 + [1] * 25 + [None] * 21
+    # recency keeps 4 sinks, the last 32, and before them half and then a quarter of the 64 that may go
+    assert fields["dropped_at"] == [None] * 4 + [0] * 32 + [1] * 16 + [None] * 48
     out = io.StringIO()
     show(fields, Console(file=out, width=200))
     first = "".join(fields["tokens"][:4]) + f"[0:{fields['tokens'][4]}]"
-    assert out.getvalue().startswith(first) and "25 of 100 tokens stayed" in out.getvalue()
-    assert "stage 1, after layer 3: 25 tokens dropped" in out.getvalue()
+    assert out.getvalue().startswith(first) and "52 of 100 tokens stayed" in out.getvalue()
+    assert "stage 1, after layer 3: 16 tokens dropped" in out.getvalue()

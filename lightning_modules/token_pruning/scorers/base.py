@@ -40,10 +40,16 @@ class Scorer(Variant):
     Attributes (of the class):
         repeatable: Equal prompts get equal scores, alone or in a padded batch.
         oracle: Looks at what comes after the prompt: a ceiling, not a method.
+        pool: Width of the mean over neighbours that suits it, where the schedule names none. See `selection.pooled`.
+
+    Attributes:
+        asking: Tokens at the end of the prompt whose view the scores are, and which they therefore do not judge.
     """
 
     repeatable: bool = True
     oracle: bool = False
+    pool: int = 1
+    asking: int = 0
 
     @abstractmethod
     def score(self, hidden_BNH: Tensor, layer: int, context: Context) -> Tensor:

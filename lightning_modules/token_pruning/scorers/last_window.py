@@ -1,6 +1,6 @@
 """Keep what the end of the prompt attends to."""
 
-from typing import Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from lightning_modules.token_pruning.scorers.base import Context, Scorer
 
 
 class LastWindow(Scorer):
-    """Attention that the last tokens pay in the next layer, mean over these tokens and over heads.
+    """Attention that the last tokens pay in the next layer, mean over these tokens, joined over heads.
 
     The queries and keys are computed from the projections, as in SnapKV (arXiv 2404.14469) and PyramidDrop
     (arXiv 2410.17247), so that any attention kernel may run the model. `window` 1 is FastV's score
@@ -17,24 +17,59 @@ class LastWindow(Scorer):
 
     Args:
         window: Tokens at the end whose attention counts.
+        heads: "max" keeps what any head looks for, "mean" what all of them do.
+        only: Heads that count, by the layer that attends (the one after the pruning point); None, and layers that it
+            does not name, take all. `calibrate` finds those that retrieve.
+
+    Raises:
+        ValueError: A window below 1, another way to join heads, or a layer with no head.
     """
 
-    def __init__(self, window: int = 32) -> None:
+    pool = 9
+
+    def __init__(
+        self, window: int = 32, heads: Literal["max", "mean"] = "max", only: dict[int, list[int]] | None = None
+    ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        self.window = window
+        if heads not in ("max", "mean"):
+            raise ValueError(f'heads must be "max" or "mean", got {heads!r}')
+        if only is not None and not all(chosen and min(chosen) >= 0 for chosen in only.values()):
+            raise ValueError(f"only: at least one head, from 0 up, for each layer named; got {only}")
+        self.window, self.heads, self.only = window, heads, only
+
+    @property
+    def asking(self) -> int:  # type: ignore[override]
+        """See `Scorer`: the window."""
+        return self.window
 
     @classmethod
     def examples(cls) -> list[Self]:
         """See `Variant.examples`."""
-        return [cls(), cls(window=1)]
+        return [cls(), cls(window=1), cls(window=8, heads="mean"), cls(only={2: [1], 4: [0, 3]})]
+
+    def check(self, config: Any, layers: list[int]) -> None:
+        """See `Scorer.check`.
+
+        Raises:
+            ValueError: A head that the model does not have.
+        """
+        count = config.get_text_config().num_attention_heads
+        for layer, chosen in (self.only or {}).items():
+            if max(chosen) >= count:
+                raise ValueError(f"only: layer {layer} has {count} heads, {chosen} are not all among them")
 
     def score(self, hidden_BNH: Tensor, layer: int, context: Context) -> Tensor:
         """See `Scorer.score`."""
         window, real_BN = min(self.window, hidden_BNH.shape[1]), context.real
-        paid_BWN = tail_attention(context.anatomy, layer + 1, hidden_BNH, window, context.rotary, real_BN)
+        paid_BAWN = tail_attention(context.anatomy, layer + 1, hidden_BNH, window, context.rotary, real_BN)
+        if self.only is not None and layer + 1 in self.only:
+            paid_BAWN = paid_BAWN[:, self.only[layer + 1]]
         if real_BN is None:
-            return paid_BWN.mean(1).to(hidden_BNH.device)
-        asking_BW = real_BN[:, -window:].to(paid_BWN.device)  # padding inside the window of a short row asks nothing
-        total_BN = (paid_BWN * asking_BW[..., None]).sum(1)
-        return (total_BN / asking_BW.sum(-1, keepdim=True).clamp_min(1)).to(hidden_BNH.device)
+            paid_BAN = paid_BAWN.mean(2)
+        else:
+            asking_BW = real_BN[:, -window:].to(paid_BAWN.device)  # padding in the window of a short row asks nothing
+            total_BAN = (paid_BAWN * asking_BW[:, None, :, None]).sum(2)
+            paid_BAN = total_BAN / asking_BW.sum(-1).clamp_min(1)[:, None, None]
+        joined_BN = paid_BAN.amax(1) if self.heads == "max" else paid_BAN.mean(1)
+        return joined_BN.to(hidden_BNH.device)

@@ -38,7 +38,7 @@ class FutureAttention(Target):
             def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 call = dict(zip(parts.arguments, args, strict=False)) | kwargs
                 rotary = call.get("position_embeddings")
-                paid_BWN = tail_attention(parts, index, call["hidden_states"], window, rotary, samples.real)
+                paid_BWN = tail_attention(parts, index, call["hidden_states"], window, rotary, samples.real).mean(1)
                 received[index] = torch.einsum("bw,bwn->bn", share_BN[:, -window:].to(paid_BWN.device), paid_BWN)
 
             return before

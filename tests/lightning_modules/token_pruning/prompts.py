@@ -12,7 +12,9 @@ AFTER, N = [1, 3], 96
 
 
 def prompt_pruner(keep=0.7, scorer=None, **fields):
-    return PromptPruner(scorer or HiddenNorm(), Schedule(layers=AFTER, keep=keep, **fields))
+    return PromptPruner(
+        scorer or HiddenNorm(), Schedule(**{"layers": AFTER, "keep": keep, "of": "prompt", "min_tail": 16, **fields})
+    )
 
 
 def padded(rows):

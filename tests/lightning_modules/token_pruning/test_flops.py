@@ -33,7 +33,9 @@ def test_operations_of_a_known_model(qwen2_7b):
 )
 def test_bounds_of_the_published_schedule(qwen2_7b, name, at_4k, at_32k):
     keep = preset(name).keep
-    schedule = Schedule(keep=keep, tail=0.0)  # published without the floor that the tail sets to deep stages
+    schedule = Schedule(
+        keep=keep, of="prompt", tail=0.0
+    )  # published without the floor that the tail sets to deep stages
     scorer = MLP(TokenPruner(3584, schedule.resolve(28), width=1024))
     cost = Cost.of(qwen2_7b)
     assert cost.bound(4096, schedule, scorer) == pytest.approx(at_4k, abs=0.011)

@@ -209,6 +209,16 @@ def test_a_prompt_that_is_all_protected_is_left_alone_and_said_once():
         assert run.kept()[-1].sum(-1).tolist() == [20, 12]
 
 
+def test_stages_that_keep_only_what_is_protected_are_named_once():
+    model, pruner = shared(), prompt_pruner([0.7, 0.2])
+    with pruner.prefill(model):
+        with pytest.warns(UserWarning, match=r"96 tokens the stages after layers \[3\] keep only the 20 protected"):
+            model(tokens(1, 96))
+        model(tokens(1, 90))
+    with prompt_pruner([0.7, 0.2], of="free").prefill(model):
+        model(tokens(1, 96))
+
+
 def test_before_any_prompt_nothing_is_kept():
     with prompt_pruner().prefill(shared()) as run:
         assert run.kept().shape == (2, 0, 0)
@@ -229,6 +239,6 @@ def test_half_precision_prunes_generates_and_agrees_with_float32(dtype):
 
 @torch.no_grad()
 def test_protected_spans_survive_every_stage():
-    with prompt_pruner(0.2, spans=[(30, 45)]).prefill(shared()) as run:
+    with prompt_pruner(0.2, of="free", spans=[(30, 45)]).prefill(shared()) as run:
         shared()(tokens(2, N))
     assert run.kept()[:, :, [*range(4), *range(30, 45), *range(N - 16, N)]].all()

@@ -26,7 +26,7 @@ from lightning_modules.token_pruning.scorers.stride import UniformStride
 from tests.lightning_modules.token_pruning.models import HIDDEN, build, shared, tokens
 
 AFTER, N = [1, 3], 60
-SCHEDULE = Schedule(layers=AFTER, keep=0.6, tail=0.0, min_tail=5)
+SCHEDULE = Schedule(layers=AFTER, keep=0.6, of="prompt", tail=0.0, min_tail=5)
 # other tests may define scorers of their own
 KNOWN = [cls for cls in variants(Scorer) if cls.__module__.startswith("lightning_modules.")]
 EXAMPLES = [example for cls in KNOWN for example in cls.examples()]
@@ -54,6 +54,7 @@ class _Watched:
 
     def __init__(self, inner):
         self.inner, self.seen, self.prepare, self.check = inner, [], inner.prepare, inner.check
+        self.pool, self.asking = inner.pool, inner.asking
 
     def score(self, hidden_BNH, layer, context):
         self.seen.append((self.inner.score(hidden_BNH, layer, context), context, hidden_BNH, layer))
@@ -114,7 +115,7 @@ def test_recency_keeps_the_sinks_and_the_end():
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.7, 0.9])
 def test_uniform_stride_leaves_gaps_that_differ_by_one_at_most(keep):
-    schedule = Schedule(layers=[1], keep=keep, sinks=0, tail=0.0, min_tail=1)
+    schedule = Schedule(layers=[1], keep=keep, of="prompt", sinks=0, tail=0.0, min_tail=1)
     _, kept = _run(UniformStride(), tokens(1, 100), schedule=schedule)
     places = kept[0, 0, :99].nonzero().flatten()
     gaps = places.diff()
@@ -141,10 +142,44 @@ def test_last_window_is_the_attention_of_the_next_layer_under_any_kernel(family)
     ids[0, :6] = 5
     mask = (ids != 0).long()
     attentions = shared(family, "eager")(ids, attention_mask=mask, output_attentions=True).attentions
-    wanted = attentions[AFTER[0] + 1][:, :, -8:].mean((1, 2))
+    paid = attentions[AFTER[0] + 1][:, :, -8:].mean(2)
+    two = {AFTER[0] + 1: [0, 3]}
+    wanted = {
+        LastWindow(8, "mean"): paid.mean(1),
+        LastWindow(8, "max"): paid.amax(1),
+        LastWindow(8, "mean", two): paid[:, [0, 3]].mean(1),
+        LastWindow(8, "max", {AFTER[0]: [1]}): paid.amax(1),  # a layer that is not asked
+    }
     for kernel in ("sdpa", "eager"):
-        (scores, *_), _ = _run(LastWindow(window=8), ids, mask, shared(family, kernel))[0]
-        torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-4)
+        for scorer, scores in wanted.items():
+            (got, *_), _ = _run(scorer, ids, mask, shared(family, kernel))[0]
+            torch.testing.assert_close(got, scores, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_that_the_model_does_not_have_is_named():
+    with pytest.raises(ValueError, match=r"layer 2 has 4 heads, \[1, 4\]"):
+        PromptPruner(LastWindow(only={2: [1, 4]}), SCHEDULE).check(shared().config)
+    for arguments, name in (({"window": 0}, "window"), ({"heads": "sum"}, "heads"), ({"only": {1: []}}, "only")):
+        with pytest.raises(ValueError, match=name):
+            LastWindow(**arguments)
+
+
+@torch.no_grad()
+def test_neighbours_count_unless_protected_or_asking():
+    ids, scorer = tokens(1, N), LastWindow(window=8)
+    schedule = Schedule(layers=[1], keep=0.4, tail=0.0, min_tail=5, sinks=2, pool=5)
+    (scores, *_), *_ = _run(scorer, ids, schedule=schedule)[0]
+    wanted = [
+        scores[0, [j for j in range(i - 2, i + 3) if 2 <= j < N - 8]].mean() if 2 <= i < N - 8 else scores[0, i]
+        for i in range(N)
+    ]
+    ranked = torch.stack(wanted)
+    ranked[:2] = ranked[-5:] = torch.inf
+    _, kept = _run(scorer, ids, schedule=schedule)
+    assert kept[0, 0].sum() == schedule.budget(0, N) == 7 + 22
+    assert kept[0, 0].nonzero().flatten().tolist() == ranked.topk(29).indices.sort().values.tolist()
+    _, alone = _run(scorer, ids, schedule=Schedule(layers=[1], keep=0.4, tail=0.0, min_tail=5, sinks=2, pool=1))
+    assert not torch.equal(kept, alone)
 
 
 def test_duplication_drops_a_copy_and_keeps_what_is_alone():
@@ -202,7 +237,7 @@ def test_leave_one_out_is_what_dropping_one_token_costs():
         for token in (4, 9, 15):
             scorer = Drop()
             scorer.token = token
-            schedule = Schedule(layers=[1], tokens=23, sinks=0, tail=0.0, min_tail=1)
+            schedule = Schedule(layers=[1], tokens=23, of="prompt", sinks=0, tail=0.0, min_tail=1)
             with PromptPruner(scorer, schedule).prefill(model):
                 nll, _ = response_nll(model(samples.input_ids).logits, samples.labels)
             torch.testing.assert_close(worth[:, token], nll - whole, atol=1e-4, rtol=1e-4)
@@ -212,7 +247,7 @@ def test_leave_one_out_is_what_dropping_one_token_costs():
 def test_oracles_keep_what_they_saw_to_matter(oracle):
     assert isinstance(oracle, Oracle)
     model, samples = shared(), _samples()
-    schedule = Schedule(layers=AFTER, keep=[0.75, 0.5], sinks=0, tail=0.0, min_tail=6)
+    schedule = Schedule(layers=AFTER, keep=[0.75, 0.5], of="prompt", sinks=0, tail=0.0, min_tail=6)
     oracle.look(model, samples, AFTER)
     _, kept = _run(oracle, samples.input_ids, schedule=schedule)
     values = oracle.measure(model, samples, AFTER)[1]

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from lightning_modules.token_pruning.evaluation import pruned_nll
+from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
 from lightning_modules.token_pruning.soft_mask import FLOOR, Budget, Pruning, keep_best, layer_inputs
 from tests.lightning_modules.token_pruning.models import LAYERS, build, shared, tokens
 
@@ -57,6 +60,18 @@ def test_masked_equals_layers_run_by_hand_on_the_tokens_left():
     torch.testing.assert_close(masked[:, places], dropped, rtol=1e-4, atol=1e-4)
     whole = model(samples.input_ids).logits
     assert (whole[:, -1] - dropped[:, -1]).abs().max() > 0.1  # the tokens dropped do matter here
+
+
+@torch.no_grad()
+def test_pooled_scores_choose_what_the_pruned_prefill_chooses():
+    model, samples = shared("llama"), _samples(rows=1, length=60)
+    schedule, scorer = Schedule(layers=[1, 3], keep=0.5, sinks=2, tail=0.0, min_tail=3, pool=5), HiddenNorm()
+    _, _, masked = pruned_nll(model, samples, schedule, scorer)
+    with PromptPruner(scorer, schedule).prefill(model) as run:
+        model(samples.input_ids[:, :54])
+    assert torch.equal(torch.stack([masked.alive[layer][:, :54] for layer in (1, 3)]), run.kept())
+    single = pruned_nll(model, samples, Schedule(layers=[1, 3], keep=0.5, sinks=2, tail=0.0, min_tail=3), scorer)[2]
+    assert not torch.equal(single.alive[3], masked.alive[3])
 
 
 @torch.no_grad()
