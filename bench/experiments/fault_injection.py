@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import ROOT, say
+from bench.experiments.runs import ROOT, claim, say
 from bench.faults import flips, kills
 from bench.faults.scenarios import SCENARIOS, make_inputs, make_sparse
 from bench.tables import figures
@@ -35,12 +35,12 @@ FLIPS = 100
 
 def run(records: Path, folder: Path) -> None:
     """Do what is missing and append the figures."""
-    folder.mkdir(parents=True, exist_ok=True)
+    commit = claim(folder)
     inputs = prepare(folder)
     chains = list(killed(folder, inputs))
-    _kills(records, chains)
-    _flips(records, flips.all_flips(flips.artifacts(folder), FLIPS, seed=1))
-    _inputs(records, *property_tests())
+    _kills(records, commit, chains)
+    _flips(records, commit, flips.all_flips(flips.artifacts(folder), FLIPS, seed=1))
+    _inputs(records, commit, *property_tests())
 
 
 def prepare(folder: Path) -> Path:
@@ -96,7 +96,7 @@ def killed(
             yield found.line()
 
 
-def _kills(records: Path, chains: list[dict[str, Any]]) -> None:
+def _kills(records: Path, commit: str | None, chains: list[dict[str, Any]]) -> None:
     total = sum(len(one["kills"]) for one in chains)
     faults = [f"{one['scenario']}, seed {one['seed']}: {fault}" for one in chains for fault in one["faults"]]
     all_kills = [kill for one in chains for kill in one["kills"]]
@@ -104,6 +104,7 @@ def _kills(records: Path, chains: list[dict[str, Any]]) -> None:
     saving = sum("saving" in kill for kill in all_kills)
     _figure(
         records,
+        commit,
         figure="fault-kills",
         what=f"results lost, wrong, or processes left after {total} random kills ({_counts(by_signal)}; "
         f"{saving} while saving) of {len(SCENARIOS)} commands",
@@ -117,6 +118,7 @@ def _kills(records: Path, chains: list[dict[str, Any]]) -> None:
         if mine:
             _figure(
                 records,
+                commit,
                 figure=f"fault-kills-{name.replace(' ', '-')}",
                 what=f"the same, `{name}`: {sum(len(one['kills']) for one in mine)} kills in {len(mine)} chains",
                 value=sum(len(one["faults"]) for one in mine),
@@ -126,11 +128,12 @@ def _kills(records: Path, chains: list[dict[str, Any]]) -> None:
             )
 
 
-def _flips(records: Path, found: list[flips.Flip]) -> None:
+def _flips(records: Path, commit: str | None, found: list[flips.Flip]) -> None:
     missed = [one for one in found if not one.noticed]
     kinds = Counter(one.kind for one in found)
     _figure(
         records,
+        commit,
         figure="fault-flips",
         what=f"flipped bits in {len(found)} random places ({_counts(kinds)}) not noticed, or not with the file's name",
         value=len(missed),
@@ -157,9 +160,10 @@ def property_tests() -> tuple[int, int]:
     return tried, int(failed[1]) if failed else 0
 
 
-def _inputs(records: Path, tried: int, failed: int) -> None:
+def _inputs(records: Path, commit: str | None, tried: int, failed: int) -> None:
     _figure(
         records,
+        commit,
         figure="fault-inputs",
         what=f"property tests that fail on {tried:,} generated inputs to every parser",
         value=failed,
@@ -173,5 +177,6 @@ def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
-def _figure(records: Path, **fields: Any) -> None:
-    figures.append(records, unit="", command=COMMAND, **fields)
+def _figure(records: Path, commit: str | None, details: dict[str, Any], **fields: Any) -> None:
+    details = {"measured_at": commit, **details}
+    figures.append(records, unit="", command=COMMAND, details=details, **fields)

@@ -2,18 +2,23 @@
 
 Small samples, so read ratios, not digits. Each text is cut in two: the first half is calibrated on (a mixture of all
 texts), the second evaluated on. Nothing is trained. Runs that are finished in a `--folder` are not repeated.
+
+The records of this repository are of one model: figures of another go to a file of their own (`--records`).
 """
 
 import json
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import run_main, say
+from bench.experiments.runs import claim, run_main, say
 from bench.tables import figures
 from common.records import record
 from lightning_modules.data.readers import document_text, read_records
+from lightning_modules.loading import load_tokenizer
+from lightning_modules.token_pruning.quality.tasks import longbench_windows
 
 RECORDS = "real_model.jsonl"
 COMMAND = "python -m bench experiment real_model --model FOLDER --texts NAME=FILE,NAME=FILE"
@@ -22,6 +27,7 @@ STRUCTURED, BLOCKS = "configs/structured_pruning/prune.yaml", "configs/block_spa
 QUALITY = "configs/token_pruning/quality.yaml"
 SCHEDULE: dict[str, Any] = {"layers": [4, 7, 10], "keep": 0.7}
 LENGTH, REPEATS = 1024, 5
+LONGEST_PROMPT = 4096
 _PERPLEXITY = re.compile(r"val/ppl\s+│\s+([\d.]+)")
 WHAT = {
     "structured-25": "a quarter of the decoder's parameters removed as whole heads and channels",
@@ -50,9 +56,10 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
         texts: Texts by name.
 
     Raises:
-        ValueError: A text too short to be cut in two.
+        ValueError: A text too short to be cut in two, records of another model, or a folder that ``claim`` refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_records(records, model)
+    commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
     held_out = _halves(folder, texts)
     options = {name: _data(folder, model, path) for name, path in held_out.items()}
     first, *others = options
@@ -79,8 +86,19 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
             ppl[arm][name] = _validated(folder / arm / name, BLOCKS, *options[name], *place)
     for arm, what in WHAT.items():
         for name in options:
-            _perplexity(records, model, arm, what, name, dense[name], ppl[arm][name], done["git_commit"])
-    _tokens(records, folder, model, options[first], held_out[first])
+            _perplexity(records, model, arm, what, name, dense[name], ppl[arm][name], commit)
+    _tokens(records, folder, model, options[first], held_out[first], commit)
+
+
+def _check_records(records: Path, model: Path) -> None:
+    """Refuse a file with figures of another model: the newest of a name stands, so these would stand for those."""
+    found = record.read(records)[0] if records.exists() else []
+    others = {name for one in found if (name := one.get("details", {}).get("model")) not in (None, model.name)}
+    if others:
+        raise ValueError(
+            f"{records} has figures of {', '.join(sorted(others))}, and these would be of {model.name}: give another "
+            "file (--records runs/mine.jsonl)"
+        )
 
 
 def _halves(folder: Path, texts: Mapping[str, Path]) -> dict[str, Path]:
@@ -124,7 +142,7 @@ def _validated(folder: Path, config: str, *arguments: str) -> float:
 
 
 def _perplexity(
-    records: Path, model: Path, arm: str, what: str, text: str, before: float, after: float, commit: str
+    records: Path, model: Path, arm: str, what: str, text: str, before: float, after: float, commit: str | None
 ) -> None:
     figures.append(
         records,
@@ -144,13 +162,13 @@ def _perplexity(
             "evaluated_tokens": BLOCK * EVALUATION_BLOCKS,
             "calibration_tokens": BLOCK * CALIBRATION_BLOCKS,
             "block_size": BLOCK,
-            "pruned_at": commit,  # a finished run of before may stand in the folder
+            "measured_at": commit,
         },
     )
 
 
-def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], text: Path) -> None:
-    """Speed of pruned prefill with a scorer that is not trained, and which planted facts can still be told."""
+def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], text: Path, commit: str | None) -> None:
+    """Speed of pruned prefill with a scorer that is not trained, and which tokens of planted answers are left."""
     timed = {
         "class_path": "PrefillTiming",
         "init_args": {
@@ -175,12 +193,14 @@ def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], tex
         target="report",
         reached=None,
         command=COMMAND,
-        details={"model": model.name, **arm},
+        details={"model": model.name, "measured_at": commit, **arm},
     )
     needles = folder / "needles.json"
     samples = _needles(json.loads(text.read_text())[0]["text"])
     needles.write_text(json.dumps(samples))
+    length = _median_length(needles, load_tokenizer(model))
     asked = ["--model.tasks", '["longbench"]', "--model.longbench", str(needles), "--model.windows", str(len(samples))]
+    asked += ["--model.max_prompt", str(LONGEST_PROMPT)]
     asked += ["--model.keep", json.dumps([SCHEDULE["keep"]])]
     scorers = json.dumps([{"class_path": "LastWindow"}, {"class_path": "Random"}])
     schedule = ("--model.schedule.init_args.layers", json.dumps(SCHEDULE["layers"]))
@@ -193,16 +213,24 @@ def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], tex
         figures.append(
             records,
             figure=f"needles-{row['scorer']}",
-            what=f"tokens of {len(samples)} answers planted in prompts of about 650 tokens that the pruned model ranks "
-            f"first, of those that the unpruned one does ({100 * whole['accuracy']:.0f} %); `{row['scorer']}`, "
-            "the same schedule",
+            what=f"tokens of {len(samples)} answers planted in prompts of {length} tokens (median) that the pruned "
+            f"model ranks first, of those that the unpruned one does ({100 * whole['accuracy']:.0f} %); "
+            f"`{row['scorer']}`, the same schedule",
             value=100 * row["accuracy"] / whole["accuracy"],
+            # half of its 95 % interval; that of the unpruned model, which is the same in all rows, is not in it
+            spread=100 * (row["accuracy_high"] - row["accuracy_low"]) / 2 / whole["accuracy"],
             unit="%",
             target="report",
             reached=None,
             command=COMMAND,
-            details={"model": model.name, "unpruned": whole, **row},
+            details={"model": model.name, "measured_at": commit, "prompt_tokens": length, "unpruned": whole, **row},
         )
+
+
+def _median_length(samples: Path, tokenizer: Any) -> int:
+    """Tokens of a prompt, as the task makes it of a sample."""
+    windows = longbench_windows(samples, tokenizer, LONGEST_PROMPT)
+    return round(statistics.median(window.prompt.shape[1] for window in windows))
 
 
 def _needles(text: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Running `main.py` for an experiment and reading what it left behind."""
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.records import record
+from common.files import write_text
+from common.records import machine, record
 
 ROOT = Path(__file__).parents[2]
 BOOKS = ROOT.parent / "shared/data/books"
@@ -30,6 +32,55 @@ class Run:
     record: dict[str, Any]
     losses: dict[int, float]
     wall_s: float
+
+
+def claim(folder: Path, *inputs: Path, **asked: Any) -> str | None:
+    """Make a working folder that of one experiment: what is finished in it may then be taken instead of run again.
+
+    Args:
+        folder: Made when missing. ``asked.json`` in it says what the runs in it are of.
+        inputs: Files and folders whose content the runs depend on.
+        asked: What else they depend on, JSON-able.
+
+    Returns:
+        The commit that the runs are of, for the figures' details; None outside a checkout.
+
+    Raises:
+        ValueError: The folder has runs of another commit, changed code, other inputs or arguments, or of nobody knows.
+    """
+    commit = machine.git_state()["git_commit"]
+    changes = ("git", "diff", "HEAD", "--", ".", ":(exclude)docs", ":(exclude)*.md")
+    changed = subprocess.run(changes, cwd=ROOT, capture_output=True, check=False).stdout
+    mine = {
+        "commit": commit,
+        "uncommitted changes": hashlib.sha256(changed).hexdigest(),
+        "inputs": {str(path): _content(path) for path in inputs},
+        "arguments": json.loads(json.dumps(asked)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    said = folder / "asked.json"
+    if said.is_file():
+        before = json.loads(said.read_text(encoding="utf-8"))
+        others = [name for name, value in mine.items() if before.get(name) != value]
+        if others:
+            raise ValueError(
+                f"{folder} has runs of another state ({', '.join(others)}): give another --folder, or delete this one"
+            )
+    elif any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty, and nothing says what its runs are of: give another --folder")
+    write_text(said, json.dumps(mine, indent=1) + "\n")
+    return str(commit) if commit is not None else None
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as content:
+                part = hashlib.file_digest(content, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(path)} {part}\n".encode())
+    return digest.hexdigest()
 
 
 def main_py(*arguments: str) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.experiments.runs import BOOKS, json_lines, say
+from bench.experiments.runs import BOOKS, claim, json_lines, say
 from bench.tables import figures
 from common.progress import stage
 from common.randomness import run_seed
@@ -50,6 +50,7 @@ def run(records: Path, folder: Path, model: Path) -> None:
     A seed that is finished in a `--folder` is not measured again.
     """
     command = f"python -m bench experiment structured_ablation --model {model.name}"
+    commit = claim(folder, model, BOOKS / "train.json", BOOKS / "valid.json")
     found: dict[Cell, list[dict[str, Any]]] = {}
     dense = 0.0
     for seed in SEEDS:
@@ -62,9 +63,10 @@ def run(records: Path, folder: Path, model: Path) -> None:
             say(f"seed {seed}, {', '.join(map(str, cell))}: perplexity {line['ppl']:.2f}, {line['ppl_recovered']:.2f}")
     for cell, lines in found.items():
         for field, when in (("ppl", "before"), ("ppl_recovered", f"after {RECOVERY_STEPS} steps of")):
-            _cell(records, cell, [line[field] for line in lines], when, dense, command)
+            _cell(records, cell, [line[field] for line in lines], when, dense, command, commit)
     for budget in BUDGETS:
-        _orderings(records, {cell: [line["ppl"] for line in lines] for cell, lines in found.items()}, budget, command)
+        ppl_of = {cell: [line["ppl"] for line in lines] for cell, lines in found.items()}
+        _orderings(records, ppl_of, budget, command, commit)
 
 
 def _lines(model: Path, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -76,14 +78,15 @@ def _lines(model: Path, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
     arguments = ["--model", str(model), "--train", str(BOOKS / "train.json"), "--val", str(BOOKS / "valid.json")]
     arguments += ["--seed", str(seed)]
     lines = []
-    folder.mkdir(parents=True, exist_ok=True)
     for line in json_lines(__name__, *arguments, log=folder / f"seed-{seed}.log"):
         lines.append(line)
         yield line
     finished.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
-def _cell(records: Path, cell: Cell, ppl: list[float], when: str, dense: float, command: str) -> None:
+def _cell(
+    records: Path, cell: Cell, ppl: list[float], when: str, dense: float, command: str, commit: str | None
+) -> None:
     importance, allocation, budget = cell
     figures.append(
         records,
@@ -104,11 +107,12 @@ def _cell(records: Path, cell: Cell, ppl: list[float], when: str, dense: float, 
             "ppl": ppl,
             "seeds": list(SEEDS),
             "dense_ppl": dense,
+            "measured_at": commit,
         },
     )
 
 
-def _orderings(records: Path, found: dict[Cell, list[float]], budget: float, command: str) -> None:
+def _orderings(records: Path, found: dict[Cell, list[float]], budget: float, command: str, commit: str | None) -> None:
     """Whether grouping matters as expected, criterion and budget held fixed, and whether allocation does."""
     ppl = {cell: statistics.mean(values) for cell, values in found.items()}
     aligned, misaligned, truncated = (
@@ -131,7 +135,7 @@ def _orderings(records: Path, found: dict[Cell, list[float]], budget: float, com
             target=target,
             reached=ratio >= least if least > 1 else ratio > least,
             command=command,
-            details={"corpus": BOOKS.name},
+            details={"corpus": BOOKS.name, "measured_at": commit},
         )
 
 

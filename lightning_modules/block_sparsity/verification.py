@@ -46,6 +46,7 @@ def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.d
             raise ValueError(f"{name}: the packed weights differ from the pruned model's")
         if matrix in kept and (found[~kept[matrix][1]] != 0).any():
             raise ValueError(f"{name}: a pruned weight is not zero after unpacking")
+    bad = violations(pruner.matrices, pruner.keep)  # while weights and masks are on one device
     batch = next(iter(data.val_dataloader()))
     pruned = logits(model.to(device), batch)
     plain = logits(expanded.to(device), batch)
@@ -57,5 +58,5 @@ def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.d
         "weights_equal": True,
         "logits_equal": bool(apart == 0),
         "logits_change": float((plain - pruned).abs().max()),
-        "violations": violations(pruner.matrices, pruner.keep),
+        "violations": bad,
     }

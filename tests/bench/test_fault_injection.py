@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from bench.experiments.fault_injection import killed
+from bench.experiments.fault_injection import killed, run
 from bench.faults import flips, kills
 from bench.faults.scenarios import SCENARIOS
 
@@ -42,6 +42,12 @@ def test_a_flipped_bit_is_noticed_and_its_file_named(chains):
     for artifact in artifacts:
         artifact.load(artifact.path)
     assert [one for one in flips.all_flips(artifacts, 12, seed=1) if not one.noticed] == []
+
+
+def test_chains_of_another_state_of_the_code_are_not_taken(tmp_path):
+    (tmp_path / "chains.jsonl").touch()
+    with pytest.raises(ValueError, match="nothing says what its runs are of"):
+        run(tmp_path / "records.jsonl", tmp_path)
 
 
 def test_what_differs_is_a_fault(tmp_path):

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from bench.experiments import real_model
+from lightning_modules.data.tokenizer import train_bpe
+from lightning_modules.token_pruning.quality.tasks import longbench_windows
 
 
 def test_texts_are_cut_in_two(tmp_path):
@@ -26,6 +28,24 @@ def test_needles_stand_in_their_context_at_both_depths():
         assert sample["answers"][0] in sample["context"] and sample["answers"][0] not in sample["input"]
     places = [sample["context"].index(sample["answers"][0]) / len(sample["context"]) for sample in samples]
     assert max(places[::2]) < 0.4 < min(places[1::2])
+
+
+def test_the_length_of_a_prompt_is_measured(tmp_path):
+    tokenizer = train_bpe(["nothing happened here. "] * 50, 270)
+    (tmp_path / "n.json").write_text(json.dumps(real_model._needles("Nothing happened here. " * 100)))
+    lengths = [w.prompt.numel() for w in longbench_windows(tmp_path / "n.json", tokenizer, 4096)]
+    assert min(lengths) <= real_model._median_length(tmp_path / "n.json", tokenizer) <= max(lengths)
+
+
+def test_figures_of_another_model_do_not_replace_those_of_the_records(tmp_path):
+    records, model = tmp_path / "real_model.jsonl", tmp_path / "mine"
+    real_model._perplexity(records, tmp_path / "smollm2", "two-four", "2:4", "novel", 10.0, 20.0, "abc")
+    before = records.read_bytes()
+    with pytest.raises(ValueError, match=r"has figures of smollm2, .* of mine: give another file \(--records"):
+        real_model.run(records, tmp_path / "work", model, {"one": tmp_path / "a.json"})
+    assert records.read_bytes() == before and not (tmp_path / "work").exists()
+    real_model._check_records(records, tmp_path / "smollm2")
+    real_model._check_records(tmp_path / "none.jsonl", model)
 
 
 def test_a_validation_is_read_or_run_once(tmp_path, monkeypatch):

@@ -1,4 +1,9 @@
-"""What a measuring program prints is read as it comes, and its failure is told with the command and its last output."""
+"""What a measuring program prints is read as it comes, and its failure is told with the command and its last output.
+
+What is finished is taken again only where it is of the same code, inputs and arguments.
+"""
+
+import subprocess
 
 import pytest
 
@@ -42,3 +47,41 @@ def test_json_lines_stops_the_program_with_its_reader(program, tmp_path):
     lines = runs.json_lines(program, "wait", log=tmp_path / "log")
     next(lines)  # it comes although the program goes on for ten minutes
     lines.close()  # returns once the program has ended
+
+
+def test_a_folder_belongs_to_one_state_of_code_inputs_and_arguments(tmp_path, monkeypatch):
+    folder, model = tmp_path / "work", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    state = {"git_commit": "abc"}
+    monkeypatch.setattr(runs.machine, "git_state", lambda: state)
+    assert runs.claim(folder, model, seeds=(1, 2)) == "abc"
+    (folder / "result").touch()
+    assert runs.claim(folder, model, seeds=(1, 2)) == "abc"  # finished runs are there to be taken
+    with pytest.raises(ValueError, match=r"another state \(arguments\): give another --folder"):
+        runs.claim(folder, model, seeds=(1, 3))
+    (model / "config.json").write_text("{ }")
+    with pytest.raises(ValueError, match=r"another state \(inputs\)"):
+        runs.claim(folder, model, seeds=(1, 2))
+    (model / "config.json").write_text("{}")
+    state["git_commit"] = "abd"
+    with pytest.raises(ValueError, match=r"another state \(commit\)"):
+        runs.claim(folder, model, seeds=(1, 2))
+    (folder / "asked.json").unlink()
+    with pytest.raises(ValueError, match="nothing says what its runs are of"):
+        runs.claim(folder, model, seeds=(1, 2))
+
+
+def test_code_that_is_not_committed_is_another_state(tmp_path, monkeypatch):
+    (tmp_path / "code.py").write_text("1\n")
+    for command in (
+        ["init", "-q"],
+        ["add", "code.py"],
+        ["-c", "user.name=a", "-c", "user.email=a@a", "commit", "-qm", "1"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    runs.claim(tmp_path / "work")
+    (tmp_path / "code.py").write_text("2\n")
+    with pytest.raises(ValueError, match=r"another state \(uncommitted changes\)"):
+        runs.claim(tmp_path / "work")

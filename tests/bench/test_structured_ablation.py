@@ -61,6 +61,9 @@ def test_a_process_measures_every_variant_and_each_cell_becomes_figures(tmp_path
     for _ in range(2):  # the second time every seed is there already
         ablation.run(tmp_path / "records.jsonl", tmp_path / "work", tmp_path / "model")
     assert asked == [("bench.experiments.structured_ablation", str(seed)) for seed in ablation.SEEDS]
+    (tmp_path / "model").write_text("another one")
+    with pytest.raises(ValueError, match=r"another state \(inputs\)"):
+        ablation.run(tmp_path / "records.jsonl", tmp_path / "work", tmp_path / "model")
     cells = len(variants(Importance)) * len(variants(Allocation)) * len(ablation.BUDGETS)
     assert len(appended) == 2 * (2 * cells + 3 * len(ablation.BUDGETS))
     assert appended[0]["value"] == pytest.approx(14.0) and appended[0]["spread"] == pytest.approx(1.0)

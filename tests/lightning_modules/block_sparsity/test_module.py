@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from callbacks import TierSchedule
 from common.manifest import DamagedError
 from common.records.schema import TIERS
-from lightning_modules.block_sparsity import BlockSparsity, load_packed
+from lightning_modules.block_sparsity import BlockSparsity, load_packed, verification
 from lightning_modules.block_sparsity import module as block_module
 from lightning_modules.block_sparsity.masks import mask_weights, violations
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pruner
@@ -205,6 +205,22 @@ def test_prune_export_verify_and_unpack(dense, data_cache, tmp_path, capsys):
                 other.plain_model.get_submodule(name).weight[0].mul_(1.05)
             with pytest.raises(ValueError, match="differ"):
                 other.verify(data, CPU)
+
+
+def test_weights_and_masks_are_compared_before_weights_leave_for_the_device(dense, data_cache, tmp_path, monkeypatch):
+    """Masks stay where they are: on a GPU they could not be compared with weights any more."""
+    data, done = _data(data_cache), []
+    _module(dense, tmp_path / "pruned").prune(data, CPU)
+    _module(tmp_path / "pruned", tmp_path / "packed").export(data, CPU)
+
+    def note(name):
+        call = getattr(verification, name)
+        monkeypatch.setattr(verification, name, lambda *args: done.append(name) or call(*args))
+
+    note("violations")
+    note("logits")
+    _module(tmp_path / "pruned", tmp_path / "packed").verify(data, CPU)
+    assert done == ["violations", *["logits"] * 3]
 
 
 def test_equal_sparsity_without_structure_is_a_baseline(dense, data_cache, tmp_path):
