@@ -8,7 +8,8 @@ from torch import nn
 
 from strategies.units import mixed
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # hold modules, and are never called themselves
+# hold modules or parameters, and are never called themselves
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def chosen_blocks(model: nn.Module, asked: Collection[type[nn.Module]] | None) -> set[type[nn.Module]]:

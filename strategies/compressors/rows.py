@@ -40,7 +40,7 @@ class Region:
 def real_elements(unit: Unit, first: int, count: int, blocks: Tensor) -> Tensor:
     """Elements of each block that are no padding ``[b, 1]``; the first ``count`` lie at ``first`` in the gradient."""
     b, block = blocks.shape
-    real = torch.full((b, 1), float(block), device=blocks.device)
+    real = torch.full((b, 1), float(block), dtype=torch.float32, device=blocks.device)
     holes = unit.padding_within(first, first + count)
     for start, stop in [*holes, *([(count, b * block)] if count < b * block else [])]:
         head, last = start // block, (stop - 1) // block

@@ -145,12 +145,13 @@ class BlockSteps:
         codec = self.codec
         block = codec.block_size or codec.planes
         draw = torch.Generator().manual_seed(0)
-        sizes = torch.logspace(-6, 1, _EXAMPLE)[:, None]
+        sizes = torch.logspace(-6, 1, _EXAMPLE, dtype=torch.float32)[:, None]
         sizes[1] = 0
-        real = [torch.full((_EXAMPLE, 1), float(block), device=job.device)] if codec.masked else []
+        full = torch.full((_EXAMPLE, 1), float(block), dtype=torch.float32, device=job.device)
+        real = [full] if codec.masked else []
 
         def gradient() -> Tensor:
-            return (torch.randn(_EXAMPLE, block, generator=draw) * sizes).to(job.device, job.dtype)
+            return (torch.randn(_EXAMPLE, block, generator=draw, dtype=torch.float32) * sizes).to(job.device, job.dtype)
 
         def codes() -> list[Tensor]:
             out = [

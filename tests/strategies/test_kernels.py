@@ -18,6 +18,7 @@ from strategies.compressors.int8 import Int8
 from strategies.compressors.natural import NaturalCompression
 from strategies.compressors.onebit import OneBit
 from strategies.compressors.packing import pack, unpack
+from strategies.compressors.steps import Slab
 from strategies.compressors.topk import TopK, largest
 from strategies.kernels import Job, choose
 from strategies.kernels.step import SLAB, VARIABLE, Fast, agree, place_of
@@ -100,13 +101,31 @@ def _callers():
 @by_name
 def test_what_is_packed_is_unpacked_exactly(codec):
     block = codec.block_size or 64 * codec.planes
-    codes = dict(zip(codec.steps.roles, _arguments(codec, "encode", 9)[1:], strict=False))
-    if not codec.block_size:
-        pytest.skip("one block of any size: covered by sizes of other examples")
-    decoded = codec.reconstruct(codec.unpack(codes, block), block)
-    out = torch.empty(9, block)
-    codec.steps.decode(None, out, *codes.values())
-    assert torch.equal(decoded, out)
+    blocks = gradient(0, 9 * block).view(9, -1)
+    real = torch.full((9, 1), float(block)) if codec.masked else None
+    symbols = codec.quantise(blocks, Slab(place_of((7, *KEY), CPU) if codec.draws else None, real))
+    packed = codec.pack(symbols, block)
+    codes = {role: packed[role].to(dtype) for role, (_, dtype) in codec.layout(block).items()}
+    assert [codes[role].shape for role in codes] == [(9, entries) for entries, _ in codec.layout(block).values()]
+    wanted = codec.reconstruct(symbols, block)  # before they were packed
+    assert torch.equal(codec.reconstruct(codec.unpack(codes, block), block), wanted) and wanted.any()
+
+
+def _examples(codec, default):
+    torch.set_default_dtype(default)  # as Lightning does under "bf16-true"
+    try:
+        return {use: codec.steps.examples(Job("slabs", CPU, 2), use) for use in ("reduce", "owing", "apart")}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@by_name
+def test_a_warm_up_tries_the_same_whatever_the_precision_of_the_run(codec):
+    wanted, found = (_examples(codec, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for use, steps in wanted.items():
+        for name, tensors in steps.items():
+            for one, other in zip(tensors, found[use][name], strict=True):
+                assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

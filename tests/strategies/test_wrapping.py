@@ -1,6 +1,7 @@
 """Which modules become units: found in any model, or asked for."""
 
 import pytest
+import torch
 from torch import nn
 
 from strategies.wrapping import chosen_blocks, find_blocks, trained_apart
@@ -52,6 +53,14 @@ def test_trained_modules_are_kept_apart_where_others_are_frozen():
     assert trained_apart(model, {Layer}) == [model.head, model.layers[1].experts[2]]
     model.layers[1].requires_grad_(True)
     assert trained_apart(model, {Layer}) == [model.head]  # a block that is trained as a whole is one unit
+
+
+@pytest.mark.parametrize("make", [nn.ParameterList, lambda held: nn.ParameterDict({"prompt": held[0]})])
+def test_parameters_in_a_container_that_is_never_called_cannot_be_kept_apart(make):
+    model = Model().requires_grad_(False)
+    model.prompts = make([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match="prompts"):
+        trained_apart(model, {Layer})
 
 
 def test_a_parameter_that_is_shared_or_bare_cannot_be_kept_apart():
