@@ -6,6 +6,7 @@ method and backend in turns, several times over, so that what else the machine d
 tensor of N float32 is timed in the same turns.
 """
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from bench.experiments.runs import json_lines, say
 from bench.tables import figures
+from common.progress import duration
 from common.variants import variants
 from strategies.compressors import Codec
 from strategies.compressors.blocks import BlockCodec
+from strategies.compressors.int8 import Int8
 from strategies.kernels import Job
 from strategies.kernels.step import Backend
 from strategies.traffic import Traffic
@@ -37,8 +40,9 @@ _TARGETS = {"compiled": 1.5, "slabs": 4.0}  # Int8 with error feedback, encode a
 
 def run(records: Path, folder: Path) -> None:
     """Measure and append the figures."""
-    say("timing codecs; compiling takes a few minutes")
-    printed = json_lines(__spec__.name, log=folder / "codec_speed.log")
+    log = folder / "codec_speed.log"
+    say(f"timing codecs; compiling takes a few minutes; how far it is stands in {log}")
+    printed = json_lines(__spec__.name, log=log)
     lines = {(line["method"], line["backend"], line["phase"]): line for line in printed}
     floor = lines.pop(("copy", "", "copy"))
     for (method, backend), phases in _by_arm(lines).items():
@@ -48,7 +52,7 @@ def run(records: Path, folder: Path) -> None:
             encode, decode = phases[phase]["ns"], phases["decode"]["ns"]
             both = [a + b for a, b in zip(encode, decode, strict=True)]  # of the same turn
             total = median(both)
-            target = _TARGETS.get(backend) if (method, phase) == ("Int8", "owing") else None
+            target = _TARGETS.get(backend) if (method, phase) == (repr(Int8()), "owing") else None
             # gradients of N elements on 2 ranks: (32 − bits)·N/2 fewer bits for total·N nanoseconds
             rate = (32 - phases[phase]["bits"]) / 2 / total
             figures.append(
@@ -97,13 +101,28 @@ def _by_arm(lines: dict[tuple[str, str, str], dict[str, Any]]) -> dict[tuple[str
 
 
 def known() -> dict[str, Codec]:
-    """An instance of every form of every codec, by its class, or by its ``repr`` where arguments differ."""
-    found: dict[str, Codec] = {}
-    for cls in variants(Codec):
-        for number, example in enumerate(cls.examples()):
-            if isinstance(example, Codec):
-                found[repr(example) if number else cls.__name__] = example
-    return found
+    """An instance of every form of every codec, by its ``repr``: what a figure's name says, whatever the examples."""
+    return {
+        repr(example): example for cls in variants(Codec) for example in cls.examples() if isinstance(example, Codec)
+    }
+
+
+def chosen(names: list[str] | None) -> dict[str, Codec]:
+    """Those of ``known`` that are named in full, or by their class; all without names.
+
+    Raises:
+        ValueError: There is none of a name.
+    """
+    found = known()
+    if names is None:
+        return found
+    for name in names:
+        if not any(name in (form, type(codec).__name__) for form, codec in found.items()):
+            classes = sorted({type(codec).__name__ for codec in found.values()})
+            raise ValueError(
+                f"methods: there is no codec {name}; there are {', '.join(classes)}, and their forms by repr"
+            )
+    return {form: codec for form, codec in found.items() if form in names or type(codec).__name__ in names}
 
 
 def measure(
@@ -119,24 +138,28 @@ def measure(
     Args:
         elements: Elements of the gradient.
         repeats: How often everything is measured.
-        methods: Names of codecs, as `known` has them; all without.
+        methods: Classes of codecs, or single forms as `known` has them; all without.
         backends: How they compute; reference, slabs and compiled without.
+
+    Raises:
+        ValueError: There is no such codec.
     """
+    codecs = chosen(methods)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arms: dict[tuple[str, str, str], Callable[[], Any]] = {}
-    chosen: dict[tuple[str, str], str] = {}
+    ran_as: dict[tuple[str, str], str] = {}
     bits: dict[str, float] = {"copy": 32.0}
-    source, target = (torch.randn(elements, device=device) for _ in range(2))
-    for method in methods or known():
+    source, target = (torch.randn(elements, device=device).mul_(1e-3) for _ in range(2))
+    for method in codecs:
         for backend in backends or _BACKENDS:
-            codec = known()[method]
+            codec = copy.deepcopy(codecs[method])
             if not isinstance(codec, BlockCodec) and backend != "reference":
                 continue  # there is nothing to choose
             began = time.monotonic()
             used = codec.warm_up(Job(backend, device, _RANKS)) | codec.warm_up(Job(backend, device, _RANKS), "owing")
-            chosen[method, backend] = ", ".join(sorted(used)) or "reference"
+            ran_as[method, backend] = ", ".join(sorted(used)) or "reference"
             say(f"{method}, {backend}: ready in {time.monotonic() - began:.1f} s")
             payload, phases = _phases(codec, source)
             bits[method] = 8 * sum(part.nbytes for part in payload.values()) / elements
@@ -145,12 +168,15 @@ def measure(
     times: dict[tuple[str, str, str], list[float]] = {arm: [] for arm in arms}
     with torch.no_grad():
         for repeat in range(repeats + 1):
+            began = time.monotonic()
             for arm, work in arms.items():
                 took = _seconds(work, device) / elements * 1e9
                 if repeat:  # the first warms caches and allocators
                     times[arm].append(took)
+            left = (repeats - repeat) * (time.monotonic() - began)
+            say(f"turn {repeat + 1} of {repeats + 1} of {len(arms)} arms done, {duration(left)} left")
     for (method, asked, phase), ns in times.items():
-        line = {"method": method, "backend": asked, "ran_as": chosen.get((method, asked), ""), "phase": phase}
+        line = {"method": method, "backend": asked, "ran_as": ran_as.get((method, asked), ""), "phase": phase}
         setting = {"bits": bits[method], "elements": elements, "ranks": _RANKS, "device": device.type}
         print(json.dumps({**line, "ns": ns, **setting}), flush=True)
 
@@ -159,7 +185,7 @@ def _phases(codec: Codec, gradient: Tensor) -> tuple[dict[str, Tensor], dict[str
     """What is sent, and what to time."""
     unit = Unit("unit", [], gradient.numel(), None, Traffic())
     unit.world_size = _RANKS  # the arithmetic of one of so many ranks, without the others
-    chunks = (gradient * 1e-3).view(_RANKS, -1)
+    chunks = gradient.view(_RANKS, -1)
     received, output = codec.encode(chunks, unit), torch.empty_like(chunks[0])
     phases: dict[str, Callable[[], Any]] = {
         "encode": lambda: codec.encode(chunks, unit),
