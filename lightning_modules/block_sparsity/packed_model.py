@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,36 @@ def write_packed(
     return {"packed_bytes": size, "packed_bits_per_weight": bits, "packed_ratio": whole / size}
 
 
+class Packed(NamedTuple):
+    """What a packed folder holds, each part checked against the others.
+
+    Attributes:
+        folder: Where it was read.
+        tensors: By name.
+        layouts: By packed matrix.
+        packed_as: Type of the tiers' values.
+    """
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    layouts: dict[str, Layout]
+    packed_as: str
+
+    def tiers(self) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:
+        """Name, tier map, mask and layout of every matrix."""
+        for name, layout in self.layouts.items():
+            yield name, *unpack_keep(_in_blocks(_parts(self.tensors, name), layout), layout), layout
+
+    def types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Type of the tiers' values, and of what is not pruned."""
+        others = [t.dtype for t in _rest(self.tensors, self.layouts).values() if t.is_floating_point()]
+        return DTYPES[self.packed_as], others[0] if others else DTYPES[self.packed_as]
+
+    def in_bands(self) -> bool:
+        """Whether all matrices are in the band form."""
+        return _has_bands(self.tensors, self.layouts)
+
+
 def load_packed(
     folder: str | Path,
     dtype: torch.dtype | str = "auto",
@@ -180,14 +210,14 @@ def load_packed(
         ModuleNotFoundError: The kernel is asked for and triton is not installed.
     """
     check_manifest(folder)
-    return _load(Path(folder), dtype, attention, expand, kernel)
+    return build(read_packed(Path(folder)), dtype, attention, expand, kernel)
 
 
-def _load(
-    folder: Path, dtype: torch.dtype | str, attention: str | None, expand: bool = True, kernel: bool = False
+def build(
+    packed: Packed, dtype: torch.dtype | str, attention: str | None = None, expand: bool = True, kernel: bool = False
 ) -> PreTrainedModel:
-    """``load_packed`` of a folder whose manifest has been checked."""
-    tensors, layouts, packed_as = _read(folder)
+    """A model of what has been read. Arguments as for ``load_packed``."""
+    folder, tensors, layouts, packed_as = packed
     product = _kernel(folder, tensors, layouts) if kernel else None
     config = AutoConfig.from_pretrained(folder)
     dtype = _dtype(dtype, config, packed_as)
@@ -209,6 +239,11 @@ def _load(
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _load(folder: Path, dtype: torch.dtype | str, attention: str | None) -> PreTrainedModel:
+    """``load_packed`` of a folder whose manifest has been checked."""
+    return build(read_packed(folder), dtype, attention)
 
 
 FORMATS[PACKED_FILE] = _load
@@ -256,26 +291,15 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 def read_tiers(folder: Path) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:
     """Name, tier map, mask and layout of every matrix of a packed model."""
-    tensors, layouts, _ = _read(folder)
-    for name, layout in layouts.items():
-        yield name, *unpack_keep(_in_blocks(_parts(tensors, name), layout), layout), layout
+    return read_packed(folder).tiers()
 
 
-def packed_types(folder: Path) -> tuple[torch.dtype, torch.dtype]:
-    """Type of the tiers' values in a packed model, and of what is not pruned."""
-    tensors, layouts, dtype = _read(folder)
-    others = [t.dtype for t in _rest(tensors, layouts).values() if t.is_floating_point()]
-    return DTYPES[dtype], others[0] if others else DTYPES[dtype]
+def read_packed(folder: Path) -> Packed:
+    """Read a packed model's file, once for all that is made of it.
 
-
-def is_banded(folder: Path) -> bool:
-    """Whether a packed model is in the band form."""
-    tensors, layouts, _ = _read(folder)
-    return _has_bands(tensors, layouts)
-
-
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], str]:
-    """Tensors, layouts by matrix, and type of the tiers' values, each checked against the others."""
+    Raises:
+        ValueError: It is damaged; the message names the matrix.
+    """
     path = folder / PACKED_FILE
     tensors, about = tensor_file.read(path, _KIND, ("matrices", "dtype"))
     dtype, matrix = about["dtype"], "the list of matrices"
@@ -288,7 +312,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], str]:
             check(parts, layout, DTYPES[dtype])
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # a wrong list of sizes raises any of these
         raise ValueError(f"{path}: damaged, {matrix}: {error}; write or fetch it again") from error
-    return tensors, layouts, dtype
+    return Packed(folder, tensors, layouts, dtype)
 
 
 def _parts(tensors: Mapping[str, Tensor], matrix: str) -> dict[str, Tensor]:
