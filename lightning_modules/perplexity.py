@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.progress import stage
 from lightning_modules.batches import IGNORED, Batch, labels, logits
 
 
@@ -70,3 +71,23 @@ def mean_nll(model: Any, batches: Iterable[Batch], done: Callable[[int], None] =
     if not count:
         raise ValueError("data: no token to predict; give more text, or a smaller block_size")
     return float(total / count)
+
+
+def validation_perplexity(
+    model: Any, data: Any, title: str = "Perplexity", device: torch.device | None = None
+) -> float:
+    """Perplexity of the validation text outside a Trainer's loops, at the data's block size, blocks not overlapping.
+
+    Args:
+        model: A causal language model; afterwards where and as it was.
+        data: A DataModule, set up.
+        title: What the progress is shown as.
+        device: Where to compute; where the model is, when not given.
+    """
+    home, training = next(model.parameters()).device, model.training
+    batches = data.val_dataloader()
+    try:
+        with stage(title, len(batches), "batches") as done:
+            return perplexity(mean_nll(model.to(device or home).eval(), batches, done))
+    finally:
+        model.to(home).train(training)

@@ -6,20 +6,19 @@ memory is its own, and prints JSON lines.
 
 import gc
 import json
-import resource
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.experiments.runs import json_lines, say
 from bench.tables import figures
+from common.measure.memory import resident_now, resident_peak
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from lightning_modules.block_sparsity.bands import to_bands
 from lightning_modules.block_sparsity.demotion import Ratios, demote
@@ -197,10 +196,9 @@ def _extra_memory(weight: Tensor, scores: Scored, start: TierMap) -> float:
         before = torch.cuda.memory_allocated()
         demote({"m": scores}, {"m": tiers}, AFTER)
         return (torch.cuda.max_memory_allocated() - before) / weight.nbytes
-    before = psutil.Process().memory_info().rss
+    before = resident_now()
     demote({"m": scores}, {"m": tiers}, AFTER)
-    # the highest ever; if something earlier was higher, this is an upper bound
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / weight.nbytes
+    return (resident_peak() - before) / weight.nbytes
 
 
 def _loop(weight: Tensor, norms: Tensor, tiers: TierMap) -> None:

@@ -28,9 +28,9 @@ from common.variants import variants
 from lightning_modules.data.cache import cache_root
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.loading import load
+from lightning_modules.perplexity import validation_perplexity
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.budget import channel_multiple, removed_parameters
-from lightning_modules.structured_pruning.evaluation import ppl
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.model_shape import ModelShape
@@ -171,14 +171,14 @@ def cells(
         for budget in budgets:
             target = removed_parameters(budget, "decoder", whole.footprint(data.block_size))
             pruned = slice_model(model, planner.plan(target, {}))
-            before = ppl(pruned, data.val_dataloader())
+            before = validation_perplexity(pruned, data)
             recovered, _ = short_recovery(pruned, batches, RECOVERY_STEPS, learning_rate=1e-3)
             yield {
                 "importance": type(importance).__name__,
                 "allocation": type(allocation).__name__,
                 "budget": budget,
                 "ppl": before,
-                "ppl_recovered": ppl(recovered, data.val_dataloader()),
+                "ppl_recovered": validation_perplexity(recovered, data),
             }
 
 
@@ -208,7 +208,7 @@ def main() -> None:
     )
     data.prepare_data()
     data.setup("fit")
-    print(json.dumps({"dense": ppl(model, data.val_dataloader()), "seed": options.seed}), flush=True)
+    print(json.dumps({"dense": validation_perplexity(model, data), "seed": options.seed}), flush=True)
     importances = [seeded(cls, options.seed) for cls in variants(Importance)]
     allocations = [cls() for cls in variants(Allocation)]
     cache = cache_root(None).with_name("structured_pruning")

@@ -92,6 +92,13 @@ def longest_that_fits(fits: Callable[[int], bool], start: int, stop: int, resolu
     return good
 
 
+def peak_bytes_so_far(device: torch.device) -> int:
+    """Largest memory this process has used until now: of the GPU where one computes, else resident host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def limit_process(extra: int) -> None:
     """Make this process fail to allocate more than `extra` bytes beyond what it has mapped now (Linux).
 

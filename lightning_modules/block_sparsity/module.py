@@ -15,7 +15,6 @@ from common.files import check_output, replacing
 from common.tables import cell
 from lightning_modules.block_sparsity import lora
 from lightning_modules.block_sparsity.demotion import Scope
-from lightning_modules.block_sparsity.evaluation import validation_perplexity
 from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
 from lightning_modules.block_sparsity.packed_model import PACKED_FILE, read_tiers, write_model, write_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner
@@ -30,6 +29,7 @@ from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.frozen import Frozen
 from lightning_modules.loading import check_vocabulary, load, load_config
+from lightning_modules.perplexity import validation_perplexity
 
 _CHECKPOINT = "block_sparsity"
 
@@ -334,7 +334,7 @@ class BlockSparsity(CausalLM):
             return None
         self.start_iteration(row, data, device)
         self.save(data)  # first: whoever stops the measurement has the model
-        ppl = validation_perplexity(self.plain_model, data, device)
+        ppl = validation_perplexity(self.plain_model, data, device=device)
         print(f"validation perplexity: {ppl:.3f}")
         entry = self.pruner.iteration_result(row.iteration, ppl, self.check_masks("after saving"))
         return {"val_ppl": ppl, **self.pruner.result([entry])}

@@ -1,19 +1,13 @@
-"""Loss and perplexity of a model over batches of token ids."""
+"""Backward passes of a model over batches of token ids."""
 
-import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lightning_modules.batches import Batch
-from lightning_modules.perplexity import batch_nll, mean_nll, perplexity
-
-
-def ppl(model: Any, batches: Iterable[Batch], done: Callable[[int], None] = lambda count: None) -> float:
-    """Perplexity: exp of ``mean_nll``."""
-    return perplexity(mean_nll(model, batches, done))
+from lightning_modules.perplexity import batch_nll
 
 
 def training_pass_seconds(model: Any, batches: Sequence[Batch]) -> float:
@@ -25,13 +19,6 @@ def training_pass_seconds(model: Any, batches: Sequence[Batch]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory this process has used so far: of the GPU where one computes, else resident host memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def backward(model: Any, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from torch import Tensor
 
 from common.files import check_output, inputs_of, write_text
 from common.manifest import CARD, check_manifest
+from common.measure.memory import peak_bytes_so_far
 from common.progress import stage
 from common.randomness import run_seed
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.data.cache import cache_root
 from lightning_modules.loading import Dtype, check_vocabulary, load, load_config, load_on_meta, load_tokenizer
+from lightning_modules.perplexity import validation_perplexity
 from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.budget import BudgetUnit, channel_multiple, removed_parameters
-from lightning_modules.structured_pruning.evaluation import peak_memory_bytes, ppl, training_pass_seconds
+from lightning_modules.structured_pruning.evaluation import training_pass_seconds
 from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
@@ -173,7 +176,12 @@ class StructuredPruning(CausalLM):
 
     def _counted(self) -> ModelShape:
         """The base model's shape, from its configuration."""
-        return ModelShape.of(load_on_meta(self.base, supported=family), self._weights_dtype().itemsize)
+        return ModelShape.of(self._weightless, self._weights_dtype().itemsize)
+
+    @cached_property
+    def _weightless(self) -> Any:
+        """The base model on the meta device."""
+        return load_on_meta(self.base, supported=family)
 
     def inputs(self) -> list[Any]:
         """See ``CausalLM.inputs``."""
@@ -208,12 +216,11 @@ class StructuredPruning(CausalLM):
         """
         self.check_arguments("prune", datamodule)
         block, perplexity_on = datamodule.block_size, datamodule.perplexity_on
-        counted: Any = load_on_meta(self.base, supported=family)
-        check_vocabulary(counted, datamodule.tokenizer)
-        whole = ModelShape.of(counted, self._weights_dtype().itemsize)
+        check_vocabulary(self._weightless, datamodule.tokenizer)
+        whole = self._counted()
         multiple = channel_multiple(whole.shapes, self.multiple)
         if dry_run and self._needs_no_weights():
-            plan = self._planner(counted, [], multiple).plan(self._target(whole), self._settings())
+            plan = self._planner(self._weightless, [], multiple).plan(self._target(whole), self._settings())
             return _shown(self.base, report.structure(whole, plan, block, perplexity_on, {}))
         batches = datamodule.calibration(self.calibration_blocks, run_seed())
         ids = self._verification_ids(datamodule).to(device)
@@ -221,7 +228,7 @@ class StructuredPruning(CausalLM):
         model: Any = self._load(self.base).to(device)
         measured: dict[str, Any] = {}
         if not dry_run or self.max_ppl_ratio is not None:
-            measured["ppl_before"] = self._ppl(model, datamodule, "Perplexity before")
+            measured["ppl_before"] = validation_perplexity(model, datamodule, "Perplexity before")
         if self.measure_cost:
             measured["training_pass_seconds"] = training_pass_seconds(model, batches)
         rounds: list[Round] = []
@@ -232,7 +239,7 @@ class StructuredPruning(CausalLM):
             plan = self._plan(planner, whole, datamodule, part, removed, measured)
             if dry_run:
                 return _shown(self.base, report.structure(whole, plan, block, perplexity_on, measured))
-            measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+            measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_bytes_so_far(device)}
             del planner  # it holds the model that is about to be replaced
             model, verification = proven_slice(model, plan, ids, self.tolerance)
             if not self.importance.control:  # a control that fails is what it is there for; its record says so
@@ -252,7 +259,7 @@ class StructuredPruning(CausalLM):
         print(f"pruned model: {self.output}", flush=True)  # what follows only measures
         again: Any = load(self.output, model.dtype, self.loading["attention"]).to(device)
         structure["reload_difference"] = largest_difference(model, again, ids)
-        structure["ppl_after"] = self._ppl(again, datamodule, "Perplexity after")
+        structure["ppl_after"] = validation_perplexity(again, datamodule, "Perplexity after")
         write_text(self.output / CARD, report.card(self.base, datamodule.name, structure))
         return _shown(self.base, structure) | {"val_ppl": structure["ppl_after"]}
 
@@ -293,7 +300,7 @@ class StructuredPruning(CausalLM):
 
         def perplexity(share: float) -> float:
             with masked(planner.model, planner.plan(round(share * decoder), {})):
-                found = self._ppl(planner.model, datamodule, f"Trying {share:.1%}")
+                found = validation_perplexity(planner.model, datamodule, f"Trying {share:.1%}")
             rank_zero_info(f"removing {share:.2%} of the decoder's parameters: perplexity {found:.2f}")
             return found
 
@@ -376,11 +383,6 @@ class StructuredPruning(CausalLM):
         if not first:
             raise ValueError("data: no validation text to compare logits on; give more text, or a larger val_percent")
         return torch.stack([row[: min(map(len, first))] for row in first])
-
-    def _ppl(self, model: Any, datamodule: LightningDataModule, title: str) -> float:
-        loader = datamodule.val_dataloader()
-        with stage(title, len(loader), "batches") as done:
-            return ppl(model, loader, done)
 
 
 def _shown(base: str, structure: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_modules.perplexity import IGNORED, next_token_nll, perplexity
+from lightning_modules.perplexity import IGNORED, mean_nll, next_token_nll, perplexity, validation_perplexity
+from tests.lightning_modules.structured_pruning.toy import batches, tiny
 
 
 def test_agrees_with_cross_entropy_of_shifted_logits():
@@ -39,3 +41,13 @@ def test_a_confidently_wrong_token_is_finite():
 def test_perplexity_is_exp_and_never_overflows():
     assert perplexity(math.log(50)) == pytest.approx(50)
     assert perplexity(1e6) == math.inf
+
+
+def test_validation_perplexity_is_without_dropout_and_leaves_the_model_as_it_was():
+    model, text = tiny(attention_dropout=0.5), batches(3)
+    wanted = perplexity(mean_nll(model, text))
+    assert validation_perplexity(model.train(), SimpleNamespace(val_dataloader=lambda: text)) == pytest.approx(wanted)
+    assert model.training
+    with pytest.raises(ValueError, match="no token to predict"):
+        validation_perplexity(model, SimpleNamespace(val_dataloader=list))
+    assert model.training

@@ -280,7 +280,7 @@ def test_a_16_bit_model_is_pruned_packed_and_unpacked_in_its_own_type(data_cache
 
 
 def test_a_pruned_model_is_there_before_its_perplexity_is_measured(dense, data_cache, tmp_path, monkeypatch):
-    def stopped(*_):
+    def stopped(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(block_module, "validation_perplexity", stopped)
