@@ -1,6 +1,7 @@
 import subprocess
 import sys
-from pathlib import Path
+import time
+from multiprocessing import get_context
 
 import psutil
 import pytest
@@ -9,8 +10,6 @@ from jsonargparse import ArgumentParser
 from lightning_modules.data.base import TextDataModule
 from lightning_modules.data.docstrings import docstrings_of, parse_folders, source_files, topics_of
 from lightning_modules.data.embedded import EmbeddedDocs
-
-ROOT = Path(__file__).parents[3]
 
 SOURCE = b'''"""Module.
 
@@ -70,18 +69,19 @@ def test_parsing_can_be_left_early(package):
 def test_parsers_end_when_their_reader_is_killed(tmp_path):
     for i in range(50):
         (tmp_path / f"m{i}.py").write_text(f'"""{"x" * 10_000}"""')  # more than a pipe holds, so that they must wait
-    program = (
-        "import sys, time, psutil; from pathlib import Path\n"
-        "from lightning_modules.data.docstrings import parse_folders\n"
-        "texts = parse_folders([Path(sys.argv[1])], 2); next(texts)\n"
-        "print(*(child.pid for child in psutil.Process().children()), flush=True); time.sleep(60)"
-    )
-    reader = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    children = [psutil.Process(int(pid)) for pid in reader.stdout.readline().split()]
+    here, there = get_context("fork").Pipe()
+
+    def read():
+        texts = parse_folders([tmp_path], 2)
+        next(texts)
+        there.send([child.pid for child in psutil.Process().children()])
+        time.sleep(60)
+
+    reader = get_context("fork").Process(target=read)
+    reader.start()
+    children = [psutil.Process(pid) for pid in here.recv()]
     reader.kill()
-    reader.communicate()
+    reader.join()
     assert len(children) == 2
     assert not psutil.wait_procs(children, timeout=20)[1]
 
