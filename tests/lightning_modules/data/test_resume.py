@@ -315,7 +315,10 @@ def unfinished(parent):
 def test_damage_to_what_a_broken_off_preparation_left_is_named(unfinished, tmp_path, name):
     cache = shutil.copytree(unfinished, tmp_path / "cache")
     (folder,) = (path for path in cache_root(str(cache)).iterdir() if path.is_dir())
-    flip(folder / name)
+    if name.startswith("train/") and name.endswith(".json"):  # still JSON, of other numbers
+        (folder / name).write_text((folder / name).read_text().replace('"rows": ', '"rows": 1', 1))
+    else:
+        flip(folder / name)
     before = content(cache)
     with pytest.raises(ValueError, match=rf"{name} .*; delete {folder}, and the data are prepared again"):
         make("blocks", cache).prepare_data()
