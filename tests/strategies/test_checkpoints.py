@@ -98,7 +98,7 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
 
 
 def test_a_refused_save_leaves_what_another_run_or_somebody_else_has_beside(tmp_path):
-    path, beside = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.partial"
+    path, beside = tmp_path / "last.ckpt", tmp_path / ".last.partial.ckpt"
     beside.mkdir()
     (beside / "thesis.tex").write_text("ten years")
     with pytest.raises(ValueError, match="is in the way"):
