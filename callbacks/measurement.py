@@ -2,6 +2,7 @@
 
 import time
 from abc import abstractmethod
+from collections import deque
 from typing import Any
 
 import torch
@@ -31,16 +32,16 @@ class StepClock:
     """Durations of optimizer steps in ms: all micro-batches of a step, from start to end of each.
 
     Loading data, validation and saving lie between micro-batches and do not count. On CUDA the clock records events and
-    reads them later, so that the host does not wait for the device. Its state goes through checkpoints: a resumed run
-    knows the steps before.
+    reads them, once, when the device has passed them, so that the host does not wait for it. Its state goes through
+    checkpoints: a resumed run knows the steps before.
     """
 
     def __init__(self) -> None:
-        self._before: list[float] = []
+        self._ms: list[float] = []  # of the steps that the device has finished
         self._resumed: list[int] = []  # steps done when the run was resumed
         self._begin: Any = None
         self._parts: list[Any] = []
-        self._steps: list[Any] = []
+        self._unfinished: deque[list[Any]] = deque()
 
     def start(self) -> None:
         """A micro-batch begins."""
@@ -50,21 +51,29 @@ class StepClock:
         """A micro-batch ends, and with it perhaps the step."""
         self._parts.append((self._begin, self._now()))
         if step_done:
-            self._steps.append(self._parts)
+            self._unfinished.append(self._parts)
             self._parts = []
+            self._read(wait=False)
 
     def last_ms(self) -> float | None:
-        """Duration of the last step; None while its device work is unfinished."""
-        return self._duration(self._steps[-1], wait=False) if self._steps else None
+        """Duration of the newest step that the device has finished; None where this process has none yet."""
+        before = self._resumed[-1] if self._resumed else 0
+        return self._ms[-1] if len(self._ms) > before else None
+
+    @property
+    def finished(self) -> int:
+        """How many steps the device has finished, of all processes of the run."""
+        return len(self._ms)
 
     def all_ms(self) -> list[float]:
         """Durations of all steps; waits for the device."""
-        return self._before + [ms for step in self._steps if (ms := self._duration(step, wait=True)) is not None]
+        self._read(wait=True)
+        return list(self._ms)
 
-    def warm_ms(self, warmup_steps: int) -> list[float]:
-        """Durations without the first steps, and without the first ones after each resumption."""
+    def warm(self, warmup_steps: int) -> list[int]:
+        """Which steps count: all but the first ones, and the first ones after each resumption."""
         cold = {start + i for start in (0, *self._resumed) for i in range(warmup_steps)}
-        return [ms for i, ms in enumerate(self.all_ms()) if i not in cold]
+        return [step for step in range(len(self.all_ms())) if step not in cold]
 
     def state_dict(self) -> dict[str, Any]:
         """Durations so far, and where the run was resumed."""
@@ -72,9 +81,16 @@ class StepClock:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
-        self._before = state_dict["ms"].tolist()
-        self._resumed = [*state_dict["resumed"], len(self._before)]
-        self._steps, self._parts = [], []
+        self._ms = state_dict["ms"].tolist()
+        self._resumed = [*state_dict["resumed"], len(self._ms)]
+        self._parts = []
+        self._unfinished.clear()
+
+    def _read(self, wait: bool) -> None:
+        """Take over the durations of finished steps; their events are not needed any more."""
+        while self._unfinished and (ms := self._duration(self._unfinished[0], wait)) is not None:
+            self._ms.append(ms)
+            self._unfinished.popleft()
 
     @staticmethod
     def _now() -> Any:

@@ -10,8 +10,9 @@ from unittest import mock
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from callbacks import GradientGuard, RunRecord, Throughput, TimeToQuality, Trace, TrafficMonitor
 from callbacks.measurement import StepClock
@@ -241,5 +242,72 @@ def test_only_training_counts_as_time_to_a_quality(monkeypatch):
 ])  # fmt: skip
 def test_padding_is_no_token_per_second(batch, tokens):
     clocked = Throughput()
-    clocked.on_train_batch_start(SimpleNamespace(world_size=3), None, batch, 0)
-    assert clocked._tokens == 3 * tokens
+    for _ in range(2):  # micro-batches of a step
+        clocked.on_train_batch_start(None, None, batch, 0)
+    assert clocked._of_step == 2 * tokens
+
+
+class _Padded(Rows):
+    """Rows of 1, 2, … tokens and padding; two ranks see even and odd ones."""
+
+    def __getitem__(self, index):
+        return {"input_ids": torch.full((80,), index), "attention_mask": (torch.arange(80) <= index).long()}
+
+
+class _PaddedNet(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step({"input_ids": batch["input_ids"][:, :8]}, batch_idx)
+
+
+def _padded(folder, ckpt_path, steps):
+    throughput = Throughput(warmup_steps=1)
+    run = L.Trainer(
+        accelerator="cpu", devices=2, strategy=ENGINES["fsdp2"](compressor=Int8()), max_steps=steps, logger=False,
+        callbacks=[throughput, ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)], default_root_dir=folder,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    sampler = DistributedSampler(_Padded(), shuffle=False)
+    run.fit(_PaddedNet(), DataLoader(_Padded(), batch_size=2, sampler=sampler), ckpt_path=ckpt_path)
+    return throughput.state_dict()["tokens"].tolist(), throughput.clock.all_ms(), throughput.summary()
+
+
+def test_padding_that_varies_over_steps_and_ranks_is_counted_in_each_also_when_resumed(two_ranks, tmp_path):
+    two_ranks.run(_padded, str(tmp_path), None, 2)
+    (tokens, ms, speed), (others, *_) = two_ranks.run(_padded, str(tmp_path), str(tmp_path / "last.ckpt"), 4)
+    assert tokens == others and tokens[:2] == [1 + 2 + 3 + 4, 5 + 6 + 7 + 8]
+    assert speed["tokens_per_s"] == pytest.approx((tokens[1] + tokens[3]) / (ms[1] + ms[3]) * 1e3)
+
+
+class _Event:
+    """Stands for a CUDA event: the device passes it when told."""
+
+    passed = 0
+
+    def __init__(self, enable_timing):
+        self.number = None
+
+    def record(self):
+        type(self).made = self.number = getattr(type(self), "made", 0) + 1
+
+    def query(self):
+        return self.number <= self.passed
+
+    def elapsed_time(self, end):
+        return float(end.number - self.number)
+
+
+def test_step_clock_reads_the_devices_times_once_and_keeps_no_event(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    clock = StepClock()
+
+    def step():
+        clock.start()
+        clock.stop(step_done=True)
+
+    step()
+    step()
+    assert clock.last_ms() is None and len(clock._unfinished) == 2
+    _Event.passed = 4
+    step()
+    assert clock.last_ms() == 1.0 and clock.finished == 2 and len(clock._unfinished) == 1
