@@ -1,6 +1,6 @@
 """One line of results.jsonl per run, and a table of it on the console."""
 
-import os
+import re
 import uuid
 from collections import deque
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.table import Table
 from callbacks.log_config import LogConfig
 from callbacks.measurement import Measurement, completes_step
 from callbacks.model_card import HFExport
+from common.randomness import run_seed
 from common.records import record, schema
 
 _NATIVE = {"compress_method": "native", "compress_config": {}}  # how a strategy that is not Pare's reduces gradients
@@ -37,7 +38,8 @@ class RunRecord(Measurement):
         self.record: dict[str, Any] | None = None
         self._run_id = uuid.uuid4().hex  # the same in all processes that the run is resumed in
         self._resumed: list[int] = []
-        self._trained = False  # in this process, or before
+        self._trained = False  # in this process
+        self._loaded = False  # what an earlier process trained
         self._validated: dict[str, float] = {}
         self._losses: deque[Any] = deque(maxlen=_LOSS_WINDOW)
         self._log_dir: str | None = None
@@ -83,7 +85,7 @@ class RunRecord(Measurement):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
-        self._trained = True
+        self._loaded = True
         self._run_id, self._resumed = state_dict["run_id"], list(state_dict["resumed"])
         self._validated = state_dict["validated"]
         self._losses.extend(state_dict["losses"])
@@ -92,7 +94,7 @@ class RunRecord(Measurement):
         """Write the record, on rank 0; not a second one for a run that had been finished before."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        if self._say_nothing_to_do(trainer.global_step):
+        if self._say_nothing_to_do(trainer):
             return
         progress = {
             "run_id": self._run_id,
@@ -102,13 +104,20 @@ class RunRecord(Measurement):
         }
         self.write(trainer, pl_module, trainer.datamodule, progress | self._measured(trainer), training=True)
 
-    def _say_nothing_to_do(self, step: int) -> bool:
-        """Whether there is nothing to record; a run that died after its last step, before its record, still has."""
-        if not self._trained:
+    def _say_nothing_to_do(self, trainer: Trainer) -> bool:
+        """Whether there is nothing to record.
+
+        A run that died after its last step, before its record, still has something; so has another run from the same
+        checkpoint, which has its run_id but was told otherwise.
+        """
+        step, config = trainer.global_step, _config(trainer)
+        if not self._trained and not self._loaded:
             print(f"nothing to record: no step was trained (step {step})")
             return True
         known = record.read(self.path)[0] if self.path.is_file() else []
         mine = [one for one in known if one.get("run_id") == self._run_id and one.get("steps") == step]
+        if self._trained:
+            mine = [one for one in mine if config and _same_run(one.get("config"), config)]
         if mine:
             self.record = mine[-1]  # for the model card
             print(f"nothing to do: the run has reached step {step} before; its record stays as it is")
@@ -154,14 +163,13 @@ class RunRecord(Measurement):
 
     def _identity(self, trainer: Trainer, pl_module: LightningModule, data: Any) -> dict[str, Any]:
         """What ran: names, sizes, seed, configuration; strategy and module describe themselves."""
-        config = next((c for c in trainer.callbacks if isinstance(c, LogConfig)), None)
         return {
             "kind": "run",
             "run_name": self.run_name or _logger_name(trainer),
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),
-            "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            "config": config.text() if config is not None else None,
+            "seed": run_seed(),
+            "config": _config(trainer),
             **_described(trainer.strategy, {"strategy": type(trainer.strategy).__name__}),
             **_described(pl_module, {"model": _name(pl_module)}),
             **{field: getattr(data, name) for field, name in _DATA.items() if getattr(data, name, None) is not None},
@@ -183,6 +191,16 @@ class RunRecord(Measurement):
 def _described(part: Any, default: dict[str, Any]) -> dict[str, Any]:
     """What a strategy or module says of itself; ``default`` for one that is not Pare's."""
     return part.describe() if hasattr(part, "describe") else default
+
+
+def _config(trainer: Trainer) -> str | None:
+    return next((c.text() for c in trainer.callbacks if isinstance(c, LogConfig)), None)
+
+
+def _same_run(known: str | None, config: str) -> bool:
+    """Whether two configurations differ in nothing but where they went on from."""
+    known, config = (re.sub(r"^ckpt_path:.*\n?", "", text or "", flags=re.MULTILINE) for text in (known, config))
+    return known == config
 
 
 def _name(pl_module: LightningModule) -> str:

@@ -30,7 +30,7 @@ class TierSchedule(Measurement):
         self._since = 0  # the epoch in which the present one began
         self._stale, self._best = 0, math.inf  # validations without a better perplexity, and the best
         self._finished: list[dict[str, Any]] = []
-        self._result: dict[str, Any] = {}
+        self._module: BlockSparsity | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Train for as many epochs as the schedule says.
@@ -114,13 +114,13 @@ class TierSchedule(Measurement):
         if last and (self._gave_up() or used >= row.epochs):
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Note the result for the run record."""
-        self._result = pl_module.pruner.result(self._finished)
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Note whose result belongs in the run record; a run that is resumed after its last step trains no more."""
+        self._module = pl_module
 
     def summary(self) -> dict[str, Any]:
         """See ``Measurement.summary``: the ``tiers`` block."""
-        return self._result
+        return self._module.pruner.result(self._finished) if self._module is not None else {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save model, tokenizer and tier maps."""

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common.files import partial_of
 from common.processes import end_with
+from common.randomness import run_seed
 from strategies import residuals, transport
 from strategies.checkpoints import (
     agreed,
@@ -164,7 +165,7 @@ class CompressedEngine(ParallelStrategy):
 
     def _tell_time(self, unit: Unit) -> None:
         """What random methods and schedules go by."""
-        unit.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        unit.seed = run_seed()
         unit.step = self.lightning_module.trainer.global_step
 
     def on_train_start(self) -> None:

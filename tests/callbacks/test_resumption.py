@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from callbacks import GradientGuard, RunRecord, Throughput, TimeToQuality, TrafficMonitor
+from callbacks.log_config import LogConfig
 from callbacks.measurement import StepClock
 from common.records import record
 from strategies.compressors.error_feedback import ErrorFeedback
@@ -91,6 +93,30 @@ def test_resuming_a_finished_run_writes_no_second_record(two_ranks, tmp_path):
     assert path.read_text() == before and json.loads(before)["steps"] == 5
 
 
+def _config(text):
+    """A LogConfig that says ``text``."""
+    return type("Config", (LogConfig,), {"__init__": lambda self: None, "text": lambda self: text, "setup": _nothing})()
+
+
+def _nothing(*_, **__):
+    pass
+
+
+@pytest.mark.parametrize(("trained", "config", "recorded"), [
+    (True, "lr: 2\nckpt_path: a.ckpt\n", True),
+    (True, "lr: 1\nckpt_path: a.ckpt\n", False),
+    (False, "lr: 2\n", False),
+])  # fmt: skip
+def test_another_run_from_the_same_checkpoint_gets_its_record(trained, config, recorded, tmp_path):
+    path = tmp_path / "results.jsonl"
+    record.append(path, {"kind": "run", "run_id": "one", "steps": 5, "config": "lr: 1\nckpt_path: null\n"})
+    callback = RunRecord(str(path))
+    callback.load_state_dict({"run_id": "one", "resumed": [], "validated": {}, "losses": []})
+    callback._trained = trained
+    trainer = SimpleNamespace(global_step=5, callbacks=[_config(config)])
+    assert callback._say_nothing_to_do(trainer) is not recorded
+
+
 def test_a_run_that_died_before_its_record_gets_it_when_resumed(two_ranks, tmp_path):
     path = tmp_path / "run.jsonl"
     two_ranks.run(_leg, str(tmp_path), "run", 5, "fsdp2")
@@ -106,5 +132,5 @@ def test_a_resumed_clock_leaves_out_every_warm_up():
     first, second = StepClock(), StepClock()
     first.load_state_dict({"ms": torch.tensor([90.0, 1, 2, 3], dtype=torch.float64), "resumed": []})
     second.load_state_dict({"ms": torch.tensor([90.0, 1, 2, 80, 3], dtype=torch.float64), "resumed": [3]})
-    assert first.warm_ms(1) == [1, 2, 3] and second.warm_ms(1) == [1, 2, 3]
+    assert first.warm(1) == [1, 2, 3] and second.warm(1) == [1, 2, 4]
     assert second.all_ms() == [90, 1, 2, 80, 3]

@@ -102,6 +102,13 @@ def test_all_iterations_in_one_fit_hold_the_masks_and_leave_a_record(fitted, den
         assert (weight[~keep] == 0).all() and (weight[keep] != before.get_submodule(name).weight[keep]).any()
 
 
+def test_a_run_that_was_killed_while_it_saved_has_its_result_when_resumed(fitted, dense, data_cache, tmp_path):
+    _, block, folder = fitted
+    last = max((folder / "ckpt").iterdir(), key=lambda path: path.stat().st_mtime)
+    again = _fit(_module(dense, tmp_path / "out"), data_cache, tmp_path, ckpt=str(last))
+    assert again["matrices"] == block["matrices"] and again["iterations"] == block["iterations"]
+
+
 def test_a_run_resumed_between_iterations_ends_the_same(fitted, dense, data_cache, tmp_path):
     _, block, folder = fitted
     again = _module(dense, tmp_path / "out")
