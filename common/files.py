@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.locks import InUseError, lock
+from common.locks import InUseError, lock, lock_of
 from common.manifest import MARKER, hashes, names, read_manifest, sync, write_manifest
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -159,15 +159,33 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full, elsewhere = disk_full(error), getattr(error, "filename", None)
-        ours = elsewhere is None or Path(os.fsdecode(elsewhere)).is_relative_to(path.parent)
-        if not full and not (ours and getattr(error, "errno", None) in _REFUSED):
+        reason, full = write_refused(error, path), disk_full(error)
+        if reason is None:
             raise  # not about writing: the block may well read, too
         kept = "; the earlier one is still there" if os.path.lexists(path) else ""
-        reason = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
         advice = f"; make room in {path.parent}" if full else ""
         number = errno.ENOSPC if full else getattr(error, "errno", None)
         raise OSError(number, f"cannot write {path} ({reason}){kept}{advice}") from error
+
+
+def write_refused(error: BaseException, below: Path) -> str | None:
+    """Why ``below`` could not be written; None where an error is not about that, such as one of reading a neighbour.
+
+    Args:
+        error: Met while ``below`` was being written.
+        below: A file or folder, absolute; what is beside it on its behalf, and the folders above it, belong to it.
+    """
+    if disk_full(error):
+        return "the disk is full"
+    number, about = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number not in _REFUSED or (about is None and number == errno.EIO):  # EIO without a name is a read's as well
+        return None
+    if about is not None:
+        named = Path(os.fsdecode(about)).resolve()
+        ours = (below, partial_of(below), _old(below), lock_of(below))
+        if not below.is_relative_to(named) and not any(named.is_relative_to(own) for own in ours):
+            return None
+    return getattr(error, "strerror", None) or str(error)
 
 
 def disk_full(error: BaseException | None) -> bool:

@@ -46,7 +46,7 @@ def lock(path: str | Path, wait: bool = False) -> Iterator[None]:
         finally:
             _held[key] -= 1
         return
-    name = path.with_name(f".{path.name}.lock")
+    name = lock_of(path)
     with _locked(path, name, wait) as file:
         try:
             _held[key] = 1
@@ -58,6 +58,11 @@ def lock(path: str | Path, wait: bool = False) -> Iterator[None]:
         finally:
             _held.pop(key, None)
             name.unlink(missing_ok=True)  # while it is held: who waits for it looks whether it still has its name
+
+
+def lock_of(path: Path) -> Path:
+    """The lock's file."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def _locked(path: Path, name: Path, wait: bool) -> Any:

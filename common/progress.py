@@ -13,9 +13,14 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 LOG_EVERY_S = 30.0
 
 
+def in_ci() -> bool:
+    """Whether this is a job of a continuous integration, whose log wants no progress."""
+    return os.environ.get("CI", "").lower() in ("1", "true")
+
+
 def interactive() -> bool:
     """Whether somebody watches: standard error is a terminal and this is no CI job."""
-    return sys.stderr.isatty() and os.environ.get("CI", "").lower() not in ("1", "true")
+    return sys.stderr.isatty() and not in_ci()
 
 
 @contextmanager
@@ -37,10 +42,11 @@ def stage(title: str, total: int, unit: str = "", start: int = 0) -> Iterator[Ca
     watched = interactive()
     amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    shown = start
+    shown = reached = start
 
     def show(done: int) -> None:
-        nonlocal shown, said
+        nonlocal shown, said, reached
+        reached = done
         if watched and done - shown >= total / 500:  # a call for every small document would cost more than the document
             shown = done
             bar.update(task, completed=done)
@@ -53,7 +59,8 @@ def stage(title: str, total: int, unit: str = "", start: int = 0) -> Iterator[Ca
         task = bar.add_task(title, total=total, completed=start)
         yield show
     before = f", {_size(start, unit)} of it before" if start else ""
-    _log(f"{title}: {_size(total, unit)} in {time.monotonic() - started:.1f} s{before}")
+    early = "" if reached >= total else f"{_size(reached, unit, bare=True)} of "  # it stopped early
+    _log(f"{title}: {early}{_size(total, unit)} in {time.monotonic() - started:.1f} s{before}")
 
 
 def _log(line: str) -> None:
@@ -66,7 +73,9 @@ def _size(count: int, unit: str, bare: bool = False) -> str:
     return number if bare or not name else f"{number} {name}"
 
 
-def duration(seconds: float) -> str:
-    """In the unit that people would say it in."""
+def duration(seconds: float | None) -> str:
+    """In the unit that people would say it in; "unknown" for None."""
+    if seconds is None:
+        return "unknown"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,6 +1,5 @@
 """Where prepared data lie, and who may prepare them."""
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -8,12 +7,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from common.files import remove, replacing
+from common.files import remove, replacing, write_refused
 from common.locks import InUseError, lock
 from common.manifest import MARKER, names, read_manifest
-
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-_NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -27,12 +23,10 @@ def explain_unwritable(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        about = Path(os.fsdecode(error.filename)) if error.filename else root
-        ours = about.is_relative_to(root) or root.is_relative_to(about)
-        if not ours or error.errno not in _CANNOT_WRITE | _NO_FOLDER:
+        if (reason := write_refused(error, root)) is None:
             raise
         raise ValueError(
-            f"cache_dir: cannot write the prepared data below {root} ({error.strerror or error}); make room and start "
+            f"cache_dir: cannot write the prepared data below {root} ({reason}); make room and start "
             "again (what is finished is kept), or set cache_dir or $PARE_CACHE to another folder"
         ) from error
 

@@ -123,6 +123,21 @@ def test_a_failed_read_within_the_block_is_not_called_a_failed_write(tmp_path):
         (tmp_path / "elsewhere/input").read_text()
 
 
+@pytest.mark.parametrize(("name", "reason"), [
+    ("model", "denied"), (".model.partial/weights", "denied"), (".model.lock", "denied"), (".", "denied"),
+    ("base/config.json", None), ("models", None), (".modest.partial", None),
+])  # fmt: skip
+def test_a_refusal_is_told_from_a_neighbour_that_cannot_be_read(name, reason, tmp_path):
+    error = PermissionError(errno.EACCES, "denied", str(tmp_path / name))
+    assert files.write_refused(error, tmp_path / "model") == reason
+    assert files.write_refused(OSError(errno.ENOSPC, "full", str(tmp_path / name)), tmp_path / "model")
+
+
+def test_a_device_that_fails_may_have_failed_to_read(tmp_path):
+    assert files.write_refused(OSError(errno.EIO, "I/O error"), tmp_path) is None
+    assert files.write_refused(OSError(errno.EIO, "I/O error", str(tmp_path)), tmp_path) == "I/O error"
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: what follows does not run."""
 

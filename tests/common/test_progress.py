@@ -58,7 +58,9 @@ def test_logs_get_the_time_left_every_half_minute(monkeypatch, lines, start, exp
     ]
 
 
-@pytest.mark.parametrize("seconds, text", [(59.6, "60 s"), (90, "2 min"), (3570, "1 h 00 min"), (10_000, "2 h 47 min")])
+@pytest.mark.parametrize(
+    "seconds, text", [(59.6, "60 s"), (90, "2 min"), (3570, "1 h 00 min"), (10_000, "2 h 47 min"), (None, "unknown")]
+)
 def test_time_left_in_words(seconds, text):
     assert progress.duration(seconds) == text
 
@@ -78,6 +80,12 @@ def test_only_the_first_rank_speaks(monkeypatch, caplog, rank, said):
     with caplog.at_level("INFO", "ranks"):
         progress._log("x")
     assert caplog.messages == said
+
+
+def test_a_stage_that_stops_early_says_how_far_it_came(lines):
+    with progress.stage("Tokenising", 1200, "chunks", start=100) as done:
+        done(300)
+    assert lines[0].startswith("Tokenising: 300 of 1,200 chunks in ")
 
 
 def test_failed_stage_claims_nothing(lines):
