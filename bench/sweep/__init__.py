@@ -1,11 +1,9 @@
 """Sweeps: a matrix of `main.py fit` runs, one after another, whose records end up in one file."""
 
-import fcntl
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from bench.sweep import execute as executing
 from bench.sweep import plan as planning
 from bench.sweep import progress
 from bench.sweep.plan import Run
+from common.locks import lock
+from common.progress import duration
 from common.records import machine, record
 from common.tables import Table
 
@@ -76,7 +76,9 @@ def sweep(
         _list(runs, finished, list(finished.values()), emulated=obstacle is None)
         return 0
     _refuse_impossible(pending, emulated=obstacle is None)
-    with stop_signals_raise(), _sole_writer(results):
+    results.parent.mkdir(parents=True, exist_ok=True)
+    # two sweeps at once would make the same runs and disturb each other's times
+    with stop_signals_raise(), lock(_work(results)):
         try:
             made = _run_all(name, pending, before, results, timeout_s, emulated=obstacle is None)
         except StopRequested as stop:
@@ -148,19 +150,6 @@ def _check(runs: Sequence[Sequence[str]]) -> list[str | None]:
     return [problem(main, ["check", *arguments, "--trainer.callbacks=null"]) for arguments in runs]
 
 
-@contextmanager
-def _sole_writer(results: Path) -> Iterator[None]:
-    """Two sweeps at once would make the same runs and disturb each other's times."""
-    work = _work(results)
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another sweep is writing to {results}") from None
-        yield
-
-
 def _work(results: Path) -> Path:
     """Where runs work and leave their logs, one folder a run, named after its key."""
     return results.resolve().with_suffix(".runs")
@@ -193,9 +182,9 @@ def _list(
     rows = []
     for run in runs:
         took = progress.typical(records, run)
-        state = "done" if run.key in finished else progress.duration(took)
+        state = "done" if run.key in finished else duration(took)
         rows.append([run.name, state, run.command(emulated and run.link is not None)])
     pending = [run for run in runs if run.key not in finished]
-    total = progress.duration(progress.expected(records, pending) if pending else 0)
+    total = duration(progress.expected(records, pending) if pending else 0)
     console.print(Table(["run", "expected time", "command"], rows))
     print(f"{len(pending)} of {len(runs)} runs to make, expected time {total}")

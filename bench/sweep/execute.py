@@ -74,7 +74,7 @@ def execute(command: Sequence[str], folder: Path, timeout_s: float) -> Ended:
             raise
         finally:
             _kill_session(process.pid)
-            (folder / "pid").unlink()
+            (folder / "pid").unlink(missing_ok=True)
     lines = (folder / "output.log").read_text(errors="replace").strip().splitlines()
     return Ended(process.returncode, timed_out, time.monotonic() - begin, "\n".join(lines[-_ERROR_LINES:]))
 
@@ -93,13 +93,17 @@ def _kill_session(pid: int) -> None:
 
 
 def _end_leftover(note: Path) -> None:
-    if not note.is_file():
-        return
-    pid, started = note.read_text().split()
-    if _started(int(pid)) == float(started):
-        psutil.Process(int(pid)).terminate()
-        psutil.wait_procs([psutil.Process(int(pid))], timeout=20)
+    """End what a sweep that was killed outright left running; it may have been killed before it could note all."""
+    try:
+        pid, started = note.read_text().split()
+        process = psutil.Process(int(pid))
+        if process.create_time() != float(started):
+            return  # another process, which has the same number now
+        process.terminate()
+        psutil.wait_procs([process], timeout=20)
         _kill_session(int(pid))
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        return
 
 
 def to_record(run: Run, sweep: str, emulated: bool, ended: Ended, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a sweep shows while it runs: a live table on a terminal, a line a run in a log, nothing in CI."""
 
-import os
 import statistics
 import sys
 import time
@@ -12,20 +11,11 @@ from rich.live import Live
 from rich.text import Text
 
 from bench.sweep.plan import Run
+from common.progress import duration, in_ci, interactive
 from common.tables import Table
 
 _SHOWN = 12  # last finished runs in the live table
 _RESULTS = ("val_ppl", "step_time_ms_p50", "compression_ratio")
-
-
-def duration(seconds: float | None) -> str:
-    """Such as "48 s", "12 min" or "3 h 05 min"; "unknown" for None."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def typical(records: Sequence[Mapping[str, Any]], run: Run | None = None) -> float | None:
@@ -65,10 +55,8 @@ class SweepProgress:
         self.pending = list(pending)
         self.before = list(before)
         self.finished: list[Mapping[str, Any]] = []
-        quiet = os.environ.get("CI", "").lower() in ("1", "true")
-        self._lines = not quiet and not sys.stderr.isatty()
-        self._live = Live(self, console=Console(stderr=True), refresh_per_second=1) if sys.stderr.isatty() else None
-        self._live = None if quiet else self._live
+        self._lines = not in_ci() and not sys.stderr.isatty()
+        self._live = Live(self, console=Console(stderr=True), refresh_per_second=1) if interactive() else None
         self._began = time.monotonic()
 
     def __enter__(self) -> "SweepProgress":
