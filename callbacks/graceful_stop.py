@@ -7,12 +7,14 @@ import itertools
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,7 +27,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PASSED_ON = {signal.SIGRTMIN + signum: signum for signum in SIGNALS}
 _runs = itertools.count()
 _PARENT = "PARE_PARENT"
-_LEAD = {"cpu": 1, "cuda": 20}  # steps between announcing and stopping; see GracefulStop
+_AHEAD = 2  # steps that the host may be ahead of a CUDA device
+_LEAD = {"cpu": 1, "cuda": _AHEAD + 1}  # steps between announcing and stopping; see GracefulStop
 
 
 class Stopped(SystemExit):
@@ -62,10 +65,11 @@ class GracefulStop(Callback):
 
     The rank that got the signal announces a step in the process group's store, which the others look up after each
     step: one small request, no collective, no device synchronisation. The announced step is far enough ahead that no
-    rank can have passed it: on CPU a rank is at most one step ahead, because collectives block the host; on CUDA the
-    host runs ahead by the launch queue, which holds fewer than 20 steps. Batches of a validation during training are
-    steps of their own, and a barrier ends it: ranks whose validation has no collectives may have finished theirs. A
-    second signal stops at once, and so does the first where nothing is trained (`validate`, `predict`, …).
+    rank can have passed it: on CPU a rank is at most one step ahead, because collectives block the host; on CUDA, where
+    only the device waits for other ranks, the host waits until its device is at most two steps behind. Batches of a
+    validation during training are steps of their own, and a barrier ends it: ranks whose validation has no collectives
+    may have finished theirs. A second signal stops at once, and so does the first where nothing is trained
+    (`validate`, `predict`, …).
     """
 
     def __init__(self) -> None:
@@ -75,6 +79,7 @@ class GracefulStop(Callback):
         self._leaving_for: int | None = None
         self._kept: Path | None = None
         self._validated = 0
+        self._launched: deque[Any] = deque()  # an event for each step that the device may not have finished
 
     # ---- who listens to the signals ---------------------------------------------------------------------------
 
@@ -121,6 +126,7 @@ class GracefulStop(Callback):
         """Announce a stop, or save at the agreed step."""
         if not completes_step(trainer):
             return
+        self._stay_near(trainer)
         stop = self._agreed_stop(trainer, "step", trainer.global_step)
         if stop is not None and trainer.global_step >= stop[0]:
             self._save(trainer)
@@ -143,6 +149,7 @@ class GracefulStop(Callback):
         """
         if _training(trainer):
             self._validated += 1
+            self._stay_near(trainer)
             stop = self._agreed_stop(trainer, _validation(trainer), self._validated)
             if stop is not None and self._validated >= stop[0]:
                 self.on_validation_epoch_end(trainer, pl_module)
@@ -162,6 +169,16 @@ class GracefulStop(Callback):
             with _before_validation(trainer):
                 self._save(trainer)
             self._leave(trainer, stop[1])
+
+    def _stay_near(self, trainer: Trainer) -> None:
+        """Wait until the device has finished all but the last steps, so that `_LEAD` is enough."""
+        if trainer.strategy.root_device.type != "cuda" or not (dist.is_available() and dist.is_initialized()):
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._launched.append(event)
+        if len(self._launched) > _AHEAD:
+            self._launched.popleft().synchronize()
 
     def _agreed_stop(self, trainer: Trainer, what: str, now: int) -> tuple[int, int] | None:
         """The step (or batch of a validation) to stop after, and the signal that asked for it."""

@@ -4,6 +4,7 @@ import os
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -174,6 +175,27 @@ def test_a_second_signal_ends_what_is_slow_to_clean_up(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_host_stays_as_near_to_the_device_as_the_announcement_needs(monkeypatch):
+    made, waited = [], []
+
+    class Event:
+        def record(self):
+            self.step = len(made) + 1
+            made.append(self)
+
+        def synchronize(self):
+            waited.append(self.step)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(graceful_stop.dist, "is_initialized", lambda: True)
+    callback = GracefulStop()
+    for kind in ("cpu", *["cuda"] * 5):
+        callback._stay_near(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(kind))))
+    assert len(made) == 5 and waited == [1, 2, 3]  # of 5 steps the last two may be unfinished
+    # another rank announces after a step whose work is launched: it cannot be more than so many steps behind
+    assert graceful_stop._LEAD["cuda"] > len(made) - waited[-1]
 
 
 def test_workers_of_a_loader_leave_ctrl_c_to_their_parent():
