@@ -18,7 +18,6 @@ import strategies  # noqa: F401
 from callbacks.commands import PareTrainer
 from callbacks.graceful_stop import stoppable
 from callbacks.parser import Parser
-from callbacks.run_folders import to_continue
 from common.output import quiet, steady
 
 
@@ -40,9 +39,10 @@ class PareCLI(LightningCLI):
         """See ``PareTrainer.check_arguments``."""
         chosen = self.config_init[self.subcommand]
         with self._explained():
-            self.trainer.check_arguments(str(self.subcommand), self.model, self.datamodule)
+            parts = (self.model, self.datamodule)
+            ckpt_path = self.trainer.check_arguments(str(self.subcommand), *parts, chosen.get("ckpt_path"))
             if "ckpt_path" in chosen:
-                chosen["ckpt_path"] = to_continue(chosen["ckpt_path"], self.trainer.callbacks)
+                chosen["ckpt_path"] = ckpt_path
 
     before_fit = before_validate = before_test = before_predict = check_arguments
     before_prune = before_verify = before_export = check_arguments

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from callbacks.model_card import HFExport
-from callbacks.run_folders import check_callbacks, to_continue
+from callbacks.run_folders import check_apart, check_callbacks, to_continue
 from callbacks.run_record import RunRecord
 from callbacks.survival import show, survival
 from lightning_modules import generation
@@ -20,6 +20,7 @@ from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
 
 Command = Literal["fit", "validate", "test", "predict", "prepare", "prune", "verify", "export", "generate"]
+_LIGHTNINGS_CHOICE = (None, "best", "hpc", "registry")  # of a checkpoint: it looks for it itself
 _LIGHTNING = ("fit", "validate", "test", "predict", "prepare", "generate")  # what every module can, or needs no module
 
 
@@ -49,36 +50,46 @@ class PareTrainer(Trainer):
         Raises:
             ValueError: A value, a file or a budget is impossible; the message names it.
         """
-        if command not in _LIGHTNING and not hasattr(model, command):
-            raise ValueError(f"model: {type(model).__name__} has nothing to {command}")
-        if (
-            ckpt_path is not None
-            and ckpt_path not in ("auto", "best", "last", "hpc", "registry")
-            and not Path(ckpt_path).exists()
-        ):
-            raise FileNotFoundError(f"ckpt_path: there is no checkpoint {ckpt_path}")
-        ranks, replicas = self.num_nodes * self.num_devices, getattr(self.strategy, "replicas", None) or 1
-        if ranks % replicas:
-            raise ValueError(f"replicas={replicas} does not divide {ranks} ranks")
-        self.check_arguments(command, model, datamodule)
-        to_continue(ckpt_path, self.callbacks)
+        self.check_arguments(command, model, datamodule, ckpt_path)
         print(f"{command}: nothing is wrong with this configuration")
 
     def check_arguments(
-        self, command: str, model: LightningModule | None, datamodule: LightningDataModule | None
-    ) -> None:
-        """Let data, module and callbacks refuse what cannot succeed before any text or weight is read.
+        self,
+        command: str,
+        model: LightningModule | None,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | None = None,
+    ) -> str | None:
+        """Let data, module, strategy and callbacks refuse what cannot succeed before any text or weight is read.
 
         Args:
             command: The command that is to run.
             model: Refuses where it has ``check_arguments(command, datamodule)``.
             datamodule: The same.
+            ckpt_path: As that command takes it.
+
+        Returns:
+            The checkpoint to take, see ``to_continue``.
+
+        Raises:
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: The module does not know the command, or a part refuses.
         """
+        if command not in _LIGHTNING and not hasattr(model, command):
+            raise ValueError(f"model: {type(model).__name__} has nothing to {command}")
+        ckpt_path = to_continue(ckpt_path, self.callbacks)
+        if ckpt_path not in _LIGHTNINGS_CHOICE and "://" not in str(ckpt_path) and not Path(str(ckpt_path)).exists():
+            raise FileNotFoundError(f"ckpt_path: there is no checkpoint {ckpt_path}")
+        check_ranks: Any = getattr(self.strategy, "check_ranks", None)
+        if check_ranks is not None:
+            check_ranks(self.num_nodes * self.num_devices)
         for part in (datamodule, model):
             refuse: Any = getattr(part, "check_arguments", None)
             if refuse is not None:
                 refuse(command, datamodule)
         check_callbacks(self.callbacks, command, model, datamodule)
+        check_apart(self, command, model)
+        return ckpt_path
 
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Tokenise and pack the data into its cache, without training; later starts find it there."""
@@ -118,9 +129,7 @@ class PareTrainer(Trainer):
 
     def _once(self, command: str, model: LightningModule, datamodule: LightningDataModule, **options: Any) -> None:
         """Run a module's method of this name on prepared data; what it returns are fields of the run record."""
-        method = getattr(model, command, None)
-        if method is None:
-            raise ValueError(f"model: {type(model).__name__} has nothing to {command}")
+        method: Any = getattr(model, command)
         datamodule.prepare_data()
         datamodule.setup("fit")
         self._record(model, datamodule, method(datamodule, self.strategy.root_device, **options))

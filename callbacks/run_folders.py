@@ -1,5 +1,6 @@
 """A run's folders: one run writes in them at a time, its last checkpoint is found, and its log has no gaps."""
 
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,7 @@ class RunFolders(Callback):
 
         Raises:
             InUseError: Another run writes in one of the folders; raised on all ranks.
+            OSError: One of the folders cannot be made; raised on all ranks.
         """
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO and not isinstance(
             trainer.strategy, CompressedEngine
@@ -43,17 +45,17 @@ class RunFolders(Callback):
             trainer.strategy.checkpoint_io = SealedCheckpointIO()
         if stage != "fit":
             return
-        problem = None
+        problem: InUseError | OSError | None = None
         if trainer.is_global_zero:
             try:
                 for folder in _folders(trainer.callbacks):
                     folder.parent.mkdir(parents=True, exist_ok=True)
                     self._locks.enter_context(lock(folder))
-            except InUseError as error:
+            except (InUseError, OSError) as error:  # raised here alone, it would leave the other ranks waiting
                 self._locks.close()
-                problem = str(error)
+                problem = error
         if (problem := trainer.strategy.broadcast(problem)) is not None:
-            raise InUseError(problem)
+            raise problem
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Keep what the loggers will be given for this step; checkpoints are saved after this."""
@@ -96,24 +98,61 @@ def check_callbacks(callbacks: Iterable[Any], command: str, model: Any, data: An
             check(command, model, data)
 
 
+def check_apart(trainer: Trainer, command: str, model: Any) -> None:
+    """Refuse a folder that would be replaced as a whole while it holds something else that the run writes.
+
+    Raises:
+        ValueError: The model's output or the export is or contains another's place.
+    """
+    if command not in ("fit", "prune", "export"):
+        return
+    callbacks: list[Any] = list(trainer.callbacks)
+    replaced = [("model.output", getattr(model, "output", None))]
+    written = [(type(c).__name__ + ".path", c.path) for c in callbacks if hasattr(c, "path")]
+    written += [(f"{type(log).__name__}.save_dir", getattr(log, "root_dir", log.save_dir)) for log in trainer.loggers]
+    if command == "fit":
+        replaced += [("HFExport.dirpath", c.dirpath) for c in callbacks if isinstance(c, HFExport)]
+        written += [("ModelCheckpoint.dirpath", c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint)]
+    for i, (field, folder) in enumerate(replaced):
+        for other, place in [*replaced[:i], *replaced[i + 1 :], *written]:
+            if folder is None or place is None or "://" in str(place):
+                continue
+            inner, outer = Path(place).expanduser().resolve(), Path(folder).expanduser().resolve()
+            if inner == outer or outer in inner.parents:
+                relation = "is" if inner == outer else "contains"
+                raise ValueError(
+                    f"{field}: {folder} {relation} {other} ({place}), which would be lost when the folder is replaced; "
+                    "choose a folder apart from it"
+                )
+
+
 def _folders(callbacks: Iterable[Callback]) -> list[Path]:
     """Folders of checkpoints and exports; a folder that Lightning chooses itself is new for every run."""
     given = [c.dirpath for c in callbacks if isinstance(c, ModelCheckpoint | HFExport)]
     return sorted({Path(folder).resolve() for folder in given if folder is not None and "://" not in str(folder)})
 
 
-def to_continue(ckpt_path: str | None, callbacks: Iterable[Any]) -> str | None:
+def to_continue(ckpt_path: str | None, callbacks: Iterable[Any], since: float | None = None) -> str | None:
     """The checkpoint that a command line asks for.
 
     "last" is the newest ``last.ckpt`` of the callbacks, also where a kill left it under another name (Lightning's own
     search warns where there is none, and trains from scratch). "auto" is the same, or a fresh start where there is
-    none yet: for scripts that start again by themselves.
+    none yet: for scripts that start again by themselves. Such a script says in ``PARE_STARTED`` when it first started
+    (seconds since 1970), so that a checkpoint of an earlier run in the same folder is not taken for this one's, and in
+    ``PARE_CKPT_PATH`` what it started from then: as long as the run has saved nothing, it starts from there again.
+
+    Args:
+        ckpt_path: What the command line says.
+        callbacks: Whose folders are searched.
+        since: Pass over older checkpoints, in seconds since 1970; by default, with "auto", ``PARE_STARTED``.
 
     Raises:
         ValueError: "last", and there is none.
     """
     if ckpt_path not in ("last", "auto"):
         return ckpt_path
+    if since is None:
+        since = float(os.environ.get("PARE_STARTED") or 0) if ckpt_path == "auto" else 0.0
     found: list[Path] = []
     searched = []
     for callback in callbacks:
@@ -122,9 +161,9 @@ def to_continue(ckpt_path: str | None, callbacks: Iterable[Any]) -> str | None:
             searched.append(str(folder))
             recover_all(folder)
             found += folder.glob(f"{callback.CHECKPOINT_NAME_LAST}*{callback.FILE_EXTENSION}")
-    found = [path for path in found if path.exists()]
+    found = [path for path in found if path.exists() and path.stat().st_mtime >= since]
     if not found and ckpt_path == "auto":
-        return None
+        return to_continue(os.environ.get("PARE_CKPT_PATH") or None, callbacks, since=0.0) if since else None
     if not found:
         where = f"in {', '.join(searched)}" if searched else "since no ModelCheckpoint has a dirpath"
         raise ValueError(

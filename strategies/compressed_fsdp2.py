@@ -58,7 +58,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         timeout: How long a rank waits for the others in a collective.
 
     Raises:
-        ValueError: ``replicas`` is less than 1; when training starts, if it does not divide the ranks.
+        ValueError: ``replicas`` is less than 1; before any work, if it does not divide the ranks.
         TypeError: ``parameter_compressor`` is not a codec.
     """
 
@@ -142,15 +142,24 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
 
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a number of ranks that cannot be cut into ``replicas`` groups.
+
+        Raises:
+            ValueError: ``replicas`` does not divide it, or leaves one rank a group.
+        """
+        shards, rest = divmod(ranks, self.replicas)
+        if self.replicas > 1 and (rest or shards < 2):
+            raise ValueError(
+                f"replicas={self.replicas} leaves no equal groups, or nothing to shard, of {ranks} ranks; "
+                "give a smaller divisor, or use CompressedDDP to replicate everything"
+            )
+
     def _mesh(self) -> DeviceMesh:
         if self.replicas == 1:
             return self.device_mesh["data_parallel"]
-        shards, rest = divmod(self.world_size, self.replicas)
-        if rest or shards < 2:
-            raise ValueError(
-                f"replicas={self.replicas} leaves no equal groups, or nothing to shard, of {self.world_size} ranks; "
-                "give a smaller divisor, or use CompressedDDP to replicate everything"
-            )
+        self.check_ranks(self.world_size)
+        shards = self.world_size // self.replicas
         return init_device_mesh(self.root_device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
 
     def _shard(self, model: nn.Module) -> None:

@@ -179,6 +179,24 @@ def test_check_names_what_is_wrong(arguments, names, capsys):
     assert code == 2 and names in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "names"),
+    [
+        ("fit", ["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+        ("validate", ["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+        ("prune", [], "Pretraining has nothing to prune"),
+        ("fit", ["--trainer.strategy=CompressedFSDP2", "--trainer.strategy.replicas=2"], "replicas=2"),
+    ],
+)
+def test_a_command_refuses_the_same_before_any_work(command, arguments, names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(EmbeddedDocs, "prepare_data", lambda self: pytest.fail("text was read"))
+    monkeypatch.setattr(sys, "argv", ["main.py", command, *TINY, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert stop.value.code == 2 and names in capsys.readouterr().err
+
+
 def test_check_asks_module_and_data(capsys, monkeypatch):
     asked = []
     for cls in (Pretraining, EmbeddedDocs):

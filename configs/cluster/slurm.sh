@@ -5,7 +5,9 @@
 #   another shape: sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 configs/cluster/slurm.sh fit --config ...
 # needs: Pare installed where the nodes find it; submit from the repository's root
 # Lightning wants as many tasks a node as devices, which is why both come from SLURM here. --signal lets GracefulStop
-# save a checkpoint two minutes before the time is up; the job then queues again, and a fit goes on from there.
+# save a checkpoint two minutes before the time is up; the job then queues again, and a fit goes on from there. The ranks
+# agree on a step, so that up to four more steps are made first: where these and saving take longer than two minutes, raise
+# both --signal and the 300 s at the end.
 #SBATCH --job-name=pare
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -23,8 +25,23 @@ if [[ $# -eq 0 ]]; then
 fi
 command=$1
 set -- "$@" --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
-if [[ $command == fit && ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then
-  set -- "$@" --ckpt_path auto
+if [[ $command == fit ]]; then
+  # a restart goes on from what this job has saved, never from an earlier run's checkpoint in the same folder; when it
+  # has saved nothing yet, from where it started (a --ckpt_path of the command line)
+  noted=.slurm-$SLURM_JOB_ID.started
+  previous=
+  for argument in "$@"; do
+    if [[ $previous == --ckpt_path ]]; then PARE_CKPT_PATH=$argument; fi
+    if [[ $argument == --ckpt_path=* ]]; then PARE_CKPT_PATH=${argument#*=}; fi
+    previous=$argument
+  done
+  if [[ ${SLURM_RESTART_COUNT:-0} -eq 0 ]]; then
+    date +%s >"$noted"
+  else
+    set -- "$@" --ckpt_path auto
+  fi
+  PARE_STARTED=$(cat "$noted" || true)
+  export PARE_STARTED PARE_CKPT_PATH=${PARE_CKPT_PATH:-}
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # since SLURM 22.05 steps do not inherit the CPUs of a task; a rank that fails ends the others
@@ -33,5 +50,8 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 python mai
 # 143: stopped by SIGTERM with a checkpoint; near the end of the time it was SLURM's signal, before that somebody's
 if [[ $command == fit && $status -eq 143 ]] && (($(date +%s) >= ${SLURM_JOB_END_TIME:-9999999999} - 300)); then
   scontrol requeue "$SLURM_JOB_ID"
+fi
+if [[ $command == fit && $status -eq 0 ]]; then
+  rm -f "$noted"
 fi
 exit "$status"

@@ -47,7 +47,16 @@ if [[ -z ${interface:-} ]]; then
   exit 2
 fi
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
-export PARE_RANK=1
+# a restart goes on from what was saved since this start, never from an earlier run's checkpoint in the same folder; when
+# nothing was saved yet, from where it started (a --ckpt_path of the command line)
+previous=
+for argument in "$@"; do
+  if [[ $previous == --ckpt_path ]]; then PARE_CKPT_PATH=$argument; fi
+  if [[ $argument == --ckpt_path=* ]]; then PARE_CKPT_PATH=${argument#*=}; fi
+  previous=$argument
+done
+PARE_STARTED=$(date +%s)
+export PARE_RANK=1 PARE_STARTED PARE_CKPT_PATH=${PARE_CKPT_PATH:-}
 exec python -m torch.distributed.run \
   --nnodes "$NNODES" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${RUN_ID:-pare}" \

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -13,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from callbacks import HFExport, RunFolders
-from callbacks.run_folders import to_continue
+from callbacks import HFExport, RunFolders, RunRecord
+from callbacks.run_folders import check_apart, to_continue
 from common.files import replacing
 from common.locks import InUseError
 from common.manifest import DamagedError
@@ -167,6 +168,57 @@ def test_the_last_checkpoint_is_found_also_where_a_kill_moved_it_aside(tmp_path)
     (tmp_path / "last-v1.ckpt").write_text("newer")
     os.utime(tmp_path / "last.ckpt", (1, 1))
     assert to_continue("last", callbacks) == to_continue("auto", callbacks) == str(tmp_path / "last-v1.ckpt")
+
+
+def test_a_restart_takes_what_its_own_run_saved(tmp_path, monkeypatch):
+    old, new, given = tmp_path / "last.ckpt", tmp_path / "last-v1.ckpt", [ModelCheckpoint(tmp_path)]
+    old.write_text("of last week")
+    os.utime(old, (1_000, 1_000))
+    assert to_continue("auto", given) == str(old)
+    monkeypatch.setenv("PARE_STARTED", "2000")
+    assert to_continue("auto", given) is None
+    for first, expected in (("base.ckpt", "base.ckpt"), ("last", str(old)), ("auto", str(old)), ("", None)):
+        monkeypatch.setenv("PARE_CKPT_PATH", first)
+        assert to_continue("auto", given) == expected
+    assert to_continue("last", given) == str(old)
+    new.write_text("of this run")
+    assert to_continue("auto", given) == str(new)
+
+
+@pytest.mark.parametrize(("dirpath", "output", "message"), [
+    ("run", None, r"HFExport\.dirpath: .*run contains RunRecord\.path"),
+    ("run/checkpoints", None, r"HFExport\.dirpath: .*checkpoints is ModelCheckpoint\.dirpath"),
+    ("run/log", None, r"HFExport\.dirpath: .*log is CSVLogger\.save_dir"),
+    ("run/model", "run", r"model\.output: .*run contains HFExport\.dirpath"),
+    ("run/out/model", "run/out", r"model\.output: .*out contains HFExport\.dirpath"),
+    ("run/model", "run/model", r"model\.output: .*model is HFExport\.dirpath"),
+    ("run/checkpoints/model", "run/out", None),
+])  # fmt: skip
+def test_what_is_replaced_holds_nothing_else_of_the_run(dirpath, output, message, tmp_path):
+    callbacks = [HFExport(f"{tmp_path}/{dirpath}", overwrite=True), RunRecord(f"{tmp_path}/run/results.jsonl")]
+    callbacks += [ModelCheckpoint(f"{tmp_path}/run/checkpoints")]
+    trainer = _trainer(tmp_path, callbacks, logger=CSVLogger(tmp_path, "run/log"))
+    model = SimpleNamespace(output=output and f"{tmp_path}/{output}")
+    check_apart(trainer, "validate", model)
+    if message is None:
+        check_apart(trainer, "fit", model)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_apart(trainer, "fit", model)
+
+
+def _unwritable(folder):
+    try:
+        _fit(
+            folder, [RunFolders(), ModelCheckpoint(f"{folder}/file/checkpoints")], devices=2, strategy=CompressedFSDP2()
+        )
+    except OSError as error:
+        return str(error)
+
+
+def test_folders_that_cannot_be_made_are_an_error_on_all_ranks(two_ranks, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert all("file" in message for message in two_ranks.run(_unwritable, str(tmp_path)))
 
 
 def test_checkpoints_of_lightnings_own_strategies_are_sealed(tmp_path):

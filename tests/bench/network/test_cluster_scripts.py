@@ -52,21 +52,27 @@ def test_two_nodes_train_together(script, tmp_path):
     assert "MEMBER: 2/2" in done.stdout + done.stderr
 
 
+_TOLD = "GLOO=$GLOO_SOCKET_IFNAME SINCE=$PARE_STARTED FROM=$PARE_CKPT_PATH."
+
+
 def _noted(tmp_path, script, arguments, **environment):
     """Run a script with stand-ins for what it starts; each notes its arguments, and srun ends as if stopped."""
-    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "noted").unlink(missing_ok=True)
     for name, last in (
         ("srun", "exit 143"),
         ("scontrol", ""),
         ("python", f'[ "$1" != - ] || exec {sys.executable} "$@"'),
     ):
         text = f"#!/bin/bash\n{last if name == 'python' else ''}\n"
-        text += f'echo {name} "$@" GLOO=$GLOO_SOCKET_IFNAME >> {tmp_path}/noted\n{last if name != "python" else ""}\n'
+        text += f'echo {name} "$@" {_TOLD} >> {tmp_path}/noted\n{last if name != "python" else ""}\n'
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "GLOO", "PARE_RANK"))}
     clean |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **environment}
-    status = subprocess.run([str(SCRIPTS / script), *arguments], env=clean, capture_output=True).returncode
+    status = subprocess.run(
+        [str(SCRIPTS / script), *arguments], env=clean, cwd=tmp_path, capture_output=True
+    ).returncode
     return status, (tmp_path / "noted").read_text()
 
 
@@ -84,6 +90,19 @@ def test_slurm_hands_cpus_on_and_queues_again_when_the_time_is_up(left_s, queued
 def test_slurm_goes_on_from_the_last_checkpoint_when_queued_again(tmp_path):
     _, noted = _noted(tmp_path, "slurm.sh", ["fit"], **_JOB, SLURM_RESTART_COUNT="1")
     assert "--ckpt_path auto" in noted
+
+
+def test_a_restarted_job_knows_when_it_started_and_from_what(tmp_path):
+    begun = int(time.time())
+    _, first = _noted(tmp_path, "slurm.sh", ["fit", "--ckpt_path", "base.ckpt"], **_JOB)
+    _, again = _noted(tmp_path, "slurm.sh", ["fit", "--ckpt_path=base.ckpt"], **_JOB, SLURM_RESTART_COUNT="1")
+    since = first.split("SINCE=")[1].split()[0]
+    assert begun <= int(since) <= time.time() and f"SINCE={since} FROM=base.ckpt." in again
+    (tmp_path / ".slurm-7.started").write_text("1234")
+    _, again = _noted(tmp_path, "slurm.sh", ["fit"], **_JOB, SLURM_RESTART_COUNT="1")
+    assert "--ckpt_path auto" in again and "SINCE=1234 FROM=." in again
+    _, ranks = _noted(tmp_path, "torchrun.sh", ["fit", "--ckpt_path", "base.ckpt"], **_NODES)
+    assert int(ranks.split("SINCE=")[-1].split()[0]) >= begun and "FROM=base.ckpt." in ranks
 
 
 _NODES = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "RANKS_PER_NODE": "4"}
