@@ -26,16 +26,24 @@ class _Family:
     layers: str
     norm: str
     attention: str
-    input_norm: str
+    input_norm: str | None
+    """None where attention reads the hidden states as they are."""
     split: Callable[[Any, Tensor, bool], Tensor]
     """(attention module, normed hidden [B, N, H], keys?) → queries or keys [B, N, A, D], not yet rotated."""
 
 
 def _separate(attention: Any, normed_BNH: Tensor, keys: bool) -> Tensor:
-    """Llama, Mistral, Qwen: one projection each; Qwen3 normalises every head."""
+    """Llama and most others: one projection each; Qwen3 and Gemma 3 normalise every head."""
     heads_BNAD = (attention.k_proj if keys else attention.q_proj)(normed_BNH).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, "k_norm" if keys else "q_norm", None)
     return heads_BNAD if norm is None else norm(heads_BNAD)
+
+
+def _normed_whole(attention: Any, normed_BNH: Tensor, keys: bool) -> Tensor:
+    """OLMo2: one projection each, normalised over all heads together."""
+    project, norm = (attention.k_proj, attention.k_norm) if keys else (attention.q_proj, attention.q_norm)
+    heads_BNAD: Tensor = norm(project(normed_BNH)).unflatten(-1, (-1, attention.head_dim))
+    return heads_BNAD
 
 
 def _fused_grouped(attention: Any, normed_BNH: Tensor, keys: bool) -> Tensor:
@@ -62,6 +70,13 @@ _FAMILIES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "mixtral": _LLAMA,
+    "olmo2": _Family("layers", "norm", "self_attn", None, _normed_whole),
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
     "phi3": _Family("layers", "norm", "self_attn", "input_layernorm", _fused_grouped),
     "gpt_neox": _Family("layers", "final_layer_norm", "attention", "input_layernorm", _fused_by_head),
     "gpt2": _Family("h", "ln_f", "attn", "ln_1", _fused_thirds),
@@ -117,6 +132,21 @@ class Anatomy:
         rows, columns = output.weight.shape
         return int(rows if self.family == "gpt2" else columns)
 
+    def active_weights(self, layer: int) -> float:
+        """Weights of a layer's matrices that every token is multiplied with: of experts, those that it is sent to."""
+        parameters = list(self.layers[layer].parameters())
+        dense = sum(p.numel() for p in parameters if p.ndim == 2)
+        experts = sum(p.numel() for p in parameters if p.ndim == 3)  # [experts, out, in]
+        if not experts:
+            return float(dense)
+        config = self.decoder.config
+        return dense + experts * config.num_experts_per_tok / config.num_local_experts
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Attention logits as the softmax gets them: Gemma 2 bends them off below a bound."""
+        cap = self.decoder.config.attn_logit_softcapping if self.family == "gemma2" else None
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def queries(self, layer: int, hidden_BNH: Tensor, rotary: Rotary | None) -> Tensor:
         """What `layer` would ask with, were `hidden_BNH` its input: rotated queries `[B, A, N, D]`.
 
@@ -132,13 +162,16 @@ class Anatomy:
         return self._heads(layer, hidden_BNH, rotary, keys=True)
 
     def _heads(self, layer: int, hidden_BNH: Tensor, rotary: Rotary | None, keys: bool) -> Tensor:
-        family, module = _FAMILIES[self.family], self.layers[layer]
-        norm = getattr(module, family.input_norm)
-        device = norm.weight.device
+        family, module, attention = _FAMILIES[self.family], self.layers[layer], self.attention(layer)
+        device = next(module.parameters()).device
         if device.type == "meta":
             raise UnsupportedModelError(f"layer {layer} is offloaded: scorers that need its attention cannot read it")
-        heads_BAND = family.split(self.attention(layer), norm(hidden_BNH.to(device)), keys).transpose(1, 2)
-        if rotary is None:
+        normed_BNH = hidden_BNH.to(device)
+        if family.input_norm is not None:
+            normed_BNH = getattr(module, family.input_norm)(normed_BNH)
+        heads_BAND = family.split(attention, normed_BNH, keys).transpose(1, 2)
+        # some of SmolLM3's layers know no positions
+        if rotary is None or not getattr(attention, "use_rope", True):
             return heads_BAND
         cos, sin = (part.to(device)[:, None] for part in rotary)
         return _rotate(heads_BAND, cos, sin)
@@ -156,17 +189,28 @@ def check_supported(config: Any) -> None:
     """Refuse a model by its configuration, before its weights are read.
 
     Raises:
-        UnsupportedModelError: Its architecture is not one of `SUPPORTED`, or layers see only a sliding window.
+        UnsupportedModelError: Its architecture is not one of `SUPPORTED`, layers see only a sliding window, or tokens
+            see those after them.
     """
     kind = getattr(config, "model_type", type(config).__name__)
     supported = f"supported: {', '.join(SUPPORTED)} with full attention"
+    if kind == "gemma3":
+        raise UnsupportedModelError(
+            f"token pruning reads text, and this 'gemma3' model reads pictures too: take its text model; {supported}"
+        )
     if kind not in _FAMILIES:
         raise UnsupportedModelError(f"token pruning does not know {kind!r} models; {supported}")
-    if _slides(config):
+    sliding, layers = _sliding(config), config.num_hidden_layers
+    if sliding:
+        behind = layers - 1 - sliding[-1]
         raise UnsupportedModelError(
-            f"this {kind!r} model has sliding-window attention: a window counts cache entries, and once tokens between "
-            f"two entries are dropped it would reach further back than the model ever saw; {supported}"
+            f"this {kind!r} model has sliding-window attention in {len(sliding)} of {layers} layers: a window counts "
+            "cache entries, and once tokens between two entries are dropped it would reach further back than the model "
+            f"ever saw. Only behind the last such layer, {sliding[-1]}, could tokens be dropped, where there are "
+            f"{behind} others; {supported}"
         )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(f"tokens of this {kind!r} model see those after them; {supported}")
 
 
 def anatomy(model: Any) -> Anatomy:
@@ -186,11 +230,12 @@ def anatomy(model: Any) -> Anatomy:
     return Anatomy(kind, decoder, layers, getattr(decoder, family.norm), arguments, cache)
 
 
-def _slides(config: Any) -> bool:
+def _sliding(config: Any) -> list[int]:
+    """Layers that see only a window, ascending."""
     types = getattr(config, "layer_types", None)
     if types is not None:  # Qwen keeps a window's size even where no layer uses it
-        return any(kind != "full_attention" for kind in types)
-    return getattr(config, "sliding_window", None) is not None
+        return [layer for layer, kind in enumerate(types) if kind != "full_attention"]
+    return [] if getattr(config, "sliding_window", None) is None else list(range(config.num_hidden_layers))
 
 
 def placement(model: Any) -> dict[str, list[str]]:

@@ -31,6 +31,7 @@ def tail_attention(
     keys_BGND = parts.keys(layer, hidden_BNH, rotary)
     queries_BGRWD = queries_BAWD.unflatten(1, (keys_BGND.shape[1], -1))
     logits = (queries_BGRWD @ keys_BGND[:, :, None].transpose(-1, -2) * parts.attention(layer).scaling).float()
+    logits = parts.capped(logits)
     width = logits.shape[-1]
     hidden_keys = torch.ones(window, width, dtype=torch.bool, device=logits.device).triu(width - window + 1)
     if real_BN is not None:

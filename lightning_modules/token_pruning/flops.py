@@ -17,7 +17,7 @@ class Cost:
     """What prefill costs in one model.
 
     Attributes:
-        linear: Operations of each layer's matrix products per token.
+        linear: Operations of each layer's matrix products per token, with the experts that it is sent to.
         attention: Operations of each layer's attention per pair of tokens that see each other (query·key and
             weights·values).
         head: Operations of the output head for one token.
@@ -37,7 +37,7 @@ class Cost:
             UnsupportedModelError: See `anatomy`.
         """
         parts = anatomy(model)
-        linear = [2.0 * sum(p.numel() for p in layer.parameters() if p.ndim == 2) for layer in parts.layers]
+        linear = [2.0 * parts.active_weights(layer) for layer in range(len(parts.layers))]
         widths = [parts.query_width(layer) for layer in range(len(parts.layers))]
         head = 2.0 * model.get_output_embeddings().weight.numel()
         return cls(tuple(linear), tuple(4.0 * width for width in widths), head, parts.hidden_size)

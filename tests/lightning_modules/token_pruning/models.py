@@ -9,10 +9,25 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightning_modules.token_pruning.anatomy import SUPPORTED
 
 VOCABULARY, LAYERS, HIDDEN = 199, 6, 64
-FAMILIES = [(family, kernel) for family in SUPPORTED for kernel in ("sdpa", "eager")]
+# sdpa cannot cap logits
+FAMILIES = [
+    (family, kernel) for family in SUPPORTED for kernel in ("sdpa", "eager") if (family, kernel) != ("gemma2", "sdpa")
+]
+_FIELDS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 16},
+    # one layer of four without experts
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": HIDDEN, "mlp_only_layers": [2]},
+    "mixtral": {"num_local_experts": 4},
+    # its last layer of four knows no positions
+    "smollm3": {"no_rope_layer_interval": 4},
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 4.0},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 8},
+}
 
 
-def build(family: str = "llama", kernel: str = "sdpa", layers: int = LAYERS, **fields: Any) -> Any:
+def build(family: str = "llama", kernel: str | None = None, layers: int = LAYERS, **fields: Any) -> Any:
     """A model with sharp enough attention that dropping a token shows; equal weights for equal arguments."""
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if family == "gpt2":
@@ -22,17 +37,19 @@ def build(family: str = "llama", kernel: str = "sdpa", layers: int = LAYERS, **f
         common |= {"intermediate_size": 2 * HIDDEN, "max_position_embeddings": 512}
     if family not in ("gpt2", "gpt_neox"):
         common |= {"num_key_value_heads": 2}
-    if family == "mistral":
-        common |= {"sliding_window": None}
-    if family == "qwen3":
-        common |= {"head_dim": 16}
+    if family in ("qwen3_moe", "mixtral"):
+        common |= {"num_experts_per_tok": 2}
+    if family.startswith("gemma"):
+        common |= {"layer_types": ["full_attention"] * layers}
+    common |= _FIELDS.get(family, {})
+    kernel = kernel or ("eager" if family == "gemma2" else "sdpa")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **{**common, **fields})
         model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(4.0)
     return model
 

@@ -1,11 +1,20 @@
 """Attribute names of transformers' models: an upgrade that moves one must fail here, not in a user's run."""
 
+import sys
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_modules.token_pruning.anatomy import SUPPORTED, UnsupportedModelError, anatomy, input_device, placement
+from lightning_modules.token_pruning.anatomy import (
+    SUPPORTED,
+    UnsupportedModelError,
+    anatomy,
+    check_supported,
+    input_device,
+    placement,
+)
+from lightning_modules.token_pruning.attention import tail_attention
 from tests.lightning_modules.token_pruning.models import HIDDEN, LAYERS, build, shared, tokens
 
 families = pytest.mark.parametrize("family", SUPPORTED)
@@ -33,65 +42,90 @@ def test_layers_take_what_pruning_replaces(family):
     assert (family == "gpt2") != ("position_embeddings" in parts.arguments)
 
 
-def _seen_by_attention(model, ids):
-    """Inputs of every layer, and the queries that reach the attention kernel."""
-    parts, inputs, queries = anatomy(model), [], []
-    kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
+def _seen_by_attention(model, ids, monkeypatch):
+    """Inputs of every layer, queries and keys that reach its attention, and the probabilities there."""
+    parts, inputs, seen, found = anatomy(model), [], [], []
+    home = sys.modules[type(parts.attention(0)).__module__]
+    kernel = home.eager_attention_forward
 
-    def spy(module, query, *args, **kwargs):
-        queries.append(query)
-        return kernel(module, query, *args, **kwargs)
+    def spy(module, query, key, *args, **kwargs):
+        seen.append((query, key))
+        output, probabilities = kernel(module, query, key, *args, **kwargs)
+        found.append(probabilities)
+        return output, probabilities
 
-    handles = [
+    monkeypatch.setattr(home, "eager_attention_forward", spy)
+    for layer in parts.layers:
         layer.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args[0], kwargs)), with_kwargs=True)
-        for layer in parts.layers
-    ]
-    cache = DynamicCache()
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", spy)
-    try:
-        model(ids, past_key_values=cache, use_cache=True)
-    finally:
-        ALL_ATTENTION_FUNCTIONS.register("sdpa", kernel)
-        for handle in handles:
-            handle.remove()
-    return parts, inputs, queries, cache
+    model(ids)
+    return parts, inputs, seen, found
 
 
 @families
 @torch.no_grad()
-def test_queries_and_keys_are_the_models_own(family):
-    parts, inputs, queries, cache = _seen_by_attention(shared(family), tokens(2, 12))
+def test_queries_keys_and_attention_are_the_models_own(family, monkeypatch):
+    parts, inputs, seen, found = _seen_by_attention(build(family, "eager"), tokens(2, 12), monkeypatch)
+    assert len(seen) == LAYERS
     for layer, (hidden, kwargs) in enumerate(inputs):
         rotary = kwargs.get("position_embeddings")
-        torch.testing.assert_close(parts.queries(layer, hidden, rotary), queries[layer])
-        torch.testing.assert_close(parts.keys(layer, hidden, rotary), cache.layers[layer].keys)
+        torch.testing.assert_close(parts.queries(layer, hidden, rotary), seen[layer][0])
+        torch.testing.assert_close(parts.keys(layer, hidden, rotary), seen[layer][1])
+        paid = tail_attention(parts, layer, hidden, 5, rotary, None)
+        torch.testing.assert_close(paid, found[layer][:, :, -5:].mean(1), atol=1e-6, rtol=1e-5)
 
 
-def test_partial_rotation_leaves_the_other_channels_alone():
-    model = build("gpt_neox", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+def test_partial_rotation_leaves_the_other_channels_alone(monkeypatch):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     with torch.no_grad():
-        parts, inputs, queries, _ = _seen_by_attention(model, tokens(1, 12))
+        model = build("gpt_neox", "eager", rope_parameters=rope)
+        parts, inputs, seen, _ = _seen_by_attention(model, tokens(1, 12), monkeypatch)
         hidden, kwargs = inputs[1]
-        torch.testing.assert_close(parts.queries(1, hidden, kwargs["position_embeddings"]), queries[1])
+        torch.testing.assert_close(parts.queries(1, hidden, kwargs["position_embeddings"]), seen[1][0])
 
 
 def test_another_architecture_is_refused_with_the_list():
     config = AutoConfig.for_model("bloom", vocab_size=99, hidden_size=16, n_layer=2, n_head=2)
-    with pytest.raises(UnsupportedModelError, match=r"'bloom'.*llama, mistral, qwen2, qwen3, phi3, gpt_neox, gpt2"):
+    with pytest.raises(UnsupportedModelError, match=rf"'bloom'.*{', '.join(SUPPORTED)}"):
         anatomy(AutoModelForCausalLM.from_config(config))
 
 
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
 @pytest.mark.parametrize(
-    ("family", "fields"),
+    ("family", "fields", "says"),
     [
-        ("mistral", {"sliding_window": 128}),
-        ("phi3", {"sliding_window": 128}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2}),
+        ("mistral", {"sliding_window": 128}, r"in 6 of 6 layers.*layer, 5,.* 0 others"),
+        ("mixtral", {"sliding_window": 128}, r"in 6 of 6 layers.*layer, 5,.* 0 others"),
+        ("phi3", {"sliding_window": 128}, r"in 6 of 6 layers.*layer, 5,.* 0 others"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2},
+            r"in 4 of 6 layers.*layer, 5,.* 0 others",
+        ),
+        (
+            "gemma2",
+            {"layer_types": [_SLIDING, _FULL] * 3},
+            r"in 3 of 6 layers.*layer, 4,.* 1 others",
+        ),
+        (
+            "gemma3_text",
+            {"layer_types": [_SLIDING] * 4 + [_FULL] * 2},
+            r"in 4 of 6 layers.*layer, 3,.* 2 others",
+        ),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 128}, r"in 1 of 6 layers.*layer, 3,.* 2 others"),
     ],
 )
-def test_sliding_windows_are_refused_with_the_reason(family, fields):
-    with pytest.raises(UnsupportedModelError, match=r"sliding-window.*cache entries.*supported: llama"):
+def test_sliding_windows_are_refused_with_the_reason(family, fields, says):
+    with pytest.raises(UnsupportedModelError, match=rf"sliding-window.*{says}.*supported: llama"):
         anatomy(build(family, **fields))
+
+
+def test_models_that_look_ahead_or_at_pictures_are_refused():
+    with pytest.raises(UnsupportedModelError, match="see those after them"):
+        anatomy(build("gemma3_text", use_bidirectional_attention=True))
+    with pytest.raises(UnsupportedModelError, match="reads pictures too"):
+        check_supported(AutoConfig.for_model("gemma3"))
 
 
 _ENDS = {"model.embed_tokens": 0, "model.norm": 1, "lm_head": 1}
