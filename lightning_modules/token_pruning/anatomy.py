@@ -263,6 +263,14 @@ def _place(name: str, places: Mapping[str, str]) -> str:
     return "+".join(dict.fromkeys(places[part] for part in parts))
 
 
+def layer_devices(model: Any) -> list[torch.device]:
+    """Where each decoder layer computes; where it is offloaded, the device that its weights are copied to."""
+    places = placement(model)
+    devices = places["devices"]
+    parts = [place.split("+") for place in places["layers"]]
+    return [torch.device(next((part for part in places if part in devices), devices[0])) for places in parts]
+
+
 def input_device(model: Any) -> torch.device:
     """Where a model reads its input; `model.device` would say "meta" where the first weights are on disk."""
     return torch.device(placement(model)["devices"][0])

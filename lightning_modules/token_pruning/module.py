@@ -18,7 +18,7 @@ from lightning_modules.frozen import Frozen
 from lightning_modules.loading import check_vocabulary, load, load_config
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.token_pruning import losses
-from lightning_modules.token_pruning.anatomy import check_supported, input_device
+from lightning_modules.token_pruning.anatomy import check_supported, input_device, layer_devices
 from lightning_modules.token_pruning.evaluation import PruningQuality
 from lightning_modules.token_pruning.identity import differences
 from lightning_modules.token_pruning.pruner import TokenPruner
@@ -216,11 +216,13 @@ class TokenPruning(L.LightningModule):
                 )
 
     def on_validation_start(self) -> None:
-        """Put the base model beside the scorers, unless a device map has placed it."""
+        """Put the base model beside the scorers, or, where a device map has placed it, each scorer beside its layer."""
         check_data(self.trainer.datamodule, self.model.config)
         check_vocabulary(self.model, self.trainer.datamodule.tokenizer)
         if self.device_map is None:
             self.model.to(self.device)
+        else:
+            self.pruner.spread(layer_devices(self.model))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Derive this micro-batch's noise, so that it does not depend on what ran before."""

@@ -83,6 +83,16 @@ class TokenPruner(nn.Module):
         weight = next(scorer.parameters())
         return scorer(hidden_BNH.to(weight.device, weight.dtype)).squeeze(-1).float()
 
+    def spread(self, devices: Sequence[torch.device]) -> Self:
+        """Put each scorer on the device of the layer that it scores.
+
+        Args:
+            devices: Of the base model's layers, see ``layer_devices``.
+        """
+        for layer in self.layers:
+            self.scorers[str(layer)].to(devices[layer])
+        return self
+
     def check_base(self, model: PreTrainedModel | PretrainedConfig) -> None:
         """Refuse a model other than the one that this pruner was trained for.
 

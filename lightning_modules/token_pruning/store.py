@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.files import replacing_file
 from common.manifest import MARKER, check_manifest, hashes, write_manifest
+from lightning_modules.token_pruning.identity import identity_differences
 
 INDEX = "saliency.json"
 _FORMAT = "pare-saliency"
@@ -184,7 +185,11 @@ def refuse_differences(folder: Path, expected: dict[str, Any], remedy: str) -> N
     """
     index = _index(folder)
     for name, value in expected.items():
-        if index.get(name) != value:
+        if name == "base" and name in index:  # up to rounding: to collect in another precision is no other model
+            others = identity_differences(index[name], value)
+            if others:
+                raise ValueError(f"{folder} was collected with another base than this run's ({others[0]}); {remedy}")
+        elif index.get(name) != value:
             then, now = (_short(v) for v in (index.get(name), value))
             raise ValueError(f"{folder} was collected with another {name} ({then}) than this run's ({now}); {remedy}")
 

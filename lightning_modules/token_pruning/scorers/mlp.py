@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from lightning_modules.token_pruning.anatomy import input_device
+from lightning_modules.token_pruning.anatomy import layer_devices
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
 
@@ -13,7 +13,7 @@ from lightning_modules.token_pruning.scorers.base import Context, Scorer
 class MLP(Scorer):
     """The trained token pruner (SDTP, arXiv 2504.04514): one small MLP per pruning layer.
 
-    It runs on the model's first device and in the model's precision.
+    Each runs where its layer does, and in the model's precision.
 
     Args:
         pruner: A saved pruner's folder or hub name, or the pruner itself.
@@ -54,7 +54,7 @@ class MLP(Scorer):
         """
         self.check(model.config, layers)
         self._loaded.check_base(model)
-        self._ready = copy.deepcopy(self._loaded).to(input_device(model), model.dtype).eval()
+        self._ready = copy.deepcopy(self._loaded).to(model.dtype).spread(layer_devices(model)).eval()
 
     def unbound(self) -> "MLP":
         """A copy that serves any model of the same width: where only shapes matter."""

@@ -12,6 +12,7 @@ from lightning_modules.token_pruning.anatomy import (
     anatomy,
     check_supported,
     input_device,
+    layer_devices,
     placement,
 )
 from lightning_modules.token_pruning.attention import tail_attention
@@ -71,7 +72,7 @@ def test_queries_keys_and_attention_are_the_models_own(family, monkeypatch):
         torch.testing.assert_close(parts.queries(layer, hidden, rotary), seen[layer][0])
         torch.testing.assert_close(parts.keys(layer, hidden, rotary), seen[layer][1])
         paid = tail_attention(parts, layer, hidden, 5, rotary, None)
-        torch.testing.assert_close(paid, found[layer][:, :, -5:].mean(1), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(paid, found[layer][:, :, -5:], atol=1e-6, rtol=1e-5)
 
 
 def test_partial_rotation_leaves_the_other_channels_alone(monkeypatch):
@@ -150,6 +151,9 @@ def test_a_device_map_is_told_by_layer_and_what_is_offloaded_is_named(places, de
     model = build(layers=3)
     model.hf_device_map = places
     assert placement(model) == {"devices": devices, "layers": layers, "offloaded": offloaded}
+    # what is offloaded computes on the first device
+    wanted = [next((part for part in layer.split("+") if part in devices), devices[0]) for layer in layers]
+    assert [str(device) for device in layer_devices(model)] == wanted
     assert str(input_device(model)) == devices[0]
 
 

@@ -1,12 +1,14 @@
 """The trained scorers as a file: it comes back whole, and only for the model that it belongs to."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.scorers.mlp import MLP
 from tests.lightning_modules.token_pruning.models import build
 
 
@@ -48,12 +50,45 @@ def test_rounding_the_base_model_is_no_other_model_but_a_step_of_training_is(tmp
     TokenPruner.for_model(model, [1], width=4).save(tmp_path / "p")
     TokenPruner.load(tmp_path / "p", build().bfloat16())
     TokenPruner.load(tmp_path / "p", build().half())
+    TokenPruner.load(tmp_path / "p", build().bfloat16().float())  # saved in half precision, loaded in single
+    TokenPruner.load(tmp_path / "p", build().half().float())
     trained = build()
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(1e-4)
-    with pytest.raises(ValueError, match="another base model: the values of"):
+        others = r"another base model: the values of \S+ are others \(\S+ is there, not \S+; (\d+) of the \1 weights"
+        with pytest.raises(ValueError, match=others):
+            TokenPruner.load(tmp_path / "p", trained)
+        trained = build()
+        trained.lm_head.weight[0, 0] = 9.0
+    named = r"values of lm_head.weight are others \(9 is there, not \S+; 1 of the 32 weights looked at differ"
+    with pytest.raises(ValueError, match=named):
         TokenPruner.load(tmp_path / "p", trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_a_rounded_base_model_the_whole_one_and_the_rounded_one_are_the_same_but_another_is_not(dtype):
+    pruner = TokenPruner.for_model(build().to(dtype).float(), [1], width=4)
+    for same in (build(), build().to(dtype), build().to(dtype).float(), build().bfloat16(), build().half()):
+        pruner.check_base(same)
+    other = build().to(dtype)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.02)
+    for same in (other, other.float()):
+        with pytest.raises(ValueError, match=r"values of lm_head.weight are others"):
+            pruner.check_base(same)
+
+
+def test_each_scorer_sits_where_its_layer_computes():
+    model = build()
+    pruner = TokenPruner.for_model(model, [1, 3], width=4)
+    with mock.patch("lightning_modules.token_pruning.anatomy.placement") as places:
+        places.return_value = {"devices": ["cpu", "meta"], "layers": ["cpu", "cpu", "cpu", "meta", "cpu", "cpu"]}
+        scorer = MLP(pruner)
+        scorer.prepare(model, [1, 3])
+    found = {layer: {p.device.type for p in scorer._ready.scorers[str(layer)].parameters()} for layer in (1, 3)}
+    assert found == {1: {"cpu"}, 3: {"meta"}}
+    assert {p.device.type for p in pruner.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_saliency_of_another_model_is_refused(base, data, saliency, tmp_path):  
     with torch.no_grad():
         other.lm_head.weight.mul_(1.01)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"was collected with another base \(the values of .* are others\)"):
+    with pytest.raises(ValueError, match=r"another base \(the values of \S+ are others \(\S+ is there, not"):
         _trainer(max_steps=1).fit(_module(str(tmp_path / "other"), tmp_path, saliency=saliency), data)
 
 
@@ -245,6 +245,28 @@ def test_noise_differs_from_step_to_step_and_follows_from_the_step_alone(base, d
         _trainer(max_steps=4, limit_val_batches=0).fit(module, data)
         drawn.append(noise)
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
+
+
+def test_saliency_of_a_base_in_half_precision_trains_it_in_any(base, data, tmp_path):  # noqa: F811
+    half = str(tmp_path / "half")
+    load(base, dtype="bfloat16").save_pretrained(half)
+    for source, dtype, count in ((base, "bfloat16", 8), (half, "float32", 1000)):
+        # the second goes on where the first has stopped: rounded, the model is no other
+        collect = TokenSaliency(source, str(tmp_path / "s"), SCHEDULE, GateGradient(), count, response=8, dtype=dtype)
+        _trainer().predict(collect, data)
+    for source, dtype in ((half, "auto"), (half, "float32"), (base, "float32")):
+        module = _module(source, tmp_path, saliency=str(tmp_path / "s"), lm_weight=0.0, dtype=dtype, overwrite=True)
+        trainer = _trainer(max_steps=1, limit_val_batches=0)
+        trainer.fit(module, data)
+        assert module.model.dtype == (torch.bfloat16 if dtype == "auto" else torch.float32)
+        assert trainer.callback_metrics["train/mse"] > 0
+    with torch.no_grad():
+        other = load(half)
+        other.lm_head.weight[0, 0] = 9.0
+    other.save_pretrained(tmp_path / "other")
+    collect = TokenSaliency(str(tmp_path / "other"), str(tmp_path / "s"), SCHEDULE, GateGradient(), 8, response=8)
+    with pytest.raises(ValueError, match=r"another base.*lm_head\.weight are others \(9 is there, not [-0.]"):
+        _trainer().predict(collect, data)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
