@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from common.variants import variants
 from lightning_modules.perplexity import IGNORED
-from lightning_modules.token_pruning.anatomy import SUPPORTED, anatomy
+from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, response_nll
@@ -23,7 +23,7 @@ from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.scorers.recency import Recency
 from lightning_modules.token_pruning.scorers.saliency import SaliencyOracle
 from lightning_modules.token_pruning.scorers.stride import UniformStride
-from tests.lightning_modules.token_pruning.models import HIDDEN, build, shared, tokens
+from tests.lightning_modules.token_pruning.models import FAMILIES, HIDDEN, build, shared, tokens
 
 AFTER, N = [1, 3], 60
 SCHEDULE = Schedule(layers=AFTER, keep=0.6, of="prompt", tail=0.0, min_tail=5)
@@ -135,9 +135,9 @@ def test_key_norm_is_minus_the_length_of_the_next_layers_keys():
     torch.testing.assert_close(scores, -keys.norm(dim=-1).mean(1))
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize(("family", "kernel"), FAMILIES)
 @torch.no_grad()
-def test_last_window_is_the_attention_of_the_next_layer_under_any_kernel(family):
+def test_last_window_is_the_attention_of_the_next_layer_under_any_kernel(family, kernel):
     ids = F.pad(tokens(2, N - 6), (6, 0))
     ids[0, :6] = 5
     mask = (ids != 0).long()
@@ -150,10 +150,9 @@ def test_last_window_is_the_attention_of_the_next_layer_under_any_kernel(family)
         LastWindow(8, "mean", two): paid[:, [0, 3]].mean(1),
         LastWindow(8, "max", {AFTER[0]: [1]}): paid.amax(1),  # a layer that is not asked
     }
-    for kernel in ("sdpa", "eager"):
-        for scorer, scores in wanted.items():
-            (got, *_), _ = _run(scorer, ids, mask, shared(family, kernel))[0]
-            torch.testing.assert_close(got, scores, atol=1e-5, rtol=1e-4)
+    for scorer, scores in wanted.items():
+        (got, *_), _ = _run(scorer, ids, mask, shared(family, kernel))[0]
+        torch.testing.assert_close(got, scores, atol=1e-5, rtol=1e-4)
 
 
 def test_a_head_that_the_model_does_not_have_is_named():

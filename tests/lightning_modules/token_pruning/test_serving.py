@@ -22,8 +22,8 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False}
 SYSTEM, P = tokens(1, 30, seed=20), 30
 
 
-def talk(keep=0.7, scorer=None):
-    return PromptPruner(scorer or HiddenNorm(), Schedule(layers=AFTER, keep=keep), later_turns=True)
+def talk(keep=0.7):
+    return PromptPruner(HiddenNorm(), Schedule(layers=AFTER, keep=keep, of="prompt", min_tail=16), later_turns=True)
 
 
 def said(rows, width):
