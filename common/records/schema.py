@@ -111,7 +111,7 @@ OPTIONAL: dict[str, Field] = {
     "trace": Field("object", "", "summary of the profiled steps, see common/trace/summary.py"),
     "prefill": Field("object", "", "token-pruning block"),
     "prefill_memory": Field("object", "", "longest prompts that fit, with and without token pruning"),
-    "token_quality": Field("list", "", "task, scorer and share kept: loss, accuracy, tokens kept, prefill time"),
+    "token_quality": Field("list", "", "task, scorer, schedule: loss, tokens kept, time; or answers right and kept"),
     "structure": Field("object", "", "structured-pruning block"),
     "inference": Field("object", "", "latency and memory of a pruned model beside the dense one, by phase and batch"),
     "tiers": Field("object", "", "block-sparsity block, see TIERS"),

@@ -100,7 +100,7 @@ def cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sizes: Sequenc
         # each passage has a stretch of its own, in proportion to its size
         start, end = (len(stream) * upto // total for upto in (before, before + size))
         before += size
-        passage = _passage(stream[start : min(end, start + 16 * size)], tokenizer, size)
+        passage = whole_sentences(stream[start : min(end, start + 16 * size)], tokenizer, size)
         if passage is None:
             sample = stream[: 1 << 20]
             have = len(stream) * len(tokenizer(sample, add_special_tokens=False).input_ids) // max(1, len(sample))
@@ -113,8 +113,8 @@ def cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sizes: Sequenc
     return found
 
 
-def _passage(stretch: str, tokenizer: PreTrainedTokenizerBase, size: int) -> str | None:
-    """Whole sentences from a stretch of text, at most `size` tokens; None where they are less than three quarters."""
+def whole_sentences(stretch: str, tokenizer: PreTrainedTokenizerBase, size: int) -> str | None:
+    """A passage from a stretch of text, at most `size` tokens; None where it would have less than three quarters."""
     begins = sentences(stretch)
     if not begins:
         return None

@@ -93,7 +93,7 @@ def interval(values: Sequence[float] | Tensor, seed: int = 0, resamples: int = 2
     return float(array.mean()), float(low), float(high)
 
 
-def summarise(task: str, scorer: str, keep: float | None, arm: Arm, unpruned: Arm) -> dict[str, Any]:
+def summarise(task: str, scorer: str, keep: float | list[float] | None, arm: Arm, unpruned: Arm) -> dict[str, Any]:
     """One row of the frontier: an arm against the unpruned model, sample by sample.
 
     Returns:

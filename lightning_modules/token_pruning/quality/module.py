@@ -6,11 +6,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from rich.console import Console
 
 from common.progress import stage
 from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
-from lightning_modules.token_pruning.prefill import PromptPruner
+from lightning_modules.token_pruning.quality import asking
+from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_schedules
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
+from lightning_modules.token_pruning.quality.planted import plant
+from lightning_modules.token_pruning.quality.questions import find_questions
 from lightning_modules.token_pruning.quality.tasks import (
     Window,
     check_repeatable,
@@ -25,39 +29,49 @@ from lightning_modules.token_pruning.scorers import Scorer
 from lightning_modules.token_pruning.scorers.oracle import Oracle
 
 _FREE = ("random", "recency")  # what costs nothing, and every other scorer must beat
-Task = Literal["suffix", "repeated", "response", "longbench"]
+_ASKED = ("needles", "questions")
+Task = Literal["suffix", "repeated", "response", "longbench", "needles", "questions"]
 
 
 class TokenQuality(L.LightningModule):
     """Compares scorers at equal budgets on held-out text, against the unpruned model, sample by sample.
 
     All arms read the same samples in turn through the real pruned prefill. The result goes into the run record as
-    ``token_quality``: a row for every task, scorer and share kept, with what it saves over chance and recency.
+    ``token_quality``: a row for every task, scorer and schedule. Tasks that read a suffix say what a scorer saves over
+    chance and recency; tasks that ask say which right answers stay right, see ``asking.summarise``.
 
     Args:
         base: Hugging Face folder, GGUF file or hub name of the model.
-        schedule: Where to prune; its shares are replaced by those of ``keep``.
-        scorers: What to compare.
+        schedule: Where to prune; its shares are replaced by those of ``keep``. None is the default schedule.
+        scorers: What to compare. Oracles, which must see a response, sit out tasks that ask.
         keep: Shares that every stage keeps.
         tasks: "suffix" (the end of a text), "repeated" (a passage of the prompt comes again), "response" (the data's
-            own prompts and responses: recall, instructions), "longbench" (a file).
-        windows: Samples of each task.
+            own prompts and responses: recall, instructions), "longbench" (a file), "needles" (facts planted in the
+            validation texts, answered freely), "questions" (what these texts answer themselves, answered freely).
+        windows: Samples of each task; prompts of tasks that ask.
         suffix: Tokens of the suffix in blocks of plain text.
         longbench: LongBench-style file with ``context``, ``input`` and ``answers``.
         max_prompt: Longest prompt of that file, in tokens.
         dtype: What the model's weights are loaded as; "auto" is what they are on disk.
         attention: Attention kernel, as transformers names it; None takes transformers' choice.
+        schedules: Whole schedules to compare, in place of ``schedule`` with each of ``keep``.
+        lengths: Most tokens of a prompt in tasks that ask, in turn.
+        prefix: Begin the answers of needles, so that what was planted comes next.
+        max_new_tokens: Longest free answer, in tokens.
+        seed: Of facts, passages and questions.
+        answers: File that free answers are appended to as they come; what it holds is not asked again.
 
     Raises:
-        ValueError: a value outside its range, two scorers of one name, or the task "longbench" without a file.
+        ValueError: a value outside its range, two scorers or schedules that are one, or the task "longbench" without
+            a file.
     """
 
     def __init__(
         self,
         base: str,
-        schedule: Schedule,
-        scorers: list[Scorer],
-        keep: list[float] = [0.7, 0.5],  # noqa: B006 (jsonargparse shows it)
+        schedule: Schedule | None = None,
+        scorers: list[Scorer] = [],  # noqa: B006 (jsonargparse shows it)
+        keep: list[float] = [0.7, 0.5],  # noqa: B006
         tasks: list[Task] = ["suffix", "repeated"],  # noqa: B006
         windows: int = 500,
         suffix: int = 64,
@@ -65,6 +79,12 @@ class TokenQuality(L.LightningModule):
         max_prompt: int = 4096,
         dtype: Dtype = "float32",
         attention: str | None = None,
+        schedules: list[Schedule] | None = None,
+        lengths: list[int] = [600, 1200, 2400, 3000],  # noqa: B006
+        prefix: bool = False,
+        max_new_tokens: int = 24,
+        seed: int = 0,
+        answers: str = "runs/answers.jsonl",
     ) -> None:
         super().__init__()
         if windows < 1 or suffix < 1 or not scorers or not tasks or not keep:
@@ -76,8 +96,17 @@ class TokenQuality(L.LightningModule):
             raise ValueError(f"scorers: one of each name, or their rows would be one; got {names}")
         if "longbench" in tasks and longbench is None:
             raise ValueError("the task longbench needs a file: give model.longbench")
-        self.base, self.schedule, self.scorers, self.keep = base, schedule, scorers, keep
-        self.tasks, self.windows, self.suffix = tasks, windows, suffix
+        if max_new_tokens < 1 or not lengths:
+            raise ValueError("max_new_tokens must be at least 1, and lengths must not be empty")
+        if schedules is None:
+            schedules = [(schedule or Schedule()).keeping(share) for share in keep]
+        self.arms = [UNPRUNED, *of_schedules(schedules, scorers)]
+        ways = [(arm.scorer, arm.schedule) for arm in self.arms]
+        if len(set(ways)) < len(ways):
+            raise ValueError("schedules, keep: two are one, and their rows would be one; leave one out")
+        self.base, self.scorers, self.tasks, self.windows, self.suffix = base, scorers, tasks, windows, suffix
+        self.lengths, self.prefix, self.max_new_tokens, self.seed = lengths, prefix, max_new_tokens, seed
+        self.answers = answers
         self.longbench, self.max_prompt = Path(longbench or "").expanduser(), max_prompt
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
@@ -96,8 +125,21 @@ class TokenQuality(L.LightningModule):
         if command != "verify":
             return
         config = load_config(self.base)
-        for scorer in self.scorers:
-            PromptPruner(scorer, self.schedule).check(config)
+        for arm in self.arms:
+            if arm.pruner is not None:
+                arm.pruner.check(config)
+        if set(self.tasks) & set(_ASKED):
+            room = getattr(config.get_text_config(), "max_position_embeddings", None) or max(self.lengths) + 1
+            if max(self.lengths) + self.max_new_tokens > room:
+                raise ValueError(
+                    f"lengths: {max(self.lengths)} tokens and {self.max_new_tokens} of answer are more than the "
+                    f"{room} that the model reads"
+                )
+            if not hasattr(data, "documents"):
+                raise ValueError(
+                    f"data: {type(data).__name__} has no plain texts to ask about; needles and questions need some, "
+                    "as TextCorpus and EmbeddedDocs have them"
+                )
         if "longbench" in self.tasks and not self.longbench.is_file():
             raise FileNotFoundError(f"model.longbench: no such file: {self.longbench}")
         if "repeated" in self.tasks:
@@ -109,38 +151,52 @@ class TokenQuality(L.LightningModule):
         check_vocabulary(self.model, datamodule.tokenizer)
         rows: list[dict[str, Any]] = []
         for task in self.tasks:
-            found = self._task(task, datamodule, device)
-            print("\n".join(map(_line, found)), flush=True)  # a task takes long: what is known is shown
+            # a task takes long: what is known is shown
+            if task in _ASKED:
+                found = self._ask(task, datamodule)
+                Console().print(*asking.tables(found))
+            else:
+                found = self._task(task, datamodule, device)
+                print("\n".join(map(_line, found)), flush=True)
             rows += found
         return {"token_quality": rows}
 
     def _task(self, task: Task, data: Any, device: torch.device) -> list[dict[str, Any]]:
-        arms: dict[tuple[str, float | None], Arm] = {("unpruned", None): Arm()}
-        pruners: dict[tuple[str, float | None], PromptPruner | None] = {("unpruned", None): None}
-        for keep in self.keep:
-            schedule = self.schedule.keeping(keep)
-            for scorer in self.scorers:
-                arms[scorer.name, keep], pruners[scorer.name, keep] = Arm(), PromptPruner(scorer, schedule)
+        found = {(arm.scorer, arm.schedule): Arm() for arm in self.arms}
         oracles = [scorer for scorer in self.scorers if isinstance(scorer, Oracle)]
-        layers = self.schedule.resolve(self.model.config.num_hidden_layers)
+        depth = self.model.config.num_hidden_layers
+        layers = sorted({layer for arm in self.arms if arm.pruner for layer in arm.pruner.schedule.resolve(depth)})
         done = 0
         with stage(f"Task {task}", self.windows, "samples") as show:
             for window in self._batches(task, data):
                 placed = Window(*(part.to(device) for part in window))
                 for oracle in oracles:  # once for all shares
                     oracle.look(self.model, placed.samples(), layers)
-                for name, pruner in pruners.items():
-                    read(self.model, placed, pruner, arms[name])
+                for arm in self.arms:
+                    read(self.model, placed, arm.pruner, found[arm.scorer, arm.schedule])
                 done += len(window.prompt)
                 show(done)
         if not done:
             raise ValueError(f"the task {task} found no sample in {data.name}")
         rows = []
-        for (which, share), arm in arms.items():
-            over = {free: savings(arm, arms[free, share]) for free in _FREE if free != which and (free, share) in arms}
-            row = summarise(task, which, share, arm, arms["unpruned", None])
-            rows.append(row | {"oracle": which in {oracle.name for oracle in oracles}, "saved_over": over})
+        for arm in self.arms:
+            mine = found[arm.scorer, arm.schedule]
+            others = [free for free in _FREE if free != arm.scorer and (free, arm.schedule) in found]
+            over = {free: savings(mine, found[free, arm.schedule]) for free in others}
+            row = summarise(task, arm.scorer, arm.keep, mine, found[UNPRUNED.scorer, UNPRUNED.schedule])
+            knows = arm.pruner is not None and arm.pruner.scorer.oracle
+            rows.append(row | {"schedule": arm.schedule, "oracle": knows, "saved_over": over})
         return rows
+
+    def _ask(self, task: Task, data: Any) -> list[dict[str, Any]]:
+        texts = [text for split, text in data.documents() if split == "val"]
+        if task == "needles":
+            prompts = plant(texts, data.tokenizer, self.lengths, self.windows, self.prefix, self.seed, "test")
+        else:
+            prompts = find_questions(texts, data.tokenizer, self.lengths, self.windows, self.seed)
+        arms = [arm for arm in self.arms if arm.pruner is None or not arm.pruner.scorer.oracle]
+        answers = asking.Answers(Path(self.answers), self.model, self.max_new_tokens)
+        return asking.compare(task, self.model, data.tokenizer, prompts, self.lengths, arms, answers)
 
     def _batches(self, task: Task, data: Any) -> Iterator[Window]:
         """Windows of a task until there are enough."""
@@ -165,7 +221,6 @@ class TokenQuality(L.LightningModule):
 
 
 def _line(row: dict[str, Any]) -> str:
-    keep = "whole" if row["keep"] is None else f"keep {row['keep']:g}"
     rise = f"{row['nll_rise']:+.4f} [{row['nll_rise_low']:+.4f}, {row['nll_rise_high']:+.4f}] nats"
-    what = f"{row['task']:10s} {row['scorer']:14s} {keep:9s}"
-    return f"{what} {rise}  accuracy {row['accuracy']:.3f}  kept {row['kept']:.2f}"
+    what = f"{row['task']:10s} {row['scorer']:14s} {row['schedule'] or 'whole'}"
+    return f"{what}  {rise}  accuracy {row['accuracy']:.3f}  kept {row['kept']:.2f}"

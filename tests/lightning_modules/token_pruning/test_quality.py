@@ -10,15 +10,23 @@ import torch
 from lightning_modules.data.recall import Recall
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning.evaluation import pruned_nll
+from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner
-from lightning_modules.token_pruning.quality import tasks
+from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.quality import asking, tasks
+from lightning_modules.token_pruning.quality.answers import Answer
+from lightning_modules.token_pruning.quality.arms import UNPRUNED, in_words, of_schedules
+from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.measure import Arm, interval, read, summarise
 from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
+from lightning_modules.token_pruning.scorers.mlp import MLP
 from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.scorers.recency import Recency
+from lightning_modules.token_pruning.scorers.saliency import SaliencyOracle
+from lightning_modules.token_pruning.targets.future_attention import FutureAttention
 from tests.lightning_modules.token_pruning.models import build, shared, tokens
 
 SCHEDULE = Schedule(layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3)
@@ -131,6 +139,9 @@ def test_the_command_measures_every_scorer_on_every_task(tmp_path):
         ({"tasks": ["longbench"]}, "longbench"),
         ({"scorers": []}, "scorers"),
         ({"scorers": [Random(), Random(seed=1)]}, "one of each name"),
+        ({"schedules": [Schedule(), Schedule()]}, "two are one"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"lengths": []}, "lengths"),
     ],
 )
 def test_what_is_wrong_is_named(options, names):
@@ -143,3 +154,144 @@ def test_an_empty_data_set_is_refused(tmp_path):
     nothing = SimpleNamespace(name="nothing", tokenizer=None, val_dataloader=lambda: [])
     with pytest.raises(ValueError, match="no sample in nothing"):
         TokenQuality(str(tmp_path), SCHEDULE, [Random()]).verify(nothing, torch.device("cpu"))
+
+
+class Scripted:
+    """Answers by rule in a model's place, and counts how often it was asked."""
+
+    def __init__(self, right):
+        self.right, self.asked = right, []
+
+    def __call__(self, model, tokenizer, asked, pruner, max_new_tokens):
+        self.asked.append(asked)
+        name = "unpruned" if pruner is None else pruner.scorer.name
+        return Answer(asked.answer if self.right(name, asked) else "no idea", 1.0 if pruner is None else 0.5)
+
+
+def prompts(count=8):
+    """Prompts of 40 and 60 tokens; answers by number, depths from 0 to 0.9."""
+    made = []
+    for n in range(count):
+        ids = tokens(40 + 20 * (n % 2), seed=n)
+        made.append(Asked(ids, torch.zeros(len(ids), dtype=torch.bool), f"w{n}", "code", 0.9 * n / (count - 1)))
+    return made
+
+
+def compared(monkeypatch, path, right, arms, asked=None, model=None):
+    script = Scripted(right)
+    monkeypatch.setattr(asking, "answer_in_full", script)
+    model = model or shared("llama")
+    answers = asking.Answers(path, model, 24)
+    return asking.compare("needles", model, None, asked or prompts(), [40, 60], arms, answers), script
+
+
+ARMS = [UNPRUNED, *of_schedules([SCHEDULE], [Random(), Recency()])]
+
+
+def test_kept_answers_are_those_that_the_unpruned_model_had_right(monkeypatch, tmp_path):
+    known = {"unpruned": range(6), "random": range(3, 8), "recency": ()}
+    rows, _ = compared(monkeypatch, tmp_path / "a", lambda name, asked: int(asked.answer[1:]) in known[name], ARMS)
+    whole, random, recency = rows
+    assert [row["right"] for row in rows] == [6 / 8, 5 / 8, 0]
+    assert [row["kept_right"] for row in rows] == [1.0, 3 / 6, 0] and {row["whole_right"] for row in rows} == {6}
+    assert (random["right_low"], random["right_high"]) == interval([0] * 3 + [1] * 5)[1:] and random["right_low"] > 0
+    assert random["kept_right_low"] < 0.5 < random["kept_right_high"] and whole["kept_right_low"] == 1
+    assert whole["bound"] == 1 and whole["kv_share"] == 1 and random["kv_share"] == 0.5
+    cost = Cost.of(shared("llama"))
+    assert random["bound"] == pytest.approx((cost.bound(40, SCHEDULE) + cost.bound(60, SCHEDULE)) / 2)
+    cells = {(cell["tokens"], cell["depth"]): cell for cell in random["map"]}
+    assert sum(cell["samples"] for cell in cells.values()) == 8 and sum(c["kept_right"] for c in cells.values()) == 3
+    assert {length for length, _ in cells} == {40, 60} and {depth for _, depth in cells} == {0.0, 0.25, 0.5, 0.75}
+    assert cells[60, 0.75] == {
+        "tokens": 60, "depth": 0.75, "samples": 1, "right": 1, "whole_right": 0, "kept_right": 0
+    }  # fmt: skip
+    shares, places, schedules = asking.tables(rows)
+    assert shares.rows[1][-2:] == ["62 % [25, 100]", "50 % [17, 83]"] and "8 prompts, 6 answered" in shares.title
+    assert places.headers[2:] == ["≤ 40", "≤ 60", "from 0%", "from 25%", "from 50%", "from 75%"]
+    assert places.rows[1][2:] == ["2/4", "3/4", "0/2", "1/2", "2/2", "2/2"]
+    assert schedules.rows == [[1, in_words(SCHEDULE)]] and [row[1] for row in shares.rows] == ["", 1, 1]
+    assert recency["schedule"] == "layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3" and recency["keep"] == 0.6
+
+
+def test_a_model_that_knows_nothing_keeps_nothing(monkeypatch, tmp_path):
+    rows, _ = compared(monkeypatch, tmp_path / "a", lambda name, asked: False, ARMS)
+    assert all(row["kept_right"] is None and row["whole_right"] == 0 for row in rows)
+
+
+def test_a_run_that_was_killed_asks_only_what_is_not_answered(monkeypatch, tmp_path):
+    def right(name, asked):
+        return int(asked.answer[1:]) % 2 == 0
+
+    path = tmp_path / "answers.jsonl"
+    rows, script = compared(monkeypatch, path, right, ARMS)
+    assert len(script.asked) == 24
+    again, script = compared(monkeypatch, path, lambda name, asked: False, ARMS)
+    assert again == rows and not script.asked
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:10]) + lines[10][:-20])  # killed while it wrote
+    again, script = compared(monkeypatch, path, right, ARMS)
+    assert again == rows and len(script.asked) == 14
+    # what is new: a prompt, an arm, other arguments of a scorer, another schedule, another model
+    assert len(compared(monkeypatch, path, right, ARMS, prompts() + prompts(9)[8:])[1].asked) == 3
+    for arms in ([HiddenNorm()], [Random(seed=5)]):
+        assert len(compared(monkeypatch, path, right, ARMS + of_schedules([SCHEDULE], arms))[1].asked) == 8
+    assert len(compared(monkeypatch, path, right, of_schedules([SCHEDULE.keeping(0.5)], [Random()]))[1].asked) == 8
+    other = build("llama", layers=5)
+    assert len(compared(monkeypatch, path, right, ARMS, model=other)[1].asked) == 24
+
+
+def test_a_scorer_that_was_trained_again_is_asked_again(monkeypatch, tmp_path):
+    pruner = TokenPruner(64, [1, 3], 8)
+    arms = of_schedules([SCHEDULE], [MLP(pruner)])
+    for asked in (8, 0):
+        assert len(compared(monkeypatch, tmp_path / "a", lambda *_: True, arms)[1].asked) == asked
+    with torch.no_grad():
+        next(pruner.parameters()).add_(1.0)
+    assert len(compared(monkeypatch, tmp_path / "a", lambda *_: True, arms)[1].asked) == 8
+
+
+class Texts(SimpleNamespace):
+    """A DataModule's plain texts."""
+
+    def documents(self):
+        return iter([("train", "Nothing."), *(("val", text) for text in self.texts)])
+
+
+NAMES = "Anna", "Berta", "Carla", "Dora"
+TOLD = [" ".join(f"“It has rained for {n} long days,” said {NAMES[n % 4]}." for n in range(400))]
+
+
+def test_the_command_asks_needles_and_questions(tmp_path, capsys):
+    build("llama", vocab_size=400, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    data = Texts(name="told", texts=TOLD, tokenizer=train_bpe(iter([TOLD]), 400))
+    more = {"schedules": [SCHEDULE, Schedule(layers=[1], keep=0.2)], "lengths": [500], "max_new_tokens": 2}
+    bench = TokenQuality(
+        str(tmp_path / "model"), scorers=[Random(), SaliencyOracle(FutureAttention())], windows=2,
+        tasks=["needles", "questions"], answers=str(tmp_path / "answers.jsonl"), **more,
+    )  # fmt: skip
+    bench.check_arguments("verify", data)
+    rows = bench.verify(data, torch.device("cpu"))["token_quality"]
+    json.dumps(rows)
+    assert [(r["task"], r["scorer"]) for r in rows] == [
+        (task, scorer) for task in ("needles", "questions") for scorer in ("unpruned", "random", "random")
+    ]
+    for whole, gentle, hard in (rows[:3], rows[3:]):
+        assert whole["bound"] == whole["kv_share"] == 1.0 < gentle["bound"] < hard["bound"]
+        assert hard["kv_share"] < gentle["kv_share"] < 0.9 and {row["samples"] for row in (whole, gentle, hard)} == {2}
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
+    shown = capsys.readouterr().out
+    for task in ("needles", "questions"):
+        assert f"{task}: 2 prompts" in shown and f"{task}: right answers by tokens" in shown
+    assert "layers=[1], keep=0.2" in shown and "…" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [({"lengths": [600, 1020]}, "lengths: 1020 tokens"), ({"data": SimpleNamespace()}, "no plain texts")],
+)
+def test_what_cannot_be_asked_is_refused_before_any_weight_is_read(tmp_path, options, names):
+    build("llama", max_position_embeddings=1024).config.save_pretrained(tmp_path)
+    data = options.pop("data", Texts(texts=[]))
+    bench = TokenQuality(str(tmp_path), SCHEDULE, [Random()], tasks=["needles"], **{"lengths": [600], **options})
+    with pytest.raises(ValueError, match=names):
+        bench.check_arguments("verify", data)
