@@ -1,6 +1,6 @@
 """Pare's command line: python main.py COMMAND --config configs/….yaml, or where Pare is installed: pare COMMAND …
 
-Commands: fit, validate, test, predict, check, prepare, prune, verify, export, generate.
+Commands: fit, validate, test, predict, check, prepare, prune, calibrate, verify, export, generate.
 
 `check` says what is wrong with a configuration without running it. `fit --print_config=skip_default` shows one;
 `--model.help NAME`, `--trainer.strategy.compressor.help NAME` show what a class takes.
@@ -27,7 +27,7 @@ class PareCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """See ``LightningCLI.subcommands``."""
-        own = ("check", "prepare", "prune", "verify", "export", "generate")
+        own = ("check", "prepare", "prune", "calibrate", "verify", "export", "generate")
         return LightningCLI.subcommands() | {command: {"model", "datamodule"} for command in own}
 
     def instantiate_classes(self) -> None:
@@ -45,7 +45,7 @@ class PareCLI(LightningCLI):
                 chosen["ckpt_path"] = ckpt_path
 
     before_fit = before_validate = before_test = before_predict = check_arguments
-    before_prune = before_verify = before_export = check_arguments
+    before_prune = before_calibrate = before_verify = before_export = check_arguments
 
     def check(self, **arguments: Any) -> None:
         """See ``PareTrainer.check``."""

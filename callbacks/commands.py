@@ -19,7 +19,7 @@ from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
 
-Command = Literal["fit", "validate", "test", "predict", "prepare", "prune", "verify", "export", "generate"]
+Command = Literal["fit", "validate", "test", "predict", "prepare", "prune", "calibrate", "verify", "export", "generate"]
 _LIGHTNINGS_CHOICE = (None, "best", "hpc", "registry")  # of a checkpoint: it looks for it itself
 _LIGHTNING = ("fit", "validate", "test", "predict", "prepare", "generate")  # what every module can, or needs no module
 
@@ -109,6 +109,15 @@ class PareTrainer(Trainer):
         """
         self._once("prune", model, datamodule, dry_run=dry_run)
 
+    def calibrate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Measure a model on the user's text, and write the settings that suit it where its configuration says.
+
+        Args:
+            model: A module that can calibrate: it has ``calibrate(datamodule, device)``.
+            datamodule: The text.
+        """
+        self._once("calibrate", model, datamodule)
+
     def verify(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Prove on real text that the saved result computes what it claims to.
 
@@ -155,6 +164,7 @@ class PareTrainer(Trainer):
         attention: str | None = None,
         scorer: Scorer | None = None,
         schedule: Schedule | None = None,
+        pruner: str | None = None,
         show_survival: bool = False,
     ) -> None:
         """Stream a continuation of a prompt, or open a prompt loop; with a scorer the prompt is pruned.
@@ -175,30 +185,35 @@ class PareTrainer(Trainer):
             dtype: What weights are loaded as; "auto" is what they are on disk.
             attention: Attention kernel, as transformers names it; None takes transformers' choice.
             scorer: Prune the prompt: which tokens to keep.
-            schedule: After which layers and how many; by default after layers 4, 7, 10, …, 70 % each.
+            schedule: After which layers and how many; by default 70 % each at 4/28, 7/28, … of the model's depth.
+            pruner: Prune the prompt as `calibrate` found, in place of scorer and schedule: its folder.
             show_survival: After the continuation, show which prompt token was dropped where, and record it.
 
         Raises:
-            ValueError: No ``model_dir``, and a config without HFExport; survival without a scorer or without a prompt.
+            FileNotFoundError: No such pruner.
+            ValueError: No ``model_dir``, and a config without HFExport; survival without pruning or without a prompt; a
+                pruner beside a scorer or schedule.
         """
         exported = next((str(c.dirpath.resolve()) for c in self.callbacks if isinstance(c, HFExport)), None)
         if model_dir is None and exported is None:
             raise ValueError("nothing to load: give --model_dir, or a config with an HFExport callback")
-        if show_survival and (scorer is None or prompt is None):
-            raise ValueError("show_survival needs a scorer and a prompt")
+        if pruner is not None and (scorer or schedule):
+            raise ValueError("pruner has its own scorer and schedule: leave these out")
+        if show_survival and ((scorer or pruner) is None or prompt is None):
+            raise ValueError("show_survival needs a pruner, or a scorer, and a prompt")
         options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         options |= {"top_k": top_k, "repetition_penalty": repetition_penalty}
         generation.sampling(temperature, top_p, top_k)  # refuses what is out of range before anything is loaded
         folder = model_dir or str(exported)
         tokenizer = load_tokenizer(folder, datamodule)
-        pruner = PromptPruner(scorer, schedule) if scorer is not None else None
-        loaded: Any = load(folder, dtype, attention, supported=pruner.check if pruner is not None else None)
+        pruning = PromptPruner(scorer, schedule) if scorer is not None else None
+        pruning = PromptPruner.from_file(pruner) if pruner is not None else pruning
+        loaded: Any = load(folder, dtype, attention, supported=pruning.check if pruning is not None else None)
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         check_vocabulary(loaded, tokenizer)
         if tokenizer.chat_template is not None and not chat:
             print("the tokenizer has a chat template: --chat true asks the model in its own form", file=sys.stderr)
-        pruning = pruner.prefill(loaded) if pruner is not None else nullcontext()
-        with pruning as run:
+        with nullcontext() if pruning is None else pruning.prefill(loaded) as run:
             if prompt is None:
                 generation.repl(loaded, tokenizer, chat, **options)
             else:

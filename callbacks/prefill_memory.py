@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from callbacks.measurement import Measurement
-from callbacks.prefill_timing import chosen, placed, pruned_read, read
+from callbacks.prefill_timing import chosen, given, placed, pruned_read, read
 from common.measure.memory import limit_process, longest_that_fits, resident_now, resident_peak
 from lightning_modules.token_pruning.anatomy import anatomy, input_device
 from lightning_modules.token_pruning.prefill import PromptPruner
@@ -31,6 +31,7 @@ class PrefillMemory(Measurement):
     Args:
         scorer: Which tokens to keep; by default the module's trained pruner.
         schedule: After which layers and how many; by default the module's.
+        pruner: What `calibrate` found, in place of both: its folder.
         start: First length to try, in tokens.
         longest: Longest length to try.
         resolution: Bisecting ends at this many tokens.
@@ -43,6 +44,7 @@ class PrefillMemory(Measurement):
         self,
         scorer: Scorer | None = None,
         schedule: Schedule | None = None,
+        pruner: str | None = None,
         start: int = 1024,
         longest: int = 131072,
         resolution: int = 512,
@@ -52,7 +54,7 @@ class PrefillMemory(Measurement):
             raise ValueError(f"2 ≤ start ≤ longest and resolution ≥ 1, got {start}, {longest} and {resolution}")
         if limit_gb is not None and limit_gb <= 0:
             raise ValueError(f"limit_gb must be positive, got {limit_gb}")
-        self.scorer, self.schedule = scorer, schedule
+        self.scorer, self.schedule = given(scorer, schedule, pruner)
         self.start, self.longest, self.resolution, self.limit_gb = start, longest, resolution, limit_gb
         self._measured: dict[str, Any] = {}
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -13,10 +14,11 @@ from callbacks.measurement import Measurement
 from common.measure.memory import attention_kernels, peak_bytes
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from common.progress import stage
+from common.tables import Table
 from lightning_modules.token_pruning.anatomy import anatomy, placement
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner
-from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.schedule import Schedule, preset
 from lightning_modules.token_pruning.scorers import Scorer
 from lightning_modules.token_pruning.scorers.mlp import MLP
 from lightning_modules.token_pruning.scorers.random import Random
@@ -31,9 +33,13 @@ class PrefillTiming(Measurement):
     pruned by random scores (what scoring costs). All compute one token's logits, fill a fresh cache, and run the same
     attention kernel, which is looked up and not believed. Hooks, scorer, selection and gathering are inside the time.
 
+    With `presets` there is a pruned arm for each of them; random scores and keeping everything take the last.
+
     Args:
         scorer: Which tokens to keep; by default the module's trained pruner.
         schedule: After which layers and how many; by default the module's.
+        pruner: What `calibrate` found, in place of both: its folder.
+        presets: Schedules by name, in place of `schedule`: "keep09", "keep08", "keep07", "sdtp09", … (see `preset`).
         lengths: Prompt lengths in tokens. Left out, with a reason, where the text, the positions or the memory end.
         repeats: Timed rounds per length.
         warmup: Untimed rounds before them, at every length.
@@ -45,18 +51,24 @@ class PrefillTiming(Measurement):
         self,
         scorer: Scorer | None = None,
         schedule: Schedule | None = None,
+        pruner: str | None = None,
+        presets: list[str] = [],  # noqa: B006
         lengths: list[int] = [1024, 2048, 4096, 8192],  # noqa: B006 (jsonargparse shows it)
         repeats: int = 20,
         warmup: int = 3,
     ) -> None:
         if not lengths or min(lengths) < 2 or repeats < 1 or warmup < 0:
             raise ValueError(f"lengths ≥ 2, repeats ≥ 1, warmup ≥ 0, got {lengths}, {repeats} and {warmup}")
-        self.scorer, self.schedule, self.lengths = scorer, schedule, sorted(lengths)
+        self.scorer, self.schedule = given(scorer, schedule, pruner)
+        if presets and self.schedule:
+            raise ValueError("presets are schedules: leave out schedule and pruner")
+        self.presets = {name: preset(name) for name in presets}
+        self.lengths = sorted(lengths)
         self.repeats, self.warmup = repeats, warmup
         self._measured: dict[str, Any] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, print a line for each length, and log `prefill/…` with the length as the step.
+        """Measure, print a line for each length and a table of all, and log `prefill/…` with the length as the step.
 
         Raises:
             ValueError: More than one process, or no scorer and schedule given and none in the module.
@@ -66,8 +78,12 @@ class PrefillTiming(Measurement):
             return
         if trainer.world_size > 1:
             raise ValueError(f"PrefillTiming measures one process, not {trainer.world_size}: set trainer.devices to 1")
-        scorer, schedule = chosen(self.scorer, self.schedule, pl_module)
+        last = next(reversed(self.presets.values()), None)
+        scorer, schedule = chosen(self.scorer, self.schedule or last, pl_module)
+        pruned = {name: (scorer, one) for name, one in (self.presets or {"pruned": schedule}).items()}
         model: Any = pl_module.model
+        for pair in pruned.values():
+            PromptPruner(*pair).check(model.config)
         text, skipped = validation_text(trainer, max(self.lengths)), {}
         block: dict[str, Any] = {"arms": [], "keep": schedule.tokens or schedule.keep}
         block |= {"layers": schedule.resolve(model.config.num_hidden_layers)}
@@ -78,9 +94,9 @@ class PrefillTiming(Measurement):
                 if reason is None:
                     try:
                         devices = [torch.device(name) for name in block["placement"]["devices"]]
-                        rows, block["kernels"] = self._time(model, devices, text[:length], scorer, schedule)
+                        rows, block["kernels"] = self._time(model, devices, text[:length], pruned)
                         block["arms"] += rows
-                        _tell(trainer, rows)
+                        _tell(trainer, rows, list(pruned))
                     except torch.OutOfMemoryError:
                         reason = "does not fit into the GPU's memory"
                         torch.cuda.empty_cache()
@@ -88,15 +104,21 @@ class PrefillTiming(Measurement):
                     skipped[str(length)] = reason
                     print(f"Length {length}: left out, {reason}")
                 show(sum(self.lengths[: number + 1]))
+        block["schedules"] = {
+            name: {"layers": one.resolve(model.config.num_hidden_layers), "keep": one.tokens or one.keep}
+            for name, (_, one) in pruned.items()
+        }
         self._measured = {"prefill": block | {"skipped": skipped}, **_doubts(block)}
+        Console().print(summary_table(block["arms"], list(pruned)))
 
     def _time(
-        self, model: Any, devices: list[torch.device], ids: Tensor, scorer: Scorer, schedule: Schedule
+        self, model: Any, devices: list[torch.device], ids: Tensor, pruned: dict[str, tuple[Scorer, Schedule]]
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The four arms at one length, all with the model placed as it is, and the attention kernels that they run."""
+        """All arms at one length, all with the model placed as it is, and the attention kernels that they run."""
         ids = ids[None].to(devices[0])
+        scorer, schedule = list(pruned.values())[-1]
         whole = everything(schedule, model.config.num_hidden_layers)
-        setups = {"pruned": (scorer, schedule), "keep-1.0": (scorer, whole), "random": (Random(), schedule)}
+        setups = {**pruned, "keep-1.0": (scorer, whole), "random": (Random(), schedule)}
         arms: dict[str, Callable[[], object]] = {"baseline": lambda: read(model, ids)}
         for name, setup in setups.items():
             arms[name] = pruned_read(model, ids, PromptPruner(*setup))
@@ -126,6 +148,23 @@ class PrefillTiming(Measurement):
     def summary(self) -> dict[str, Any]:
         """See `Measurement.summary`: the block `prefill`."""
         return self._measured
+
+
+def given(
+    scorer: Scorer | None, schedule: Schedule | None, pruner: str | None
+) -> tuple[Scorer | None, Schedule | None]:
+    """The scorer and schedule that a callback was given, directly or by the folder of a calibrated pruner.
+
+    Raises:
+        FileNotFoundError: No such pruner.
+        ValueError: Both, or see `PromptPruner.from_file`.
+    """
+    if pruner is None:
+        return scorer, schedule
+    if scorer or schedule:
+        raise ValueError("pruner has its own scorer and schedule: leave these out")
+    calibrated = PromptPruner.from_file(pruner)
+    return calibrated.scorer, calibrated.schedule
 
 
 def chosen(scorer: Scorer | None, schedule: Schedule | None, pl_module: Any) -> tuple[Scorer, Schedule]:
@@ -190,17 +229,47 @@ def _too_long(model: Any, length: int, text: int) -> str | None:
     return None if longest is None or length <= longest else f"the model has only {longest} positions"
 
 
-def _tell(trainer: Trainer, rows: list[dict[str, Any]]) -> None:
+def summary_table(rows: list[dict[str, Any]], pruned: list[str]) -> Table:
+    """Prefill times in the columns that SDTP's scripts print, a mean for each schedule, and the FLOP bound.
+
+    Args:
+        rows: Of the record's block, see `PrefillTiming`.
+        pruned: Names of the pruned arms.
+    """
+    headers = ["arm", "length", "baseline (s)", "pruned (s)", "speed-up", "latency reduction", "FLOP bound"]
+    plain = {row["length"]: row["ms_median"] for row in rows if row["arm"] == "baseline"}
+    body: list[list[Any]] = []
+    for name in pruned:
+        mine = [row for row in rows if row["arm"] == name]
+        lines: list[list[Any]] = [
+            [row["length"], plain[row["length"]] / 1e3, row["ms_median"] / 1e3, up, 1 - 1 / up, row["bound"]]
+            for row in mine
+            for up in [row["speedup"]]
+        ]
+        if len(lines) > 1:
+            lines.append(["mean", *(sum(column) / len(lines) for column in list(zip(*lines, strict=True))[1:])])
+        for length, baseline, seconds, speedup, reduction, bound in lines:
+            cells = [f"{baseline:.4f}", f"{seconds:.4f}", f"{speedup:.2f}×", f"{reduction:.1%}", f"{bound:.2f}×"]
+            body.append([name, length, *cells])
+    return Table(headers, body)
+
+
+def _tell(trainer: Trainer, rows: list[dict[str, Any]], names: list[str]) -> None:
     arms = {row["arm"]: row for row in rows}
-    pruned, length = arms["pruned"], rows[0]["length"]
+    pruned, length = [arms[name] for name in names], rows[0]["length"]
+    each = " ".join(
+        f"{row['arm']}={row['ms_median'] / 1e3:.4f}s speedup={row['speedup']:.2f}x bound={row['bound']:.2f}x"
+        for row in pruned
+    )
     print(
-        f"Length {length}: baseline={arms['baseline']['ms_median'] / 1e3:.4f}s pruned={pruned['ms_median'] / 1e3:.4f}s "
-        f"speedup={pruned['speedup']:.2f}x bound={pruned['bound']:.2f}x "
+        f"Length {length}: baseline={arms['baseline']['ms_median'] / 1e3:.4f}s {each} "
         f"keep-1.0={arms['keep-1.0']['speedup']:.3f}x random={arms['random']['speedup']:.2f}x",
         flush=True,
     )
     metrics = {f"prefill/{name}_ms": row["ms_median"] for name, row in arms.items()}
-    metrics |= {"prefill/speedup": pruned["speedup"], "prefill/bound": pruned["bound"]}
+    for row in pruned:
+        end = "" if len(pruned) == 1 else f"_{row['arm']}"
+        metrics |= {f"prefill/speedup{end}": row["speedup"], f"prefill/bound{end}": row["bound"]}
     metrics |= {"prefill/overhead": 1 / arms["keep-1.0"]["speedup"] - 1}
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=length)

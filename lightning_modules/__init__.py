@@ -7,6 +7,7 @@ from lightning_modules.data.recall import Recall
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.structured_pruning import LoraRecovery, StructuredPruning
+from lightning_modules.token_pruning.calibration.module import TokenCalibration
 from lightning_modules.token_pruning.module import TokenPruning
 from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.saliency import TokenSaliency
@@ -20,6 +21,7 @@ __all__ = [
     "Recall",
     "StructuredPruning",
     "TextCorpus",
+    "TokenCalibration",
     "TokenPruning",
     "TokenQuality",
     "TokenSaliency",

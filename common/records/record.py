@@ -153,7 +153,17 @@ def append(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
 def sealed(record: Mapping[str, Any]) -> bytes:
     """The line of a record in strict-JSON types, its digest (SHA-256 of the line without it) last."""
     plain = {name: value for name, value in record.items() if name != DIGEST}
-    return _text({**plain, DIGEST: hashlib.sha256(_text(plain)).hexdigest()}) + b"\n"
+    return _text({**plain, DIGEST: _digest(plain)}) + b"\n"
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(plain)).hexdigest()
+
+
+def _misnamed(record: Mapping[str, Any]) -> bool:
+    """Whether the digest is there and its name is not: a bit flipped in the name would make the line look unsealed."""
+    name = next(reversed(list(record)), DIGEST)
+    return name != DIGEST and record[name] == _digest({key: record[key] for key in record if key != name})
 
 
 def _text(record: Mapping[str, Any]) -> bytes:
@@ -183,7 +193,7 @@ def read(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
             record = json.loads(line.decode(), parse_constant=_refuse)
         except ValueError:
             record = None
-        sealing |= isinstance(record, dict) and DIGEST in record
+        sealing |= isinstance(record, dict) and (DIGEST in record or _misnamed(record))
         if not isinstance(record, dict) or (sealing and sealed(record) != line + b"\n"):
             broken.append(number)
             continue

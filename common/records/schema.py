@@ -112,6 +112,9 @@ OPTIONAL: dict[str, Field] = {
     "prefill": Field("object", "", "token-pruning block"),
     "prefill_memory": Field("object", "", "longest prompts that fit, with and without token pruning"),
     "token_quality": Field("list", "", "task, scorer, schedule: loss, tokens kept, time; or answers right and kept"),
+    "calibration": Field(
+        "object", "", "what each layer needs to keep planted answers, and the schedule that was chosen"
+    ),
     "structure": Field("object", "", "structured-pruning block"),
     "inference": Field("object", "", "latency and memory of a pruned model beside the dense one, by phase and batch"),
     "tiers": Field("object", "", "block-sparsity block, see TIERS"),

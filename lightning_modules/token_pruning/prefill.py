@@ -14,14 +14,17 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
+from lightning_modules.token_pruning import pruning_file
 from lightning_modules.token_pruning.anatomy import Anatomy, anatomy, check_supported
 from lightning_modules.token_pruning.cache import Permit, PrunedCache, Stage
+from lightning_modules.token_pruning.identity import config_differences, differences
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
 from lightning_modules.token_pruning.selection import pooled, put, select, take
@@ -38,11 +41,34 @@ class PromptPruner:
         schedule: Says after which layers and how many.
         later_turns: Prune later turns of a conversation too, each by the schedule; turns of no more tokens than it
             protects stay whole.
+        base: Identity of the only model that they serve, see `identity_of`; None for any.
     """
 
-    def __init__(self, scorer: Scorer, schedule: Schedule | None = None, later_turns: bool = False) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        schedule: Schedule | None = None,
+        later_turns: bool = False,
+        base: dict[str, Any] | None = None,
+    ) -> None:
         self.scorer, self.schedule, self.later_turns = scorer, schedule or Schedule(), later_turns
+        self.base = base
         self._ready_for: tuple[Any, ...] = ()
+
+    @classmethod
+    def from_file(cls, folder: str | Path, later_turns: bool = False) -> "PromptPruner":
+        """What `calibrate` found for a model; another model is refused.
+
+        Args:
+            folder: It holds `pruning.json`.
+            later_turns: See `PromptPruner`.
+
+        Raises:
+            FileNotFoundError: It does not.
+            ValueError: The file is damaged.
+        """
+        scorer, schedule, base = pruning_file.read(folder)
+        return cls(scorer, schedule, later_turns, base)
 
     def check(self, config: Any) -> list[int]:
         """Refuse a model by its configuration, before its weights are read; returns the layers after which is pruned.
@@ -52,9 +78,17 @@ class PromptPruner:
             ValueError: Stages that do not fit the model, or a scorer made for another one.
         """
         check_supported(config)
+        self._refuse(config_differences(self.base, config) if self.base is not None else [])
         stages = self.schedule.resolve(config.num_hidden_layers)
         self.scorer.check(config, stages)
         return stages
+
+    def _refuse(self, found: list[str]) -> None:
+        if found:
+            raise ValueError(
+                f"this pruning was calibrated for another model: {'; '.join(found)}. Load the model that it was made "
+                "for, or calibrate for this one (configs/token_pruning/calibrate.yaml)"
+            )
 
     @contextmanager
     def prefill(self, model: Any) -> Iterator["Prefill"]:
@@ -82,6 +116,7 @@ class PromptPruner:
         stages, parts = self.check(model.config), anatomy(model)
         ready_for = (weakref.ref(model), model.device, model.dtype)
         if self._ready_for != ready_for:  # once, not for every prompt: a trained scorer checks and copies weights
+            self._refuse(differences(self.base, model) if self.base is not None else [])
             self.scorer.prepare(model, stages)
             self._ready_for = ready_for
         if parts.decoder in _pruned:

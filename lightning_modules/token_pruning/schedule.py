@@ -1,6 +1,7 @@
 """After which layers tokens are dropped, how many stay, and which always stay."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from math import ceil
 from typing import Any, Literal
@@ -91,6 +92,10 @@ class Schedule:
                 raise ValueError(
                     f"{name} must not rise from stage to stage, got {values}: dropped tokens do not return"
                 )
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments by name, as plain values."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def keeping(self, keep: float | list[float]) -> "Schedule":
         """The same schedule with other shares, in place of what it keeps now (absolute budgets too)."""

@@ -50,6 +50,20 @@ SURVIVAL = {
     "dropped_at": [0 if i % 5 == 1 else 1 if i % 5 == 2 else 2 if i % 5 == 4 else None for i in range(len(WORDS))],
     "layers": [2, 4, 6],
 }
+CALIBRATION = {
+    "needed": [
+        {"layer": n, "heads": [n % 4] if n % 2 else None, "share": 1 / (n + 1), "all_heads": 0.9 / n**0.5}
+        for n in range(1, 12)
+    ],
+    "layers": [4, 8],
+    "keep": [0.3, 0.1],
+    "window": 16,
+    "pool": 17,
+    "tried": [
+        {"scorer": "last_window", "layers": [4, 8], "keep": [0.3, 0.1], "bound": 2.5, "right": 11, "unpruned": 12},
+        {"scorer": "random", "layers": [4, 8], "keep": [0.3, 0.1], "bound": 2.5, "right": 2, "unpruned": 12},
+    ],
+}
 PREFILL = {
     "arms": [
         {

@@ -60,7 +60,8 @@ def whole(tmp_path_factory):
     base = synthetic.template()
     features = [
         {**base, "run_name": "<script>alert(1)</script>", "prefill": synthetic.PREFILL, "survival": synthetic.SURVIVAL,
-         "prefill_memory": synthetic.PREFILL_MEMORY, "token_quality": synthetic.TOKEN_QUALITY},
+         "prefill_memory": synthetic.PREFILL_MEMORY, "token_quality": synthetic.TOKEN_QUALITY,
+         "calibration": synthetic.CALIBRATION},
         {**base, "run_name": "slim", "structure": synthetic.STRUCTURE, "inference": synthetic.INFERENCE},
         {**base, "run_name": "blocks", "tiers": synthetic.TIERS},
     ]  # fmt: skip
@@ -78,7 +79,7 @@ def test_every_section_appears_when_its_records_are_there(whole):
     _, page, _ = whole
     assert sections(page) == [
         "headline", "quality", "step-time", "bytes", "rates", "scaling", "curves", "collectives", "prefill", "frontier",
-        "survival", "structure", "tiers", "figures", "trouble", "runs",
+        "calibration", "survival", "structure", "tiers", "figures", "trouble", "runs",
     ]  # fmt: skip
     targets = {a["href"].removeprefix("#") for a in page.named("a")}
     assert targets <= {attributes.get("id") for _, attributes in page.elements}

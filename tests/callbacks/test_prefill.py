@@ -15,13 +15,15 @@ from torch.utils.data import DataLoader
 from bench.report.sections import prefill
 from callbacks import PrefillMemory, PrefillTiming, RunRecord
 from callbacks.prefill_memory import _Cpu
-from callbacks.prefill_timing import pruned_read
+from callbacks.prefill_timing import pruned_read, summary_table
 from callbacks.survival import show, survival
 from lightning_modules.loading import load
 from lightning_modules.token_pruning.flops import Cost
+from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
-from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.pruning_file import FILE, content
+from lightning_modules.token_pruning.schedule import Schedule, preset
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from lightning_modules.token_pruning.scorers.mlp import MLP
 from lightning_modules.token_pruning.scorers.recency import Recency
@@ -86,6 +88,35 @@ def test_timing_compares_four_arms_and_records_them(tmp_path, capsys):
     events = EventAccumulator(trainer.logger.log_dir).Reload()
     assert [event.step for event in events.Scalars("prefill/speedup")] == [60, 120]
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_presets_are_timed_side_by_side_with_their_mean(tmp_path, capsys):
+    timing = PrefillTiming(Recency(), presets=["keep09", "keep07"], lengths=[150, 100], repeats=1, warmup=0)
+    model = build()
+    record, _ = _validate(tmp_path, timing, model)
+    block = record["prefill"]
+    assert [arm["arm"] for arm in block["arms"][:5]] == ["baseline", "keep09", "keep07", "keep-1.0", "random"]
+    assert block["schedules"]["keep07"] == {"layers": [1, 2, 3, 4], "keep": 0.7}
+    bounds = {arm["arm"]: arm["bound"] for arm in block["arms"][5:]}
+    assert bounds["keep07"] == Cost.of(model).bound(150, preset("keep07"), Recency()) > bounds["keep09"] > 1
+    table = summary_table(block["arms"], ["keep09", "keep07"]).rows
+    assert [row[:2] for row in table] == [[a, n] for a in ("keep09", "keep07") for n in (100, 150, "mean")]
+    mean = sum(arm["speedup"] for arm in block["arms"] if arm["arm"] == "keep07") / 2
+    assert table[-1][4] == f"{mean:.2f}×" and "latency" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="presets are schedules"):
+        PrefillTiming(Recency(), SCHEDULE, presets=["keep09"])
+    with pytest.raises(ValueError, match="no schedule 'keep06'"):
+        PrefillTiming(Recency(), presets=["keep06"])
+
+
+def test_a_calibrated_pruner_is_timed(tmp_path):
+    model = build()
+    (tmp_path / FILE).write_text(content(SCHEDULE, LastWindow(8), identity_of(model), {}))
+    record, _ = _validate(tmp_path, PrefillTiming(pruner=str(tmp_path), lengths=[64], repeats=1, warmup=0), model)
+    assert record["prefill"]["scorer"]["window"] == 8 and record["prefill"]["layers"] == [1, 3]
+    for callback in (PrefillTiming, PrefillMemory):
+        with pytest.raises(ValueError, match="leave these out"):
+            callback(LastWindow(), pruner=str(tmp_path))
 
 
 def test_the_modules_own_pruner_and_schedule_are_the_default(tmp_path):

@@ -9,6 +9,7 @@ from bench.report.content import Section
 from bench.report.evidence import Evidence
 from bench.report.sections import (
     breakdown,
+    calibration,
     collectives,
     curves,
     frontier,
@@ -37,6 +38,7 @@ SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     collectives.section,
     prefill.section,
     frontier.section,
+    calibration.section,
     survival.section,
     structure.section,
     tiers.section,

@@ -124,6 +124,16 @@ def test_a_flipped_bit_anywhere_in_a_line_is_noticed(tmp_path):
     assert record.passed_over(path, broken) == "results.jsonl: 1 broken line(s) skipped (torn, damaged or edited): 2"
 
 
+def test_a_flipped_bit_in_the_only_record_is_noticed_even_in_its_digests_name(tmp_path):
+    path = tmp_path / "results.jsonl"
+    record.append(path, {"n": 1, "text": "größer"})
+    whole = path.read_bytes()
+    for place in range(len(whole) - 1):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            assert record.read(path) == ([], [1])
+
+
 def test_a_line_without_a_digest_after_one_with_is_not_believed(tmp_path):
     path = tmp_path / "results.jsonl"
     record.append(path, {"n": 1})

@@ -20,7 +20,7 @@ def _csv(folder, text, encoding="utf-8"):
     return CsvSchedule(str(folder / "s.csv"))
 
 
-@pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=lambda one: type(one).__name__)
 def test_every_schedule_obeys_the_identities_from_all_dense_on(schedule):
     before = START
     for number, row in enumerate(schedule.rows, 1):

@@ -1,0 +1,368 @@
+"""Calibration as a command: ``python main.py calibrate``."""
+
+import hashlib
+import json
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.files import check_output, inputs_of, replacing, replacing_file
+from common.progress import stage
+from common.tables import Table
+from lightning_modules.causal_lm import check_vocabulary
+from lightning_modules.data.cache import cache_root
+from lightning_modules.data.tokenizer import fingerprint
+from lightning_modules.loading import Dtype, load, load_config
+from lightning_modules.token_pruning.anatomy import check_supported
+from lightning_modules.token_pruning.calibration.retrieval import share_needed, tail_means
+from lightning_modules.token_pruning.calibration.search import (
+    Reading,
+    Stages,
+    best_readings,
+    framed,
+    only,
+    schedules,
+)
+from lightning_modules.token_pruning.flops import Cost
+from lightning_modules.token_pruning.identity import identity_of
+from lightning_modules.token_pruning.prefill import PromptPruner
+from lightning_modules.token_pruning.pruning_file import FILE, content
+from lightning_modules.token_pruning.quality.answers import answer, is_right
+from lightning_modules.token_pruning.quality.asked import Asked
+from lightning_modules.token_pruning.quality.planted import plant
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.last_window import LastWindow
+from lightning_modules.token_pruning.scorers.random import Random
+
+_FEWEST = 8  # right answers to measure on
+_HEADS = 3  # most heads of a layer that are read together
+_TRIED = 3  # schedules that are tried out
+
+
+class TokenCalibration(L.LightningModule):
+    """Finds the layers and heads of a model that look up what is asked for, and a schedule that reaches a speed-up.
+
+    Facts are planted in the user's own text and asked for at its end. Where the unpruned model answers right, the
+    attention of the prompt's end is read in every layer and head: how much of the context must stay, by that head's
+    scores, for the whole answer to stay? The search takes the stages with most room at the asked speed-up, and the best
+    few are tried out on further facts. The result is a folder for ``PromptPruner.from_file``.
+
+    Args:
+        base: Hugging Face folder, GGUF file or hub name of the model.
+        output: Folder of the result.
+        speedup: Bound of the speed-up by floating-point operations that the schedule reaches at every length.
+        lengths: Prompt lengths in tokens, template and question included.
+        facts: Planted facts to measure on; half as many again are for trying out.
+        windows: Numbers of asking tokens to choose from.
+        pools: Widths of the mean over neighbours to choose from, odd.
+        sinks: Tokens at the start that always stay.
+        tail: Share of the prompt at its end that always stays.
+        min_tail: Least number of tokens at the end that stay.
+        seed: Of what is planted where.
+        overwrite: Replace a folder at ``output`` that Pare did not write.
+        cache_dir: Folder for what was measured, from which a killed run goes on. Default: $PARE_CACHE, or
+            ~/.cache/pare.
+        dtype: What the model's weights are loaded as; "auto" is what they are on disk.
+        attention: Attention kernel, as transformers names it; None takes transformers' choice.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        output: str = "runs/calibrated",
+        speedup: float = 2.0,
+        lengths: list[int] = [600, 1200, 2400],  # noqa: B006 (jsonargparse shows it)
+        facts: int = 48,
+        windows: list[int] = [8, 16, 32],  # noqa: B006
+        pools: list[int] = [9, 17, 25],  # noqa: B006
+        sinks: int = 4,
+        tail: float = 0.0,
+        min_tail: int = 32,
+        seed: int = 0,
+        overwrite: bool = False,
+        cache_dir: str | None = None,
+        dtype: Dtype = "auto",
+        attention: str | None = None,
+    ) -> None:
+        super().__init__()
+        if speedup <= 1:
+            raise ValueError(f"speedup must be above 1, got {speedup}")
+        if facts < _FEWEST:
+            raise ValueError(f"facts must be at least {_FEWEST}, got {facts}")
+        if not lengths or not windows or not pools or min(windows) < 1:
+            raise ValueError(f"lengths, windows ≥ 1 and pools are needed, got {lengths}, {windows} and {pools}")
+        self.base, self.output, self.speedup = base, Path(output).expanduser(), speedup
+        self.lengths, self.facts, self.windows = sorted(lengths), facts, sorted(windows)
+        self.frames = [Schedule(sinks=sinks, tail=tail, min_tail=min_tail, pool=pool) for pool in pools]
+        self.seed, self.overwrite = seed, overwrite
+        self.cache = cache_root(cache_dir).with_name("calibration")
+        self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
+
+    def inputs(self) -> list[Any]:
+        """See ``CausalLM.inputs``."""
+        return [self.base]
+
+    def check_arguments(self, command: str, data: Any) -> None:
+        """Refuse what `calibrate` cannot do, before any text or weight is read.
+
+        Args:
+            command: Others than "calibrate" are not looked at.
+            data: The DataModule.
+
+        Raises:
+            FileNotFoundError: No such base.
+            ValueError: A model that cannot be pruned, lengths that it has no positions for, a speed-up that no stage
+                can reach, or see ``common.files.check_output``.
+        """
+        if command != "calibrate":
+            return
+        config = load_config(self.base)
+        check_supported(config)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and max(self.lengths) > longest:
+            raise ValueError(f"model.lengths: {max(self.lengths)} tokens, but {self.base} has {longest} positions")
+        if self.speedup >= config.num_hidden_layers / 2:
+            raise ValueError(
+                f"model.speedup: {self.speedup} cannot be reached: pruning after layer 1 of "
+                f"{config.num_hidden_layers} saves less than {config.num_hidden_layers / 2:g}-fold"
+            )
+        check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
+
+    # ---- the command ---------------------------------------------------------------------------------------------
+
+    def calibrate(self, datamodule: Any, device: torch.device) -> dict[str, Any]:
+        """Measure, choose, try out, write; returns the record's ``calibration``."""
+        model: Any = load(self.base, **self.loading).to(device)
+        tokenizer = datamodule.tokenizer
+        check_vocabulary(model, tokenizer)
+        asked = self._asked(datamodule)
+        measured, tried = asked[: self.facts], asked[self.facts :]
+        parts = self._measure(model, tokenizer, measured)
+        tables = {
+            (window, frame.pool): self._readings(model, parts, number, frame)
+            for number, window in enumerate(self.windows)
+            for frame in self.frames
+        }
+        cost = Cost.of(model)
+        found = self._search(tables, cost)
+        chosen, rows = self._try(model, tokenizer, found, tried, cost)
+        schedule, scorer = self._made(chosen)
+        summary = {
+            "model": self.base,
+            "speedup": self.speedup,
+            "lengths": self.lengths,
+            "bound": [cost.bound(n, schedule, scorer) for n in self.lengths],
+            "right": sum(right for _, right in parts),
+            "asked": len(measured),
+            "layers": schedule.layers,
+            "keep": schedule.keep,
+            "window": chosen.window,
+            "pool": chosen.pool,
+            "heads": only(chosen),
+            "room": chosen.room,
+            "needed": _by_layer(tables[chosen.window, chosen.pool]),
+            "tried": rows,
+        }
+        with replacing(self.output, "pruning", inputs_of(self, datamodule), self.overwrite) as folder:
+            text = content(schedule, scorer, identity_of(model), summary)
+            (folder / FILE).write_text(text, encoding="utf-8")
+        self._show(summary)
+        return {"calibration": summary}
+
+    def _asked(self, data: Any) -> list[Asked]:
+        """Facts to measure on, then facts to try out; half of each with the answer begun."""
+        count = self.facts + self.facts // 2
+        wanted = int(1.3 * sum(self.lengths) / len(self.lengths) * count)
+        texts, have = [], 0
+        for rows in data.calibration(_rows(data, wanted)):
+            texts += data.tokenizer.batch_decode(rows["input_ids"], skip_special_tokens=True)
+            have += rows["input_ids"].numel()
+        half = len(texts) // 2
+        free, begun = (
+            plant(part, data.tokenizer, self.lengths, size, prefix, self.seed)
+            for part, size, prefix in ((texts[:half], (count + 1) // 2, False), (texts[half:], count // 2, True))
+        )
+        return [one for pair in zip(free, begun, strict=False) for one in pair] + free[len(begun) :]
+
+    # ---- measuring ------------------------------------------------------------------------------------------------
+
+    def _measure(self, model: Any, tokenizer: Any, asked: list[Asked]) -> list[tuple[Path, bool]]:
+        """Attention of every prompt's end, in files of its own, and whether the unpruned model answers right.
+
+        Raises:
+            ValueError: It hardly answers any.
+        """
+        folder = self._store(model, tokenizer, asked)
+        parts = []
+        with stage("Reading planted facts", len(asked), "facts") as show:
+            for number, one in enumerate(asked):
+                path = folder / f"{number:04}.safetensors"
+                if not path.is_file():
+                    self._read(model, tokenizer, one, path)
+                with safe_open(path, "pt") as file:
+                    parts.append((path, file.metadata()["right"] == "1"))
+                show(number + 1)
+        right = sum(right for _, right in parts)
+        print(f"{self.base} answers {right} of {len(asked)} planted facts without pruning", flush=True)
+        if right < _FEWEST:
+            raise ValueError(
+                f"{self.base} answers {right} of {len(asked)} planted facts without pruning, too few to see what "
+                f"pruning loses (at least {_FEWEST}): shorten model.lengths, plant more model.facts, or take a model "
+                "that answers questions about a text"
+            )
+        return parts
+
+    def _store(self, model: Any, tokenizer: Any, asked: list[Asked]) -> Path:
+        """The folder of this measurement: another model, text or setting has another."""
+        key = [identity_of(model), fingerprint(tokenizer), self.windows, str(model.dtype)]
+        key += [hashlib.sha256(str([one.ids.tolist() for one in asked]).encode()).hexdigest()]
+        folder = self.cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _read(self, model: Any, tokenizer: Any, asked: Asked, path: Path) -> None:
+        ids = asked.ids.to(model.get_input_embeddings().weight.device)
+        tails = tail_means(model, ids, self.windows)
+        right = is_right(asked, answer(model, tokenizer, asked))
+        with replacing_file(path) as beside:
+            save_file({"tails": tails, "evidence": asked.evidence}, beside, {"right": "1" if right else "0"})
+
+    def _readings(self, model: Any, parts: list[tuple[Path, bool]], window: int, frame: Schedule) -> list[Reading]:
+        """Every layer read by its best head, its best few, and all of them, by one window and pool."""
+        files = [path for path, right in parts if right]
+        singles = torch.stack([_needed(path, window, self.windows[window], frame) for path in files])  # [answers, L, A]
+        layers, heads = singles.shape[1:]
+        order = singles.quantile(0.95, 0).argsort(-1)
+        sets: list[list[tuple[int, ...] | None]] = [
+            [*(tuple(sorted(order[layer, :size].tolist())) for size in range(2, min(_HEADS, heads - 1) + 1)), None]
+            for layer in range(layers)
+        ]
+        joined = torch.stack([_needed(path, window, self.windows[window], frame, sets) for path in files])
+        found = []
+        for layer in range(1, layers):  # before the first layer nothing can be pruned
+            best = int(order[layer, 0])
+            options: list[tuple[tuple[int, ...] | None, Tensor]] = [((best,), singles[:, layer, best])]
+            options += [(chosen, joined[:, layer, number]) for number, chosen in enumerate(sets[layer])]
+            found += [Reading(layer, chosen, needed) for chosen, needed in options]
+        return found
+
+    # ---- choosing -------------------------------------------------------------------------------------------------
+
+    def _search(self, tables: dict[Any, list[Reading]], cost: Cost) -> list[Stages]:
+        """The schedules with most room, no two with the same layers.
+
+        Raises:
+            ValueError: None reaches the speed-up.
+        """
+        found: list[Stages] = []
+        frames = {frame.pool: frame for frame in self.frames}
+        with stage("Searching schedules", len(tables), "windows and pools") as show:
+            for number, ((window, pool), readings) in enumerate(tables.items()):
+                found += schedules(best_readings(readings), cost, self.lengths, self.speedup, frames[pool], window)[
+                    :_TRIED
+                ]
+                show(number + 1)
+        if not found:
+            raise ValueError(f"model.speedup: no schedule reaches {self.speedup}; ask for less")
+        best: dict[tuple[int, ...], Stages] = {}
+        for one in sorted(found, key=lambda made: -made.room):
+            best.setdefault(tuple(reading.layer for reading in one.readings), one)
+        return list(best.values())[:_TRIED]
+
+    def _made(self, stages: Stages) -> tuple[Schedule, LastWindow]:
+        frame = next(frame for frame in self.frames if frame.pool == stages.pool)
+        layers = [reading.layer - 1 for reading in stages.readings]
+        schedule = framed(frame, layers, [floor(1e4 * share) / 1e4 for share in stages.keep])
+        return schedule, LastWindow(stages.window, "max", only(stages))
+
+    def _try(
+        self, model: Any, tokenizer: Any, found: list[Stages], asked: list[Asked], cost: Cost
+    ) -> tuple[Stages, list[dict[str, Any]]]:
+        """Answers to further facts, pruned by each schedule and, for comparison, at random by the first."""
+        made = [self._made(stages) for stages in found]
+        pruners = [PromptPruner(scorer, schedule) for schedule, scorer in made]
+        pruners.append(PromptPruner(Random(self.seed), made[0][0]))
+        rights, whole = [0] * len(pruners), 0
+        with stage("Trying schedules out", len(asked), "facts") as show:
+            for number, one in enumerate(asked):
+                if is_right(one, answer(model, tokenizer, one)):
+                    whole += 1
+                    for arm, pruner in enumerate(pruners):
+                        rights[arm] += is_right(one, answer(model, tokenizer, one, pruner))
+                show(number + 1)
+        rows = [
+            {
+                "scorer": pruner.scorer.name,
+                "layers": pruner.schedule.layers,
+                "keep": pruner.schedule.keep,
+                "right": right,
+                "unpruned": whole,
+                "bound": min(cost.bound(n, pruner.schedule, pruner.scorer) for n in self.lengths),
+            }
+            for pruner, right in zip(pruners, rights, strict=True)
+        ]
+        best = max(range(len(found)), key=lambda arm: (rights[arm], found[arm].room))
+        return found[best], rows
+
+    def _show(self, summary: dict[str, Any]) -> None:
+        rows = [
+            [
+                row["scorer"],
+                str(row["layers"]),
+                str(row["keep"]),
+                f"{row['bound']:.2f}×",
+                f"{row['right']} of {row['unpruned']}",
+            ]
+            for row in summary["tried"]
+        ]
+        title = "answers kept, of those that the unpruned model gives"
+        Console().print(Table(["scorer", "after layers", "keep", "bound", title], rows))
+        print(
+            f"chosen: after layers {summary['layers']} keep {summary['keep']}, window {summary['window']}, pool "
+            f"{summary['pool']}, heads {summary['heads'] or 'all'}\n{self.output / FILE}: "
+            f"PromptPruner.from_file({str(self.output)!r}), or --pruner {self.output}"
+        )
+
+
+def _by_layer(readings: list[Reading]) -> list[dict[str, Any]]:
+    """What every layer needs with its best heads and with all, for the record."""
+    whole = {reading.layer: reading.share for reading in readings if reading.heads is None}
+    return [
+        {"layer": r.layer, "heads": r.heads and list(r.heads), "share": r.share, "all_heads": whole[r.layer]}
+        for r in best_readings(readings)
+    ]
+
+
+def _rows(data: Any, tokens: int) -> int:
+    """Rows of the training split that hold so many tokens, or all."""
+    return max(1, min(-(-tokens // data.block_size), len(data.train)))
+
+
+def _needed(
+    path: Path, window: int, asking: int, frame: Schedule, sets: list[list[tuple[int, ...] | None]] | None = None
+) -> Tensor:
+    """Share that must stay, by layer and head, or by layer and set of heads; float32 [L, …]."""
+    with safe_open(path, "pt") as file:
+        tails_LAN, evidence_N = file.get_tensor("tails")[:, window].float(), file.get_tensor("evidence")
+    left_out = frame.protected(len(evidence_N))
+    left_out[-asking:] = True
+    pool = frame.pool or 1
+    if sets is None:
+        return share_needed(tails_LAN, evidence_N, left_out, pool)
+    joined = torch.stack(
+        [
+            torch.stack([(heads if one is None else heads[list(one)]).amax(0) for one in chosen])
+            for heads, chosen in zip(tails_LAN, sets, strict=True)
+        ]
+    )
+    return share_needed(joined, evidence_N, left_out, pool)
