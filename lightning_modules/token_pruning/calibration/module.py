@@ -44,6 +44,7 @@ from lightning_modules.token_pruning.scorers.random import Random
 _FEWEST = 8  # right answers to measure on
 _HEADS = 3  # most heads of a layer that are read together
 _TRIED = 3  # schedules that are tried out
+_CHARACTERS = 32  # of text for each token that is asked for: passages are spread over them
 
 
 class TokenCalibration(L.LightningModule):
@@ -136,6 +137,10 @@ class TokenCalibration(L.LightningModule):
                 f"model.speedup: {self.speedup} cannot be reached: pruning after layer 1 of "
                 f"{config.num_hidden_layers} saves less than {config.num_hidden_layers / 2:g}-fold"
             )
+        if not hasattr(data, "documents"):
+            raise ValueError(
+                f"data: {type(data).__name__} has no plain texts to plant facts in, as TextCorpus and EmbeddedDocs have"
+            )
         check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
 
     # ---- the command ---------------------------------------------------------------------------------------------
@@ -182,15 +187,11 @@ class TokenCalibration(L.LightningModule):
     def _asked(self, data: Any) -> list[Asked]:
         """Facts to measure on, then facts to try out; half of each with the answer begun."""
         count = self.facts + self.facts // 2
-        wanted = int(1.3 * sum(self.lengths) / len(self.lengths) * count)
-        texts, have = [], 0
-        for rows in data.calibration(_rows(data, wanted)):
-            texts += data.tokenizer.batch_decode(rows["input_ids"], skip_special_tokens=True)
-            have += rows["input_ids"].numel()
-        half = len(texts) // 2
+        stream = _beginning(data, _CHARACTERS * count * max(self.lengths))
+        half = len(stream) // 2
         free, begun = (
-            plant(part, data.tokenizer, self.lengths, size, prefix, self.seed)
-            for part, size, prefix in ((texts[:half], (count + 1) // 2, False), (texts[half:], count // 2, True))
+            plant([part], data.tokenizer, self.lengths, size, prefix, self.seed)
+            for part, size, prefix in ((stream[:half], (count + 1) // 2, False), (stream[half:], count // 2, True))
         )
         return [one for pair in zip(free, begun, strict=False) for one in pair] + free[len(begun) :]
 
@@ -334,6 +335,18 @@ class TokenCalibration(L.LightningModule):
         )
 
 
+def _beginning(data: Any, characters: int) -> str:
+    """The first texts of the training split, so many characters or all."""
+    texts, have = [], 0
+    for split, text in data.documents():
+        if split == "train":
+            texts.append(text)
+            have += len(text)
+        if have >= characters:
+            break
+    return "\n\n".join(texts)
+
+
 def _by_layer(readings: list[Reading]) -> list[dict[str, Any]]:
     """What every layer needs with its best heads and with all, for the record."""
     whole = {reading.layer: reading.share for reading in readings if reading.heads is None}
@@ -341,11 +354,6 @@ def _by_layer(readings: list[Reading]) -> list[dict[str, Any]]:
         {"layer": r.layer, "heads": r.heads and list(r.heads), "share": r.share, "all_heads": whole[r.layer]}
         for r in best_readings(readings)
     ]
-
-
-def _rows(data: Any, tokens: int) -> int:
-    """Rows of the training split that hold so many tokens, or all."""
-    return max(1, min(-(-tokens // data.block_size), len(data.train)))
 
 
 def _needed(

@@ -151,10 +151,8 @@ def setup(tmp_path_factory, text):
     model = build(vocab_size=len(tokenizer), max_position_embeddings=2048)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    ids = torch.tensor(tokenizer(" ".join(text)).input_ids)
-    blocks = ids[: len(ids) // 64 * 64].unflatten(0, (-1, 64))
-    data = SimpleNamespace(tokenizer=tokenizer, block_size=64, train=blocks, inputs=list)
-    data.calibration = lambda count: [{"input_ids": blocks[:count]}]
+    data = SimpleNamespace(tokenizer=tokenizer, inputs=list)
+    data.documents = lambda: [("val", "Not this one. " * 2000), *(("train", one) for one in text)]
     return folder, data
 
 
