@@ -81,8 +81,15 @@ def test_prefixes_and_prompts_padded_on_the_left_equal_masked_and_single_ones(ke
     whole = torch.cat([system_mask, mask], dim=1)
     places = (whole.cumsum(-1) - 1).clamp_min(0)
     call = {"attention_mask": whole, "position_ids": places[:, P:], "use_cache": True}
+    before = {"attention_mask": system_mask, "position_ids": places[:, :P]}
+    unpruned = model(ids, past_key_values=prefix_cache(model, system, **before), **call).logits
+    cache = prefix_cache(model, system, **before)
+    with talk(1.0).prefill(model) as run:
+        found = model(ids, past_key_values=cache, **call).logits
+    assert len(run.stages) == 2
+    assert torch.equal(found[mask.bool()], unpruned[mask.bool()])
     for scorer in (HiddenNorm(), LastWindow()):
-        cache = prefix_cache(model, system, attention_mask=system_mask, position_ids=places[:, :P])
+        cache = prefix_cache(model, system, **before)
         with prompt_pruner(scorer=scorer).prefill(model) as run:
             found = model(ids, past_key_values=cache, **call).logits[:, -1]
             kept = run.kept()
@@ -175,6 +182,12 @@ def test_later_turns_of_a_padded_batch_and_its_beams(kernel):
         kept.append(run.kept())
         assert kept[1][-1].sum(-1).tolist() == [30, 20, 18]
         visible, sequence = torch.cat(kept, dim=2), torch.cat([ids, turn], dim=1)
+        held = cache.lengths()
+        cache.crop(-60)
+        with pytest.raises(ValueError, match="reaches into the pruned prompt"):
+            cache.crop(-1)
+        again = model(turn, attention_mask=whole, position_ids=places[:, N:], past_key_values=cache).logits[:, -1]
+        assert torch.equal(again, last) and cache.lengths() == held and len(cache.stretches) == 2
         order = torch.tensor([2, 0, 1])
         cache.reorder_cache(order)
         step, longer = tokens(3, 1, seed=11), F.pad(whole[order], (0, 1), value=1)
@@ -254,7 +267,7 @@ def test_other_caches_are_refused_before_a_layer_runs():
     with prompt_pruner().prefill(model):
         with pytest.raises(ValueError, match="DynamicCache, not StaticCache"):
             model(ids, past_key_values=cache)
-        assert not cache.is_initialized
+        assert not cache.layers[0].is_initialized
         cache = DynamicCache()
         with pytest.raises(ValueError, match="attention_mask has 5 columns for 0 cached tokens and 96 new ones"):
             model(ids, attention_mask=torch.ones(1, 5, dtype=torch.long), past_key_values=cache)
