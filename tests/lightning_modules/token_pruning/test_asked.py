@@ -106,7 +106,7 @@ def test_a_template_that_changes_the_text_is_refused(plain):
 
 
 def test_titles_and_initials_end_no_sentence():
-    text = 'Dr. Watson met J. Smith. "Good day," he said. Then? He left!'
+    text = 'Dr. Watson met Mrs. Bell and J. Smith. "Good day," he said. Then? He left!'
     assert [text[begin:][:4] for begin in sentences(text)] == ['"Goo', "Then", "He l"]
 
 
