@@ -4,6 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -18,7 +19,7 @@ class Candidate:
     """One way of reading a prompt.
 
     Attributes:
-        scorer: Its name in rows and tables; "unpruned" for the model itself.
+        scorer: Its name in rows and tables; "unpruned" for the model itself, a folder's name for a pruner from a file.
         keep: What the schedule keeps; None where nothing is dropped.
         schedule: The schedule in words: its arguments that are not the defaults.
         pruner: None reads prompts whole.
@@ -55,6 +56,17 @@ def of_schedules(schedules: Sequence[Schedule], scorers: Sequence[Scorer]) -> li
         for schedule in schedules
         for scorer in scorers
     ]
+
+
+def of_files(folders: Sequence[str]) -> list[Candidate]:
+    """Pruners that `calibrate` wrote, by their folders' names.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: See `PromptPruner.from_file`.
+    """
+    found = [(Path(folder).resolve().name, PromptPruner.from_file(folder)) for folder in folders]
+    return [Candidate(name, pruner.schedule.keep, in_words(pruner.schedule), pruner) for name, pruner in found]
 
 
 def in_words(schedule: Schedule) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from common.progress import stage
 from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
 from lightning_modules.token_pruning.quality import asking
-from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_schedules
+from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_files, of_schedules
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.planted import plant
 from lightning_modules.token_pruning.quality.questions import find_questions
@@ -55,6 +55,7 @@ class TokenQuality(L.LightningModule):
         dtype: What the model's weights are loaded as; "auto" is what they are on disk.
         attention: Attention kernel, as transformers names it; None takes transformers' choice.
         schedules: Whole schedules to compare, in place of ``schedule`` with each of ``keep``.
+        pruners: Folders that `calibrate` wrote, compared beside these.
         lengths: Most tokens of a prompt in tasks that ask, in turn.
         prefix: Begin the answers of needles, so that what was planted comes next.
         max_new_tokens: Longest free answer, in tokens.
@@ -80,6 +81,7 @@ class TokenQuality(L.LightningModule):
         dtype: Dtype = "float32",
         attention: str | None = None,
         schedules: list[Schedule] | None = None,
+        pruners: list[str] = [],  # noqa: B006
         lengths: list[int] = [600, 1200, 2400, 3000],  # noqa: B006
         prefix: bool = False,
         max_new_tokens: int = 24,
@@ -87,8 +89,10 @@ class TokenQuality(L.LightningModule):
         answers: str = "runs/answers.jsonl",
     ) -> None:
         super().__init__()
-        if windows < 1 or suffix < 1 or not scorers or not tasks or not keep:
-            raise ValueError("windows and suffix must be at least 1; scorers, tasks and keep must not be empty")
+        if windows < 1 or suffix < 1 or not (scorers or pruners) or not tasks or not keep:
+            raise ValueError(
+                "windows and suffix must be at least 1; scorers (or pruners), tasks and keep must not be empty"
+            )
         if not all(0 < share <= 1 for share in keep):
             raise ValueError(f"keep must be within (0, 1], got {keep}")
         names = [scorer.name for scorer in scorers]
@@ -100,7 +104,7 @@ class TokenQuality(L.LightningModule):
             raise ValueError("max_new_tokens must be at least 1, and lengths must not be empty")
         if schedules is None:
             schedules = [(schedule or Schedule()).keeping(share) for share in keep]
-        self.arms = [UNPRUNED, *of_schedules(schedules, scorers)]
+        self.arms = [UNPRUNED, *of_schedules(schedules, scorers), *of_files(pruners)]
         ways = [(arm.scorer, arm.schedule) for arm in self.arms]
         if len(set(ways)) < len(ways):
             raise ValueError("schedules, keep: two are one, and their rows would be one; leave one out")

@@ -11,8 +11,10 @@ from lightning_modules.data.recall import Recall
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning.evaluation import pruned_nll
 from lightning_modules.token_pruning.flops import Cost
+from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.pruning_file import content
 from lightning_modules.token_pruning.quality import asking, tasks
 from lightning_modules.token_pruning.quality.answers import Answer
 from lightning_modules.token_pruning.quality.arms import UNPRUNED, in_words, of_schedules
@@ -283,6 +285,23 @@ def test_the_command_asks_needles_and_questions(tmp_path, capsys):
     for task in ("needles", "questions"):
         assert f"{task}: 2 prompts" in shown and f"{task}: right answers by tokens" in shown
     assert "layers=[1], keep=0.2" in shown and "…" not in shown
+
+
+def test_what_calibrate_wrote_is_compared_by_its_folder_s_name(tmp_path):
+    model = shared("llama")
+    (tmp_path / "found").mkdir()
+    written = content(SCHEDULE.keeping([0.8, 0.3]), Recency(), identity_of(model), {})
+    (tmp_path / "found/pruning.json").write_text(written)
+    bench = TokenQuality("base", schedules=[SCHEDULE], scorers=[Random()], pruners=[str(tmp_path / "found")])
+    assert [(arm.scorer, arm.keep) for arm in bench.arms] == [
+        ("unpruned", None),
+        ("random", 0.6),
+        ("found", [0.8, 0.3]),
+    ]
+    assert bench.arms[2].pruner.scorer.name == "recency"
+    bench.arms[2].pruner.check(model.config)
+    with pytest.raises(ValueError, match="another model"):
+        bench.arms[2].pruner.check(build("llama", layers=5).config)
 
 
 @pytest.mark.parametrize(
