@@ -169,12 +169,25 @@ class Anatomy:
         normed_BNH = hidden_BNH.to(device)
         if family.input_norm is not None:
             normed_BNH = getattr(module, family.input_norm)(normed_BNH)
-        heads_BAND = family.split(attention, normed_BNH, keys).transpose(1, 2)
+        return self.rotated(layer, family.split(attention, normed_BNH, keys).transpose(1, 2), rotary)
+
+    def rotated(self, layer: int, heads_BAND: Tensor, rotary: Rotary | None) -> Tensor:
+        """Queries or keys of a layer, turned to their positions; as they are where it knows none."""
         # some of SmolLM3's layers know no positions
-        if rotary is None or not getattr(attention, "use_rope", True):
+        if rotary is None or not getattr(self.attention(layer), "use_rope", True):
             return heads_BAND
-        cos, sin = (part.to(device)[:, None] for part in rotary)
+        cos, sin = (part.to(heads_BAND.device)[:, None] for part in rotary)
         return _rotate(heads_BAND, cos, sin)
+
+    def rotary(self, hidden_BNH: Tensor, positions_BN: Tensor) -> Rotary | None:
+        """cos and sin `[B, N, R]` of positions, as hidden states of this precision get them; None as in `queries`."""
+        embedding = getattr(self.decoder, "rotary_emb", None)
+        if embedding is None:
+            return None
+        # Gemma 3 has others for layers that see only a window
+        kind = {"layer_type": "full_attention"} if self.family == "gemma3_text" else {}
+        cos, sin = embedding(hidden_BNH, position_ids=positions_BN, **kind)
+        return cos, sin
 
 
 def _rotate(heads_BAND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, response_nll
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Context, Scorer
+from lightning_modules.token_pruning.scorers.blocks import Blocks
 from lightning_modules.token_pruning.scorers.duplication import Duplication
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
 from lightning_modules.token_pruning.scorers.key_norm import KeyNorm
@@ -106,6 +107,37 @@ def test_random_draws_differ_between_prompts_and_repeat_with_the_seed():
     first, second = (_run(scorer, ids)[1] for _ in range(2))
     assert not torch.equal(first, second) and torch.equal(first, _run(Random(7), ids)[1])
     assert not torch.equal(first, _run(Random(8), ids)[1])
+
+
+@pytest.mark.parametrize("inner", [HiddenNorm(), LastWindow(window=8)], ids=repr)
+def test_blocks_stay_or_go_whole_by_the_mean_of_their_tokens(inner):
+    schedule = Schedule(layers=AFTER, keep=[0.5, 0.25], of="prompt", sinks=3, tail=0.0, min_tail=10)
+    seen, kept = _run(Blocks(inner, 5), tokens(1, 63), schedule=schedule)
+    scores, context, hidden, layer = seen[0]
+    plain = inner.score(hidden, layer, context)[0]
+    # counted from the end: the last 10 are protected, and the first 3
+    blocks = [range(start, start + 5) for start in range(3, 53, 5)]
+    means = torch.stack([plain[list(block)].mean() for block in blocks])
+    torch.testing.assert_close(scores[0, 3:53], means.repeat_interleave(5))
+    for stage, budget in enumerate([32, 16]):
+        stays = [int(kept[stage, 0, list(block)].sum()) for block in blocks]
+        assert sum(stays) == budget - 13 and sum(count not in (0, 5) for count in stays) <= 1
+    assert all(kept[0, 0, list(blocks[number])].all() for number in means.argsort(descending=True)[:3])
+
+
+def test_blocks_are_what_the_scorer_inside_is():
+    assert Blocks(LastWindow(window=7)).asking == 7 and not Blocks(Random()).repeatable and Blocks(Random()).pool == 1
+    assert Blocks(SaliencyOracle()).oracle and Blocks(MLP(_pruner())).flops(9, HIDDEN) == MLP(_pruner()).flops(
+        9, HIDDEN
+    )
+    with pytest.raises(ValueError, match="has 4 heads"):
+        PromptPruner(Blocks(LastWindow(only={2: [4]})), SCHEDULE).check(shared().config)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        Blocks(Random(), 0)
+
+
+def test_controls_take_single_tokens():
+    assert {scorer.pool for scorer in (Random(), Recency(), UniformStride())} == {1}
 
 
 def test_recency_keeps_the_sinks_and_the_end():
