@@ -37,3 +37,24 @@ def tail_attention(
     if real_BN is not None:
         hidden_keys = hidden_keys | ~real_BN.to(logits.device)[:, None, None, None, :]
     return logits.masked_fill(hidden_keys, torch.finfo(torch.float32).min).softmax(-1).flatten(1, 2)
+
+
+def mean_attention(
+    parts: Anatomy, layer: int, hidden_BNH: Tensor, share_BN: Tensor, rotary: Rotary | None, real_BN: Tensor | None
+) -> Tensor:
+    """Probabilities that some tokens give to all tokens, head by head, added up.
+
+    Args:
+        parts: See ``tail_attention``.
+        layer: See ``tail_attention``.
+        hidden_BNH: See ``tail_attention``.
+        share_BN: Weight of each token that asks, 0 for the others.
+        rotary: See ``tail_attention``.
+        real_BN: See ``tail_attention``.
+
+    Returns:
+        float32 ``[B, A, N]``, on the device of the layer.
+    """
+    window = share_BN.shape[1] - int((share_BN > 0).any(0).float().argmax())
+    paid_BAWN = tail_attention(parts, layer, hidden_BNH, window, rotary, real_BN)
+    return torch.einsum("bw,bawn->ban", share_BN[:, -window:].to(paid_BAWN), paid_BAWN)

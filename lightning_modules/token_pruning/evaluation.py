@@ -12,6 +12,7 @@ from lightning_modules.batches import logits as logits_of
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.perplexity import perplexity
 from lightning_modules.token_pruning.anatomy import anatomy
+from lightning_modules.token_pruning.passes import ending_at, watched
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, response_nll
 from lightning_modules.token_pruning.schedule import Schedule
@@ -104,12 +105,11 @@ class PruningQuality(nn.Module):
         values = target.values(model, samples, budget.stages)
         scores: dict[int, Tensor] = {}
 
-        def watch(index: int, hidden_BNH: Tensor) -> tuple[Tensor, None]:
+        def see(index: int, hidden_BNH: Tensor, _: Any) -> None:
             if index - 1 in budget.stages:
                 scores[index - 1] = pruner(hidden_BNH, index - 1)
-            return hidden_BNH, None
 
-        with layer_inputs(model, samples.real, watch):
+        with watched(model, see), ending_at(model, budget.stages[-1] + 1):
             logits_of(model, samples.inputs())
         free = samples.prompt & ~budget.protected
         for layer in budget.stages:

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from common.files import check_output, inputs_of
 from common.randomness import run_seed, step_seed
+from lightning_modules.batches import IGNORED
 from lightning_modules.batches import logits as logits_of
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
@@ -21,10 +22,12 @@ from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.anatomy import check_supported, input_device, layer_devices
 from lightning_modules.token_pruning.evaluation import PruningQuality
 from lightning_modules.token_pruning.identity import differences
+from lightning_modules.token_pruning.masked_attention import KERNELS
+from lightning_modules.token_pruning.passes import ending_at
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, check_data, response_nll, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
-from lightning_modules.token_pruning.soft_mask import MASKABLE, Budget, Pruning, layer_inputs
+from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
 from lightning_modules.token_pruning.store import Saliency, check_saliency
 from lightning_modules.token_pruning.targets import Target
 
@@ -135,8 +138,8 @@ class TokenPruning(L.LightningModule):
         config = load_config(self.base)
         check_supported(config)
         check_data(data, config)
-        if self.loading["attention"] not in (None, *MASKABLE):
-            raise ValueError(f"model.attention must take masks: {' or '.join(MASKABLE)}")
+        if self.loading["attention"] not in (None, *KERNELS):
+            raise ValueError(f"model.attention must take masks: {' or '.join(KERNELS)}")
         layers = self.schedule.resolve(config.num_hidden_layers)
         if self.pruner_path is not None:
             pruner = TokenPruner.load(self.pruner_path)
@@ -243,15 +246,20 @@ class TokenPruning(L.LightningModule):
     def losses(self, samples: Samples) -> dict[str, Tensor]:
         """Every loss whose weight is not 0, by name; those of the scores are sums over layers.
 
-        Without losses on the pruned model's logits nothing is to be sent back through the model: it only reads.
+        Without losses on the pruned model's logits nothing is to be sent back through the model: it only reads, and no
+        further than the last stage.
         """
         model, prompt = self.model, samples.prompt
         budget = Budget.of(self.schedule, model.config.num_hidden_layers, prompt)
         pruning = Pruning(self._score, prompt, budget, self.temperature)
-        through = bool(self.weights["lm"] or self.weights["kl"])
-        with torch.set_grad_enabled(through), layer_inputs(model, samples.real, pruning):
-            logits = logits_of(model, samples.inputs(), logits_to_keep=0 if through else 1)
-        found = self._logit_losses(samples, logits) if through else {}
+        found: dict[str, Tensor] = {}
+        if self.weights["lm"] or self.weights["kl"]:
+            with layer_inputs(model, samples.real, pruning):
+                logits = _response_logits(model, samples)
+            found = self._logit_losses(samples, logits)
+        else:
+            with torch.no_grad(), layer_inputs(model, samples.real, pruning), ending_at(model, budget.stages[-1] + 1):
+                logits_of(model, samples.inputs())
         found |= self._score_losses(samples, budget, pruning)
         return {name: loss for name, loss in found.items() if self.weights[name]}
 
@@ -262,12 +270,13 @@ class TokenPruning(L.LightningModule):
 
     def _logit_losses(self, samples: Samples, logits: Tensor) -> dict[str, Tensor]:
         """Losses of the pruned model on the responses."""
-        nll, tokens = response_nll(logits, samples.labels)
+        labels = samples.labels[:, -logits.shape[1] :]
+        nll, tokens = response_nll(logits, labels)
         found = {"lm": nll.sum() / tokens.sum().clamp_min(1)}
         if self.weights["kl"]:
             with torch.no_grad():
-                unpruned = logits_of(self.model, samples.inputs())
-            found["kl"] = divergence(logits, unpruned, samples.labels)
+                unpruned = _response_logits(self.model, samples)
+            found["kl"] = divergence(logits, unpruned, labels)
         return found
 
     def _score_losses(self, samples: Samples, budget: Budget, pruning: Pruning) -> dict[str, Tensor]:
@@ -340,3 +349,9 @@ class TokenPruning(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _response_logits(model: Any, samples: Samples) -> Tensor:
+    """Logits from the token before the first response on: at 8,192 tokens those of the prompts would be gigabytes."""
+    begin = int((samples.labels != IGNORED).any(0).float().argmax()) - 1
+    return logits_of(model, samples.inputs(), logits_to_keep=samples.labels.shape[1] - begin)

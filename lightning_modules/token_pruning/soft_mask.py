@@ -19,15 +19,13 @@ from transformers import PreTrainedModel
 
 from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.losses import normalise
+from lightning_modules.token_pruning.masked_attention import attention_by_key_bias
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.selection import pooled, select
 
 FLOOR = 1e-6
 """What a hard 0 is in the forward pass. The gradient of log m at m = FLOOR is large, the attention it multiplies is as
 small, and their product is the gradient of the policy softmax; at 0 it would be 0 · inf. Needs float32 or bfloat16."""
-
-MASKABLE = ("sdpa", "eager")
-"""Attention implementations that take an additive mask."""
 
 LayerInput = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 """From a layer and the hidden states [B, N, H] that enter it: those to use, and log m of the keys [B, N] or None."""
@@ -45,33 +43,30 @@ def layer_inputs(model: PreTrainedModel, real_BN: Tensor, change: LayerInput) ->
     Raises:
         ValueError: an attention implementation that takes no mask.
     """
-    kind = model.config._attn_implementation
-    if kind not in MASKABLE:
-        raise ValueError(f"attention {kind!r} takes no additive mask: load the base model with 'sdpa' or 'eager'")
-    parts = anatomy(model)
-    length = real_BN.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=real_BN.device).tril()
-    diagonal = torch.eye(length, dtype=torch.bool, device=real_BN.device)
-    visible_BNN = (causal & real_BN[:, None, :]) | diagonal  # a padding row must see something, or softmax is NaN
+    parts, padded = anatomy(model), not bool(real_BN.all())
 
     def hook(index: int) -> Callable[..., Any]:
         def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             call = dict(zip(parts.arguments, args, strict=False)) | kwargs
             hidden_BNH, log_mask_BN = change(index, call.pop("hidden_states"))
+            dtype = hidden_BNH.dtype
+            if log_mask_BN is None and padded:
+                log_mask_BN = torch.zeros_like(real_BN, dtype=dtype)
             if log_mask_BN is not None:
-                dtype = hidden_BNH.dtype
-                bias_BNN = log_mask_BN.to(dtype)[:, None, :].masked_fill(diagonal, 0.0)
-                call["attention_mask"] = bias_BNN.masked_fill(~visible_BNN, torch.finfo(dtype).min)[:, None]
+                bias_BN = log_mask_BN.to(dtype).masked_fill(~real_BN.to(log_mask_BN.device), torch.finfo(dtype).min)
+                log_mask_BN = bias_BN.to(hidden_BNH.device)[:, None, None, :]
+            call["attention_mask"] = log_mask_BN
             return (hidden_BNH,), call
 
         return before
 
-    handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(parts.layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attention_by_key_bias(model):
+        handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(parts.layers)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @dataclass

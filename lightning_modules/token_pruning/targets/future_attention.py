@@ -1,18 +1,16 @@
 """Attention that the response will pay."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_modules.batches import logits as logits_of
 from lightning_modules.perplexity import IGNORED
-from lightning_modules.token_pruning.anatomy import anatomy
-from lightning_modules.token_pruning.attention import tail_attention
+from lightning_modules.token_pruning.anatomy import Rotary, anatomy
+from lightning_modules.token_pruning.attention import mean_attention
 from lightning_modules.token_pruning.samples import Samples
-from lightning_modules.token_pruning.targets.base import Target
+from lightning_modules.token_pruning.targets.base import Reading, Target
 
 
 class FutureAttention(Target):
@@ -25,30 +23,22 @@ class FutureAttention(Target):
         UnsupportedModelError: From ``values``: a layer is offloaded, or see ``anatomy``.
     """
 
-    @torch.no_grad()
-    def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
-        """See ``Target.values``."""
+    def reading(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> Reading:
+        """See ``Target.reading``."""
         parts = anatomy(model)
         predicts_BN = torch.roll(samples.labels != IGNORED, -1, dims=1)
         share_BN = predicts_BN.float() / predicts_BN.sum(1, keepdim=True)
-        window = share_BN.shape[1] - int(predicts_BN.any(0).float().argmax())
         received: dict[int, Tensor] = {}
 
-        def watch(index: int) -> Callable[..., None]:
-            def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                call = dict(zip(parts.arguments, args, strict=False)) | kwargs
-                rotary = call.get("position_embeddings")
-                paid_BWN = tail_attention(parts, index, call["hidden_states"], window, rotary, samples.real).mean(1)
-                received[index] = torch.einsum("bw,bwn->bn", share_BN[:, -window:].to(paid_BWN.device), paid_BWN)
+        def see(index: int, hidden_BNH: Tensor, rotary: Rotary | None) -> None:
+            if index > min(layers):
+                paid_BAN = mean_attention(parts, index, hidden_BNH, share_BN, rotary, samples.real)
+                received[index] = paid_BAN.mean(1).to(samples.input_ids.device)
 
-            return before
+        def values(_: Tensor | None) -> dict[int, Tensor]:
+            return {
+                layer: torch.stack([paid for index, paid in received.items() if index > layer]).mean(0)
+                for layer in layers
+            }
 
-        watched = range(min(layers) + 1, len(parts.layers))
-        handles = [parts.layers[i].register_forward_pre_hook(watch(i), with_kwargs=True) for i in watched]
-        try:
-            logits_of(model, samples.inputs(), logits_to_keep=1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        device = samples.input_ids.device
-        return {layer: torch.stack([received[i].to(device) for i in watched if i > layer]).mean(0) for layer in layers}
+        return Reading(values, last=len(parts.layers) - 1, see=see)

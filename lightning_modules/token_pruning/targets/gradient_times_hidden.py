@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_modules.token_pruning.samples import Samples
-from lightning_modules.token_pruning.targets.base import Target, hidden_gradients
+from lightning_modules.token_pruning.targets.base import Reading, Target, hidden_gradients
 
 
 class GradientTimesHidden(Target):
@@ -15,7 +14,6 @@ class GradientTimesHidden(Target):
     Source: SDTP (arXiv 2504.04514), section 3, which leaves sign and reduction open.
     """
 
-    def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
-        """See ``Target.values``."""
-        pairs = hidden_gradients(model, samples, layers)
-        return {layer: (hidden * gradient).sum(-1).abs() for layer, (hidden, gradient) in pairs.items()}
+    def reading(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> Reading:
+        """See ``Target.reading``."""
+        return hidden_gradients(model, samples, layers, lambda hidden, gradient: (hidden * gradient).sum(-1).abs())

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_modules.batches import logits as logits_of
 from lightning_modules.token_pruning.samples import Samples, token_nll
-from lightning_modules.token_pruning.targets.base import Target
+from lightning_modules.token_pruning.targets.base import Reading, Target
 
 
 class SelfInformation(Target):
@@ -22,10 +20,14 @@ class SelfInformation(Target):
     among the whole vocabulary.
     """
 
-    @torch.no_grad()
-    def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
-        """See ``Target.values``."""
-        logits = logits_of(model, samples.inputs())
-        nats_BN = F.pad(token_nll(logits, samples.input_ids.to(logits.device)), (1, 0)).to(samples.real.device)
-        first_BN = samples.real & (samples.real.cumsum(1) == 1)
-        return dict.fromkeys(layers, nats_BN.masked_fill(first_BN, math.log(logits.shape[-1])))
+    def reading(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> Reading:
+        """See ``Target.reading``."""
+
+        def values(logits: Tensor | None) -> dict[int, Tensor]:
+            assert logits is not None
+            nll_BN = token_nll(logits.detach(), samples.input_ids.to(logits.device))
+            nats_BN = F.pad(nll_BN, (1, 0)).to(samples.real.device)
+            first_BN = samples.real & (samples.real.cumsum(1) == 1)
+            return dict.fromkeys(layers, nats_BN.masked_fill(first_BN, math.log(logits.shape[-1])))
+
+        return Reading(values)

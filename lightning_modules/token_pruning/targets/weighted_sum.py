@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lightning_modules.token_pruning.losses import normalise
 from lightning_modules.token_pruning.samples import Samples
-from lightning_modules.token_pruning.targets.base import Target
+from lightning_modules.token_pruning.targets.base import Reading, Target, together
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from lightning_modules.token_pruning.targets.self_information import SelfInformation
 
@@ -36,13 +36,18 @@ class WeightedSum(Target):
         """See `Variant.examples`."""
         return [cls([SelfInformation(), GateGradient()], [1.0, 0.5])]
 
-    def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
-        """See ``Target.values``."""
-        shape, device = samples.prompt.shape, samples.prompt.device
-        totals = {layer: torch.zeros(shape, dtype=torch.float32, device=device) for layer in layers}
-        for target, weight in zip(self.targets, self.weights, strict=True):
-            for layer, value in target.values(model, samples, layers).items():
-                # ``normalise`` hides what is not finite; the sum must not
-                broken = ~value.isfinite()
-                totals[layer] += weight * normalise(value, samples.prompt).masked_fill(broken, torch.nan)
-        return totals
+    def reading(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> Reading:
+        """See ``Target.reading``; all targets share one pass."""
+        readings = [target.reading(model, samples, layers) for target in self.targets]
+
+        def values(logits: Tensor | None) -> dict[int, Tensor]:
+            shape, device = samples.prompt.shape, samples.prompt.device
+            totals = {layer: torch.zeros(shape, dtype=torch.float32, device=device) for layer in layers}
+            for reading, weight in zip(readings, self.weights, strict=True):
+                for layer, value in reading.values(logits).items():
+                    # ``normalise`` hides what is not finite; the sum must not
+                    broken = ~value.isfinite()
+                    totals[layer] += weight * normalise(value, samples.prompt).masked_fill(broken, torch.nan)
+            return totals
+
+        return together(readings, values)

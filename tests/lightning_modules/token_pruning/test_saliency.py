@@ -13,7 +13,7 @@ from lightning_modules.token_pruning.saliency import TokenSaliency
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.store import Saliency, SaliencyStore
-from lightning_modules.token_pruning.targets.base import Target
+from lightning_modules.token_pruning.targets.base import Reading, Target
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from tests.lightning_modules.data.toy import Toy
 from tests.lightning_modules.token_pruning.models import build
@@ -97,11 +97,11 @@ def test_a_killed_collection_goes_on_where_it_was(base, data, tmp_path, monkeypa
 
 
 class _Overflows(Target):
-    def values(self, model, samples, layers):
+    def reading(self, model, samples, layers):
         found = {layer: torch.ones(samples.real.shape) for layer in layers}
         found[layers[0]][0, 5] = torch.inf
         found[layers[1]][1] = 0
-        return found
+        return Reading(lambda _: found)
 
 
 def test_overflow_and_underflow_are_counted_and_left_out(base, data, tmp_path):

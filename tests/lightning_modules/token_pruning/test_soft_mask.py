@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.evaluation import pruned_nll
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.samples import split_batch
@@ -187,3 +189,68 @@ def test_an_attention_without_masks_is_refused():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2"), layer_inputs(model, torch.ones(1, 4).bool(), None):
         pass
+
+
+class _Shapes(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returns, by the product of its last two sizes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(one, torch.Tensor) and one.ndim > 2:
+                self.largest = max(self.largest, one.shape[-1] * one.shape[-2])
+        return result
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_attention_in_blocks_is_that_of_one_large_mask(family, kernel, monkeypatch):
+    """Against the model's own kernel and one additive mask [B, 1, N, N], logits and gradients."""
+    model, ids = build(family, kernel).requires_grad_(False), tokens(2, 40)
+    real = torch.ones(2, 40, dtype=torch.bool)
+    real[1, :7] = False
+    samples = split_batch({"input_ids": ids, "labels": ids, "attention_mask": real.long()}, 6)
+    causal, itself = torch.ones(40, 40).tril().bool(), torch.eye(40).bool()
+    gate = torch.rand(2, 40).masked_fill(torch.rand(2, 40) < 0.3, 1e-6).requires_grad_()
+
+    def whole(index, args, kwargs):
+        bias = gate.log()[:, None] if index > 1 else torch.zeros(2, 1, 40)
+        mask = bias.masked_fill(itself, 0.0).masked_fill(~(causal & real[:, None] | itself), torch.finfo().min)
+        call = dict(zip(parts.arguments, args, strict=False)) | kwargs
+        return (call.pop("hidden_states"),), call | {"attention_mask": mask[:, None]}
+
+    def judge(logits):
+        logits[:, -6:].logsumexp(-1).sum().backward()
+        found, gate.grad = gate.grad, None
+        return logits.detach()[real], found
+
+    parts = anatomy(model)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: whole(i, args, kwargs), with_kwargs=True)
+        for i, layer in enumerate(parts.layers)
+    ]
+    wanted = judge(model(**samples.inputs(), use_cache=False).logits)
+    for hook in hooks:
+        hook.remove()
+    for block in (512, 40, 16):
+        monkeypatch.setattr("lightning_modules.token_pruning.masked_attention.BLOCK", block)
+        with layer_inputs(model, real, lambda index, hidden: (hidden, gate.log() if index > 1 else None)):
+            found = judge(model(**samples.inputs(), use_cache=False).logits)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == kernel
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_no_tensor_has_tokens_times_tokens_elements(temperature, monkeypatch):
+    monkeypatch.setattr("lightning_modules.token_pruning.masked_attention.BLOCK", 16)
+    model, samples = build("llama", "eager", vocab_size=199).requires_grad_(False), _samples(rows=1, length=400)
+    with _Shapes() as shapes:
+        weight = torch.ones(64, requires_grad=temperature is not None)
+        logits, _ = _masked(model, samples, temperature, lambda layer, hidden: hidden @ weight)
+        if temperature is not None:
+            logits[0, -6:].logsumexp(-1).sum().backward()
+            assert weight.grad.any()
+    assert 0 < shapes.largest <= 400 * 199 < 400 * 400

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,10 +152,15 @@ def test_a_weighted_sum_adds_targets_of_one_scale():
 
 def test_a_weighted_sum_shows_what_overflowed():
     class Overflows(FutureAttention):
-        def values(self, model, samples, layers):
-            found = super().values(model, samples, layers)
-            found[LAYER][0, 3] = torch.inf
-            return found
+        def reading(self, model, samples, layers):
+            reading = super().reading(model, samples, layers)
+
+            def values(logits):
+                found = reading.values(logits)
+                found[LAYER][0, 3] = torch.inf
+                return found
+
+            return replace(reading, values=values)
 
     found = WeightedSum([SelfInformation(), Overflows()]).values(shared("llama"), _samples(), [LAYER])[LAYER]
     assert not found[0].isfinite().all() and found[1].isfinite().all()
@@ -183,3 +189,34 @@ def test_every_target_ignores_padding_other_samples_and_the_prompt_s_own_labels(
 
 def test_the_one_known_to_be_wrong_is_labelled():
     assert [t.__name__ for t in KNOWN if t.control] == ["SignedGradientTimesHidden"]
+
+
+def _ran(model):
+    """Indices of the layers that run, in order."""
+    ran = []
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    return ran
+
+
+def test_several_targets_share_one_pass_and_change_no_number():
+    model, samples = build("llama").requires_grad_(False), _samples()
+    targets = [FutureAttention(), SelfInformation(), GateGradient(), GradientNorm()]
+    alone = [normalise(target.values(model, samples, [1, 3])[3], samples.prompt) for target in targets]
+    ran = _ran(model)
+    for chosen in ([0, 1], [0, 1, 2, 3]):
+        found = WeightedSum([targets[i] for i in chosen], [1.0 + i for i in chosen]).values(model, samples, [1, 3])[3]
+        wanted = sum((1.0 + i) * alone[i] for i in chosen)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        assert ran == list(range(6))
+        ran.clear()
+
+
+def test_layers_that_no_target_needs_do_not_run():
+    model, samples = build("llama"), _samples()
+    ran = _ran(model)
+    FutureAttention().values(model, samples, [1])
+    assert ran == [0, 1, 2, 3, 4]  # the last one's attention follows from what enters it
+    ran.clear()
+    model(samples.input_ids)
+    assert ran == list(range(6))  # and nothing is left behind

@@ -76,15 +76,17 @@ def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tm
     assert validated.callback_metrics["val/ppl_learned_0_5"] == metrics["val/ppl_learned_0_5"]
 
 
-@pytest.mark.parametrize(("loss", "back"), [("lm", True), ("kl", True), ("mse", False), ("ratio", False)])
-def test_only_losses_of_the_model_are_sent_back_through_it(base, data, saliency, tmp_path, loss, back):  # noqa: F811
+@pytest.mark.parametrize(("loss", "through"), [("lm", True), ("kl", True), ("mse", False), ("ratio", False)])
+def test_only_losses_of_the_model_run_all_of_it_and_are_sent_back(base, data, saliency, tmp_path, loss, through):  # noqa: F811
     weights = {f"{name}_weight": float(name == loss) for name in ("lm", "mse", "ranking", "kl", "ratio")}
     module = _module(base, tmp_path, saliency=saliency, **weights)
     _trainer(fast_dev_run=1, limit_val_batches=0).fit(module, data)
-    outputs = []
-    module.model.get_decoder().norm.register_forward_hook(lambda _, __, output: outputs.append(output))
+    ran = {}
+    for index, layer in enumerate(module.model.get_decoder().layers):
+        layer.register_forward_hook(lambda _, __, output, index=index: ran.update({index: output.requires_grad}))
     module.losses(split_batch(next(iter(data.train_dataloader())), 8))
-    assert outputs[0].requires_grad is back
+    last = LAYERS - 1 if through else SCHEDULE.layers[-1]
+    assert list(ran) == list(range(last + 1)) and ran[last] is through
 
 
 @pytest.mark.parametrize("loss", ["lm", "mse", "ranking", "kl", "ratio"])
