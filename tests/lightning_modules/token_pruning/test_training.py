@@ -83,7 +83,9 @@ def test_only_losses_of_the_model_run_all_of_it_and_are_sent_back(base, data, sa
     _trainer(fast_dev_run=1, limit_val_batches=0).fit(module, data)
     ran = {}
     for index, layer in enumerate(module.model.get_decoder().layers):
-        layer.register_forward_hook(lambda _, __, output, index=index: ran.update({index: output.requires_grad}))
+        layer.register_forward_hook(
+            lambda _, __, output, index=index: ran.update({index: ran.get(index, output.requires_grad)})
+        )
     module.losses(split_batch(next(iter(data.train_dataloader())), 8))
     last = LAYERS - 1 if through else SCHEDULE.layers[-1]
     assert list(ran) == list(range(last + 1)) and ran[last] is through
