@@ -13,7 +13,7 @@ from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
 from lightning_modules.token_pruning.soft_mask import FLOOR, Budget, Pruning, keep_best, layer_inputs
-from tests.lightning_modules.token_pruning.models import LAYERS, build, shared, tokens
+from tests.lightning_modules.token_pruning.models import FAMILIES, LAYERS, build, shared, tokens
 
 SCHEDULE = Schedule(layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3)
 
@@ -204,8 +204,7 @@ class _Shapes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gpt2"])
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "kernel"), FAMILIES)
 def test_attention_in_blocks_is_that_of_one_large_mask(family, kernel, monkeypatch):
     """Against the model's own kernel and one additive mask [B, 1, N, N], logits and gradients."""
     model, ids = build(family, kernel).requires_grad_(False), tokens(2, 40)
