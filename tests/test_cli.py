@@ -89,6 +89,7 @@ STRATEGY = "--trainer.strategy.compressor"
 MISSPELT = {
     "Compressor": (*TINY, STRATEGY, "Int9"),
     "Scorer": ("--config", "configs/token_pruning/quality.yaml", "--model.scorers", "[KeyNorn]"),
+    "Peer": ("--config", "configs/token_pruning/answers.yaml", "--model.peers", "[SnapKW]"),
     "Target": ("--config", "configs/token_pruning/train.yaml", "--model.target", "GateGrad"),
     "Importance": ("--config", "configs/structured_pruning/prune.yaml", "--model.importance", "Tailor"),
     "Allocation": ("--config", "configs/structured_pruning/prune.yaml", "--model.allocation", "Unifrom"),

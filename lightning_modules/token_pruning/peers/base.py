@@ -26,7 +26,13 @@ _read: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # decoders that have ho
 
 
 class Peer(Variant):
-    """A way of reading a prompt. One prompt at a time: batches are refused."""
+    """A way of reading a prompt. One prompt at a time: batches are refused.
+
+    Attributes:
+        keep: Share that it keeps, of what it drops from.
+    """
+
+    keep: float
 
     def check(self, config: Any) -> None:
         """Refuse a model by its configuration, before its weights are read.

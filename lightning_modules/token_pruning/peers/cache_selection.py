@@ -51,8 +51,6 @@ class CacheSelection(Peer):
         keep: Share of the prompt's entries that stay in every layer.
     """
 
-    keep: float
-
     @property
     def first(self) -> int:
         """Tokens at the start that always stay."""

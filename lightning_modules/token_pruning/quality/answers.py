@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lightning_modules.generation import own_config
+from lightning_modules.token_pruning.peers import Peer
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality.asked import Asked
 
@@ -28,7 +29,7 @@ def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     asked: Asked,
-    pruner: PromptPruner | None = None,
+    pruner: PromptPruner | Peer | None = None,
     max_new_tokens: int = 24,
 ) -> str:
     """What a model says to a prompt, its likeliest token at each step. See `answer_in_full`."""
@@ -40,7 +41,7 @@ def answer_in_full(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     asked: Asked,
-    pruner: PromptPruner | None = None,
+    pruner: PromptPruner | Peer | None = None,
     max_new_tokens: int = 24,
 ) -> Answer:
     """What a model says to a prompt, its likeliest token at each step, and what its cache held meanwhile.

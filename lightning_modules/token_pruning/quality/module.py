@@ -10,8 +10,9 @@ from rich.console import Console
 
 from common.progress import stage
 from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
+from lightning_modules.token_pruning.peers import Peer
 from lightning_modules.token_pruning.quality import asking
-from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_files, of_schedules
+from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_files, of_peers, of_schedules
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.planted import plant
 from lightning_modules.token_pruning.quality.questions import find_questions
@@ -61,6 +62,8 @@ class TokenQuality(L.LightningModule):
         max_new_tokens: Longest free answer, in tokens.
         seed: Of facts, passages and questions.
         answers: File that free answers are appended to as they come; what it holds is not asked again.
+        peers: Published ways to read or to keep less of a prompt, put beside the scorers in tasks that ask. They read
+            one prompt at a time and sit out the others.
 
     Raises:
         ValueError: a value outside its range, two scorers or schedules that are one, or the task "longbench" without
@@ -87,11 +90,12 @@ class TokenQuality(L.LightningModule):
         max_new_tokens: int = 24,
         seed: int = 0,
         answers: str = "runs/answers.jsonl",
+        peers: list[Peer] = [],  # noqa: B006
     ) -> None:
         super().__init__()
-        if windows < 1 or suffix < 1 or not (scorers or pruners) or not tasks or not keep:
+        if windows < 1 or suffix < 1 or not (scorers or pruners or peers) or not tasks or not keep:
             raise ValueError(
-                "windows and suffix must be at least 1; scorers (or pruners), tasks and keep must not be empty"
+                "windows and suffix must be at least 1; scorers (or pruners, peers), tasks and keep must not be empty"
             )
         if not all(0 < share <= 1 for share in keep):
             raise ValueError(f"keep must be within (0, 1], got {keep}")
@@ -104,10 +108,12 @@ class TokenQuality(L.LightningModule):
             raise ValueError("max_new_tokens must be at least 1, and lengths must not be empty")
         if schedules is None:
             schedules = [(schedule or Schedule()).keeping(share) for share in keep]
-        self.arms = [UNPRUNED, *of_schedules(schedules, scorers), *of_files(pruners)]
+        if peers and not set(tasks) & set(_ASKED):
+            raise ValueError(f"peers read one prompt at a time: give tasks one of {', '.join(_ASKED)}, got {tasks}")
+        self.arms = [UNPRUNED, *of_schedules(schedules, scorers), *of_files(pruners), *of_peers(peers)]
         ways = [(arm.scorer, arm.schedule) for arm in self.arms]
         if len(set(ways)) < len(ways):
-            raise ValueError("schedules, keep: two are one, and their rows would be one; leave one out")
+            raise ValueError("schedules, keep, peers: two are one, and their rows would be one; leave one out")
         self.base, self.scorers, self.tasks, self.windows, self.suffix = base, scorers, tasks, windows, suffix
         self.lengths, self.prefix, self.max_new_tokens, self.seed = lengths, prefix, max_new_tokens, seed
         self.answers = answers
@@ -166,30 +172,30 @@ class TokenQuality(L.LightningModule):
         return {"token_quality": rows}
 
     def _task(self, task: Task, data: Any, device: torch.device) -> list[dict[str, Any]]:
-        found = {(arm.scorer, arm.schedule): Arm() for arm in self.arms}
+        pruned = [(arm, arm.pruner) for arm in self.arms if not isinstance(arm.pruner, Peer)]
+        found = {(arm.scorer, arm.schedule): Arm() for arm, _ in pruned}
         oracles = [scorer for scorer in self.scorers if isinstance(scorer, Oracle)]
         depth = self.model.config.num_hidden_layers
-        layers = sorted({layer for arm in self.arms if arm.pruner for layer in arm.pruner.schedule.resolve(depth)})
+        layers = sorted({layer for _, pruner in pruned if pruner for layer in pruner.schedule.resolve(depth)})
         done = 0
         with stage(f"Task {task}", self.windows, "samples") as show:
             for window in self._batches(task, data):
                 placed = Window(*(part.to(device) for part in window))
                 for oracle in oracles:  # once for all shares
                     oracle.look(self.model, placed.samples(), layers)
-                for arm in self.arms:
-                    read(self.model, placed, arm.pruner, found[arm.scorer, arm.schedule])
+                for arm, pruner in pruned:
+                    read(self.model, placed, pruner, found[arm.scorer, arm.schedule])
                 done += len(window.prompt)
                 show(done)
         if not done:
             raise ValueError(f"the task {task} found no sample in {data.name}")
         rows = []
-        for arm in self.arms:
+        for arm, _ in pruned:
             mine = found[arm.scorer, arm.schedule]
             others = [free for free in _FREE if free != arm.scorer and (free, arm.schedule) in found]
             over = {free: savings(mine, found[free, arm.schedule]) for free in others}
             row = summarise(task, arm.scorer, arm.keep, mine, found[UNPRUNED.scorer, UNPRUNED.schedule])
-            knows = arm.pruner is not None and arm.pruner.scorer.oracle
-            rows.append(row | {"schedule": arm.schedule, "oracle": knows, "saved_over": over})
+            rows.append(row | {"schedule": arm.schedule, "oracle": arm.oracle, "saved_over": over})
         return rows
 
     def _ask(self, task: Task, data: Any) -> list[dict[str, Any]]:
@@ -198,7 +204,7 @@ class TokenQuality(L.LightningModule):
             prompts = plant(texts, data.tokenizer, self.lengths, self.windows, self.prefix, self.seed, "test")
         else:
             prompts = find_questions(texts, data.tokenizer, self.lengths, self.windows, self.seed)
-        arms = [arm for arm in self.arms if arm.pruner is None or not arm.pruner.scorer.oracle]
+        arms = [arm for arm in self.arms if not arm.oracle]
         answers = asking.Answers(Path(self.answers), self.model, self.max_new_tokens)
         return asking.compare(task, self.model, data.tokenizer, prompts, self.lengths, arms, answers)
 

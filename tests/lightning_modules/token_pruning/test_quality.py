@@ -12,12 +12,15 @@ from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning.evaluation import pruned_nll
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.identity import identity_of
+from lightning_modules.token_pruning.peers.fast_kv import FastKV
+from lightning_modules.token_pruning.peers.gem_filter import GemFilter
+from lightning_modules.token_pruning.peers.snap_kv import SnapKV
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.pruning_file import content
 from lightning_modules.token_pruning.quality import asking, tasks
 from lightning_modules.token_pruning.quality.answers import Answer
-from lightning_modules.token_pruning.quality.arms import UNPRUNED, in_words, of_schedules
+from lightning_modules.token_pruning.quality.arms import UNPRUNED, in_words, of_peers, of_schedules
 from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.measure import Arm, interval, read, summarise
 from lightning_modules.token_pruning.quality.module import TokenQuality
@@ -261,6 +264,36 @@ class Texts(SimpleNamespace):
 
 NAMES = "Anna", "Berta", "Carla", "Dora"
 TOLD = [" ".join(f"“It has rained for {n} long days,” said {NAMES[n % 4]}." for n in range(400))]
+
+
+def test_peers_are_asked_beside_scorers_and_sit_out_what_reads_batches(tmp_path):
+    build("llama", vocab_size=400, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    data = Texts(name="told", texts=TOLD, tokenizer=train_bpe(iter([TOLD]), 400))
+    peers = [SnapKV(0.3), GemFilter(1, 0.3), FastKV(2, 0.5)]
+    bench = TokenQuality(
+        str(tmp_path / "model"), scorers=[Recency()], schedules=[SCHEDULE], windows=1, tasks=["needles", "suffix"],
+        lengths=[500], max_new_tokens=2, answers=str(tmp_path / "answers.jsonl"), peers=peers,
+    )  # fmt: skip
+    data.val_dataloader = lambda: [{"input_ids": tokens(2, 200)}]
+    bench.check_arguments("verify", data)
+    rows = bench.verify(data, torch.device("cpu"))["token_quality"]
+    names = ["unpruned", "recency", "snap_kv", "gem_filter(last_window)", "fast_kv(snap_kv, last_window)"]
+    assert [(row["task"], row["scorer"]) for row in rows] == [
+        *(("needles", name) for name in names), *(("suffix", name) for name in names[:2])
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    cost, (length,) = Cost.of(shared("llama", vocab_size=400)), {line["tokens"] for line in lines}
+    for row, peer in zip(rows[2:5], peers, strict=True):
+        assert row["keep"] == peer.keep and row["kv_share"] == pytest.approx(peer.kv_share(length, 6))
+        assert row["bound"] == pytest.approx(peer.bound(cost, length))
+    assert [row["schedule"] for row in rows[2:5]] == [in_words(peer) for peer in peers]
+    assert rows[2]["schedule"] == "keep=0.3" and rows[3]["schedule"].startswith("layer=1, keep=0.3, scorer=Last")
+    ways = [arm.identity() for arm in of_peers([*peers, FastKV(2, 0.5, SnapKV(0.3)), SnapKV(0.3, window=8)])]
+    assert len({json.dumps(way) for way in ways}) == 5
+    with pytest.raises(ValueError, match="layers: \\[6\\] are not all within"):
+        TokenQuality(str(tmp_path / "model"), tasks=["needles"], peers=[FastKV(6)]).check_arguments("verify", data)
+    with pytest.raises(ValueError, match="peers read one prompt at a time: give tasks one of needles, questions"):
+        TokenQuality("b", scorers=[Recency()], peers=peers)
 
 
 def test_the_command_asks_needles_and_questions(tmp_path, capsys):
