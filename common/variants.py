@@ -50,7 +50,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Variant):
         return value.describe()
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {str(name): _plain(part) for name, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 

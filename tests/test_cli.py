@@ -270,6 +270,7 @@ def test_a_module_may_refuse_before_any_data_is_prepared(command, monkeypatch, c
         raise ValueError("budget: too much")
 
     monkeypatch.setattr(Pretraining, "check_arguments", refuse, raising=False)
+    monkeypatch.setattr(Pretraining, command, None, raising=False)  # it has no `prune` of its own
     monkeypatch.setattr(EmbeddedDocs, "prepare_data", lambda self: told.append("prepared"))
     monkeypatch.setattr(sys, "argv", ["main.py", command, *TINY])
     with pytest.raises(SystemExit) as stop:
