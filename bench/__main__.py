@@ -184,7 +184,7 @@ def env(full: bool = False, json: bool = False) -> int:
     return 1 if report["missing"] else 0
 
 
-_FORMS = {"model": "FOLDER", "texts": "NAME=FILE,NAME=FILE"}
+_FORMS = {"model": "FOLDER", "texts": "NAME=FILE,NAME=FILE", "pruner": "FOLDER"}
 
 
 def experiment(
@@ -193,6 +193,7 @@ def experiment(
     folder: Path | None = None,
     model: Path | None = None,
     texts: str | None = None,
+    pruner: Path | None = None,
 ) -> None:
     """Run one experiment and append its figures to a records' file.
 
@@ -202,6 +203,7 @@ def experiment(
         folder: Working folder of the runs; by default a temporary one that is removed.
         model: Hugging Face folder of the model to experiment on, for experiments that need one.
         texts: Texts for experiments that need them: NAME=FILE,NAME=FILE.
+        pruner: What `calibrate` found for the model, for experiments that need it.
     """
     if name not in experiments.names():
         raise ValueError(f"no experiment {name!r}; there are: {', '.join(experiments.names())}")
@@ -210,6 +212,7 @@ def experiment(
     given = {
         "model": model and model.resolve(),
         "texts": {text: Path(path).resolve() for text, path in named.items()} or None,
+        "pruner": pruner and pruner.resolve(),
     }
     for option, value in given.items():
         wanted, form = option in inspect.signature(module.run).parameters, _FORMS[option]

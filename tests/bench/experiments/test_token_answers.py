@@ -1,0 +1,44 @@
+"""How the arms of the answers' experiment are named and judged; the experiment itself takes an hour."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.experiments import token_answers
+from common.records import record
+
+
+def _row(scorer, schedule, kept, bound=2.0):
+    shares = {"kept_right": kept, "kept_right_low": kept - 0.1, "kept_right_high": min(1.0, kept + 0.1)}
+    return {"scorer": scorer, "schedule": schedule, "bound": bound, "kv_share": 0.5} | shares
+
+
+def test_every_arm_has_its_own_figure_and_calibrated_ones_are_judged(tmp_path):
+    rows = [
+        {"scorer": "unpruned", "schedule": "", "whole_right": 100, "samples": 120},
+        _row("last_window", "layers=[6]", 0.7),
+        _row("random", "layers=[6]", 0.2),
+        _row("random", "layers=[8]", 0.1),
+        _row("calibrated-2", "layers=[6]", 0.96),
+        _row("calibrated-2.5", "layers=[7]", 0.85),
+        _row("calibrated-3.5", "layers=[8]", 0.8),
+        _row("snap_kv", "keep=0.4", 0.9, 1.0),
+    ]
+    token_answers._answers(tmp_path / "r.jsonl", Path("model"), "needles", rows, "c" * 40)
+    found = {one["figure"]: one for one in record.read(tmp_path / "r.jsonl")[0]}
+    assert list(found) == [
+        "needles-last_window-calibrated-2",
+        "needles-random-calibrated-2",
+        "needles-random-calibrated-3.5",
+        "needles-calibrated-2",
+        "needles-calibrated-2.5",
+        "needles-calibrated-3.5",
+        "needles-snap_kv",
+    ]
+    assert found["needles-calibrated-2"]["reached"] is True and found["needles-calibrated-2.5"]["reached"] is False
+    assert found["needles-snap_kv"]["reached"] is None and found["needles-calibrated-2"]["value"] == 96
+
+
+def test_texts_that_are_missing_are_named(tmp_path):
+    with pytest.raises(ValueError, match="texts: asked, other missing"):
+        token_answers.run(tmp_path / "r.jsonl", tmp_path, tmp_path, {"calibration": tmp_path})
