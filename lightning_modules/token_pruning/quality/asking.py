@@ -21,7 +21,7 @@ from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.quality.answers import Answer, answer_in_full, is_right
 from lightning_modules.token_pruning.quality.arms import Candidate
 from lightning_modules.token_pruning.quality.asked import Asked
-from lightning_modules.token_pruning.quality.measure import interval
+from lightning_modules.token_pruning.quality.measure import proportion
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Borders of the depths that are told apart in the map."""
@@ -121,9 +121,9 @@ def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Seq
         ``kv_share``, ``samples``, ``whole_right`` (how many the unpruned model had right), and ``map``: counts by
         length and depth.
     """
-    right, low, high = interval([float(result.right) for result in results])
-    kept = [float(result.right) for result in results if result.whole_right]
-    kept_right, kept_low, kept_high = interval(kept) if kept else (None, None, None)
+    right, low, high = proportion(sum(result.right for result in results), len(results))
+    kept = [result.right for result in results if result.whole_right]
+    kept_right, kept_low, kept_high = proportion(sum(kept), len(kept)) if kept else (None, None, None)
     return {
         "task": task,
         "scorer": arm.scorer,

@@ -3,6 +3,7 @@
 Shape legend: B samples, N prompt tokens, M suffix tokens, V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -91,6 +92,18 @@ def interval(values: Sequence[float] | Tensor, seed: int = 0, resamples: int = 2
     means = array[draw.integers(len(array), size=(resamples, len(array)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(array.mean()), float(low), float(high)
+
+
+def proportion(successes: int, trials: int) -> tuple[float, float, float]:
+    """A share and its 95 % interval after Wilson (JASA 22, 1927): honest near 0 and 1, where a bootstrap has no width.
+
+    Returns:
+        Share, lower and upper end.
+    """
+    share, z = successes / trials, 1.959964
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return share, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def summarise(task: str, scorer: str, keep: float | list[float] | None, arm: Arm, unpruned: Arm) -> dict[str, Any]:

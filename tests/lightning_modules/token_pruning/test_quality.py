@@ -22,7 +22,7 @@ from lightning_modules.token_pruning.quality import asking, tasks
 from lightning_modules.token_pruning.quality.answers import Answer
 from lightning_modules.token_pruning.quality.arms import UNPRUNED, in_words, of_peers, of_schedules
 from lightning_modules.token_pruning.quality.asked import Asked
-from lightning_modules.token_pruning.quality.measure import Arm, interval, read, summarise
+from lightning_modules.token_pruning.quality.measure import Arm, interval, proportion, read, summarise
 from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
@@ -199,7 +199,7 @@ def test_kept_answers_are_those_that_the_unpruned_model_had_right(monkeypatch, t
     whole, random, recency = rows
     assert [row["right"] for row in rows] == [6 / 8, 5 / 8, 0]
     assert [row["kept_right"] for row in rows] == [1.0, 3 / 6, 0] and {row["whole_right"] for row in rows} == {6}
-    assert (random["right_low"], random["right_high"]) == interval([0] * 3 + [1] * 5)[1:] and random["right_low"] > 0
+    assert (random["right_low"], random["right_high"]) == proportion(5, 8)[1:] and random["right_low"] > 0
     assert random["kept_right_low"] < 0.5 < random["kept_right_high"] and whole["kept_right_low"] == 1
     assert whole["bound"] == 1 and whole["kv_share"] == 1 and random["kv_share"] == 0.5
     cost = Cost.of(shared("llama"))
@@ -347,3 +347,18 @@ def test_what_cannot_be_asked_is_refused_before_any_weight_is_read(tmp_path, opt
     bench = TokenQuality(str(tmp_path), SCHEDULE, [Random()], tasks=["needles"], **{"lengths": [600], **options})
     with pytest.raises(ValueError, match=names):
         bench.check_arguments("verify", data)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe (Statistics in Medicine 17, 1998), Table I, method 3
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_intervals_of_shares_are_those_published(successes, trials, low, high):
+    assert proportion(successes, trials) == pytest.approx((successes / trials, low, high), abs=5e-5)
