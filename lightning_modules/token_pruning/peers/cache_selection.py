@@ -93,7 +93,7 @@ class CacheSelection(Peer):
 
     def reading(self, model: Any, parts: Anatomy) -> "Selecting":
         """See `Peer.reading`."""
-        return Selecting(self, parts)
+        return Selecting(type(self).__name__, self, parts)
 
 
 class Selecting(Reading):
@@ -103,8 +103,8 @@ class Selecting(Reading):
         kept: The entries that each layer kept of the latest prompt, int64 `[G, K]` among those that it read, by layer.
     """
 
-    def __init__(self, peer: CacheSelection, parts: Anatomy) -> None:
-        super().__init__(type(peer).__name__, parts)
+    def __init__(self, name: str, peer: CacheSelection, parts: Anatomy) -> None:
+        super().__init__(name, parts)
         self.peer, self.kept = peer, dict[int, Tensor]()
 
     def hooks(self) -> list[Any]:

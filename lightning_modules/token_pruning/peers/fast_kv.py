@@ -76,7 +76,7 @@ class FastKV(Peer):
 
     def reading(self, model: Any, parts: Anatomy) -> Selecting:
         """See `Peer.reading`."""
-        return Selecting(self.cache, parts)
+        return Selecting(type(self).__name__, self.cache, parts)
 
     @contextmanager
     def prefill(self, model: Any) -> Iterator[Reading]:
