@@ -211,7 +211,7 @@ def test_kept_answers_are_those_that_the_unpruned_model_had_right(monkeypatch, t
         "tokens": 60, "depth": 0.75, "samples": 1, "right": 1, "whole_right": 0, "kept_right": 0
     }  # fmt: skip
     shares, places, schedules = asking.tables(rows)
-    assert shares.rows[1][-2:] == ["62 % [25, 100]", "50 % [17, 83]"] and "8 prompts, 6 answered" in shares.title
+    assert shares.rows[1][-2:] == ["62 % [31, 86]", "50 % [19, 81]"] and "8 prompts, 6 answered" in shares.title
     assert places.headers[2:] == ["≤ 40", "≤ 60", "from 0%", "from 25%", "from 50%", "from 75%"]
     assert places.rows[1][2:] == ["2/4", "3/4", "0/2", "1/2", "2/2", "2/2"]
     assert schedules.rows == [[1, in_words(SCHEDULE)]] and [row[1] for row in shares.rows] == ["", 1, 1]
