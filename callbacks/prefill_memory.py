@@ -16,7 +16,7 @@ from lightning_modules.token_pruning.anatomy import anatomy, input_device
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
-from lightning_modules.token_pruning.scorers.mlp import MLP
+from lightning_modules.token_pruning.scorers.learned import Learned
 
 _CAUTION = 0.8  # share of the free memory that the search may use when no limit is given
 
@@ -142,7 +142,7 @@ class _Cpu:
     """Tries lengths in a child process that cannot have more than its limit."""
 
     def __init__(self, model: Any, pruner: PromptPruner | None, limit: int) -> None:
-        if pruner is not None and isinstance(pruner.scorer, MLP):
+        if pruner is not None and isinstance(pruner.scorer, Learned):
             pruner = PromptPruner(pruner.scorer.unbound(), pruner.schedule)  # the child's weights are others
         pruning = None if pruner is None else (pruner.scorer, pruner.schedule)
         kernel = anatomy(model).kernel

@@ -20,7 +20,7 @@ from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule, preset
 from lightning_modules.token_pruning.scorers import Scorer
-from lightning_modules.token_pruning.scorers.mlp import MLP
+from lightning_modules.token_pruning.scorers.learned import Learned
 from lightning_modules.token_pruning.scorers.random import Random
 
 _TOLERANCE = 1.3  # attention runs at a lower rate than matrix products, so a little above the FLOP bound is possible
@@ -174,7 +174,7 @@ def chosen(scorer: Scorer | None, schedule: Schedule | None, pl_module: Any) -> 
         ValueError: Neither has one.
     """
     trained, own = getattr(pl_module, "pruner", None), getattr(pl_module, "schedule", None)
-    scorer, schedule = scorer or (MLP(trained) if trained is not None else None), schedule or own
+    scorer, schedule = scorer or (Learned(trained) if trained is not None else None), schedule or own
     if scorer is None or schedule is None:
         raise ValueError(f"{type(pl_module).__name__} has no trained pruner and schedule: give scorer and schedule")
     return scorer, schedule

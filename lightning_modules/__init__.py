@@ -7,12 +7,14 @@ from lightning_modules.data.recall import Recall
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.structured_pruning import LoraRecovery, StructuredPruning
+from lightning_modules.token_pruning.asked_text import AskedText
 from lightning_modules.token_pruning.calibration.module import TokenCalibration
 from lightning_modules.token_pruning.module import TokenPruning
 from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.saliency import TokenSaliency
 
 __all__ = [
+    "AskedText",
     "BlockSparsity",
     "EmbeddedDocs",
     "InstructData",

@@ -20,7 +20,7 @@ from lightning_modules.loading import load_config
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.schedule import Schedule
-from lightning_modules.token_pruning.scorers.mlp import MLP
+from lightning_modules.token_pruning.scorers.learned import Learned
 
 RECORDS = "token_pruning.jsonl"
 COMMAND = "python -m bench experiment prefill_claims"
@@ -74,7 +74,7 @@ def bounds(config: Any, schedule: Schedule, keep: Sequence[float], lengths: Sequ
     cost = Cost.of(model)
     layers = len(cost.linear)
     stages = schedule.resolve(layers)
-    scorer = MLP(TokenPruner(cost.hidden_size, stages))
+    scorer = Learned(TokenPruner(cost.hidden_size, stages))
     for share in keep:
         pruned = schedule.keeping(share)
         for length in lengths:

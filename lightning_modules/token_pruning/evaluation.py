@@ -22,7 +22,7 @@ from lightning_modules.token_pruning.scorers.recency import Recency
 from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
 from lightning_modules.token_pruning.targets import Target
 
-Score = Callable[[int, Tensor], Tensor]
+Score = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def pruned_nll(
@@ -40,8 +40,9 @@ def pruned_nll(
         Sums in nats [B], numbers of response tokens [B], and what was pruned.
     """
     budget = Budget.of(schedule, model.config.num_hidden_layers, samples.prompt)
-    pool = 1 if isinstance(scorer, TokenPruner) else scorer.pool
-    pruning = Pruning(scoring(model, samples, budget, scorer), samples.prompt, budget, pool=pool)
+    kind = scorer.network if isinstance(scorer, TokenPruner) else scorer
+    score = scoring(model, samples, budget, scorer)
+    pruning = Pruning(score, samples.prompt, budget, pool=kind.pool, asking=kind.asking)
     with layer_inputs(model, samples.real, pruning):
         logits = logits_of(model, samples.inputs())
     return *response_nll(logits, samples.labels), pruning
@@ -50,11 +51,11 @@ def pruned_nll(
 def scoring(model: PreTrainedModel, samples: Samples, budget: Budget, scorer: TokenPruner | Scorer) -> Score:
     """A scorer as ``Pruning`` calls it."""
     if isinstance(scorer, TokenPruner):
-        return lambda layer, hidden: scorer(hidden, layer)
+        return lambda layer, hidden, there: scorer(hidden, layer, there)
     parts = anatomy(model)
     positions = torch.arange(samples.real.shape[1], device=samples.real.device).expand_as(samples.real)
 
-    def score(layer: int, hidden_BNH: Tensor) -> Tensor:
+    def score(layer: int, hidden_BNH: Tensor, _: Tensor) -> Tensor:
         tokens = tuple(budget.tokens[budget.stages.index(layer)])
         context = Context(parts, positions, samples.prompt, budget.protected, tokens, None)
         return scorer.score(hidden_BNH, layer, context)
@@ -107,7 +108,7 @@ class PruningQuality(nn.Module):
 
         def see(index: int, hidden_BNH: Tensor, _: Any) -> None:
             if index - 1 in budget.stages:
-                scores[index - 1] = pruner(hidden_BNH, index - 1)
+                scores[index - 1] = pruner(hidden_BNH, index - 1, samples.prompt)
 
         with watched(model, see), ending_at(model, budget.stages[-1] + 1):
             logits_of(model, samples.inputs())

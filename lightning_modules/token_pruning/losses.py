@@ -46,6 +46,24 @@ def ranking(scores_BN: Tensor, target_BN: Tensor, valid_BN: Tensor, pairs: int) 
     return (F.softplus(-gap * order) * told).sum() / told.sum().clamp_min(1)
 
 
+def cross_entropy(scores_BN: Tensor, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """Cross entropy of the softmax of scores from the target's shares, mean over rows, in nats.
+
+    Args:
+        scores_BN: Predicted, as logits.
+        target_BN: Saliency; what is below 0 counts as 0.
+        valid_BN: Tokens that both distributions are over.
+
+    Returns:
+        0-d; rows whose target is 0 everywhere are left out.
+    """
+    wanted = target_BN.clamp_min(0.0).masked_fill(~valid_BN, 0.0)
+    total = wanted.sum(1, keepdim=True)
+    predicted = scores_BN.masked_fill(~valid_BN, torch.finfo(scores_BN.dtype).min).log_softmax(1)
+    nats = -(wanted / total.clamp_min(1e-30) * predicted.masked_fill(~valid_BN, 0.0)).sum(1)
+    return nats.sum() / (total > 0).sum().clamp_min(1)
+
+
 def kept_share(scores_BN: Tensor, valid_BN: Tensor, share_B: Tensor) -> Tensor:
     """Ratio loss of DynamicViT (arXiv 2106.02034): squared distance of the mean of sigmoid(score) from a row's share.
 

@@ -23,6 +23,7 @@ from lightning_modules.token_pruning.anatomy import check_supported, input_devic
 from lightning_modules.token_pruning.evaluation import PruningQuality
 from lightning_modules.token_pruning.identity import differences
 from lightning_modules.token_pruning.masked_attention import KERNELS
+from lightning_modules.token_pruning.networks import Network
 from lightning_modules.token_pruning.passes import ending_at
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, check_data, response_nll, split_batch
@@ -46,11 +47,13 @@ class TokenPruning(L.LightningModule):
         pruner: Start from this saved pruner (``validate`` measures it) instead of random weights.
         saliency: Folder that ``predict`` wrote; None trains without saliency.
         target: Saliency that validation compares scores with; the one that was collected.
-        width: Inner width of the scorers.
+        network: Kind and size of the scorers; None takes ``MLP``, or those of ``pruner``.
         lm_weight: Weight of the pruned model's loss on the responses. With this and ``kl_weight`` at 0 the model only
             reads, which takes a fraction of the time.
         mse_weight: Weight of the squared distance from saliency, which has mean 0 and deviation 1 in each prompt.
         ranking_weight: Weight of the logistic ranking loss.
+        cross_entropy_weight: Weight of the cross entropy of the scores' softmax from saliency as shares, for saliency
+            that is attention.
         kl_weight: Weight of the divergence from the unpruned model; costs a forward pass.
         ratio_weight: Weight of the squared distance of the mean sigmoid score from the share to keep.
         pairs: Token pairs per prompt and layer in the ranking loss.
@@ -78,10 +81,11 @@ class TokenPruning(L.LightningModule):
         pruner: str | None = None,
         saliency: str | None = None,
         target: Target | None = None,
-        width: int = 1024,
+        network: Network | None = None,
         lm_weight: float = 1.0,
         mse_weight: float = 1.0,
         ranking_weight: float = 1.0,
+        cross_entropy_weight: float = 0.0,
         kl_weight: float = 0.0,
         ratio_weight: float = 0.0,
         pairs: int = 512,
@@ -98,15 +102,17 @@ class TokenPruning(L.LightningModule):
     ) -> None:
         super().__init__()
         self.weights = {"lm": lm_weight, "mse": mse_weight, "ranking": ranking_weight}
-        self.weights |= {"kl": kl_weight, "ratio": ratio_weight}
+        self.weights |= {"cross_entropy": cross_entropy_weight, "kl": kl_weight, "ratio": ratio_weight}
         if min(self.weights.values()) < 0 or not any(self.weights.values()):
             raise ValueError(f"loss weights must not be negative, nor all 0; got {self.weights}")
         if temperature <= 0 or learning_rate <= 0 or pairs < 1 or response < 1:
             raise ValueError("temperature and learning_rate must be positive, pairs and response at least 1")
-        if saliency is None and mse_weight + ranking_weight > 0 and pruner is None:
-            raise ValueError("mse_weight and ranking_weight need saliency: give its folder, or set both to 0")
+        if saliency is None and mse_weight + ranking_weight + cross_entropy_weight > 0 and pruner is None:
+            raise ValueError(
+                "mse_weight, ranking_weight and cross_entropy_weight need saliency: give its folder, or set them to 0"
+            )
         self.base, self.schedule, self.output, self.pruner_path = base, schedule, Path(output).expanduser(), pruner
-        self.saliency_path, self.target, self.width = saliency, target, width
+        self.saliency_path, self.target, self.network = saliency, target, network
         self.pairs, self.temperature, self.response, self.eval_keep = pairs, temperature, response, eval_keep
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.device_map, self.overwrite = device_map, overwrite
@@ -184,7 +190,7 @@ class TokenPruning(L.LightningModule):
         model = self._base.model
         layers = self.schedule.resolve(model.config.num_hidden_layers)
         if self.pruner_path is None:
-            self.pruner = TokenPruner.for_model(model, layers, self.width)
+            self.pruner = TokenPruner.for_model(model, layers, self.network)
         else:
             self.pruner = TokenPruner.load(self.pruner_path, model)
             self._check_layers(self.pruner, layers)
@@ -251,7 +257,9 @@ class TokenPruning(L.LightningModule):
         """
         model, prompt = self.model, samples.prompt
         budget = Budget.of(self.schedule, model.config.num_hidden_layers, prompt)
-        pruning = Pruning(self._score, prompt, budget, self.temperature)
+        network = self.pruner.network
+        shape = (network.pool, network.asking, network.logits)
+        pruning = Pruning(self._score, prompt, budget, self.temperature, *shape)
         found: dict[str, Tensor] = {}
         if self.weights["lm"] or self.weights["kl"]:
             with layer_inputs(model, samples.real, pruning):
@@ -263,9 +271,9 @@ class TokenPruning(L.LightningModule):
         found |= self._score_losses(samples, budget, pruning)
         return {name: loss for name, loss in found.items() if self.weights[name]}
 
-    def _score(self, layer: int, hidden_BNH: Tensor) -> Tensor:
+    def _score(self, layer: int, hidden_BNH: Tensor, there_BN: Tensor) -> Tensor:
         with torch.enable_grad():
-            scores: Tensor = self.pruner(hidden_BNH, layer)
+            scores: Tensor = self.pruner(hidden_BNH, layer, there_BN)
         return scores
 
     def _logit_losses(self, samples: Samples, logits: Tensor) -> dict[str, Tensor]:
@@ -282,12 +290,13 @@ class TokenPruning(L.LightningModule):
     def _score_losses(self, samples: Samples, budget: Budget, pruning: Pruning) -> dict[str, Tensor]:
         """Losses on the scores of tokens that reached each stage and may be dropped there."""
         targets, has_target = self._targets(samples, budget.stages)
-        totals = {"mse": self._nothing(), "ranking": self._nothing(), "ratio": self._nothing()}
+        totals = dict.fromkeys(("mse", "ranking", "cross_entropy", "ratio"), self._nothing())
         before = samples.prompt
         for stage, layer in enumerate(budget.stages):
             scores, free = pruning.scores[layer], before & samples.prompt & ~budget.protected
             known = free & has_target[:, None]
             target = losses.normalise(targets[layer], known)
+            totals["cross_entropy"] = totals["cross_entropy"] + losses.cross_entropy(scores, targets[layer], known)
             totals["mse"] = totals["mse"] + losses.regression(scores, target, known)
             totals["ranking"] = totals["ranking"] + losses.ranking(scores, target, known, self.pairs)
             left = torch.tensor(budget.tokens[stage], device=scores.device) - budget.protected.sum(1)

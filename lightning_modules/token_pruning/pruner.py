@@ -1,7 +1,4 @@
-"""The trained part of token pruning: one small MLP per pruning layer that scores hidden states.
-
-SDTP (arXiv 2504.04514) uses a two-layer GELU perceptron per pruning point. Here it has an input norm, because hidden
-states differ by orders of magnitude between layers and tokens, and one output: a higher score means keep.
+"""The trained part of token pruning: one small network per pruning layer that scores hidden states.
 
 Shape legend: B sequences, N tokens, H hidden size.
 """
@@ -19,55 +16,60 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from common.files import replacing
+from common.variants import variants
 from lightning_modules.token_pruning.identity import config_differences, differences, identity_of
+from lightning_modules.token_pruning.networks import Network
+from lightning_modules.token_pruning.networks.mlp import MLP
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "pare-token-pruner"
 
 
 class TokenPruner(nn.Module):
-    """Scores tokens at several decoder layers: input norm, hidden size → ``width``, GELU, → 1.
+    """Scores tokens at several decoder layers: a higher score means keep.
 
     Args:
         hidden_size: Width of the base model's hidden states.
         layers: Decoder layers (from 0) whose output is scored.
-        width: Inner width of the MLPs.
+        network: Kind and size of the scorers; None takes ``MLP()``.
         base: Identity of the model that it is trained for, see ``identity_of``; None until it is known.
         notes: How it was trained (schedule, target, data), kept in the configuration; JSON-able.
 
     Raises:
-        ValueError: no layers, a layer twice, or a width below 1.
+        ValueError: no layers, or a layer twice.
     """
 
     def __init__(
         self,
         hidden_size: int,
         layers: Sequence[int],
-        width: int = 1024,
+        network: Network | None = None,
         base: dict[str, Any] | None = None,
         notes: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
             raise ValueError(f"layers: need at least one decoder layer, each once, from 0 up; got {list(layers)}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
-        self.hidden_size, self.layers, self.width = hidden_size, tuple(sorted(layers)), width
+        self.hidden_size, self.layers, self.network = hidden_size, tuple(sorted(layers)), network or MLP()
         self.base, self.notes = base, dict(notes or {})
-        self.scorers = nn.ModuleDict({str(layer): _mlp(hidden_size, width) for layer in self.layers})
+        self.scorers = nn.ModuleDict({str(layer): self.network.build(hidden_size) for layer in self.layers})
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel, layers: Sequence[int], width: int = 1024) -> Self:
+    def for_model(cls, model: PreTrainedModel, layers: Sequence[int], network: Network | None = None) -> Self:
         """An untrained pruner that belongs to ``model``."""
         base = identity_of(model)
-        return cls(base["hidden_size"], layers, width, base)
+        pruner = cls(base["hidden_size"], layers, network, base)
+        for scorer in pruner.scorers.values():
+            pruner.network.start(scorer, model)
+        return pruner
 
-    def forward(self, hidden_BNH: Tensor, layer: int) -> Tensor:
-        """Scores of a layer's output, computed in the precision of the MLPs.
+    def forward(self, hidden_BNH: Tensor, layer: int, there_BN: Tensor | None = None) -> Tensor:
+        """Scores of a layer's output, computed in the precision of the scorers.
 
         Args:
             hidden_BNH: Output of decoder layer ``layer``.
             layer: One of ``layers``.
+            there_BN: Tokens of the prompt that are still there, bool; None when all are.
 
         Returns:
             float32 [B, N]; higher means keep.
@@ -81,7 +83,8 @@ class TokenPruner(nn.Module):
             raise ValueError(f"hidden states are {hidden_BNH.shape[-1]} wide, the scorers take {self.hidden_size}")
         scorer: nn.Module = self.scorers[str(layer)]
         weight = next(scorer.parameters())
-        return scorer(hidden_BNH.to(weight.device, weight.dtype)).squeeze(-1).float()
+        scores_BN: Tensor = scorer(hidden_BNH.to(weight.device, weight.dtype), there_BN)
+        return scores_BN.float()
 
     def spread(self, devices: Sequence[torch.device]) -> Self:
         """Put each scorer on the device of the layer that it scores.
@@ -133,7 +136,7 @@ class TokenPruner(nn.Module):
             "format": _FORMAT,
             "hidden_size": self.hidden_size,
             "layers": list(self.layers),
-            "width": self.width,
+            "network": self.network.describe(),
             "base": self.base,
             "notes": self.notes,
         }
@@ -155,9 +158,10 @@ class TokenPruner(nn.Module):
             config = json.loads((folder / CONFIG).read_text())
             if config.pop("format", None) != _FORMAT:
                 raise ValueError(f"{CONFIG} is not that of a token pruner")
-            pruner = cls(**config)
+            network = _network(config)
+            pruner = cls(network=network, **config)
             pruner.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} holds no usable token pruner: {error}") from error
         if model is not None:
             pruner.check_base(model)
@@ -175,15 +179,14 @@ class TokenPruner(nn.Module):
         )
 
 
-def _mlp(hidden_size: int, width: int) -> nn.Sequential:
-    mlp = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1))
-    last = mlp[-1]
-    assert isinstance(last, nn.Linear)
-    with torch.no_grad():
-        # all scores start near 0, so that soft masks start equal for all tokens and move by what is learned
-        last.weight.mul_(0.1)
-        last.bias.zero_()
-    return mlp
+def _network(config: dict[str, Any]) -> Network:
+    """Take the network out of a configuration; before there was a choice, its width stood for it."""
+    described = config.pop("network", None) or {"class": "MLP", "width": config.pop("width")}
+    name = described.pop("class")
+    found = next((cls for cls in variants(Network) if cls.__name__ == name), None)
+    if found is None:
+        raise ValueError(f"no network {name!r}; there are: {', '.join(cls.__name__ for cls in variants(Network))}")
+    return found(**described)
 
 
 def _folder(path: str | Path) -> Path:

@@ -104,29 +104,34 @@ class Pruning:
     pruned prefill does), and multiplies its mask into that of the stages before.
 
     Args:
-        score: From a stage's layer and hidden states [B, N, H] to scores [B, N].
+        score: From a stage's layer, hidden states [B, N, H] and which prompt tokens are still there, bool [B, N], to
+            scores [B, N].
         prompt_BN: Tokens that may be dropped.
         budget: How many stay.
         temperature: None keeps or drops for good. A number brings the scores of each prompt to deviation 1, adds
             Gumbel noise of this size, drops by what comes out, and lets gradients through as if the mask were the
             sigmoid of the distance to the cut over the temperature.
         pool: Width of the mean over neighbours that suits the scorer, where the budget names none.
+        asking: Last tokens of a prompt that count in no mean, see ``Scorer``.
+        logits: From scores to what noise is added to, see ``Network``; None takes them as they are.
 
     Attributes:
-        scores: Scores of each stage [B, N], without noise and before the mean over neighbours.
+        scores: What each stage chose by [B, N], without noise: means over neighbours, as ``logits``.
         alive: What each stage left, bool [B, N]; all tokens outside the prompts are.
     """
 
     def __init__(
         self,
-        score: Callable[[int, Tensor], Tensor],
+        score: Callable[[int, Tensor, Tensor], Tensor],
         prompt_BN: Tensor,
         budget: Budget,
         temperature: float | None = None,
         pool: int = 1,
+        asking: int = 0,
+        logits: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.score, self.prompt, self.budget, self.temperature = score, prompt_BN, budget, temperature
-        self.pool = budget.pool or pool
+        self.pool, self.asking, self.logits = budget.pool or pool, asking, logits
         self.scores: dict[int, Tensor] = {}
         self.alive: dict[int, Tensor] = {}
         self._log_mask: Tensor | None = None
@@ -141,14 +146,17 @@ class Pruning:
         stage = self.budget.stages.index(layer)
         before = self.alive[self.budget.stages[stage - 1]] if stage else torch.ones_like(self.prompt)
         # layers may be on several devices; masks are where the prompt is
-        scores = self.scores[layer] = self.score(layer, hidden_BNH).to(self.prompt.device)
-        free = before & self.prompt & ~self.budget.protected
-        scores = self._pooled(scores, before & self.prompt, free)
+        there = before & self.prompt
+        free = there & ~self.budget.protected
+        scores = self.score(layer, hidden_BNH, there).to(self.prompt.device)
+        with torch.enable_grad():  # where the model only reads, its scorers still learn
+            scores = self._pooled(scores, there, free)
+            self.scores[layer] = scores = scores if self.logits is None else self.logits(scores)
         noisy = scores
         if self.temperature is not None:
             # noise is as large as what it disturbs: otherwise scores outgrow it, and nothing is tried any more
             noisy = normalise(scores, free) + self.temperature * _gumbel_difference(scores)
-        kept, cut = keep_best(noisy.detach(), before & self.prompt, self.budget.protected, self.budget.tokens[stage])
+        kept, cut = keep_best(noisy.detach(), there, self.budget.protected, self.budget.tokens[stage])
         self.alive[layer] = kept | ~self.prompt
         mask = kept.float()
         if self.temperature is not None:
@@ -163,7 +171,9 @@ class Pruning:
         if self.pool == 1:
             return scores
         order = (~there).to(torch.uint8).argsort(dim=1, stable=True)  # what is there first, in its order
-        means = pooled(scores.gather(1, order), self.pool, ~free.gather(1, order))
+        from_end = there.flip(1).cumsum(1).flip(1)
+        counted = free & (from_end > self.asking)
+        means = pooled(scores.gather(1, order), self.pool, ~counted.gather(1, order))
         return torch.zeros_like(means).scatter(1, order, means)
 
 

@@ -20,12 +20,13 @@ from callbacks.survival import show, survival
 from lightning_modules.loading import load
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.identity import identity_of
+from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.pruning_file import FILE, content
 from lightning_modules.token_pruning.schedule import Schedule, preset
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
-from lightning_modules.token_pruning.scorers.mlp import MLP
+from lightning_modules.token_pruning.scorers.learned import Learned
 from lightning_modules.token_pruning.scorers.recency import Recency
 from tests.lightning_modules.token_pruning.models import LAYERS, build, on_disk, tokens
 
@@ -121,11 +122,11 @@ def test_a_calibrated_pruner_is_timed(tmp_path):
 
 def test_the_modules_own_pruner_and_schedule_are_the_default(tmp_path):
     model = build()
-    pruner = TokenPruner.for_model(model, [1, 3], width=16)
+    pruner = TokenPruner.for_model(model, [1, 3], network=MLP(16))
     own = {"pruner": pruner, "schedule": SCHEDULE}
     record, _ = _validate(tmp_path, PrefillTiming(lengths=[64], repeats=1, warmup=0), model, **own)
     assert record["prefill"]["scorer"]["name"] == "mlp"
-    assert record["prefill"]["arms"][1]["bound"] == Cost.of(model).bound(64, SCHEDULE, MLP(pruner))
+    assert record["prefill"]["arms"][1]["bound"] == Cost.of(model).bound(64, SCHEDULE, Learned(pruner))
 
 
 def test_an_offloaded_model_is_timed_where_it_is_and_its_times_are_doubted(tmp_path):

@@ -100,7 +100,10 @@ def cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sizes: Sequenc
         # each passage has a stretch of its own, in proportion to its size
         start, end = (len(stream) * upto // total for upto in (before, before + size))
         before += size
-        passage = whole_sentences(stream[start : min(end, start + 16 * size)], tokenizer, size)
+        passage = None
+        while passage is None and start < end:  # one long sentence does not make a text too short
+            passage = whole_sentences(stream[start : min(end, start + 16 * size)], tokenizer, size)
+            start += 4 * size
         if passage is None:
             sample = stream[: 1 << 20]
             have = len(stream) * len(tokenizer(sample, add_special_tokens=False).input_ids) // max(1, len(sample))

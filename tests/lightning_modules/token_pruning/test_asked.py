@@ -148,3 +148,9 @@ def test_answers_are_greedy_whatever_the_model_s_own_configuration_says(plain):
     pruner = PromptPruner(Recency(), Schedule(layers=[1], keep=0.5, sinks=0, tail=0.0, min_tail=1))
     pruned = answer_in_full(model, plain, asked, pruner, 8)
     assert pruned.cached == pytest.approx((2 * 55 + 4 * 28) / (6 * 55)) and pruned.text != expected
+
+
+def test_one_long_sentence_does_not_make_a_text_too_short():
+    tokenizer = train_bpe(["the quick brown fox jumps over a lazy dog."], 300)
+    text = "A start. The " + "very " * 300 + "long one. " + "The fox jumps over a dog. " * 200
+    assert [len(found) > 0 for found in cut([text], tokenizer, [120])] == [True]

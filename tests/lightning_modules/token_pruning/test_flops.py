@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 from bench.experiments.prefill_claims import QWEN2_7B
 from lightning_modules.token_pruning.anatomy import SUPPORTED
 from lightning_modules.token_pruning.flops import Cost
+from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.schedule import Schedule, preset
-from lightning_modules.token_pruning.scorers.mlp import MLP
+from lightning_modules.token_pruning.scorers.learned import Learned
 from lightning_modules.token_pruning.scorers.recency import Recency
 from tests.lightning_modules.token_pruning.models import build, tokens
 
@@ -36,7 +37,7 @@ def test_bounds_of_the_published_schedule(qwen2_7b, name, at_4k, at_32k):
     schedule = Schedule(
         keep=keep, of="prompt", tail=0.0
     )  # published without the floor that the tail sets to deep stages
-    scorer = MLP(TokenPruner(3584, schedule.resolve(28), width=1024))
+    scorer = Learned(TokenPruner(3584, schedule.resolve(28), network=MLP(1024)))
     cost = Cost.of(qwen2_7b)
     assert cost.bound(4096, schedule, scorer) == pytest.approx(at_4k, abs=0.011)
     assert cost.bound(32768, schedule, scorer) == pytest.approx(at_32k, abs=0.011)

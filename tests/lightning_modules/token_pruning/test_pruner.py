@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.pruner import TokenPruner
-from lightning_modules.token_pruning.scorers.mlp import MLP
+from lightning_modules.token_pruning.scorers.learned import Learned
 from tests.lightning_modules.token_pruning.models import build
 
 
 def test_scores_are_the_formula():
-    pruner = TokenPruner(8, [1, 3], width=5)
+    pruner = TokenPruner(8, [1, 3], network=MLP(5))
     hidden = torch.randn(2, 6, 8) * 100
     norm, up, _, down = pruner.scorers["3"]
     inner = F.gelu(F.layer_norm(hidden, (8,), norm.weight, norm.bias) @ up.weight.T + up.bias)
@@ -32,7 +33,7 @@ def test_default_size_is_a_few_megabytes(tmp_path):
 
 def test_saved_and_loaded_with_one_call(tmp_path):
     model = build()
-    pruner = TokenPruner.for_model(model, [1, 2], width=16)
+    pruner = TokenPruner.for_model(model, [1, 2], network=MLP(16))
     pruner.notes["target"] = "gate"
     for _ in range(2):  # the second replaces the first
         pruner.save(tmp_path / "pruner")
@@ -47,7 +48,7 @@ def test_saved_and_loaded_with_one_call(tmp_path):
 
 def test_rounding_the_base_model_is_no_other_model_but_a_step_of_training_is(tmp_path):
     model = build()
-    TokenPruner.for_model(model, [1], width=4).save(tmp_path / "p")
+    TokenPruner.for_model(model, [1], network=MLP(4)).save(tmp_path / "p")
     TokenPruner.load(tmp_path / "p", build().bfloat16())
     TokenPruner.load(tmp_path / "p", build().half())
     TokenPruner.load(tmp_path / "p", build().bfloat16().float())  # saved in half precision, loaded in single
@@ -68,7 +69,7 @@ def test_rounding_the_base_model_is_no_other_model_but_a_step_of_training_is(tmp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_of_a_rounded_base_model_the_whole_one_and_the_rounded_one_are_the_same_but_another_is_not(dtype):
-    pruner = TokenPruner.for_model(build().to(dtype).float(), [1], width=4)
+    pruner = TokenPruner.for_model(build().to(dtype).float(), [1], network=MLP(4))
     for same in (build(), build().to(dtype), build().to(dtype).float(), build().bfloat16(), build().half()):
         pruner.check_base(same)
     other = build().to(dtype)
@@ -81,10 +82,10 @@ def test_of_a_rounded_base_model_the_whole_one_and_the_rounded_one_are_the_same_
 
 def test_each_scorer_sits_where_its_layer_computes():
     model = build()
-    pruner = TokenPruner.for_model(model, [1, 3], width=4)
+    pruner = TokenPruner.for_model(model, [1, 3], network=MLP(4))
     with mock.patch("lightning_modules.token_pruning.anatomy.placement") as places:
         places.return_value = {"devices": ["cpu", "meta"], "layers": ["cpu", "cpu", "cpu", "meta", "cpu", "cpu"]}
-        scorer = MLP(pruner)
+        scorer = Learned(pruner)
         scorer.prepare(model, [1, 3])
     found = {layer: {p.device.type for p in scorer._ready.scorers[str(layer)].parameters()} for layer in (1, 3)}
     assert found == {1: {"cpu"}, 3: {"meta"}}
@@ -100,7 +101,7 @@ def test_each_scorer_sits_where_its_layer_computes():
     ],
 )
 def test_another_base_model_is_refused_with_the_reason(tmp_path, other, names):
-    TokenPruner.for_model(build(), [1], width=4).save(tmp_path / "p")
+    TokenPruner.for_model(build(), [1], network=MLP(4)).save(tmp_path / "p")
     with pytest.raises(ValueError, match=names):
         TokenPruner.load(tmp_path / "p", other())
 
@@ -109,7 +110,7 @@ def test_a_broken_or_foreign_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         TokenPruner.load(tmp_path / "nothing")
     folder = tmp_path / "p"
-    TokenPruner.for_model(build(), [1], width=4).save(folder)
+    TokenPruner.for_model(build(), [1], network=MLP(4)).save(folder)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-40])
     with pytest.raises(ValueError, match="no usable token pruner"):
@@ -129,7 +130,7 @@ def test_what_is_wrong_is_named():
         with pytest.raises(ValueError, match="layers"):
             TokenPruner(8, layers)
     with pytest.raises(ValueError, match="width"):
-        TokenPruner(8, [1], width=0)
+        MLP(0)
     with pytest.raises(ValueError, match="layer 2"):
         TokenPruner(8, [1])(torch.zeros(1, 1, 8), 2)
     with pytest.raises(ValueError, match="16 wide"):

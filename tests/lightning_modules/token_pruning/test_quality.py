@@ -12,9 +12,13 @@ from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning.evaluation import pruned_nll
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.identity import identity_of
+<<<<<<< HEAD
 from lightning_modules.token_pruning.peers.fast_kv import FastKV
 from lightning_modules.token_pruning.peers.gem_filter import GemFilter
 from lightning_modules.token_pruning.peers.snap_kv import SnapKV
+=======
+from lightning_modules.token_pruning.networks.mlp import MLP
+>>>>>>> 7ea519c (A scorer that knows the question: learned queries and keys, trained towards the attention of retrieving heads on facts planted in the user's text)
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.pruning_file import content
@@ -27,7 +31,7 @@ from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
-from lightning_modules.token_pruning.scorers.mlp import MLP
+from lightning_modules.token_pruning.scorers.learned import Learned
 from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.scorers.recency import Recency
 from lightning_modules.token_pruning.scorers.saliency import SaliencyOracle
@@ -246,8 +250,8 @@ def test_a_run_that_was_killed_asks_only_what_is_not_answered(monkeypatch, tmp_p
 
 
 def test_a_scorer_that_was_trained_again_is_asked_again(monkeypatch, tmp_path):
-    pruner = TokenPruner(64, [1, 3], 8)
-    arms = of_schedules([SCHEDULE], [MLP(pruner)])
+    pruner = TokenPruner(64, [1, 3], MLP(8))
+    arms = of_schedules([SCHEDULE], [Learned(pruner)])
     for asked in (8, 0):
         assert len(compared(monkeypatch, tmp_path / "a", lambda *_: True, arms)[1].asked) == asked
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from common.variants import variants
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.token_pruning.anatomy import anatomy
+from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.samples import Samples, response_nll
@@ -17,8 +18,8 @@ from lightning_modules.token_pruning.scorers.duplication import Duplication
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
 from lightning_modules.token_pruning.scorers.key_norm import KeyNorm
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
+from lightning_modules.token_pruning.scorers.learned import Learned
 from lightning_modules.token_pruning.scorers.leave_one_out import LeaveOneOut
-from lightning_modules.token_pruning.scorers.mlp import MLP
 from lightning_modules.token_pruning.scorers.oracle import Oracle
 from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.scorers.recency import Recency
@@ -36,7 +37,7 @@ METHODS = [example for example in EXAMPLES if not example.oracle]
 
 def _pruner():
     torch.manual_seed(1)
-    pruner = TokenPruner.for_model(shared(), AFTER, width=16)
+    pruner = TokenPruner.for_model(shared(), AFTER, network=MLP(16))
     with torch.no_grad():
         for parameter in pruner.parameters():
             parameter.normal_()
@@ -45,9 +46,9 @@ def _pruner():
 
 def test_every_scorer_of_the_list_is_there():
     names = {cls.__name__ for cls in KNOWN}
-    methods = {"MLP", "Random", "Recency", "UniformStride", "HiddenNorm", "KeyNorm", "LastWindow", "Duplication"}
+    methods = {"Learned", "Random", "Recency", "UniformStride", "HiddenNorm", "KeyNorm", "LastWindow", "Duplication"}
     assert methods | {"SaliencyOracle", "LeaveOneOut"} <= names
-    assert {type(example).__name__ for example in EXAMPLES} >= names - {"MLP"}
+    assert {type(example).__name__ for example in EXAMPLES} >= names - {"Learned"}
 
 
 class _Watched:
@@ -71,7 +72,7 @@ def _run(scorer, ids, mask=None, model=None, schedule=SCHEDULE):
     return watched.seen, run.kept()
 
 
-@pytest.mark.parametrize("scorer", [*METHODS, MLP(_pruner())], ids=repr)
+@pytest.mark.parametrize("scorer", [*METHODS, Learned(_pruner())], ids=repr)
 def test_scores_are_one_finite_number_a_token_under_one_budget(scorer):
     ids = F.pad(tokens(1, N - 20, seed=2), (20, 0))
     ids = torch.cat([tokens(1, N, seed=1), ids])
@@ -87,7 +88,7 @@ def test_scores_are_one_finite_number_a_token_under_one_budget(scorer):
     assert torch.equal(torch.get_rng_state(), state), "a scorer must not draw from the global generator"
 
 
-@pytest.mark.parametrize("scorer", [s for s in [*METHODS, MLP(_pruner())] if s.repeatable], ids=repr)
+@pytest.mark.parametrize("scorer", [s for s in [*METHODS, Learned(_pruner())] if s.repeatable], ids=repr)
 def test_repeatable_scorers_choose_alike_alone_and_in_a_padded_batch(scorer):
     rows = [tokens(N, seed=1), tokens(N - 20, seed=2)]
     ids = torch.stack([rows[0], F.pad(rows[1], (20, 0))])
@@ -127,7 +128,7 @@ def test_blocks_stay_or_go_whole_by_the_mean_of_their_tokens(inner):
 
 def test_blocks_are_what_the_scorer_inside_is():
     assert Blocks(LastWindow(window=7)).asking == 7 and not Blocks(Random()).repeatable and Blocks(Random()).pool == 1
-    assert Blocks(SaliencyOracle()).oracle and Blocks(MLP(_pruner())).flops(9, HIDDEN) == MLP(_pruner()).flops(
+    assert Blocks(SaliencyOracle()).oracle and Blocks(Learned(_pruner())).flops(9, HIDDEN) == Learned(_pruner()).flops(
         9, HIDDEN
     )
     with pytest.raises(ValueError, match="has 4 heads"):
@@ -232,14 +233,14 @@ def _context(positions):
 def test_the_trained_scorer_scores_as_it_was_trained(tmp_path):
     pruner = _pruner()
     pruner.save(tmp_path / "pruner")
-    for scorer in (MLP(pruner), MLP(str(tmp_path / "pruner"))):
+    for scorer in (Learned(pruner), Learned(str(tmp_path / "pruner"))):
         for scores, _, hidden, layer in _run(scorer, tokens(1, N))[0]:
             torch.testing.assert_close(scores, pruner(hidden, layer))
-    assert MLP(pruner).flops(10, HIDDEN) == 2 * 10 * 16 * (HIDDEN + 1)
+    assert Learned(pruner).flops(10, HIDDEN) == 2 * 10 * 16 * (HIDDEN + 1)
 
 
 def test_the_trained_scorer_refuses_other_layers_and_models():
-    scorer, schedule = MLP(_pruner()), Schedule(layers=[1, 2])
+    scorer, schedule = Learned(_pruner()), Schedule(layers=[1, 2])
     with pytest.raises(ValueError, match=r"no trained scorer for layers \[2\]"):
         PromptPruner(scorer, schedule).prefill(shared()).__enter__()
     with pytest.raises(ValueError, match="another base model"):

@@ -18,7 +18,7 @@ from tests.lightning_modules.token_pruning.models import FAMILIES, LAYERS, build
 SCHEDULE = Schedule(layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3)
 
 
-def _norm(layer, hidden):
+def _norm(layer, hidden, there=None):
     return hidden.norm(dim=-1) * (1 + layer)
 
 
@@ -83,7 +83,7 @@ def test_a_straight_through_mask_computes_what_its_hard_choice_does(family, kern
     model, samples = shared(family, kernel), _samples()
     torch.manual_seed(3)
     soft, chosen = _masked(model, samples, temperature=1.0)
-    again, hard = _masked(model, samples, score=lambda layer, _: chosen.alive[layer].float())
+    again, hard = _masked(model, samples, score=lambda layer, *_: chosen.alive[layer].float())
     assert all(torch.equal(chosen.alive[layer], hard.alive[layer]) for layer in (1, 3))
     torch.testing.assert_close(soft, again, rtol=1e-4, atol=1e-4)
     assert not torch.equal(chosen.alive[3], _masked(model, samples)[1].alive[3])  # noise changed the choice
@@ -131,7 +131,7 @@ def test_gradients_reach_the_scores_of_dropped_and_kept_tokens():
     model, samples = shared("llama").requires_grad_(False), _samples(rows=1)
     offset = torch.zeros(1, 40, requires_grad=True)
     torch.manual_seed(0)
-    logits, pruning = _masked(model, samples, 1.0, lambda layer, hidden: hidden.norm(dim=-1) + offset)
+    logits, pruning = _masked(model, samples, 1.0, lambda layer, hidden, _: hidden.norm(dim=-1) + offset)
     logits[0, -6:].logsumexp(-1).sum().backward()
     kept, prompt = pruning.alive[1][0], samples.prompt[0]
     protected = Budget.of(SCHEDULE, LAYERS, samples.prompt).protected[0]
@@ -144,7 +144,7 @@ def test_the_mask_of_a_later_stage_is_multiplied_into_that_of_the_stages_before(
     samples = _samples(rows=1)
     budget = Budget.of(SCHEDULE, LAYERS, samples.prompt)
     scores = {layer: torch.randn(1, 40, requires_grad=True) for layer in budget.stages}
-    together = Pruning(lambda layer, _: scores[layer], samples.prompt, budget, temperature=1.0)
+    together = Pruning(lambda layer, *_: scores[layer], samples.prompt, budget, temperature=1.0)
     found = {}
     for index in range(LAYERS):
         torch.manual_seed(index)
@@ -167,7 +167,7 @@ def test_noise_is_as_large_as_the_scores_that_it_disturbs():
     model, samples, chosen = shared("llama"), _samples(), []
     for scale in (1.0, 1e4):
         torch.manual_seed(0)
-        _, pruning = _masked(model, samples, 1.0, lambda layer, hidden, scale=scale: scale * _norm(layer, hidden))
+        _, pruning = _masked(model, samples, 1.0, lambda layer, hidden, _, scale=scale: scale * _norm(layer, hidden))
         chosen.append(pruning.alive)
     _, without = _masked(model, samples)
     for layer in (1, 3):
@@ -248,7 +248,7 @@ def test_no_tensor_has_tokens_times_tokens_elements(temperature, monkeypatch):
     model, samples = build("llama", "eager", vocab_size=199).requires_grad_(False), _samples(rows=1, length=400)
     with _Shapes() as shapes:
         weight = torch.ones(64, requires_grad=temperature is not None)
-        logits, _ = _masked(model, samples, temperature, lambda layer, hidden: hidden @ weight)
+        logits, _ = _masked(model, samples, temperature, lambda layer, hidden, _: hidden @ weight)
         if temperature is not None:
             logits[0, -6:].logsumexp(-1).sum().backward()
             assert weight.grad.any()

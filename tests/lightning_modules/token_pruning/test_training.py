@@ -13,6 +13,7 @@ from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.loading import load
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.module import TokenPruning
+from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.saliency import TokenSaliency
@@ -25,6 +26,7 @@ from lightning_modules.token_pruning.targets.gradient_norm import GradientNorm
 from tests.lightning_modules.token_pruning.models import LAYERS, on_disk
 from tests.lightning_modules.token_pruning.test_saliency import SCHEDULE, base, data  # noqa: F401 (fixtures)
 
+LOSSES = ("lm", "mse", "ranking", "cross_entropy", "kl", "ratio")
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning 2.6 with torch 2.13
 
 
@@ -42,7 +44,7 @@ def _trainer(**options):
 
 
 def _module(base, tmp_path, **options):  # noqa: F811
-    fast = {"width": 32, "response": 8, "eval_keep": [0.5], "warmup_steps": 1, "learning_rate": 1e-2}
+    fast = {"network": MLP(32), "response": 8, "eval_keep": [0.5], "warmup_steps": 1, "learning_rate": 1e-2}
     return TokenPruning(base, SCHEDULE, str(tmp_path / "pruner"), **{**fast, **options})
 
 
@@ -78,7 +80,7 @@ def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tm
 
 @pytest.mark.parametrize(("loss", "through"), [("lm", True), ("kl", True), ("mse", False), ("ratio", False)])
 def test_only_losses_of_the_model_run_all_of_it_and_are_sent_back(base, data, saliency, tmp_path, loss, through):  # noqa: F811
-    weights = {f"{name}_weight": float(name == loss) for name in ("lm", "mse", "ranking", "kl", "ratio")}
+    weights = {f"{name}_weight": float(name == loss) for name in LOSSES}
     module = _module(base, tmp_path, saliency=saliency, **weights)
     _trainer(fast_dev_run=1, limit_val_batches=0).fit(module, data)
     ran = {}
@@ -91,9 +93,9 @@ def test_only_losses_of_the_model_run_all_of_it_and_are_sent_back(base, data, sa
     assert list(ran) == list(range(last + 1)) and ran[last] is through
 
 
-@pytest.mark.parametrize("loss", ["lm", "mse", "ranking", "kl", "ratio"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_alone_reaches_every_scorer_and_nothing_else(base, data, saliency, tmp_path, loss):  # noqa: F811
-    weights = {f"{name}_weight": float(name == loss) for name in ("lm", "mse", "ranking", "kl", "ratio")}
+    weights = {f"{name}_weight": float(name == loss) for name in LOSSES}
     module = _module(base, tmp_path, saliency=saliency, **weights)
     trainer = _trainer(fast_dev_run=1, limit_val_batches=0)
     trainer.fit(module, data)
@@ -166,7 +168,7 @@ def test_text_in_another_models_tokens_is_refused_by_every_command(base, data, t
 def test_an_offloaded_model_validates_to_the_same_numbers(base, data, tmp_path):  # noqa: F811
     options = {"mse_weight": 0.0, "ranking_weight": 0.0, "pruner": str(tmp_path / "saved")}
     model = load(base)
-    TokenPruner.for_model(model, SCHEDULE.resolve(LAYERS), width=32).save(tmp_path / "saved")
+    TokenPruner.for_model(model, SCHEDULE.resolve(LAYERS), network=MLP(32)).save(tmp_path / "saved")
     places = {"device_map": on_disk(), "offload_folder": str(tmp_path / "disk")}
     found = []
     for placed in ({}, places):
@@ -244,7 +246,9 @@ def test_noise_differs_from_step_to_step_and_follows_from_the_step_alone(base, d
     drawn = []
     for spoilt in (0, 3):
         noise: list[int] = []
-        module = Noted(base, SCHEDULE, str(tmp_path / "p"), mse_weight=0.0, ranking_weight=0.0, width=8, response=8)
+        module = Noted(
+            base, SCHEDULE, str(tmp_path / "p"), mse_weight=0.0, ranking_weight=0.0, network=MLP(8), response=8
+        )
         module.spoilt = spoilt
         _trainer(max_steps=4, limit_val_batches=0).fit(module, data)
         drawn.append(noise)
@@ -307,7 +311,7 @@ def test_what_does_not_go_together_is_found_before_weights_are_read(options, nam
     Path("thesis/chapter1.tex").touch()
     for name, config in (("base", load(base).config), ("bert", BertConfig())):
         config.save_pretrained(name)  # without weights
-    TokenPruner(64, SCHEDULE.resolve(LAYERS), 8).save("saved")
+    TokenPruner(64, SCHEDULE.resolve(LAYERS), MLP(8)).save("saved")
     given = {"base": "base", "schedule": SCHEDULE, "output": "out", "mse_weight": 0.0, "ranking_weight": 0.0, **options}
     module = TokenPruning(**given)
     with pytest.raises((ValueError, FileNotFoundError), match=names):
@@ -332,7 +336,7 @@ def test_a_foreign_folder_is_replaced_when_that_is_allowed(base, data, tmp_path)
 def test_a_tilde_is_the_home_folder(base, data, saliency, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "s").symlink_to(saliency)
-    TokenPruner(64, SCHEDULE.resolve(LAYERS), 8).save("~/saved")
+    TokenPruner(64, SCHEDULE.resolve(LAYERS), MLP(8)).save("~/saved")
     module = TokenPruning(base, SCHEDULE, "~/out", pruner="~/saved", saliency="~/s", offload_folder="~/disk")
     assert module.output == tmp_path / "out" and module.loading["offload_folder"] == str(tmp_path / "disk")
     module.check_arguments("fit", data)

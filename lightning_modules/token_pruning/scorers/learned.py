@@ -10,8 +10,8 @@ from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.scorers.base import Context, Scorer
 
 
-class MLP(Scorer):
-    """The trained token pruner (SDTP, arXiv 2504.04514): one small MLP per pruning layer.
+class Learned(Scorer):
+    """A trained token pruner: what its network scores high, such as `MLP` (SDTP, arXiv 2504.04514) or `QueryKey`.
 
     Each runs where its layer does, and in the model's precision.
 
@@ -22,6 +22,21 @@ class MLP(Scorer):
     def __init__(self, pruner: str | TokenPruner) -> None:
         self.pruner = pruner
         self._loaded = self._ready = TokenPruner.load(pruner) if isinstance(pruner, str) else pruner
+
+    @property
+    def name(self) -> str:
+        """See `Variant.name`; the network's."""
+        return self._loaded.network.name
+
+    @property
+    def pool(self) -> int:  # type: ignore[override]
+        """See `Scorer`; the network's."""
+        return self._loaded.network.pool
+
+    @property
+    def asking(self) -> int:  # type: ignore[override]
+        """See `Scorer`; the network's."""
+        return self._loaded.network.asking
 
     def arguments(self) -> dict[str, Any]:
         """See `Variant.arguments`; of a pruner in memory, how it was trained."""
@@ -56,16 +71,16 @@ class MLP(Scorer):
         self._loaded.check_base(model)
         self._ready = copy.deepcopy(self._loaded).to(model.dtype).spread(layer_devices(model)).eval()
 
-    def unbound(self) -> "MLP":
+    def unbound(self) -> "Learned":
         """A copy that serves any model of the same width: where only shapes matter."""
         pruner = copy.deepcopy(self._loaded)
         pruner.base = None
-        return MLP(pruner)
+        return Learned(pruner)
 
     def flops(self, tokens: int, hidden_size: int) -> float:
-        """See `Scorer.flops`: hidden → width → 1."""
-        return 2.0 * tokens * self._loaded.width * (hidden_size + 1)
+        """See `Scorer.flops`; the network's."""
+        return self._loaded.network.flops(tokens, hidden_size)
 
     def score(self, hidden_BNH: Tensor, layer: int, context: Context) -> Tensor:
         """See `Scorer.score`."""
-        return self._ready(hidden_BNH, layer)
+        return self._ready(hidden_BNH, layer, context.real)
