@@ -12,13 +12,10 @@ from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning.evaluation import pruned_nll
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.identity import identity_of
-<<<<<<< HEAD
+from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.peers.fast_kv import FastKV
 from lightning_modules.token_pruning.peers.gem_filter import GemFilter
 from lightning_modules.token_pruning.peers.snap_kv import SnapKV
-=======
-from lightning_modules.token_pruning.networks.mlp import MLP
->>>>>>> 7ea519c (A scorer that knows the question: learned queries and keys, trained towards the attention of retrieving heads on facts planted in the user's text)
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.pruning_file import content
