@@ -166,7 +166,6 @@ def test_selected_equals_masked_head_by_head_through_decoding_and_a_second_turn(
 @pytest.mark.parametrize("peer", SELECTIONS, ids=repr)
 @torch.no_grad()
 def test_generate_goes_on_as_a_loop_by_hand_does(peer):
-    # a kernel that takes no mask of the whole prompt for a cache of less
     model, ids = shared("llama", "eager"), tokens(1, N)
     with peer.prefill(model):
         if hasattr(peer, "_generator"):
