@@ -6,6 +6,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 
+from bench.experiments.query_scorer import measure
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.asked_text import AskedText
@@ -15,6 +16,7 @@ from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.networks.query_key import QueryKey
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
+from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.saliency import TokenSaliency
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
@@ -223,3 +225,17 @@ def test_it_learns_the_attention_of_a_later_layer(asked, tmp_path):
         found.append(trainer.callback_metrics["train/cross_entropy"].item())
     assert found[1] < found[0] - 0.5, found
     assert TokenPruner.load(tmp_path / "p", module.model).network.heads == 2
+
+
+def test_what_must_stay_is_measured_at_the_pruned_layer():
+    ids, evidence = tokens(1, 120)[0], torch.zeros(120, dtype=torch.bool)
+    evidence[50] = True
+    model, pruner = build(), _pruner()
+    with torch.no_grad():
+        for name in ("query", "key"):  # a scorer of nothing: all tokens are equal
+            getattr(pruner.scorers["1"], name).weight.zero_()
+    found = measure(model, pruner, [Asked(ids, evidence, "", "", 0.2)])
+    assert found["learned"] == [1.0] and 0 < found["last_window"][0] < 1
+    evidence[:] = False
+    evidence[-2:] = True  # stays whatever its score
+    assert measure(model, pruner, [Asked(ids, evidence, "", "", 0.9)])["learned"] == [0.0]
