@@ -73,7 +73,7 @@ def test_timing_compares_four_arms_and_records_them(tmp_path, capsys):
     assert (
         block["layers"] == [1, 3]
         and block["keep"] == 0.5
-        and block["scorer"] == {"name": "last_window", "window": 32, "heads": "max", "only": None}
+        and block["scorer"] == {"name": "last_window", "window": 16, "heads": "max", "only": None}
     )
     assert block["kernels"] == ["aten._scaled_dot_product_flash_attention_for_cpu.default"]
     assert block["placement"] == {"devices": ["cpu"], "layers": ["cpu"] * LAYERS, "offloaded": []}

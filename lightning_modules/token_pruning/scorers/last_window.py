@@ -25,10 +25,10 @@ class LastWindow(Scorer):
         ValueError: A window below 1, another way to join heads, or a layer with no head.
     """
 
-    pool = 9
+    pool = 17  # with window 16 and "max" it needs least on planted facts of SmolLM2, see `calibrate`
 
     def __init__(
-        self, window: int = 32, heads: Literal["max", "mean"] = "max", only: dict[int, list[int]] | None = None
+        self, window: int = 16, heads: Literal["max", "mean"] = "max", only: dict[int, list[int]] | None = None
     ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
