@@ -75,9 +75,12 @@ def _asked(
     """Rows of all arms; answers that are there are not asked for again."""
     schedules = [_schedule(folder, speedup) for speedup in COMPARED]
     share = round(_cache_share(model, schedules[0]), 3)
-    peers: list[Any] = [
-        {"class_path": name, "init_args": {"keep": share}} for name in ("SnapKV", "ExpectedAttention", "RandomCache")
-    ]
+    arguments_of = {"SnapKV": {"keep": share}, "ExpectedAttention": {"keep": share}, "RandomCache": {"keep": share}}
+    # those that read less: at about the bound of the first speed-up
+    middle = AutoConfig.from_pretrained(str(model)).num_hidden_layers // 2
+    arguments_of |= {"FastKV": {"layer": middle - 4, "keep": 0.1}, "LLMLingua": {"keep": 0.5}}
+    arguments_of |= {"GemFilter": {"layer": middle - 4, "keep": 0.1}}
+    peers: list[Any] = [{"class_path": name, "init_args": given} for name, given in arguments_of.items()]
     arguments = ["--model.base", str(model), "--model.tasks", f"[{task}]", "--model.windows", str(windows)]
     arguments += ["--model.pruners", json.dumps([str(_folder(folder, speedup)) for speedup in SPEEDUPS])]
     arguments += ["--model.schedules", json.dumps(list(map(_configured, schedules)))]
