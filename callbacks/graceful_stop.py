@@ -5,8 +5,11 @@ Exit codes, of every command: 130 after SIGINT (Ctrl-C), 143 after SIGTERM; that
 
 import itertools
 import os
+import select
 import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +30,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PASSED_ON = {signal.SIGRTMIN + signum: signum for signum in SIGNALS}
 _runs = itertools.count()
 _PARENT = "PARE_PARENT"
+_END = b"\0"
+_DEAF_S = 15.0  # after which a process that does not come to hear of a signal is ended
 _AHEAD = 2  # steps that the host may be ahead of a CUDA device
 _LEAD = {"cpu": 1, "cuda": _AHEAD + 1}  # steps between announcing and stopping; see GracefulStop
 
@@ -45,13 +50,18 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within the block, SIGINT and SIGTERM raise `Stopped` wherever the program is; a second one ends it at once."""
+    """Within the block, SIGINT and SIGTERM raise `Stopped` wherever the program is; a second one ends it at once.
+
+    Python runs handlers between its own instructions. A rank that waits in torch for others to come to the meeting does
+    not get there, for up to half an hour; then a signal ends it after `_DEAF_S` seconds.
+    """
     before, previous = os.environ.get(_PARENT), _take(_stop_now)
     previous |= {signum: signal.signal(signum, _launched_rank_stopped) for signum in _PASSED_ON}
     if not _started_by_a_rank():
         os.environ[_PARENT] = str(os.getpid())  # ranks that this process launches inherit it
     try:
-        yield
+        with _heard():
+            yield
     finally:
         os.environ.pop(_PARENT)
         if before is not None:
@@ -269,6 +279,56 @@ def _stop_now(signum: int, frame: FrameType | None) -> None:
     else:
         os.write(2, f"stopped by {signal.Signals(signum).name}\n".encode())  # safe in a handler, unlike print
     raise Stopped(signum)
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Within the block, end the process when the handler of a signal that should stop it at once is not run."""
+    global _watching
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # the system's handler writes there at once
+    watcher = threading.Thread(target=_watch, args=(reader,), daemon=True)
+    watcher.start()
+    _watching += 1
+    try:
+        yield
+    finally:
+        _watching -= 1
+        signal.set_wakeup_fd(before)
+        os.write(writer, _END)  # not closed: forked children may have it open
+        watcher.join()
+        os.close(writer)
+        os.close(reader)
+
+
+def _watch(reader: int) -> None:
+    while (got := os.read(reader, 1)) != _END:
+        signum = _PASSED_ON.get(got[0], got[0])
+        if signum not in SIGNALS:
+            continue
+        until = time.monotonic() + _DEAF_S
+        while (left := until - time.monotonic()) > 0:
+            if select.select([reader], [], [], left)[0] and os.read(reader, 1) == _END:
+                return
+        # in training the signal waits for the end of a step, however long; once it is heard, the handler is another
+        if signal.getsignal(signum) is _stop_now:
+            name = signal.Signals(signum).name
+            os.write(2, f"stopped by {name}, which could not be heard for {_DEAF_S:.0f} s\n".encode())
+            os._exit(0 if _started_by_a_rank() else 128 + signum)
+
+
+def _forget_watcher() -> None:
+    """In a forked child, whose signals are no business of its parent's."""
+    if _watching:
+        signal.set_wakeup_fd(-1)
+
+
+_watching = 0
+os.register_at_fork(after_in_child=_forget_watcher)
 
 
 def _launched_rank_stopped(signum: int, frame: FrameType | None) -> None:

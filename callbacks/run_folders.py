@@ -31,6 +31,7 @@ class RunFolders(Callback):
     def __init__(self) -> None:
         self._locks = ExitStack()
         self._row: tuple[int, dict[str, Any]] | None = None
+        self._restored = False  # a row that this process has not logged
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the locks, before any weight is loaded.
@@ -73,13 +74,21 @@ class RunFolders(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
         if state_dict:
-            self._row = (state_dict["step"], state_dict["metrics"])
+            self._row, self._restored = (state_dict["step"], state_dict["metrics"]), True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the row of the step that the checkpoint was saved at."""
-        if self._row is not None and self._row[0] == trainer.global_step - 1:
+        self._log_row(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where that step was the last: nothing is trained then."""
+        self._log_row(trainer)
+
+    def _log_row(self, trainer: Trainer) -> None:
+        if self._restored and self._row is not None and self._row[0] == trainer.global_step - 1:
             for logger in trainer.loggers:
                 logger.log_metrics(self._row[1], self._row[0])
+        self._restored = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the locks back."""

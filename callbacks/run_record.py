@@ -41,6 +41,7 @@ class RunRecord(Measurement):
         self._trained = False  # in this process
         self._loaded = False  # what an earlier process trained
         self._validated: dict[str, float] = {}
+        self._validated_at: int | None = None
         self._losses: deque[Any] = deque(maxlen=_LOSS_WINDOW)
         self._log_dir: str | None = None
 
@@ -76,22 +77,25 @@ class RunRecord(Measurement):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the last validation: the process that ends a resumed run need not make another."""
         if not trainer.sanity_checking:
-            self._validated = _validated(trainer)
+            self._validated, self._validated_at = _validated(trainer), trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run's record needs of the processes before."""
         losses = [float(loss) for loss in self._losses]
-        return {"run_id": self._run_id, "resumed": self._resumed, "validated": self._validated, "losses": losses}
+        validated = {"validated": self._validated, "validated_at": self._validated_at}
+        return {"run_id": self._run_id, "resumed": self._resumed, "losses": losses, **validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
         self._loaded = True
         self._run_id, self._resumed = state_dict["run_id"], list(state_dict["resumed"])
-        self._validated = state_dict["validated"]
+        self._validated, self._validated_at = state_dict["validated"], state_dict.get("validated_at")
         self._losses.extend(state_dict["losses"])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record, on rank 0; not a second one for a run that had been finished before."""
+        if self._loaded and not self._trained and not trainer.fast_dev_run:
+            self._validate_once_more(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         if self._say_nothing_to_do(trainer):
@@ -103,6 +107,18 @@ class RunRecord(Measurement):
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
         }
         self.write(trainer, pl_module, trainer.datamodule, progress | self._measured(trainer), training=True)
+
+    def _validate_once_more(self, trainer: Trainer) -> None:
+        """Run the validation after the last step, where a kill came between that step's checkpoint and it.
+
+        The loop is done and Lightning leaves it out, so that the record would have an earlier step's perplexity.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        due = trainer.enable_validation and loop._should_check_val_fx(None)  # type: ignore[arg-type] # asks its type
+        if due and self._validated_at != trainer.global_step:
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
 
     def _say_nothing_to_do(self, trainer: Trainer) -> bool:
         """Whether there is nothing to record.

@@ -61,8 +61,14 @@ def digest(folder: Path, *globs: str) -> str:
     found = hashlib.sha256()
     for path in sorted({path for glob in globs for path in folder.glob(glob) if path.is_file()}):
         found.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        found.update(path.read_bytes())
+        found.update(_ordered(path.read_bytes()) if path.suffix == ".safetensors" else path.read_bytes())
     return found.hexdigest()
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its header's names in order: the library writes metadata in another one each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
 
 
 def _trained(folder: Path) -> Outcome:
@@ -103,8 +109,9 @@ def _saliency(folder: Path) -> Outcome:
 
 
 def _pruned(folder: Path) -> Outcome:
-    output = folder / "runs/pruned"
-    return {"weights": digest(output, "*.safetensors"), "records": str(len(_records(folder / "runs/results.jsonl")))}
+    # a command that was killed after it had recorded is started again, and records the same once more
+    said = {one.get("val_ppl") for one in _records(folder / "runs/results.jsonl")}
+    return {"weights": digest(folder / "runs/pruned", "*.safetensors"), "records": json.dumps(sorted(said))}
 
 
 def _swept(folder: Path) -> Outcome:

@@ -1,12 +1,13 @@
 """Fault injection in short: one chain of kills in training, one in preparing, and flipped bits in what they left."""
 
+import json
 import random
 
 import pytest
 
 from bench.experiments.fault_injection import killed, run
 from bench.faults import flips, kills
-from bench.faults.scenarios import SCENARIOS
+from bench.faults.scenarios import SCENARIOS, digest
 
 CHAINS = {"CompressedFSDP2": 1, "prepare": 1}
 KILLS = 2
@@ -70,3 +71,15 @@ def test_an_unnoticed_flip_is_told_from_a_noticed_one(tmp_path):
 
     for load, noticed in ((named, True), (unnamed, False), (lambda path: None, False)):
         assert flips.flip(flips.Artifact("text", tmp_path / "a.txt", load), random.Random(0)).noticed is noticed
+
+
+def test_models_that_differ_in_the_order_of_their_metadata_are_the_same(tmp_path):
+    found = set()
+    for number, names in enumerate(("ab", "ba")):
+        header = json.dumps({"__metadata__": dict.fromkeys(names, "x"), "w": {"dtype": "U8"}}).encode()
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+        found.add(digest(folder, "*.safetensors"))
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"13")
+    assert len(found) == 1 and digest(folder, "*.safetensors") not in found

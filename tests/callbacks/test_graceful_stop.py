@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,8 @@ from callbacks import GracefulStop, graceful_stop
 from callbacks.graceful_stop import SIGNALS, Stopped, stoppable
 from strategies.compressors.int8 import Int8
 from tests.strategies.engines import ENGINES
+
+ROOT = Path(__file__).parents[2]
 
 
 class Rows(Dataset):
@@ -246,3 +251,46 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(engine, where, at, two_ranks
     assert (steps, code, end, means) == other
     assert code == 128 + signal.SIGTERM and end == 8 and len(means) == 2
     assert steps == 4
+
+
+_DEAF = """
+import datetime, os, signal, sys, time
+from callbacks import graceful_stop
+graceful_stop._DEAF_S = 1.0
+with graceful_stop.stoppable():
+    if sys.argv[1] == "meeting":
+        from torch.distributed import TCPStore
+        print("waiting", flush=True)
+        TCPStore("127.0.0.1", 0, 2, True, datetime.timedelta(seconds=60), wait_for_workers=True)
+    else:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+        print("waiting", flush=True)
+        time.sleep(0.5)
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        time.sleep(2.0)
+"""
+
+
+def _start(what):
+    command, pipe = [sys.executable, "-c", _DEAF, what], subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "waiting\n"
+    return process
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_process_that_waits_in_torch_for_other_ranks_can_be_stopped(signum):
+    process = _start("meeting")
+    time.sleep(1.0)  # until it is there
+    process.send_signal(signum)
+    _, said = process.communicate()
+    assert process.returncode == 128 + signum and "could not be heard" in said
+
+
+def test_a_signal_to_a_forked_child_does_not_end_its_parent():
+    process = _start("child")
+    _, said = process.communicate()
+    assert process.returncode == 0, said

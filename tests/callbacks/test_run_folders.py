@@ -1,6 +1,7 @@
 """Where a run writes is settled before it works, is its alone, and its last checkpoint is found."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -246,6 +247,48 @@ class _Killed(ModelCheckpoint):
         super().on_train_batch_end(trainer, *args)
         if trainer.global_step == 3:
             raise ZeroDivisionError
+
+
+class _KilledBeforeValidation(ModelCheckpoint):
+    """The last step's checkpoint is there, its row of the log and its validation are not."""
+
+    def on_train_batch_end(self, trainer, *others):
+        super().on_train_batch_end(trainer, *others)
+        if trainer.global_step == 6:
+            raise ZeroDivisionError
+
+
+class _Validated(_Logs):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.layer.weight.sum() if hasattr(self, "layer") else next(self.parameters()).sum())
+
+
+def test_a_run_killed_before_its_last_validation_has_it_when_resumed(tmp_path):
+    def fit(folder, checkpoint, ckpt_path=None):
+        logger = CSVLogger(folder, "log", flush_logs_every_n_steps=1)
+        saved = checkpoint(folder / "checkpoints", every_n_train_steps=1, save_last=True, save_top_k=0)
+        callbacks = [RunFolders(), RunRecord(str(folder / "results.jsonl"), "a"), saved]
+        options = {"max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None, "log_every_n_steps": 1}
+        run = _trainer(folder, callbacks, **options, logger=logger, limit_val_batches=1, num_sanity_val_steps=0)
+        data = DataLoader(Rows(), batch_size=2)
+        L.seed_everything(1)
+        run.fit(_Validated(), data, data, ckpt_path=ckpt_path, weights_only=True)
+
+    def left(folder):
+        found = [row for log in sorted((folder / "log").glob("version_*/metrics.csv"))
+                 for row in csv.DictReader(log.read_text().splitlines())]  # fmt: skip
+        record = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
+        losses = {int(row["step"]): row["train/loss"] for row in found if row["train/loss"]}
+        return losses, {int(row["step"]): row["val/loss"] for row in found if row.get("val/loss")}, record["steps"]
+
+    fit(tmp_path / "whole", ModelCheckpoint)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "killed", _KilledBeforeValidation)
+    fit(tmp_path / "killed", ModelCheckpoint, str(tmp_path / "killed/checkpoints/last.ckpt"))
+    assert left(tmp_path / "killed") == left(tmp_path / "whole")
+    assert list(left(tmp_path / "whole")[1]) == [2, 5]
+    fit(tmp_path / "killed", ModelCheckpoint, str(tmp_path / "killed/checkpoints/last.ckpt"))  # and no third time
+    assert len((tmp_path / "killed/results.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("every, steps", [(1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5])])
