@@ -9,12 +9,17 @@ from torch import Tensor
 
 
 def normalise(target_BN: Tensor, valid_BN: Tensor) -> Tensor:
-    """Each row to mean 0 and standard deviation 1 over its valid tokens; 0 elsewhere, and where all are equal."""
+    """Each row to mean 0 and standard deviation 1 over its valid tokens; 0 elsewhere, and where all are equal.
+
+    Equal means up to float32's rounding. The gradient is finite everywhere.
+    """
     count = valid_BN.sum(1, keepdim=True).clamp_min(1)
     target = target_BN.masked_fill(~valid_BN, 0.0)
     centred = (target - target.sum(1, keepdim=True) / count).masked_fill(~valid_BN, 0.0)
-    deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
-    return torch.where(deviation > 0, centred / deviation.clamp_min(1e-30), 0.0)
+    variance = centred.square().sum(1, keepdim=True) / count
+    # relative, for targets may be as small as 1e-8; 0 never enters the root, whose slope there is infinite
+    differ = variance > (1e-6 * target.detach().abs().amax(1, keepdim=True)).square()
+    return torch.where(differ, centred / torch.where(differ, variance, 1.0).sqrt(), 0.0)
 
 
 def regression(scores_BN: Tensor, target_BN: Tensor, valid_BN: Tensor) -> Tensor:

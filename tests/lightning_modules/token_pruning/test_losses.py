@@ -48,6 +48,20 @@ def test_normalised_targets_have_mean_0_and_deviation_1():
     assert normal[0, 3] == 0 and not normal[1].any()  # all equal: nothing to learn
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_normalised_values_do_not_depend_on_their_unit_and_rounding_is_no_difference(scale):
+    torch.testing.assert_close(losses.normalise(TARGET * scale, VALID), losses.normalise(TARGET, VALID))
+    rounded = torch.tensor([[0.1, 0.1 + 1e-8, 0.1 - 1e-8, 5.0]]) * scale
+    assert not losses.normalise(rounded, VALID[:1]).any()
+
+
+@pytest.mark.parametrize("valid", [[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]], ids=["none", "one", "equal"])
+def test_where_all_are_equal_the_normalised_gradient_is_finite(valid):
+    scores = TARGET[1:].clone().requires_grad_()
+    (losses.normalise(scores, torch.tensor([valid], dtype=torch.bool)) * SCORES.detach()[:1]).sum().backward()
+    assert not scores.grad.any()
+
+
 def test_kept_share():
     share = torch.tensor([0.5, 0.25])
     terms = [(torch.sigmoid(SCORES[b, :3]).mean() - share[b]) ** 2 for b in range(2)]

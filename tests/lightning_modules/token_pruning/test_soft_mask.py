@@ -140,6 +140,20 @@ def test_gradients_reach_the_scores_of_dropped_and_kept_tokens():
     assert not offset.grad[0][protected | ~prompt].any()
 
 
+@pytest.mark.parametrize(("free", "pool"), [(1, 1), (5, 17)])
+def test_gradients_are_finite_where_scores_cannot_differ(free, pool):
+    """One token that may be dropped, or several whose means are over the same tokens."""
+    length = SCHEDULE.sinks + SCHEDULE.min_tail + free
+    samples = _samples(rows=1, length=length + 6)
+    budget = Budget.of(SCHEDULE, LAYERS, samples.prompt)
+    assert int((samples.prompt & ~budget.protected).sum()) == free
+    scores = torch.randn(1, length + 6, requires_grad=True)
+    pruning = Pruning(lambda *_: scores, samples.prompt, budget, temperature=1.0, pool=pool)
+    masks = [pruning(index, torch.zeros(1, length + 6, 4))[1] for index in range(LAYERS)]
+    masks[-1].sum().backward()
+    assert scores.grad.isfinite().all()
+
+
 def test_the_mask_of_a_later_stage_is_multiplied_into_that_of_the_stages_before():
     samples = _samples(rows=1)
     budget = Budget.of(SCHEDULE, LAYERS, samples.prompt)
