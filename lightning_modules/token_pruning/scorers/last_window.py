@@ -62,9 +62,8 @@ class LastWindow(Scorer):
     def score(self, hidden_BNH: Tensor, layer: int, context: Context) -> Tensor:
         """See `Scorer.score`."""
         window, real_BN = min(self.window, hidden_BNH.shape[1]), context.real
-        paid_BAWN = tail_attention(context.anatomy, layer + 1, hidden_BNH, window, context.rotary, real_BN)
-        if self.only is not None and layer + 1 in self.only:
-            paid_BAWN = paid_BAWN[:, self.only[layer + 1]]
+        only = (self.only or {}).get(layer + 1)
+        paid_BAWN = tail_attention(context.anatomy, layer + 1, hidden_BNH, window, context.rotary, real_BN, only)
         if real_BN is None:
             paid_BAN = paid_BAWN.mean(2)
         else:

@@ -70,8 +70,9 @@ class RetrievalAttention(Target):
 
         def see(index: int, hidden_BNH: Tensor, rotary: Rotary | None) -> None:
             if index in self.only:
-                paid_BAN = mean_attention(parts, index, hidden_BNH, share_BN, rotary, samples.real)
-                found.append(paid_BAN[:, self.only[index]].to(prompt_BN.device))
+                heads = self.only[index]
+                paid_BAN = mean_attention(parts, index, hidden_BNH, share_BN, rotary, samples.real, heads)
+                found.append(paid_BAN.to(prompt_BN.device))
 
         def values(_: Tensor | None) -> dict[int, Tensor]:
             paid_BAN = torch.cat(found, dim=1)

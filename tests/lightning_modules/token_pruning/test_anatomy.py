@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_modules.token_pruning.anatomy import (
@@ -16,6 +17,8 @@ from lightning_modules.token_pruning.anatomy import (
     placement,
 )
 from lightning_modules.token_pruning.attention import tail_attention
+from lightning_modules.token_pruning.scorers.base import Context
+from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from tests.lightning_modules.token_pruning.models import HIDDEN, LAYERS, build, shared, tokens
 
 families = pytest.mark.parametrize("family", SUPPORTED)
@@ -73,6 +76,50 @@ def test_queries_keys_and_attention_are_the_models_own(family, monkeypatch):
         torch.testing.assert_close(parts.keys(layer, hidden, rotary), seen[layer][1])
         paid = tail_attention(parts, layer, hidden, 5, rotary, None)
         torch.testing.assert_close(paid, found[layer][:, :, -5:], atol=1e-6, rtol=1e-5)
+        some = tail_attention(parts, layer, hidden, 5, rotary, None, heads=[3, 0, 1])
+        torch.testing.assert_close(some, found[layer][:, [3, 0, 1], -5:], atol=1e-6, rtol=1e-5)
+
+
+class _Calls(TorchDispatchMode):
+    """Remembers operations, and the shapes of what a softmax is taken of."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.softmaxed = set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.names.add(name)
+        if name == "_softmax":
+            self.softmaxed.append(tuple(args[0].flatten(1, -3).shape))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_attention_of_some_heads_costs_as_many_and_copies_no_index_to_the_device():
+    scorer = LastWindow(8, only={2: [3, 1]})
+    parts, hidden, places = anatomy(shared()), torch.randn(1, 40, HIDDEN), torch.arange(40)[None]
+    none = torch.zeros(1, 40, dtype=torch.bool)
+    context = Context(parts, places, None, none, (40,), parts.rotary(hidden, places))
+    with _Calls() as calls:
+        scorer.score(hidden, 1, context)
+    assert calls.softmaxed == [(1, 2, 8, 40)] and "index" not in calls.names
+
+
+@torch.no_grad()
+def test_attention_holds_in_half_precision_where_unscaled_products_do_not():
+    torch.manual_seed(0)
+    model, hidden = build(), torch.randn(1, 12, HIDDEN)
+    parts = anatomy(model)
+    rotary = parts.rotary(hidden, torch.arange(12)[None])
+    queries, keys = parts.queries(1, hidden, rotary), parts.keys(1, hidden, rotary)
+    most = (queries.unflatten(1, (2, 2)) @ keys[:, :, None].mT).abs().max()
+    parts.attention(1).q_proj.weight.mul_(1e5 / most)  # 65504 is the greatest number there
+    wanted = tail_attention(parts, 1, hidden, 5, rotary, None)
+    model.half()
+    halves = (rotary[0].half(), rotary[1].half())
+    found = tail_attention(parts, 1, hidden.half(), 5, halves, None)
+    assert found.isfinite().all() and (found.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.9
 
 
 def test_partial_rotation_leaves_the_other_channels_alone(monkeypatch):
