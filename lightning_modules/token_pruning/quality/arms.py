@@ -1,12 +1,11 @@
 """What is compared: the unpruned model, pruners that differ in scorer, schedule or both, and peers."""
 
-import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from common.variants import Variant
 from lightning_modules.token_pruning.flops import Cost
@@ -14,6 +13,9 @@ from lightning_modules.token_pruning.peers import Peer
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
+
+FORMAT = 2
+"""Of `Candidate.identity`: raise it when equal arguments come to drop other tokens, and all is asked again."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,23 @@ class Candidate:
         """Whether it looks at what comes after the prompt."""
         return isinstance(self.pruner, PromptPruner) and self.pruner.scorer.oracle
 
-    def identity(self) -> list[str]:
-        """Equal for arms that drop the same tokens: scorer with arguments and trained weights, and schedule."""
+    @cached_property
+    def identity(self) -> list[Any]:
+        """Equal for arms that drop the same tokens, JSON-able: arguments, what scorers are, and trained weights.
+
+        Weights are read once, so that an arm is of the weights that it had when it was first asked for.
+        """
         if self.pruner is None:
             return []
-        chooses = self.pruner if isinstance(self.pruner, Peer) else self.pruner.scorer
-        weights = hashlib.sha256()
-        for part in (chooses, *(value for value in chooses.arguments().values() if isinstance(value, Variant))):
-            found = [(name, value) for name, value in vars(part).items() if isinstance(value, nn.Module)]
-            for _, module in sorted(found, key=lambda one: one[0]):
-                for name, tensor in sorted(module.state_dict().items()):
-                    weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-        return [repr(chooses), weights.hexdigest(), self.schedule]
+        chooses: Peer | Scorer
+        if isinstance(self.pruner, Peer):
+            chooses, schedule = self.pruner, _values(self.pruner)
+        else:
+            chooses, schedule = self.pruner.scorer, _values(self.pruner.schedule)
+            schedule["pool"] = self.pruner.schedule.pool or self.pruner.scorer.pool
+        scorers = [part for part in _parts(chooses) if isinstance(part, Scorer)]
+        trained = [[scorer.asking, scorer.digest()] for scorer in scorers]
+        return [FORMAT, repr(chooses), {name: repr(value) for name, value in schedule.items()}, trained]
 
 
 UNPRUNED = Candidate("unpruned", None, "", None)
@@ -89,5 +96,17 @@ def of_peers(peers: Sequence[Peer]) -> list[Candidate]:
 def in_words(made: Schedule | Peer) -> str:
     """The arguments of a schedule or peer that are not the defaults."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(made)).parameters.items()}
-    values = {name: getattr(made, name) for name in defaults}
+    values = _values(made)
     return ", ".join(f"{name}={value}" for name, value in values.items() if value != defaults[name]) or "defaults"
+
+
+def _values(made: Schedule | Peer) -> dict[str, Any]:
+    return {name: getattr(made, name) for name in inspect.signature(type(made)).parameters}
+
+
+def _parts(variant: Variant) -> Iterator[Variant]:
+    """A variant and those inside, at any depth."""
+    yield variant
+    for value in variant.arguments().values():
+        if isinstance(value, Variant):
+            yield from _parts(value)

@@ -46,7 +46,7 @@ class Answers:
 
     def of(self, model: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked, arm: Candidate) -> Answer:
         """What the model says to a prompt, asked now unless it was before."""
-        key = _digest([self._model, asked.ids.tolist(), self.max_new_tokens, arm.identity()])
+        key = _digest([self._model, asked.ids.tolist(), self.max_new_tokens, arm.identity])
         if key not in self._known:
             found = answer_in_full(model, tokenizer, asked, arm.pruner, self.max_new_tokens)
             line: dict[str, Any] = {"key": key, "scorer": arm.scorer, "schedule": arm.schedule}

@@ -78,6 +78,10 @@ class Scorer(Variant):
             ValueError: This scorer cannot serve this model or these layers.
         """
 
+    def digest(self) -> str:
+        """Of what was trained, as it was loaded: equal for equal networks and weights; empty where nothing was."""
+        return ""
+
     def flops(self, tokens: int, hidden_size: int) -> float:
         """Floating-point operations to score so many tokens once; 0 where it is beneath counting."""
         return 0.0

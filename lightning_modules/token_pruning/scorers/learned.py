@@ -1,6 +1,7 @@
 """Keep what a trained scorer says matters."""
 
 import copy
+import hashlib
 from typing import Any, Self
 
 from torch import Tensor
@@ -70,6 +71,13 @@ class Learned(Scorer):
         self.check(model.config, layers)
         self._loaded.check_base(model)
         self._ready = copy.deepcopy(self._loaded).to(model.dtype).spread(layer_devices(model)).eval()
+
+    def digest(self) -> str:
+        """See `Scorer.digest`."""
+        found = hashlib.sha256(repr(self._loaded.network).encode())
+        for name, tensor in sorted(self._loaded.state_dict().items()):
+            found.update(name.encode() + tensor.cpu().float().numpy().tobytes())
+        return found.hexdigest()
 
     def unbound(self) -> "Learned":
         """A copy that serves any model of the same width: where only shapes matter."""

@@ -1,5 +1,6 @@
 """The quality bench: its tasks, its intervals, and that its arms differ only in what was dropped."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from lightning_modules.token_pruning.quality.measure import Arm, interval, propo
 from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.blocks import Blocks
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
 from lightning_modules.token_pruning.scorers.learned import Learned
 from lightning_modules.token_pruning.scorers.random import Random
@@ -253,7 +255,39 @@ def test_a_scorer_that_was_trained_again_is_asked_again(monkeypatch, tmp_path):
         assert len(compared(monkeypatch, tmp_path / "a", lambda *_: True, arms)[1].asked) == asked
     with torch.no_grad():
         next(pruner.parameters()).add_(1.0)
+    arms = of_schedules([SCHEDULE], [Learned(pruner)])
     assert len(compared(monkeypatch, tmp_path / "a", lambda *_: True, arms)[1].asked) == 8
+
+
+def test_a_trained_scorer_s_weights_are_read_once_and_as_they_were_loaded(monkeypatch):
+    model, read = shared("llama"), []
+    pruner = TokenPruner.for_model(model, [1, 3], MLP(8))
+    digest = Learned.digest
+    monkeypatch.setattr(Learned, "digest", lambda self: read.append(self) or digest(self))
+    for scorer in (Learned(pruner), Blocks(Blocks(Learned(pruner), 4), 2)):
+        (before,) = of_schedules([SCHEDULE], [scorer])
+        first = before.identity
+        scorer.prepare(build("llama").bfloat16(), [1, 3])  # it has a rounded copy now
+        assert before.identity == first == of_schedules([SCHEDULE], [scorer])[0].identity
+    assert len(read) == 4  # once for each arm
+    other = TokenPruner.for_model(model, [1, 3], MLP(8))
+    assert of_schedules([SCHEDULE], [Blocks(Blocks(Learned(other), 4), 2)])[0].identity != first
+
+
+def test_what_a_scorer_s_class_says_is_part_of_an_arm(monkeypatch):
+    def ways(*schedules):
+        return [json.dumps(arm.identity) for arm in of_schedules(schedules, [Recency()])]
+
+    named = copy.copy(SCHEDULE)
+    named.pool = 5
+    own, given = ways(SCHEDULE, named)
+    monkeypatch.setattr(Recency, "pool", 5)
+    assert ways(SCHEDULE, named) == [given, given] != [own, given]  # the schedule's comes first
+    monkeypatch.setattr(Recency, "asking", 3)
+    assert given not in ways(SCHEDULE, named)
+    before = ways(SCHEDULE)
+    monkeypatch.setattr("lightning_modules.token_pruning.quality.arms.FORMAT", 0)
+    assert ways(SCHEDULE) != before
 
 
 class Texts(SimpleNamespace):
@@ -289,7 +323,7 @@ def test_peers_are_asked_beside_scorers_and_sit_out_what_reads_batches(tmp_path)
         assert row["bound"] == pytest.approx(peer.bound(cost, length))
     assert [row["schedule"] for row in rows[2:5]] == [in_words(peer) for peer in peers]
     assert rows[2]["schedule"] == "keep=0.3" and rows[3]["schedule"].startswith("layer=1, keep=0.3, scorer=Last")
-    ways = [arm.identity() for arm in of_peers([*peers, FastKV(2, 0.5, SnapKV(0.3)), SnapKV(0.3, window=8)])]
+    ways = [arm.identity for arm in of_peers([*peers, FastKV(2, 0.5, SnapKV(0.3)), SnapKV(0.3, window=8)])]
     assert len({json.dumps(way) for way in ways}) == 5
     with pytest.raises(ValueError, match="layers: \\[6\\] are not all within"):
         TokenQuality(str(tmp_path / "model"), tasks=["needles"], peers=[FastKV(6)]).check_arguments("verify", data)
