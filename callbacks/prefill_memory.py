@@ -54,7 +54,7 @@ class PrefillMemory(Measurement):
             raise ValueError(f"2 ≤ start ≤ longest and resolution ≥ 1, got {start}, {longest} and {resolution}")
         if limit_gb is not None and limit_gb <= 0:
             raise ValueError(f"limit_gb must be positive, got {limit_gb}")
-        self.scorer, self.schedule = given(scorer, schedule, pruner)
+        self.scorer, self.schedule, self.base = given(scorer, schedule, pruner)
         self.start, self.longest, self.resolution, self.limit_gb = start, longest, resolution, limit_gb
         self._measured: dict[str, Any] = {}
 
@@ -71,7 +71,7 @@ class PrefillMemory(Measurement):
             raise ValueError(f"PrefillMemory measures one process, not {trainer.world_size}: set trainer.devices to 1")
         scorer, schedule = chosen(self.scorer, self.schedule, pl_module)
         model: Any = pl_module.model
-        schedule.resolve(model.config.num_hidden_layers)
+        PromptPruner(scorer, schedule, base=self.base).check(model.config)
         place = placed(model)
         devices = [torch.device(name) for name in place["devices"]]
         on_gpu = devices[0].type == "cuda"
@@ -79,7 +79,7 @@ class PrefillMemory(Measurement):
             raise ValueError("PrefillMemory on a CPU tries a copy that cannot be offloaded: leave device_map out")
         limit = self._limit(devices)
         block: dict[str, Any] = {"limit_bytes": limit, "placement": place, "arms": []}
-        for name, pruner in (("baseline", None), ("pruned", PromptPruner(scorer, schedule))):
+        for name, pruner in (("baseline", None), ("pruned", PromptPruner(scorer, schedule, base=self.base))):
             probe = _Gpu(model, pruner, devices) if on_gpu else _Cpu(model, pruner, limit)
             block["arms"].append({"arm": name, **self._search(name, probe, anatomy(model).longest)})
             probe.close()

@@ -59,7 +59,7 @@ class PrefillTiming(Measurement):
     ) -> None:
         if not lengths or min(lengths) < 2 or repeats < 1 or warmup < 0:
             raise ValueError(f"lengths ≥ 2, repeats ≥ 1, warmup ≥ 0, got {lengths}, {repeats} and {warmup}")
-        self.scorer, self.schedule = given(scorer, schedule, pruner)
+        self.scorer, self.schedule, self.base = given(scorer, schedule, pruner)
         if presets and self.schedule:
             raise ValueError("presets are schedules: leave out schedule and pruner")
         self.presets = {name: preset(name) for name in presets}
@@ -83,7 +83,7 @@ class PrefillTiming(Measurement):
         pruned = {name: (scorer, one) for name, one in (self.presets or {"pruned": schedule}).items()}
         model: Any = pl_module.model
         for pair in pruned.values():
-            PromptPruner(*pair).check(model.config)
+            PromptPruner(*pair, base=self.base).check(model.config)
         text, skipped = validation_text(trainer, max(self.lengths)), {}
         block: dict[str, Any] = {"arms": [], "keep": schedule.tokens or schedule.keep}
         block |= {"layers": schedule.resolve(model.config.num_hidden_layers)}
@@ -121,7 +121,7 @@ class PrefillTiming(Measurement):
         setups = {**pruned, "keep-1.0": (scorer, whole), "random": (Random(), schedule)}
         arms: dict[str, Callable[[], object]] = {"baseline": lambda: read(model, ids)}
         for name, setup in setups.items():
-            arms[name] = pruned_read(model, ids, PromptPruner(*setup))
+            arms[name] = pruned_read(model, ids, PromptPruner(*setup, base=self.base))
         with torch.inference_mode():
             kernels = {name: attention_kernels(arm) for name, arm in arms.items()}
             if len(set(map(tuple, kernels.values()))) > 1:
@@ -152,19 +152,22 @@ class PrefillTiming(Measurement):
 
 def given(
     scorer: Scorer | None, schedule: Schedule | None, pruner: str | None
-) -> tuple[Scorer | None, Schedule | None]:
+) -> tuple[Scorer | None, Schedule | None, dict[str, Any] | None]:
     """The scorer and schedule that a callback was given, directly or by the folder of a calibrated pruner.
+
+    Returns:
+        These, and the identity of the only model that they serve; None for any.
 
     Raises:
         FileNotFoundError: No such pruner.
         ValueError: Both, or see `PromptPruner.from_file`.
     """
     if pruner is None:
-        return scorer, schedule
+        return scorer, schedule, None
     if scorer or schedule:
         raise ValueError("pruner has its own scorer and schedule: leave these out")
     calibrated = PromptPruner.from_file(pruner)
-    return calibrated.scorer, calibrated.schedule
+    return calibrated.scorer, calibrated.schedule, calibrated.base
 
 
 def chosen(scorer: Scorer | None, schedule: Schedule | None, pl_module: Any) -> tuple[Scorer, Schedule]:

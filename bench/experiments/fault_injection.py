@@ -29,7 +29,7 @@ RECORDS = "fault_injection.jsonl"
 COMMAND = "python -m bench experiment fault_injection"
 CHAIN = 4
 # Chains of CHAIN kills; training has the most states to lose.
-CHAINS = {"CompressedFSDP": 6, "CompressedFSDP2": 5, "CompressedDDP": 5, "sweep": 2}
+CHAINS = {"CompressedFSDP": 7, "CompressedFSDP2": 7, "CompressedDDP": 7, "sweep": 2}
 FLIPS = 100
 
 
@@ -155,9 +155,13 @@ def property_tests() -> tuple[int, int]:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
-    tried = sum(map(int, re.findall(r"(\d+) passing examples", done.stdout)))
-    failed = re.search(r"(\d+) failed", done.stdout)
-    return tried, int(failed[1]) if failed else 0
+    return counted(done.stdout)
+
+
+def counted(output: str) -> tuple[int, int]:
+    """Inputs that pytest's output with Hypothesis' statistics says were tried, and tests that failed."""
+    tried = sum(map(int, re.findall(r"- (\d+) passing, \d+ failing", output)))
+    return tried, len(re.findall(r"^FAILED ", output, re.MULTILINE))
 
 
 def _inputs(records: Path, commit: str | None, tried: int, failed: int) -> None:

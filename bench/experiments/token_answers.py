@@ -151,7 +151,9 @@ def _answers(records: Path, model: Path, task: str, rows: Sequence[Row], commit:
             spread=50 * (row["kept_right_high"] - row["kept_right_low"]),
             unit="%",
             target=f"≥ {100 * wanted:.0f} %" if wanted else "report",
-            reached=row["kept_right"] >= wanted if wanted else None,
+            reached=row["kept_right"] >= wanted and row["bound"] >= float(_arm(row, names)[len(_CALIBRATED) :])
+            if wanted
+            else None,
             command=COMMAND,
             details={"model": model.name, "measured_at": commit, "task": task, "arm": _arm(row, names), **row},
         )

@@ -1,5 +1,6 @@
 """What is kept of every layer, as data: slicing, verification and reports read only this."""
 
+import hashlib
 import itertools
 import json
 from dataclasses import asdict, dataclass, field
@@ -58,7 +59,8 @@ class PruningPlan:
 
     def save(self, path: Path) -> None:
         """Write the plan, complete or not at all."""
-        write_text(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+        content = {"format": _FORMAT, **asdict(self)}
+        write_text(path, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "PruningPlan":
@@ -72,6 +74,8 @@ class PruningPlan:
             raise FileNotFoundError(f"no pruning plan at {path}: run prune first, or give the plan's path")
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
+            if read.pop("sha256", None) not in (None, _digest(read)):  # plans of before have none
+                raise ValueError("it was changed; delete its sha256 if that was on purpose")
             if read.pop("format") != _FORMAT:
                 raise ValueError(f"not of format {_FORMAT}")
             layers = [LayerPlan(**entry) for entry in read.pop("layers")]
@@ -133,6 +137,11 @@ class PruningPlan:
                 f"plan: made for {self.base} with weights {self.base_hash[:12]}, but this model's are "
                 f"{model_hash[:12]}; prune the model again, or give the model that the plan was made for"
             )
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Hash of a plan's content as JSON, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _are_counts(values: Any) -> bool:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from bench.experiments.fault_injection import killed, run
+from bench.experiments.fault_injection import counted, killed, run
 from bench.faults import flips, kills
 from bench.faults.scenarios import SCENARIOS, digest
 
@@ -83,3 +83,8 @@ def test_models_that_differ_in_the_order_of_their_metadata_are_the_same(tmp_path
         found.add(digest(folder, "*.safetensors"))
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"13")
     assert len(found) == 1 and digest(folder, "*.safetensors") not in found
+
+
+def test_inputs_are_counted_as_hypothesis_prints_them():
+    said = "  - during generate phase (0.12 seconds):\n    - 30 passing, 0 failing, and 2 invalid test cases\n"
+    assert counted(said * 2 + "FAILED tests/a.py::b - E\n") == (60, 1)

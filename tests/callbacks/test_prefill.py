@@ -115,6 +115,9 @@ def test_a_calibrated_pruner_is_timed(tmp_path):
     (tmp_path / FILE).write_text(content(SCHEDULE, LastWindow(8), identity_of(model), {}))
     record, _ = _validate(tmp_path, PrefillTiming(pruner=str(tmp_path), lengths=[64], repeats=1, warmup=0), model)
     assert record["prefill"]["scorer"]["window"] == 8 and record["prefill"]["layers"] == [1, 3]
+    for callback in (PrefillTiming(pruner=str(tmp_path), lengths=[64]), PrefillMemory(pruner=str(tmp_path))):
+        with pytest.raises(ValueError, match="calibrated for another model"):
+            _validate(tmp_path / "other", callback, build(layers=8))
     for callback in (PrefillTiming, PrefillMemory):
         with pytest.raises(ValueError, match="leave these out"):
             callback(LastWindow(), pruner=str(tmp_path))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -23,27 +24,34 @@ from lightning_modules.loading import Dtype, load, load_config
 from lightning_modules.token_pruning.anatomy import check_supported
 from lightning_modules.token_pruning.calibration.retrieval import share_needed, tail_means
 from lightning_modules.token_pruning.calibration.search import (
+    SURE,
+    Heads,
     Reading,
     Stages,
     best_readings,
     framed,
+    merit,
     only,
     schedules,
 )
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.identity import identity_of
-from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruning_file import FILE, content
-from lightning_modules.token_pruning.quality.answers import answer, is_right
+from lightning_modules.token_pruning.quality.answers import is_right
+from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_schedules
 from lightning_modules.token_pruning.quality.asked import Asked
+from lightning_modules.token_pruning.quality.asking import Answers
+from lightning_modules.token_pruning.quality.measure import proportion
 from lightning_modules.token_pruning.quality.planted import plant
 from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.base import Scorer
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from lightning_modules.token_pruning.scorers.random import Random
 
 _FEWEST = 8  # right answers to measure on
 _HEADS = 3  # most heads of a layer that are read together
 _TRIED = 3  # schedules that are tried out
+_ANSWER = 24  # tokens of an answer
 _CHARACTERS = 32  # of text for each token that is asked for: passages are spread over them
 
 
@@ -83,7 +91,7 @@ class TokenCalibration(L.LightningModule):
         output: str = "runs/calibrated",
         speedup: float = 2.0,
         lengths: list[int] = [600, 1200, 2400],  # noqa: B006 (jsonargparse shows it)
-        facts: int = 48,
+        facts: int = 64,
         windows: list[int] = [8, 16, 32],  # noqa: B006
         pools: list[int] = [9, 17, 25],  # noqa: B006
         sinks: int = 4,
@@ -152,21 +160,29 @@ class TokenCalibration(L.LightningModule):
         check_vocabulary(model, tokenizer)
         asked = self._asked(datamodule)
         measured, tried = asked[: self.facts], asked[self.facts :]
-        parts = self._measure(model, tokenizer, measured)
-        tables = {
-            (window, frame.pool): self._readings(model, parts, number, frame)
-            for number, window in enumerate(self.windows)
-            for frame in self.frames
-        }
-        cost = Cost.of(model)
-        found = self._search(tables, cost)
-        chosen, rows = self._try(model, tokenizer, found, tried, cost)
+        folder = self._store(model, tokenizer, asked)
+        answers = Answers(folder / "answers.jsonl", model, _ANSWER)
+        parts = self._measure(model, tokenizer, measured, folder, answers)
+        cost, lengths = Cost.of(model), [min(len(one.ids) for one in asked), *self.lengths]
+
+        def bound(schedule: Schedule, scorer: Scorer) -> list[float]:
+            return [cost.bound(n, schedule, scorer) for n in lengths]
+
+        tables: dict[Any, list[Reading]] = {}
+        found: list[Stages] = []
+        with stage("Searching schedules", len(self.windows) * len(self.frames), "windows and pools") as show:
+            for number, window in enumerate(self.windows):
+                for frame in self.frames:
+                    readings = tables[window, frame.pool] = self._readings(parts, number, frame)
+                    found += schedules(best_readings(readings), cost, lengths, self.speedup, frame, window)[:_TRIED]
+                    show(len(tables))
+        chosen, rows = self._try(model, tokenizer, self._distinct(found), tried, answers, bound)
         schedule, scorer = self._made(chosen)
         summary = {
             "model": self.base,
             "speedup": self.speedup,
-            "lengths": self.lengths,
-            "bound": [cost.bound(n, schedule, scorer) for n in self.lengths],
+            "lengths": lengths,
+            "bound": bound(schedule, scorer),
             "right": sum(right for _, right in parts),
             "asked": len(measured),
             "layers": schedule.layers,
@@ -197,19 +213,20 @@ class TokenCalibration(L.LightningModule):
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
-    def _measure(self, model: Any, tokenizer: Any, asked: list[Asked]) -> list[tuple[Path, bool]]:
+    def _measure(
+        self, model: Any, tokenizer: Any, asked: list[Asked], folder: Path, answers: Answers
+    ) -> list[tuple[Path, bool]]:
         """Attention of every prompt's end, in files of its own, and whether the unpruned model answers right.
 
         Raises:
             ValueError: It hardly answers any.
         """
-        folder = self._store(model, tokenizer, asked)
         parts = []
         with stage("Reading planted facts", len(asked), "facts") as show:
             for number, one in enumerate(asked):
                 path = folder / f"{number:04}.safetensors"
                 if not path.is_file():
-                    self._read(model, tokenizer, one, path)
+                    self._read(model, tokenizer, one, path, answers)
                 with safe_open(path, "pt") as file:
                     parts.append((path, file.metadata()["right"] == "1"))
                 show(number + 1)
@@ -231,54 +248,50 @@ class TokenCalibration(L.LightningModule):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _read(self, model: Any, tokenizer: Any, asked: Asked, path: Path) -> None:
-        ids = asked.ids.to(model.get_input_embeddings().weight.device)
-        tails = tail_means(model, ids, self.windows)
-        right = is_right(asked, answer(model, tokenizer, asked))
+    def _read(self, model: Any, tokenizer: Any, asked: Asked, path: Path, answers: Answers) -> None:
+        right = is_right(asked, answers.of(model, tokenizer, asked, UNPRUNED).text)
+        tensors = {"evidence": asked.evidence}
+        if right:  # what is not known cannot be lost
+            ids = asked.ids.to(model.get_input_embeddings().weight.device)
+            tensors["tails"] = tail_means(model, ids, self.windows)
         with replacing_file(path) as beside:
-            save_file({"tails": tails, "evidence": asked.evidence}, beside, {"right": "1" if right else "0"})
+            save_file(tensors, beside, {"right": "1" if right else "0"})
 
-    def _readings(self, model: Any, parts: list[tuple[Path, bool]], window: int, frame: Schedule) -> list[Reading]:
-        """Every layer read by its best head, its best few, and all of them, by one window and pool."""
+    def _readings(self, parts: list[tuple[Path, bool]], window: int, frame: Schedule) -> list[Reading]:
+        """Every layer read by its best head or few, and by all of them, by one window and pool.
+
+        Heads are chosen on one half of the facts, and what they need is measured on the other.
+        """
         files = [path for path, right in parts if right]
-        singles = torch.stack([_needed(path, window, self.windows[window], frame) for path in files])  # [answers, L, A]
+        asking = self.windows[window]
+        singles = torch.stack([_needed(path, window, asking, frame) for path in files[::2]])  # [answers, L, A]
         layers, heads = singles.shape[1:]
-        order = singles.quantile(0.95, 0).argsort(-1)
-        sets: list[list[tuple[int, ...] | None]] = [
-            [*(tuple(sorted(order[layer, :size].tolist())) for size in range(2, min(_HEADS, heads - 1) + 1)), None]
-            for layer in range(layers)
+        order = singles.quantile(SURE, 0).argsort(-1)
+        sizes = range(1, min(_HEADS, heads - 1) + 1)
+        sets: list[list[Heads]] = [
+            [*(tuple(sorted(order[layer, :size].tolist())) for size in sizes), None] for layer in range(layers)
         ]
-        joined = torch.stack([_needed(path, window, self.windows[window], frame, sets) for path in files])
-        found = []
-        for layer in range(1, layers):  # before the first layer nothing can be pruned
-            best = int(order[layer, 0])
-            options: list[tuple[tuple[int, ...] | None, Tensor]] = [((best,), singles[:, layer, best])]
-            options += [(chosen, joined[:, layer, number]) for number, chosen in enumerate(sets[layer])]
-            found += [Reading(layer, chosen, needed) for chosen, needed in options]
-        return found
+        chosen = torch.stack([_needed(path, window, asking, frame, sets) for path in files[::2]])  # [answers, L, sets]
+        best = chosen.quantile(SURE, 0).argmin(-1).tolist()
+        judged = [[sets[layer][best[layer]], None] for layer in range(layers)]
+        needed = torch.stack([_needed(path, window, asking, frame, judged) for path in files[1::2]])
+        # before the first layer nothing can be pruned
+        return [Reading(n, judged[n][i], needed[:, n, i]) for n in range(1, layers) for i in range(2)]
 
     # ---- choosing -------------------------------------------------------------------------------------------------
 
-    def _search(self, tables: dict[Any, list[Reading]], cost: Cost) -> list[Stages]:
-        """The schedules with most room, no two with the same layers.
+    def _distinct(self, found: list[Stages]) -> list[Stages]:
+        """The best schedules, no two with the same layers.
 
         Raises:
             ValueError: None reaches the speed-up.
         """
-        found: list[Stages] = []
-        frames = {frame.pool: frame for frame in self.frames}
-        with stage("Searching schedules", len(tables), "windows and pools") as show:
-            for number, ((window, pool), readings) in enumerate(tables.items()):
-                found += schedules(best_readings(readings), cost, self.lengths, self.speedup, frames[pool], window)[
-                    :_TRIED
-                ]
-                show(number + 1)
         if not found:
             raise ValueError(f"model.speedup: no schedule reaches {self.speedup}; ask for less")
-        best: dict[tuple[int, ...], Stages] = {}
-        for one in sorted(found, key=lambda made: -made.room):
-            best.setdefault(tuple(reading.layer for reading in one.readings), one)
-        return list(best.values())[:_TRIED]
+        distinct: dict[tuple[int, ...], Stages] = {}
+        for one in sorted(found, key=merit):
+            distinct.setdefault(tuple(reading.layer for reading in one.readings), one)
+        return list(distinct.values())[:_TRIED]
 
     def _made(self, stages: Stages) -> tuple[Schedule, LastWindow]:
         frame = next(frame for frame in self.frames if frame.pool == stages.pool)
@@ -287,32 +300,52 @@ class TokenCalibration(L.LightningModule):
         return schedule, LastWindow(stages.window, "max", only(stages))
 
     def _try(
-        self, model: Any, tokenizer: Any, found: list[Stages], asked: list[Asked], cost: Cost
+        self,
+        model: Any,
+        tokenizer: Any,
+        found: list[Stages],
+        asked: list[Asked],
+        answers: Answers,
+        bound: Callable[[Schedule, Scorer], list[float]],
     ) -> tuple[Stages, list[dict[str, Any]]]:
-        """Answers to further facts, pruned by each schedule and, for comparison, at random by the first."""
+        """Answers to further facts, pruned by each schedule and, for comparison, at random by the first.
+
+        Raises:
+            ValueError: The unpruned model answers too few of them.
+        """
         made = [self._made(stages) for stages in found]
-        pruners = [PromptPruner(scorer, schedule) for schedule, scorer in made]
-        pruners.append(PromptPruner(Random(self.seed), made[0][0]))
-        rights, whole = [0] * len(pruners), 0
-        with stage("Trying schedules out", len(asked), "facts") as show:
+        arms = [arm for schedule, scorer in made for arm in of_schedules([schedule], [scorer])]
+        arms += of_schedules([made[0][0]], [Random(self.seed)])
+        known = []
+        with stage("Trying schedules out", len(asked) * (1 + len(arms)), "answers") as show:
             for number, one in enumerate(asked):
-                if is_right(one, answer(model, tokenizer, one)):
-                    whole += 1
-                    for arm, pruner in enumerate(pruners):
-                        rights[arm] += is_right(one, answer(model, tokenizer, one, pruner))
-                show(number + 1)
-        rows = [
-            {
-                "scorer": pruner.scorer.name,
-                "layers": pruner.schedule.layers,
-                "keep": pruner.schedule.keep,
-                "right": right,
-                "unpruned": whole,
-                "bound": min(cost.bound(n, pruner.schedule, pruner.scorer) for n in self.lengths),
-            }
-            for pruner, right in zip(pruners, rights, strict=True)
-        ]
-        best = max(range(len(found)), key=lambda arm: (rights[arm], found[arm].room))
+                if is_right(one, answers.of(model, tokenizer, one, UNPRUNED).text):
+                    known.append([is_right(one, answers.of(model, tokenizer, one, arm).text) for arm in arms])
+                show((number + 1) * (1 + len(arms)))
+        if len(known) < _FEWEST // 2:
+            raise ValueError(
+                f"{self.base} answers {len(known)} of {len(asked)} further facts without pruning, too few to choose "
+                "by; plant more model.facts"
+            )
+        rights = [sum(column) for column in zip(*known, strict=True)]
+        rows = []
+        for arm, right in zip(arms, rights, strict=True):
+            pruner: Any = arm.pruner
+            share, low, high = proportion(right, len(known))
+            rows.append(
+                {
+                    "scorer": arm.scorer,
+                    "layers": pruner.schedule.layers,
+                    "keep": pruner.schedule.keep,
+                    "right": right,
+                    "unpruned": len(known),
+                    "kept": share,
+                    "kept_low": low,
+                    "kept_high": high,
+                    "bound": min(bound(pruner.schedule, pruner.scorer)),
+                }
+            )
+        best = max(range(len(found)), key=lambda arm: (rights[arm], -arm))
         return found[best], rows
 
     def _show(self, summary: dict[str, Any]) -> None:
@@ -323,11 +356,17 @@ class TokenCalibration(L.LightningModule):
                 str(row["keep"]),
                 f"{row['bound']:.2f}×",
                 f"{row['right']} of {row['unpruned']}",
+                f"{row['kept_low']:.0%} to {row['kept_high']:.0%}",
             ]
             for row in summary["tried"]
         ]
-        title = "answers kept, of those that the unpruned model gives"
-        Console().print(Table(["scorer", "after layers", "keep", "bound", title], rows))
+        headers = ["scorer", "after layers", "keep", "bound", "right answers kept", "95 % interval"]
+        Console().print(Table(headers, rows))
+        if summary["room"] < 1:
+            print(
+                f"these stages keep {summary['room']:.2f} of what 95 % of the answers needed: expect to lose some, or "
+                f"ask for less than model.speedup {summary['speedup']:g}"
+            )
         print(
             f"chosen: after layers {summary['layers']} keep {summary['keep']}, window {summary['window']}, pool "
             f"{summary['pool']}, heads {summary['heads'] or 'all'}\n{self.output / FILE}: "
@@ -356,12 +395,10 @@ def _by_layer(readings: list[Reading]) -> list[dict[str, Any]]:
     ]
 
 
-def _needed(
-    path: Path, window: int, asking: int, frame: Schedule, sets: list[list[tuple[int, ...] | None]] | None = None
-) -> Tensor:
+def _needed(path: Path, window: int, asking: int, frame: Schedule, sets: list[list[Heads]] | None = None) -> Tensor:
     """Share that must stay, by layer and head, or by layer and set of heads; float32 [L, …]."""
     with safe_open(path, "pt") as file:
-        tails_LAN, evidence_N = file.get_tensor("tails")[:, window].float(), file.get_tensor("evidence")
+        tails_LAN, evidence_N = file.get_slice("tails")[:, window].float(), file.get_tensor("evidence")
     left_out = frame.protected(len(evidence_N))
     left_out[-asking:] = True
     pool = frame.pool or 1

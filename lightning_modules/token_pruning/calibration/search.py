@@ -11,11 +11,15 @@ from torch import Tensor
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.schedule import Schedule
 
-_SURE = 0.95
+SURE = 0.95
 """Share of the answers that a layer must keep. The worst few would decide all with 1."""
 
 _LAYERS = 12
 """Layers that are combined: those that need least for their depth."""
+
+
+Heads = tuple[int, ...] | None
+"""Heads that count, the greatest of them; None for all."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,13 @@ class Reading:
     """
 
     layer: int
-    heads: tuple[int, ...] | None
+    heads: Heads
     needed: Tensor
 
     @property
     def share(self) -> float:
         """The share that keeps nearly every answer."""
-        return float(self.needed.quantile(_SURE))
+        return float(self.needed.quantile(SURE))
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def best_readings(readings: Sequence[Reading]) -> list[Reading]:
 def schedules(
     readings: Sequence[Reading], cost: Cost, lengths: Sequence[int], speedup: float, frame: Schedule, window: int
 ) -> list[Stages]:
-    """The schedules of one to three stages that reach a speed-up, those with most room first.
+    """The schedules of one to three stages that reach a speed-up, the best first (see ``merit``).
 
     Every stage keeps its need times the same factor: a stage with less room than the others would lose its answers
     first. The factor, ``room``, is the largest that the speed-up allows.
@@ -97,9 +101,14 @@ def schedules(
             # a stage that needs no less than the one before it only loses
             if all(later.share < earlier.share for earlier, later in pairwise(stages)):
                 made = _widest(stages, cost, lengths, speedup, frame, window)
-                if made is not None:
+                if made is not None and made.keep[0] < 1:  # a stage that drops nothing is none
                     found.append(made)
-    return sorted(found, key=lambda made: -made.room)
+    return sorted(found, key=merit)
+
+
+def merit(stages: Stages) -> tuple[float, float]:
+    """Sorts the best first: those that are expected to keep most answers, and of them those with most room."""
+    return -round(stages.kept, 2), -stages.room
 
 
 def _widest(

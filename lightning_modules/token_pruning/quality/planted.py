@@ -143,7 +143,7 @@ def plant(
     """
     if count < 1 or not lengths:
         raise ValueError(f"count must be at least 1, and lengths must not be empty; got {count} and {list(lengths)}")
-    draw = random.Random(f"{seed} {split}")
+    draw = random.Random(f"{seed} {split}{' begun' if prefix else ''}")
     kinds, sizes = _in_turn(list(FACTS), count, draw), _in_turn(list(lengths), count, draw)
     depths = [_SHALLOWEST + (_DEEPEST - _SHALLOWEST) * (place + 0.5) / count for place in range(count)]
     draw.shuffle(depths)

@@ -14,6 +14,7 @@ from tests.lightning_modules.structured_pruning.toy import KEPT, plan_for, tiny
 def _written(path, **changes) -> None:
     plan_for(tiny()).save(path)
     fields = json.loads(path.read_text()) | changes
+    del fields["sha256"]  # changed on purpose
     path.write_text(json.dumps(fields))
 
 
@@ -84,3 +85,13 @@ def test_models_without_grouped_queries_have_groups_of_one_head():
     assert plan.layers[0].queries(1) == [1, 5]
     assert slice_model(model, plan).config.num_attention_heads == 2
     assert KEPT[1].queries(2) == [0, 1, 4, 5]
+
+
+def test_a_flipped_bit_anywhere_in_a_plan_is_noticed(tmp_path):
+    path = tmp_path / "plan.json"
+    plan_for(tiny()).save(path)
+    whole = path.read_bytes()
+    for place in range(len(whole) - 1):  # the last is the end of the line
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"plan\.json"):
+            PruningPlan.load(path)

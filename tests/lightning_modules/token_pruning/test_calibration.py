@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from lightning_modules.data.tokenizer import train_bpe
-from lightning_modules.token_pruning.calibration import module as calibration
 from lightning_modules.token_pruning.calibration.module import TokenCalibration
 from lightning_modules.token_pruning.calibration.retrieval import share_needed, tail_means
-from lightning_modules.token_pruning.calibration.search import Reading, best_readings, only, schedules
+from lightning_modules.token_pruning.calibration.search import Reading, best_readings, merit, only, schedules
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruning_file import FILE, content
+from lightning_modules.token_pruning.quality import asking
+from lightning_modules.token_pruning.quality.answers import Answer
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from tests.lightning_modules.token_pruning.models import LAYERS, build, shared, tokens
@@ -65,7 +66,7 @@ def test_the_search_reaches_the_speedup_with_the_same_room_everywhere():
     cost, frame = Cost.of(build(layers=8)), Schedule(tail=0.0, min_tail=8, pool=3)
     found = schedules(_readings(), cost, [300, 600], 1.8, frame, 8)
     best = found[0]
-    assert [made.room for made in found] == sorted((made.room for made in found), reverse=True)
+    assert [merit(made) for made in found] == sorted(map(merit, found)) and all(made.keep[0] < 1 for made in found)
     assert {len(made.readings) for made in found} == {1, 2, 3}
     for made in found:
         layers = [reading.layer - 1 for reading in made.readings]
@@ -133,7 +134,7 @@ class _Asker:
     def __call__(self, model, tokenizer, asked, pruner=None, max_new_tokens=24):
         self.asked += 1
         self.pruned += pruner is not None
-        return asked.answer if self.asked <= self.known else ""
+        return Answer(asked.answer if self.asked <= self.known else "", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def setup(tmp_path_factory, text):
 
 def _calibrate(setup, tmp_path, monkeypatch, asker, **fields):
     folder, data = setup
-    monkeypatch.setattr(calibration, "answer", asker)
+    monkeypatch.setattr(asking, "answer_in_full", asker)
     arguments = {"facts": 8, "lengths": [450], "windows": [8], "pools": [1, 5], "speedup": 1.5, "min_tail": 8}
     module = TokenCalibration(
         str(folder / "base"), str(tmp_path / "out"), cache_dir=str(tmp_path), **arguments | fields
@@ -194,6 +195,9 @@ def test_a_killed_measurement_goes_on_where_it_was(setup, tmp_path, monkeypatch)
     assert again.asked - again.pruned == 3 + 4  # three facts were left, then four were tried out
     other = _calibrate(setup, tmp_path / "other", monkeypatch, _Asker(1000))
     assert other == found
+    faster = _Asker(1000)  # another speed-up asks for no answer of the unpruned model again
+    _calibrate(setup, tmp_path, monkeypatch, faster, speedup=1.7)
+    assert faster.asked == faster.pruned
 
 
 def test_a_model_that_answers_nothing_is_named(setup, tmp_path, monkeypatch):
