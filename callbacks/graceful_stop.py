@@ -67,7 +67,9 @@ def stoppable() -> Iterator[None]:
         if before is not None:
             os.environ[_PARENT] = before
         for signum, handler in previous.items():
-            signal.signal(signum, handler)
+            # a rank that was told to stop still answers: that must not kill the one which told it, on its way out
+            late = signum in _PASSED_ON and handler is signal.SIG_DFL
+            signal.signal(signum, signal.SIG_IGN if late else handler)
 
 
 class GracefulStop(Callback):
