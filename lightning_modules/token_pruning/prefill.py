@@ -280,8 +280,10 @@ class Prefill:
         return False
 
     def _say_starved(self, length: int) -> None:
+        if self._warned:
+            return
         starved = self.schedule.starved(length, len(self.parts.layers))
-        if starved and not self._warned:
+        if starved:
             self._warned = True
             warnings.warn(
                 f"of a prompt of {length} tokens the stages after layers {starved} keep only the "

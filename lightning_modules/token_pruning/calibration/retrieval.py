@@ -6,14 +6,15 @@ ones differs between models. A planted answer shows them: a head retrieves where
 Shape legend: L layers, W windows, A attention heads, N tokens of the prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_modules.token_pruning.anatomy import anatomy
+from lightning_modules.token_pruning.anatomy import Rotary, anatomy
 from lightning_modules.token_pruning.attention import tail_attention
+from lightning_modules.token_pruning.passes import watched
 from lightning_modules.token_pruning.selection import pooled
 
 
@@ -35,21 +36,12 @@ def tail_means(model: Any, ids_N: Tensor, windows: Sequence[int]) -> Tensor:
     parts = anatomy(model)
     found: list[Tensor] = []
 
-    def watch(index: int) -> Callable[..., None]:
-        def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            call = dict(zip(parts.arguments, args, strict=False)) | kwargs
-            rotary = call.get("position_embeddings")
-            paid_AWN = tail_attention(parts, index, call["hidden_states"], max(windows), rotary, None)[0]
-            found.append(torch.stack([paid_AWN[:, -window:].mean(1) for window in windows]).half().cpu())
+    def see(index: int, hidden_BNH: Tensor, rotary: Rotary | None) -> None:
+        paid_AWN = tail_attention(parts, index, hidden_BNH, max(windows), rotary, None)[0]
+        found.append(torch.stack([paid_AWN[:, -window:].mean(1) for window in windows]).half().cpu())
 
-        return before
-
-    handles = [layer.register_forward_pre_hook(watch(i), with_kwargs=True) for i, layer in enumerate(parts.layers)]
-    try:
+    with watched(model, see):
         model(input_ids=ids_N[None], use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack(found)
 
 
