@@ -1,13 +1,15 @@
 """What pruned prefill keeps of a chat model's answers, calibrated on one text and asked on others.
 
-Schedules are calibrated for several speed-ups on the first text. On the second, facts are planted and asked for, and
-questions that it answers itself; every arm gets the same prompts. Beside the calibrated arms stand random scores and
-the same schedule read by all heads, and published methods at the share of the cache that the first arm leaves. The loss
-of plain text is measured on the third, a text of another kind. Killed, it goes on.
+Schedules are calibrated for several speed-ups on the first text. On the second, facts are planted and asked for, some
+of kinds that calibration does not know, then facts among others of their kind, and questions that the text answers
+itself; every arm of a task gets the same prompts. Beside the calibrated arms stand random scores and the same schedule
+read by all heads, and published methods at the share of the cache that the first arm leaves. The loss of plain text is
+measured on the third, a text of another kind. Killed, it goes on.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,53 @@ from bench.experiments.runs import claim, run_main, say
 from bench.tables import figures
 from common.records import record
 from lightning_modules.token_pruning.pruning_file import read
+from lightning_modules.token_pruning.quality.measure import proportion
+from lightning_modules.token_pruning.quality.planted import FACTS
 from lightning_modules.token_pruning.schedule import Schedule
 
 RECORDS = "token_answers.jsonl"
 COMMAND = "python -m bench experiment token_answers --model FOLDER --texts calibration=FILE,asked=FILE,other=FILE"
 CONFIGS = "configs/token_pruning"
-SPEEDUPS, COMPARED = (2.0, 2.5, 3.0, 3.5), (2.0, 3.5)  # asked for; and those whose schedules other scorers take too
+SPEEDUPS = (1.7, 2.0, 2.5, 3.0, 3.5)
+COMPARED = (2.0, 3.5)  # those whose schedules other scorers take too; the first is the peers' too
 LENGTHS = [600, 1200, 2400, 3000]
-NEEDLES, QUESTIONS, WINDOWS = 120, 220, 128
-KEPT = {"calibrated-2": 0.95, "calibrated-2.5": 0.90}  # share of the right answers to keep
+WINDOWS = 128  # of plain text
+# share of the right answers to keep, and of the loss to rise by, in %
+KEPT = {
+    "needles-calibrated-2": 0.95,
+    "needles-calibrated-2.5": 0.90,
+    "needles-random-calibrated-2": -0.40,
+    "questions-calibrated-2": 0.95,
+}
+RISE = {"suffix-calibrated-1.7": 2.0}
 _CALIBRATED = "calibrated-"
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked, how often, and by which arms.
+
+    Attributes:
+        kind: Task of `TokenQuality`.
+        prompts: How many.
+        speedups: Of the calibrated arms.
+        peers: Published methods by name; all where None.
+        distractors: See `TokenQuality`.
+    """
+
+    kind: str
+    prompts: int
+    speedups: tuple[float, ...]
+    peers: tuple[str, ...] | None = None
+    distractors: int = 0
+
+
+TASKS = {
+    "needles": _Task("needles", 120, SPEEDUPS),
+    "needles-among-others": _Task("needles", 80, SPEEDUPS[1:], (), 2),
+    "questions": _Task("questions", 220, (2.0, 2.5), ("SnapKV",)),
+}
 
 
 def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> None:
@@ -49,8 +87,8 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     cache = ("--data.cache_dir", str(folder / "cache"))
     for speedup in SPEEDUPS:
         _calibrated(folder, model, texts["calibration"], speedup)
-    for task, windows in (("needles", NEEDLES), ("questions", QUESTIONS)):
-        _answers(records, model, task, _asked(folder, model, texts, task, windows, cache), commit)
+    for name, task in TASKS.items():
+        _answers(records, model, name, _asked(folder, model, texts, name, task, cache), commit)
     _loss(records, model, _suffixes(folder, model, texts, cache), commit)
 
 
@@ -70,26 +108,39 @@ def _calibrated(folder: Path, model: Path, text: Path, speedup: float) -> None:
 
 
 def _asked(
-    folder: Path, model: Path, texts: Mapping[str, Path], task: str, windows: int, cache: tuple[str, ...]
+    folder: Path, model: Path, texts: Mapping[str, Path], name: str, task: _Task, cache: tuple[str, ...]
 ) -> list[Row]:
     """Rows of all arms; answers that are there are not asked for again."""
-    schedules = [_schedule(folder, speedup) for speedup in COMPARED]
-    share = round(_cache_share(model, schedules[0]), 3)
-    arguments_of = {"SnapKV": {"keep": share}, "ExpectedAttention": {"keep": share}, "RandomCache": {"keep": share}}
-    # those that read less: at about the bound of the first speed-up
-    middle = AutoConfig.from_pretrained(str(model)).num_hidden_layers // 2
-    arguments_of |= {"FastKV": {"layer": middle - 4, "keep": 0.1}, "LLMLingua": {"keep": 0.5}}
-    arguments_of |= {"GemFilter": {"layer": middle - 4, "keep": 0.1}}
-    peers: list[Any] = [{"class_path": name, "init_args": given} for name, given in arguments_of.items()]
-    arguments = ["--model.base", str(model), "--model.tasks", f"[{task}]", "--model.windows", str(windows)]
-    arguments += ["--model.pruners", json.dumps([str(_folder(folder, speedup)) for speedup in SPEEDUPS])]
-    arguments += ["--model.schedules", json.dumps(list(map(_configured, schedules)))]
+    compared = [_schedule(folder, speedup) for speedup in COMPARED if speedup in task.speedups]
+    arguments = ["--model.base", str(model), "--model.tasks", f"[{task.kind}]", "--model.windows", str(task.prompts)]
+    arguments += ["--model.pruners", json.dumps([str(_folder(folder, speedup)) for speedup in task.speedups])]
+    arguments += ["--model.schedules", json.dumps(list(map(_configured, compared)))]
     arguments += ["--model.scorers", json.dumps([{"class_path": "LastWindow"}, {"class_path": "Random"}])]
-    arguments += ["--model.peers", json.dumps(peers), "--model.lengths", str(LENGTHS)]
+    arguments += ["--model.peers", json.dumps(_peers(model, compared[0], task.peers))]
+    arguments += ["--model.distractors", str(task.distractors), "--model.lengths", str(LENGTHS)]
     arguments += ["--model.answers", str(folder / "answers.jsonl"), *cache]
     arguments += ["--data.train", str(texts["calibration"]), "--data.val", str(texts["asked"])]
     arguments += ["--data.tokenizer", str(model)]
-    return _rows(folder / task, f"{CONFIGS}/answers.yaml", arguments)
+    return _rows(folder / name, f"{CONFIGS}/answers.yaml", arguments)
+
+
+def _peers(model: Path, schedule: Schedule, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """Published methods: of the cache, at the share that the schedule leaves; those that read less, at its bound."""
+    share = round(_cache_share(model, schedule), 3)
+    middle = AutoConfig.from_pretrained(str(model)).num_hidden_layers // 2
+    arguments_of: dict[str, dict[str, Any]] = {
+        "SnapKV": {"keep": share},
+        "ExpectedAttention": {"keep": share},
+        "RandomCache": {"keep": share},
+        "FastKV": {"layer": middle - 4, "keep": 0.1},
+        "LLMLingua": {"keep": 0.5},
+        "GemFilter": {"layer": middle - 4, "keep": 0.1},
+    }
+    return [
+        {"class_path": name, "init_args": given}
+        for name, given in arguments_of.items()
+        if names is None or name in names
+    ]
 
 
 def _schedule(folder: Path, speedup: float) -> Schedule:
@@ -109,7 +160,7 @@ def _cache_share(model: Path, schedule: Schedule) -> float:
 def _suffixes(folder: Path, model: Path, texts: Mapping[str, Path], cache: tuple[str, ...]) -> list[Row]:
     arguments = ["--model.base", str(model), "--model.tasks", "[suffix]", "--model.windows", str(WINDOWS)]
     arguments += ["--model.pruners", json.dumps([str(_folder(folder, speedup)) for speedup in SPEEDUPS])]
-    arguments += ["--model.schedules", json.dumps([_configured(_schedule(folder, SPEEDUPS[0]))])]
+    arguments += ["--model.schedules", json.dumps([_configured(_schedule(folder, COMPARED[0]))])]
     arguments += ["--model.scorers", json.dumps([{"class_path": "Random"}, {"class_path": "Recency"}])]
     arguments += ["--model.peers", "[]", *cache, "--data.train", str(texts["calibration"])]
     arguments += ["--data.val", str(texts["other"]), "--data.tokenizer", str(model)]
@@ -138,40 +189,58 @@ def _arm(row: Row, names: Mapping[str, str]) -> str:
 
 
 def _answers(records: Path, model: Path, task: str, rows: Sequence[Row], commit: str | None) -> None:
-    """Of the unpruned model's right answers, those that each arm keeps."""
-    whole, names = rows[0], _names(rows)
+    """Of the unpruned model's right answers, those that each arm keeps; of calibrated ones, by kinds too."""
+    names = _names(rows)
     for row in rows[1:]:
-        wanted = KEPT.get(row["scorer"])
-        kept = f"those that `{row['scorer']}` keeps (bound {row['bound']:.2f}×, cache {100 * row['kv_share']:.0f} %)"
-        figures.append(
-            records,
-            figure=f"{task}-{_arm(row, names)}",
-            what=f"{task}: of {whole['whole_right']} right answers of {whole['samples']}, {kept}",
-            value=100 * row["kept_right"],
-            spread=50 * (row["kept_right_high"] - row["kept_right_low"]),
-            unit="%",
-            target=f"≥ {100 * wanted:.0f} %" if wanted else "report",
-            reached=row["kept_right"] >= wanted and row["bound"] >= float(_arm(row, names)[len(_CALIBRATED) :])
-            if wanted
-            else None,
-            command=COMMAND,
-            details={"model": model.name, "measured_at": commit, "task": task, "arm": _arm(row, names), **row},
-        )
+        arm = _arm(row, names)
+        _kept(records, model, f"{task}-{arm}", f"{task}: ", row, row["whole_right"], row["kept_right"], commit)
+        unseen = [count for kind, count in row["kinds"].items() if kind in FACTS and FACTS[kind].held_out]
+        if row["scorer"].startswith(_CALIBRATED) and unseen:
+            whole, kept = (sum(count[field] for count in unseen) for field in ("whole_right", "kept_right"))
+            what = f"{task}, kinds that calibration does not know: "
+            _kept(records, model, f"{task}-unseen-{arm}", what, row, whole, kept / max(whole, 1), commit)
+
+
+def _kept(
+    records: Path, model: Path, figure: str, what: str, row: Row, whole: int, share: float, commit: str | None
+) -> None:
+    wanted = KEPT.get(figure)
+    _, low, high = proportion(round(share * whole), max(whole, 1))
+    reached = None
+    if wanted is not None:
+        asked = float(row["scorer"][len(_CALIBRATED) :]) if row["scorer"].startswith(_CALIBRATED) else 0.0
+        reached = share >= wanted and row["bound"] >= asked if wanted > 0 else share <= -wanted
+    target = "report" if wanted is None else f"{'≥' if wanted > 0 else '≤'} {100 * abs(wanted):.0f} %"
+    figures.append(
+        records,
+        figure=figure,
+        what=f"{what}of {whole} right answers of the unpruned model, those that `{row['scorer']}` keeps "
+        f"(bound {row['bound']:.2f}×, cache {100 * row['kv_share']:.0f} %)",
+        value=100 * share,
+        spread=50 * (high - low),
+        unit="%",
+        target=target,
+        reached=reached,
+        command=COMMAND,
+        details={"model": model.name, "measured_at": commit, "low": 100 * low, "high": 100 * high, **row},
+    )
 
 
 def _loss(records: Path, model: Path, rows: Sequence[Row], commit: str | None) -> None:
     """What each arm costs on plain text."""
     names = _names(rows)
     for row in rows[1:]:
+        figure = f"suffix-{_arm(row, names)}"
+        rise, most = 100 * row["nll_rise"] / rows[0]["nll"], RISE.get(figure)
         figures.append(
             records,
-            figure=f"suffix-{_arm(row, names)}",
+            figure=figure,
             what=f"loss of the last 64 of 1,024 tokens of another text, `{row['scorer']}`: rise over unpruned",
-            value=100 * row["nll_rise"] / rows[0]["nll"],
+            value=rise,
             spread=50 * (row["nll_rise_high"] - row["nll_rise_low"]) / rows[0]["nll"],
             unit="%",
-            target="report",
-            reached=None,
+            target="report" if most is None else f"≤ {most:g} %",
+            reached=None if most is None else rise <= most,
             command=COMMAND,
-            details={"model": model.name, "measured_at": commit, "arm": _arm(row, names), **row},
+            details={"model": model.name, "measured_at": commit, **row},
         )

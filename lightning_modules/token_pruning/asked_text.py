@@ -39,6 +39,7 @@ class AskedText(OrderedData):
         train_prompts: Prompts to train on.
         val_prompts: Prompts to validate on.
         prefix: Begin the answer in words, so that its value comes next.
+        distractors: Facts of the same kind about others that are planted beside each.
         batch_size: Prompts in a batch of one rank.
 
     Raises:
@@ -59,12 +60,14 @@ class AskedText(OrderedData):
         train_prompts: int = 1000,
         val_prompts: int = 64,
         prefix: bool = False,
+        distractors: int = 0,
         batch_size: int = 4,
     ) -> None:
         if not lengths or min(*lengths, train_prompts, val_prompts, batch_size) < 1:
             raise ValueError("lengths, train_prompts, val_prompts and batch_size must be at least 1")
         super().__init__(max(lengths) + _ANSWER, batch_size, num_workers=0)
-        self.lengths, self.prefix, self._tokenizer_source = lengths, prefix, tokenizer
+        self.lengths, self.prefix, self.distractors = lengths, prefix, distractors
+        self._tokenizer_source = tokenizer
         self._files = {"train": Path(train).expanduser(), "val": None if val is None else Path(val).expanduser()}
         for field, file in self._files.items():
             if file is not None and not file.is_file():
@@ -86,7 +89,10 @@ class AskedText(OrderedData):
             texts = {"train": [whole[:cut]], "val": [whole[cut:]]}
         self._rows: dict[str, AskedRows] = {}
         for split, count in self._counts.items():
-            asked = plant(texts[split], self.tokenizer, self.lengths, count, self.prefix, int(split == "val"))
+            seed = int(split == "val")
+            asked = plant(
+                texts[split], self.tokenizer, self.lengths, count, self.prefix, seed, distractors=self.distractors
+            )
             self._rows[split] = AskedRows(asked, self.tokenizer)
         super().setup(stage)
 
@@ -113,6 +119,7 @@ class AskedText(OrderedData):
             "lengths": self.lengths,
             "prompts": self._counts,
             "prefix": self.prefix,
+            "distractors": self.distractors,
             "perplexity_on": self.perplexity_on,
             "vocab_size": len(self.tokenizer),
         }

@@ -69,6 +69,7 @@ class TokenCalibration(L.LightningModule):
         speedup: Bound of the speed-up by floating-point operations that the schedule reaches at every length.
         lengths: Prompt lengths in tokens, template and question included.
         facts: Planted facts to measure on; half as many again are for trying out.
+        distractors: Facts of the same kind about others that are planted beside each.
         windows: Numbers of asking tokens to choose from.
         pools: Widths of the mean over neighbours to choose from, odd.
         sinks: Tokens at the start that always stay.
@@ -92,6 +93,7 @@ class TokenCalibration(L.LightningModule):
         speedup: float = 2.0,
         lengths: list[int] = [600, 1200, 2400],  # noqa: B006 (jsonargparse shows it)
         facts: int = 64,
+        distractors: int = 0,
         windows: list[int] = [8, 16, 32],  # noqa: B006
         pools: list[int] = [9, 17, 25],  # noqa: B006
         sinks: int = 4,
@@ -112,6 +114,7 @@ class TokenCalibration(L.LightningModule):
             raise ValueError(f"lengths, windows ≥ 1 and pools are needed, got {lengths}, {windows} and {pools}")
         self.base, self.output, self.speedup = base, Path(output).expanduser(), speedup
         self.lengths, self.facts, self.windows = sorted(lengths), facts, sorted(windows)
+        self.distractors = distractors
         self.frames = [Schedule(sinks=sinks, tail=tail, min_tail=min_tail, pool=pool) for pool in pools]
         self.seed, self.overwrite = seed, overwrite
         self.cache = cache_root(cache_dir).with_name("calibration")
@@ -206,7 +209,7 @@ class TokenCalibration(L.LightningModule):
         stream = _beginning(data, _CHARACTERS * count * max(self.lengths))
         half = len(stream) // 2
         free, begun = (
-            plant([part], data.tokenizer, self.lengths, size, prefix, self.seed)
+            plant([part], data.tokenizer, self.lengths, size, prefix, self.seed, distractors=self.distractors)
             for part, size, prefix in ((stream[:half], (count + 1) // 2, False), (stream[half:], count // 2, True))
         )
         return [one for pair in zip(free, begun, strict=False) for one in pair] + free[len(begun) :]

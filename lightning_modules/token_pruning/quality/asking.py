@@ -118,8 +118,8 @@ def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Seq
     Returns:
         ``right``: share of right answers; ``kept_right``: of the unpruned model's right answers, those that are right
         still (None where it had none); both with 95 % intervals over prompts. ``bound`` (FLOPs, mean over prompts),
-        ``kv_share``, ``samples``, ``whole_right`` (how many the unpruned model had right), and ``map``: counts by
-        length and depth.
+        ``kv_share``, ``samples``, ``whole_right`` (how many the unpruned model had right), ``map``: counts by length
+        and depth, and ``kinds``: counts by kind of question.
     """
     right, low, high = proportion(sum(result.right for result in results), len(results))
     kept = [result.right for result in results if result.whole_right]
@@ -140,6 +140,7 @@ def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Seq
         "bound": sum(result.bound for result in results) / len(results),
         "kv_share": sum(result.cached for result in results) / len(results),
         "map": _map(results, lengths),
+        "kinds": _kinds(results),
     }
 
 
@@ -150,17 +151,21 @@ def _map(results: Sequence[Result], lengths: Sequence[int]) -> list[dict[str, An
         length = min((limit for limit in lengths if len(result.asked.ids) <= limit), default=len(result.asked.ids))
         depth = max(border for border in DEPTHS[:-1] if border <= result.asked.depth)
         cells.setdefault((length, depth), []).append(result)
-    return [
-        {
-            "tokens": length,
-            "depth": depth,
-            "samples": len(found),
-            "right": sum(result.right for result in found),
-            "whole_right": sum(result.whole_right for result in found),
-            "kept_right": sum(result.right and result.whole_right for result in found),
-        }
-        for (length, depth), found in sorted(cells.items())
-    ]
+    return [{"tokens": length, "depth": depth, **_counts(found)} for (length, depth), found in sorted(cells.items())]
+
+
+def _kinds(results: Sequence[Result]) -> dict[str, dict[str, int]]:
+    names = sorted({result.asked.kind for result in results})
+    return {name: _counts([result for result in results if result.asked.kind == name]) for name in names}
+
+
+def _counts(results: Sequence[Result]) -> dict[str, int]:
+    return {
+        "samples": len(results),
+        "right": sum(result.right for result in results),
+        "whole_right": sum(result.whole_right for result in results),
+        "kept_right": sum(result.right and result.whole_right for result in results),
+    }
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:

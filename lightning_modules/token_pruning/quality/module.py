@@ -59,6 +59,7 @@ class TokenQuality(L.LightningModule):
         pruners: Folders that `calibrate` wrote, compared beside these.
         lengths: Most tokens of a prompt in tasks that ask, in turn.
         prefix: Begin the answers of needles, so that what was planted comes next.
+        distractors: Facts of the same kind about others that are planted beside each needle.
         max_new_tokens: Longest free answer, in tokens.
         seed: Of facts, passages and questions.
         answers: File that free answers are appended to as they come; what it holds is not asked again.
@@ -87,6 +88,7 @@ class TokenQuality(L.LightningModule):
         pruners: list[str] = [],  # noqa: B006
         lengths: list[int] = [600, 1200, 2400, 3000],  # noqa: B006
         prefix: bool = False,
+        distractors: int = 0,
         max_new_tokens: int = 24,
         seed: int = 0,
         answers: str = "runs/answers.jsonl",
@@ -115,7 +117,8 @@ class TokenQuality(L.LightningModule):
         if len(set(ways)) < len(ways):
             raise ValueError("schedules, keep, peers: two are one, and their rows would be one; leave one out")
         self.base, self.scorers, self.tasks, self.windows, self.suffix = base, scorers, tasks, windows, suffix
-        self.lengths, self.prefix, self.max_new_tokens, self.seed = lengths, prefix, max_new_tokens, seed
+        self.lengths, self.prefix, self.distractors = lengths, prefix, distractors
+        self.max_new_tokens, self.seed = max_new_tokens, seed
         self.answers = answers
         self.longbench, self.max_prompt = Path(longbench or "").expanduser(), max_prompt
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
@@ -201,7 +204,9 @@ class TokenQuality(L.LightningModule):
     def _ask(self, task: Task, data: Any) -> list[dict[str, Any]]:
         texts = [text for split, text in data.documents() if split == "val"]
         if task == "needles":
-            prompts = plant(texts, data.tokenizer, self.lengths, self.windows, self.prefix, self.seed, "test")
+            prompts = plant(
+                texts, data.tokenizer, self.lengths, self.windows, self.prefix, self.seed, "test", self.distractors
+            )
         else:
             prompts = find_questions(texts, data.tokenizer, self.lengths, self.windows, self.seed)
         arms = [arm for arm in self.arms if not arm.oracle]

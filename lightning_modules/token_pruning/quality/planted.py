@@ -17,6 +17,7 @@ from lightning_modules.token_pruning.quality.asked import Asked, cut, render, se
 _T = TypeVar("_T")
 Split = Literal["calibration", "test"]
 
+_MOST_DISTRACTORS = 5  # the smallest half of a pool has six
 _SHALLOWEST, _DEEPEST = 0.05, 0.9  # shares of the passage
 
 
@@ -30,6 +31,7 @@ class Fact:
         about: Who or what it may be about.
         words: Pools of the answer's words, one a word.
         quoted: Whether the answer stands in quotation marks.
+        held_out: Asked for in testing alone: a kind that nothing was calibrated on.
     """
 
     said: str
@@ -37,6 +39,7 @@ class Fact:
     about: Sequence[str]
     words: Sequence[Sequence[str]]
     quoted: bool = False
+    held_out: bool = False
 
     def sentence(self, about: str, answer: str) -> tuple[str, int]:
         """The whole sentence, and where in it the answer begins."""
@@ -46,7 +49,7 @@ class Fact:
 
 
 def _pool(listed: str) -> list[str]:
-    return [word.strip() for word in listed.split(",")]
+    return [" ".join(entry.split()) for entry in listed.split(",")]  # entries may go over a line's end
 
 
 _BUILDINGS = _pool(
@@ -90,6 +93,23 @@ _NOUNS = _pool(
     """falcon, harbor, ladder, meadow, lantern, river, anchor, thunder, orchard, compass, pepper, glacier, wizard,
     bridge, feather, walnut, dragon, cactus, needle, planet"""
 )
+_DISHES = _pool(
+    """roasted duck, pickled herring, onion soup, smoked eel, plum cake, barley stew, fried trout, lemon tart, mushroom
+    pie, rabbit stew, cheese dumplings, walnut bread, grilled sardines, cabbage rolls, apple strudel, mutton curry"""
+)
+_SHIPS = _pool(
+    """Albatross, Northern Star, Esmeralda, Sea Wolf, Morning Glory, Endurance, Silver Gull, Black Swan, Fortuna,
+    Wild Goose, Perseverance, Blue Heron, Catalina, Red Dragon, Halcyon, Iron Duke"""
+)
+_SOLD = _pool(
+    """grey mare, silver mirror, oak table, fishing boat, grand piano, hay wagon, gold watch, windmill, music box,
+    sailing ship, marble statue, oil painting, stone cottage, brass telescope, cherry orchard, wool carpet"""
+)
+_COINS = _pool("florins, ducats, crowns, guilders, shillings, thalers")
+_TRADES = _pool(
+    """piano tuner, glass blower, bell ringer, pastry cook, map maker, bee keeper, lamp lighter, book binder, stone
+    mason, rat catcher, chimney sweep, clock maker, wine taster, horse trainer, ferry pilot, sign painter"""
+)
 _CODES = [str(number) for number in range(1003, 9999, 7)]
 _TIMES = [f"{hour}:{minute:02}" for hour, minute in product(range(1, 13), range(1, 60)) if minute % 5]
 
@@ -114,6 +134,22 @@ FACTS = {
     "object": Fact(
         "The birthday present for {} is a", "What is the birthday present for {}?", _PEOPLE, (_COLOURS, _THINGS)
     ),
+    "dish": Fact("What {} likes best to eat is", "What does {} like best to eat?", _PEOPLE, (_DISHES,), held_out=True),
+    "ship": Fact(
+        "The ship that {} sailed on was called the",
+        "What was the ship called that {} sailed on?",
+        _PEOPLE,
+        (_SHIPS,),
+        held_out=True,
+    ),
+    "price": Fact(
+        "The price that was paid for the {} was",
+        "What was the price that was paid for the {}?",
+        _SOLD,
+        (_CODES, _COINS),
+        held_out=True,
+    ),
+    "trade": Fact("{} earns a living as a", "How does {} earn a living?", _PEOPLE, (_TRADES,), held_out=True),
 }
 """Kinds of facts by name."""
 
@@ -126,6 +162,7 @@ def plant(
     prefix: bool = False,
     seed: int = 0,
     split: Split = "calibration",
+    distractors: int = 0,
 ) -> list[Asked]:
     """Prompts with a planted fact each, kinds, lengths and depths in equal shares.
 
@@ -136,26 +173,35 @@ def plant(
         count: Prompts.
         prefix: Begin the answer ("The code of the old safe is"), so that its value comes next.
         seed: Of all that is drawn.
-        split: Whose half of the values; prompts of the two share no answer.
+        split: Whose half of the values; prompts of the two share no answer. Testing also asks for kinds of facts that
+            calibration never plants.
+        distractors: Facts of the same kind about others that are planted too, anywhere; only the question says which
+            one counts.
 
     Raises:
-        ValueError: `texts` are too short for so many prompts of these lengths, or a length is too short for a question.
+        ValueError: A count out of range, `texts` are too short for so many prompts of these lengths, or a length is too
+            short for facts and question.
     """
-    if count < 1 or not lengths:
-        raise ValueError(f"count must be at least 1, and lengths must not be empty; got {count} and {list(lengths)}")
+    if count < 1 or not lengths or not 0 <= distractors <= _MOST_DISTRACTORS:
+        raise ValueError(
+            "count must be at least 1, lengths must not be empty, and distractors must lie between 0 and "
+            f"{_MOST_DISTRACTORS}; got {count}, {list(lengths)} and {distractors}"
+        )
     draw = random.Random(f"{seed} {split}{' begun' if prefix else ''}")
-    kinds, sizes = _in_turn(list(FACTS), count, draw), _in_turn(list(lengths), count, draw)
+    names = [name for name, fact in FACTS.items() if split == "test" or not fact.held_out]
+    kinds, sizes = _in_turn(names, count, draw), _in_turn(list(lengths), count, draw)
     depths = [_SHALLOWEST + (_DEEPEST - _SHALLOWEST) * (place + 0.5) / count for place in range(count)]
     draw.shuffle(depths)
-    # what is not text: template, fact, question, and some room for tokens that come out otherwise where they meet
-    longest = [_planted(tokenizer, "", kind, prefix, 0.0, lambda pool: max(pool, key=len), split) for kind in FACTS]
+    others = [[draw.random() for _ in range(distractors)] for _ in range(count)]
+    # what is not text: template, facts, question, and some room for tokens that come out otherwise where they meet
+    longest = [_planted(tokenizer, "", name, prefix, [0.0] * (1 + distractors), _longest, split) for name in names]
     rest = max(len(asked.ids) for asked in longest) + 8
     if min(lengths) < 2 * rest:
-        raise ValueError(f"lengths: {min(lengths)} tokens are too few, template, fact and question alone have {rest}")
+        raise ValueError(f"lengths: {min(lengths)} tokens are too few, template, facts and question alone have {rest}")
     passages = cut(texts, tokenizer, [size - rest for size in sizes])
     return [
-        _planted(tokenizer, passage, kind, prefix, depth, draw.choice, split)
-        for passage, kind, depth in zip(passages, kinds, depths, strict=True)
+        _planted(tokenizer, passage, kind, prefix, [depth, *theirs], draw.sample, split)
+        for passage, kind, depth, theirs in zip(passages, kinds, depths, others, strict=True)
     ]
 
 
@@ -164,21 +210,31 @@ def _planted(
     text: str,
     kind: str,
     prefix: bool,
-    depth: float,
-    draw: Callable[[Sequence[str]], str],
+    depths: Sequence[float],
+    draw: Callable[[Sequence[str], int], list[str]],
     split: Split,
 ) -> Asked:
-    fact = FACTS[kind]
-    about = draw(_half(fact.about, split))
-    answer = ""
-    while not answer or answer.casefold() in text.casefold():  # a second place that says it would hide a loss
-        answer = " ".join(draw(_half(words, split)) for words in fact.words)
-    sentence, begins = fact.sentence(about, answer)
-    at = min([0, *sentences(text)], key=lambda place: abs(place - depth * len(text)))
-    begins += at
-    text = f"{text[:at]}{sentence} {text[at:]}"
-    beginning = fact.said.format(about) if prefix else ""
-    return render(tokenizer, text, (begins, begins + len(answer)), fact.asked.format(about), kind, beginning)
+    """A text with facts at these depths, asked for the first of them."""
+    fact, places = FACTS[kind], [0, *sentences(text)]
+    about = draw(_half(fact.about, split), len(depths))
+    answers: list[str] = []
+    while len(answers) < len(depths):
+        answer = " ".join(draw(_half(words, split), 1)[0] for words in fact.words)
+        # a second place that says it would hide a loss
+        if answer.casefold() not in text.casefold() and (draw is _longest or answer not in answers):
+            answers.append(answer)
+    said = [fact.sentence(*one) for one in zip(about, answers, strict=True)]
+    at = [min(places, key=lambda place, depth=depth: abs(place - depth * len(text))) for depth in depths]
+    begins = at[0] + said[0][1] + sum(len(said[i][0]) + 1 for i in range(1, len(at)) if at[i] < at[0])
+    for i in sorted(range(len(at)), key=lambda i: (at[i], i), reverse=True):  # from the end, so that places hold
+        text = f"{text[: at[i]]}{said[i][0]} {text[at[i] :]}"
+    beginning = fact.said.format(about[0]) if prefix else ""
+    span = (begins, begins + len(answers[0]))
+    return render(tokenizer, text, span, fact.asked.format(about[0]), kind, beginning)
+
+
+def _longest(pool: Sequence[str], count: int) -> list[str]:
+    return sorted(pool, key=len)[-count:]
 
 
 def _half(pool: Sequence[str], split: Split) -> Sequence[str]:

@@ -8,8 +8,9 @@ from bench.experiments import token_answers
 from common.records import record
 
 
-def _row(scorer, schedule, kept, bound=2.0):
-    shares = {"kept_right": kept, "kept_right_low": kept - 0.1, "kept_right_high": min(1.0, kept + 0.1)}
+def _row(scorer, schedule, kept, bound=2.0, unseen=10):
+    kinds = {"code": {"whole_right": 80, "kept_right": 80}, "dish": {"whole_right": 20, "kept_right": unseen}}
+    shares = {"whole_right": 100, "kept_right": kept, "kinds": kinds}
     return {"scorer": scorer, "schedule": schedule, "bound": bound, "kv_share": 0.5} | shares
 
 
@@ -26,17 +27,26 @@ def test_every_arm_has_its_own_figure_and_calibrated_ones_are_judged(tmp_path):
     ]
     token_answers._answers(tmp_path / "r.jsonl", Path("model"), "needles", rows, "c" * 40)
     found = {one["figure"]: one for one in record.read(tmp_path / "r.jsonl")[0]}
+    calibrated = [f"needles{kinds}-calibrated-{speedup}" for speedup in (2, 2.5, 3.5) for kinds in ("", "-unseen")]
     assert list(found) == [
         "needles-last_window-calibrated-2",
         "needles-random-calibrated-2",
         "needles-random-calibrated-3.5",
-        "needles-calibrated-2",
-        "needles-calibrated-2.5",
-        "needles-calibrated-3.5",
+        *calibrated,
         "needles-snap_kv",
     ]
     assert found["needles-calibrated-2"]["reached"] is True and found["needles-calibrated-2.5"]["reached"] is False
+    assert found["needles-random-calibrated-2"]["reached"] is True
+    assert found["needles-random-calibrated-2"]["target"] == "≤ 40 %"
     assert found["needles-snap_kv"]["reached"] is None and found["needles-calibrated-2"]["value"] == 96
+    assert found["needles-unseen-calibrated-2"]["value"] == 50
+    assert "of 20 right answers" in found["needles-unseen-calibrated-2"]["what"]
+
+
+def test_a_schedule_that_misses_its_speed_up_does_not_count(tmp_path):
+    rows = [{"scorer": "unpruned", "schedule": ""}, _row("calibrated-2", "layers=[6]", 1.0, bound=1.9)]
+    token_answers._answers(tmp_path / "r.jsonl", Path("model"), "needles", rows, None)
+    assert record.read(tmp_path / "r.jsonl")[0][0]["reached"] is False
 
 
 def test_texts_that_are_missing_are_named(tmp_path):

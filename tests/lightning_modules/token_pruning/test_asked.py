@@ -1,5 +1,6 @@
 """Questions about text: what is planted, where the answer stands, and what counts as a right one."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -38,7 +39,7 @@ def chatting():
 def test_evidence_is_the_tokens_of_the_planted_value_and_no_others(kind_of, prefix, request):
     tokenizer = request.getfixturevalue(kind_of)
     prompts = plant(TEXTS, tokenizer, [500, 600], 12, prefix)
-    assert {asked.kind for asked in prompts} == set(FACTS)
+    assert {asked.kind for asked in prompts} == {name for name, fact in FACTS.items() if not fact.held_out}
     for asked in prompts:
         places = asked.evidence.nonzero()[:, 0]
         assert places.diff().eq(1).all() and asked.depth == int(places[0]) / len(asked.ids)
@@ -52,6 +53,37 @@ def test_evidence_is_the_tokens_of_the_planted_value_and_no_others(kind_of, pref
         said = FACTS[asked.kind].said.split("{}")[-1] if prefix else ""
         assert ending.startswith(free) and ending.endswith(said) and (ending == free) == (not prefix)
         assert ("<|assistant|>" in whole) == (kind_of == "chatting")
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_testing_asks_for_kinds_that_calibration_does_not_know(prefix, plain):
+    prompts = plant(TEXTS, plain, [500], 10, prefix, split="test")
+    assert sorted(asked.kind for asked in prompts) == sorted(FACTS) and any(
+        FACTS[asked.kind].held_out for asked in prompts
+    )
+    for asked in prompts:
+        assert plain.decode(asked.ids[asked.evidence]).strip(' ".') == asked.answer
+        assert plain.decode(asked.ids).count(asked.answer) == 1
+
+
+def test_distractors_are_of_the_same_kind_and_only_the_question_tells_them_apart(plain):
+    prompts = plant(TEXTS, plain, [640, 760], 20, distractors=2, split="test")
+    firsts = 0
+    for asked in prompts:
+        fact, whole = FACTS[asked.kind], plain.decode(asked.ids)
+        said = {}
+        for about in fact.about:
+            if found := re.search(re.escape(fact.said.format(about)) + r' "?(.+?)"?\. ', whole):
+                said[about] = found[1]
+        assert len(said) == len(set(said.values())) == 3
+        about = next(about for about, answer in said.items() if answer == asked.answer)
+        assert fact.asked.format(about) in whole
+        assert plain.decode(asked.ids[asked.evidence]).strip(' ".') == asked.answer
+        assert len(asked.ids) <= 760
+        firsts += min(said, key=whole.index) == about
+    assert 0 < firsts < 20
+    with pytest.raises(ValueError, match="distractors must lie between 0 and 5"):
+        plant(TEXTS, plain, [500], 1, distractors=6)
 
 
 def test_parts_of_a_character_are_evidence_together(plain):

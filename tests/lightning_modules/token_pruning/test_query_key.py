@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from bench.experiments.query_scorer import measure
+from bench.experiments.query_scorer import POOLED, measure
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.asked_text import AskedText
@@ -236,7 +236,13 @@ def test_what_must_stay_is_measured_at_the_pruned_layer():
         for name in ("query", "key"):  # a scorer of nothing: all tokens are equal
             getattr(pruner.scorers["1"], name).weight.zero_()
     found = measure(model, pruner, [Asked(ids, evidence, "", "", 0.2)])
-    assert found["learned"] == [1.0] and 0 < found["last_window"][0] < 1
+    assert found["learned"] == [1.0] and all(0 < found[name][0] < 1 for name in POOLED)
+    assert found["untrained"] != found["learned"] and "head it began from" not in found
+    one = TokenPruner.for_model(
+        model, [1], QueryKey(heads=1, head_dim=model.model.layers[0].self_attn.head_dim, begin=[[2, 1]])
+    )
+    found = measure(model, one, [Asked(ids, evidence, "", "", 0.2)])
+    assert found["untrained"] == found["learned"] and 0 < found["head it began from"][0] < 1
     evidence[:] = False
     evidence[-2:] = True  # stays whatever its score
     assert measure(model, pruner, [Asked(ids, evidence, "", "", 0.9)])["learned"] == [0.0]
