@@ -1,71 +1,61 @@
-"""What pruned prefill costs and gains on a CPU, beside the FLOP bound: a Qwen2-shaped model with random weights.
-
-Weights and scorers are untrained: how fast a prompt is read does not depend on which tokens are kept.
-"""
+"""What a calibrated pruner's prefill costs and gains on a pretrained model, beside the FLOP bound."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, Qwen2Config
-
-from bench.experiments.runs import run_main, say
+from bench.experiments.runs import claim, run_main, say
 from bench.tables import figures
 from common.records import record
+from lightning_modules.token_pruning.prefill import PromptPruner
 
 RECORDS = "token_pruning.jsonl"
-REPEATS = {2048: 21, 4096: 7, 8192: 7}  # of each length: where a pass is short, the machine's noise is a larger part
-SHAPE: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 1024,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-}
-STAGES, KEEP = [1, 3, 5], 0.7
-COMMAND = "python -m bench experiment prefill_speed"
+REPEATS = {1024: 31, 2048: 21, 4096: 11, 8192: 5}  # where a pass is short, the machine's noise is a larger part
+COMMAND = "python -m bench experiment prefill_speed --model FOLDER --pruner FOLDER"
 
 
-def run(records: Path, folder: Path) -> None:
-    """Measure and append the figures."""
+def run(records: Path, folder: Path, model: Path, pruner: Path) -> None:
+    """Measure and append the figures; a length that was measured in this folder is not measured again.
+
+    Args:
+        records: File that the figures are appended to.
+        folder: Working folder.
+        model: Hugging Face folder of the model.
+        pruner: What `calibrate` found for it.
+    """
+    claim(folder, model, pruner)
     for length, repeats in REPEATS.items():
-        block = measure(folder, length, repeats)
+        block = measure(folder / str(length), model, pruner, length, repeats)
         arms = {arm["arm"]: arm for arm in block["arms"]}
         if arms:
-            _append(records, length, arms, block["kernels"])
+            _append(records, model, pruner, length, arms, block["kernels"])
         else:
             say(f"{length} tokens: {block['skipped'][str(length)]}")
 
 
-def measure(folder: Path, length: int, repeats: int) -> dict[str, Any]:
-    """Run `validate` on a model of `SHAPE`; the block `prefill` of its record."""
-    base = folder / "model"
-    if not base.exists():
-        AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE)).save_pretrained(base)
-    timing = {"class_path": "PrefillTiming", "init_args": {"lengths": [length], "repeats": repeats, "warmup": 1}}
-    schedule = {
-        "class_path": "lightning_modules.token_pruning.schedule.Schedule",
-        "init_args": {"layers": STAGES, "keep": KEEP},
-    }
-    arguments = ["--trainer.callbacks", str([timing, "RunRecord"]), "--trainer.logger", "false"]
-    arguments += ["--model.base", str(base), "--model.pruner", "null", "--model.schedule", str(schedule)]
-    arguments += ["--model.mse_weight", "0", "--model.ranking_weight", "0"]
-    arguments += ["--data.tokenizer", "null", "--data.vocab_size", "4096"]
-    run_main(folder, "validate", "configs/token_pruning/prefill.yaml", *arguments)
-    say((folder / "output.log").read_text())
-    found, _ = record.read(folder / "runs/results.jsonl")
-    return found[-1]["prefill"]
+def measure(folder: Path, model: Path, pruner: Path, length: int, repeats: int) -> dict[str, Any]:
+    """Run `validate`, unless that was done; the block `prefill` of its record."""
+    left = folder / "runs/results.jsonl"
+    if not left.is_file():
+        timing = {"pruner": str(pruner), "lengths": [length], "repeats": repeats, "warmup": 1}
+        callbacks = [{"class_path": "PrefillTiming", "init_args": timing}, "RunRecord"]
+        arguments = ["--trainer.callbacks", str(callbacks), "--model.pretrained", str(model)]
+        arguments += ["--data.tokenizer", str(model)]
+        run_main(folder, "validate", "configs/token_pruning/calibrated.yaml", *arguments)
+        say((folder / "output.log").read_text())
+    return record.read(left)[0][-1]["prefill"]
 
 
-def _append(records: Path, length: int, arms: dict[str, dict[str, Any]], kernels: list[str]) -> None:
+def _append(
+    records: Path, model: Path, pruner: Path, length: int, arms: dict[str, dict[str, Any]], kernels: list[str]
+) -> None:
     pruned, whole = arms["pruned"], arms["keep-1.0"]
-    shown = {"arms": arms, "kernels": kernels, "shape": SHAPE, "stages": STAGES, "keep": KEEP}
+    schedule = PromptPruner.from_file(pruner).schedule
+    shown = {"model": model.name, "arms": arms, "kernels": kernels, "schedule": schedule.arguments()}
     floor, overhead = 0.9 * pruned["bound"], 100 * (1 / whole["speedup"] - 1)
     figures.append(
         records,
         figure=f"prefill-speedup-{length}",
-        what=f"prefill of {length:,} tokens, pruned over unpruned, keep {KEEP} (bound {pruned['bound']:.2f}×)",
+        what=f"prefill of {length:,} tokens, pruned over unpruned (bound {pruned['bound']:.2f}×)",
         value=pruned["speedup"],
         spread=pruned["speedup_spread"],
         unit="×",
