@@ -193,36 +193,35 @@ def _answers(records: Path, model: Path, task: str, rows: Sequence[Row], commit:
     names = _names(rows)
     for row in rows[1:]:
         arm = _arm(row, names)
-        _kept(records, model, f"{task}-{arm}", f"{task}: ", row, row["whole_right"], row["kept_right"], commit)
+        details = {"model": model.name, "measured_at": commit, "task": task, "arm": arm, **row}
+        _kept(records, f"{task}-{arm}", f"{task}: ", row["whole_right"], row["kept_right"], details)
         unseen = [count for kind, count in row["kinds"].items() if kind in FACTS and FACTS[kind].held_out]
         if row["scorer"].startswith(_CALIBRATED) and unseen:
             whole, kept = (sum(count[field] for count in unseen) for field in ("whole_right", "kept_right"))
+            details = {**details, "task": f"{task}, unseen kinds"}
             what = f"{task}, kinds that calibration does not know: "
-            _kept(records, model, f"{task}-unseen-{arm}", what, row, whole, kept / max(whole, 1), commit)
+            _kept(records, f"{task}-unseen-{arm}", what, whole, kept / max(whole, 1), details)
 
 
-def _kept(
-    records: Path, model: Path, figure: str, what: str, row: Row, whole: int, share: float, commit: str | None
-) -> None:
-    wanted = KEPT.get(figure)
+def _kept(records: Path, figure: str, what: str, whole: int, share: float, details: Row) -> None:
+    scorer, wanted = details["scorer"], KEPT.get(figure)
     _, low, high = proportion(round(share * whole), max(whole, 1))
     reached = None
     if wanted is not None:
-        asked = float(row["scorer"][len(_CALIBRATED) :]) if row["scorer"].startswith(_CALIBRATED) else 0.0
-        reached = share >= wanted and row["bound"] >= asked if wanted > 0 else share <= -wanted
-    target = "report" if wanted is None else f"{'≥' if wanted > 0 else '≤'} {100 * abs(wanted):.0f} %"
+        asked = float(scorer.removeprefix(_CALIBRATED)) if scorer.startswith(_CALIBRATED) else 0.0
+        reached = share >= wanted and details["bound"] >= asked if wanted > 0 else share <= -wanted
     figures.append(
         records,
         figure=figure,
-        what=f"{what}of {whole} right answers of the unpruned model, those that `{row['scorer']}` keeps "
-        f"(bound {row['bound']:.2f}×, cache {100 * row['kv_share']:.0f} %)",
+        what=f"{what}of {whole} right answers of the unpruned model, those that `{scorer}` keeps "
+        f"(bound {details['bound']:.2f}×, cache {100 * details['kv_share']:.0f} %)",
         value=100 * share,
         spread=50 * (high - low),
         unit="%",
-        target=target,
+        target="report" if wanted is None else f"{'≥' if wanted > 0 else '≤'} {100 * abs(wanted):.0f} %",
         reached=reached,
         command=COMMAND,
-        details={"model": model.name, "measured_at": commit, "low": 100 * low, "high": 100 * high, **row},
+        details={**details, "low": 100 * low, "high": 100 * high},
     )
 
 
