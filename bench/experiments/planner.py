@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.experiments.runs import claim, say
 from bench.tables import figures
+from callbacks.survival import survival
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from lightning_modules.generation import own_config
 from lightning_modules.token_pruning.flops import Cost
@@ -23,6 +24,7 @@ from lightning_modules.token_pruning.scorers.random import Random
 RECORDS = "planner.jsonl"
 COMMAND = "python -m bench experiment planner --model FOLDER --pruner FOLDER"
 STEPS, REPEATS, PLAN_TOKENS = 24, 3, 16
+SHOWN = 6  # reports of the prompt whose tokens are shown
 THINGS = (
     "lantern",
     "violin",
@@ -106,6 +108,18 @@ def run(records: Path, folder: Path, model: Path, pruner: Path) -> None:
     rows = plan(loaded, tokenizer, pruners, observations(STEPS))
     for arm in pruners:
         _append(records, model, arm, [row for row in rows if row["arm"] == arm], calibrated)
+    seen = look(loaded, tokenizer, calibrated, observations(SHOWN))
+    figures.append(
+        records,
+        figure="planner-survival",
+        what=f"tokens of the planner's prompt after {SHOWN} reports that stay to the last layer",
+        value=100 * seen["survival"]["dropped_at"].count(None) / len(seen["survival"]["tokens"]),
+        unit="%",
+        target="report",
+        reached=None,
+        command=COMMAND,
+        details={"model": model.name, "schedule": calibrated.schedule.arguments(), **seen},
+    )
 
 
 def plan(
@@ -157,6 +171,21 @@ def plan(
         took = f"{last['ms_unpruned']:.0f} ms, {last['arm']} {last['ms']:.0f} ms a plan"
         say(f"{len(reports)} reports, {ids.shape[1]} tokens: {took}")
     return rows
+
+
+@torch.inference_mode()
+def look(model: Any, tokenizer: Any, pruner: PromptPruner, world: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """One plan, and what became of every token of its prompt.
+
+    Returns:
+        `asked`, `right` (the place), `said`, and `survival`, see `callbacks.survival`.
+    """
+    reports, asked, place = [text for text, _, _ in world], *world[-1][1:]
+    ids = prompt(tokenizer, reports, asked)
+    with own_config(model, tokenizer), pruner.prefill(model) as seen:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=PLAN_TOKENS, do_sample=False)
+    said = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return {"asked": asked, "right": place, "said": said, "survival": survival(seen, tokenizer)}
 
 
 def _append(records: Path, model: Path, arm: str, rows: list[dict[str, Any]], pruner: PromptPruner) -> None:

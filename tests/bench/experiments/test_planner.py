@@ -32,3 +32,14 @@ def test_plans_of_an_arm_that_drops_nothing_are_the_unpruned_models():
     assert all(row["same"] for row in rows if row["arm"] == "whole")
     assert all(row["bound"] > 1 for row in rows if row["arm"] == "pruned") and rows[0]["bound"] == 1
     assert not all(row["same"] for row in rows if row["arm"] == "pruned")
+
+
+def test_what_is_shown_is_the_prompt_that_was_asked():
+    world = planner.observations(3)
+    tokenizer = train_bpe(iter([[text for text, *_ in planner.observations(40)]]), 400)
+    model = build(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    pruner = PromptPruner(Recency(), Schedule(layers=[1, 3], keep=0.2, tail=0.0))
+    seen = planner.look(model, tokenizer, pruner, world)
+    tokens, fate = seen["survival"]["tokens"], seen["survival"]["dropped_at"]
+    assert "".join(tokens) == tokenizer.decode(planner.prompt(tokenizer, [text for text, *_ in world], world[-1][1])[0])
+    assert len(fate) == len(tokens) and {0, 1, None} == set(fate) and seen["asked"] == world[-1][1]
