@@ -29,7 +29,7 @@ CONFIGS = "configs/token_pruning"
 SPEEDUPS = (1.7, 2.0, 2.5, 3.0, 3.5)
 COMPARED = (2.0, 3.5)  # those whose schedules other scorers take too; the first is the peers' too
 LENGTHS = [600, 1200, 2400, 3000]
-WINDOWS = 128  # of plain text
+WINDOWS = 64  # of plain text
 # share of the right answers to keep, and of the loss to rise by, in %
 KEPT = {
     "needles-calibrated-2": 0.95,
@@ -62,9 +62,9 @@ class _Task:
 
 
 TASKS = {
-    "needles": _Task("needles", 120, SPEEDUPS),
-    "needles-among-others": _Task("needles", 80, SPEEDUPS[1:], (), 2),
-    "questions": _Task("questions", 220, (2.0, 2.5), ("SnapKV",)),
+    "needles": _Task("needles", 104, SPEEDUPS),
+    "questions": _Task("questions", 200, (2.0, 2.5), ("SnapKV",)),
+    "needles-among-others": _Task("needles", 48, (2.0, 2.5), (), distractors=2),
 }
 
 
