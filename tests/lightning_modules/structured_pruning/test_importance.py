@@ -8,6 +8,7 @@ from common.variants import variants
 from lightning_modules.structured_pruning.importance import Importance, LayerScores
 from lightning_modules.structured_pruning.importance.activation import Activation
 from lightning_modules.structured_pruning.importance.base import Keep, best, checked
+from lightning_modules.structured_pruning.importance.fluctuation import Fluctuation
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
 from lightning_modules.structured_pruning.importance.misaligned import Misaligned
 from lightning_modules.structured_pruning.importance.sequential_taylor import SequentialTaylor
@@ -136,7 +137,7 @@ def _with_one_dead_group(dead: int):
     return model
 
 
-@pytest.mark.parametrize("importance", [GateTaylor, WeightTaylor, Activation, SequentialTaylor])
+@pytest.mark.parametrize("importance", [GateTaylor, WeightTaylor, Activation, Fluctuation, SequentialTaylor])
 @pytest.mark.parametrize("dead", [0, 2])
 def test_a_group_that_sends_nothing_on_scores_nothing(importance, dead):
     groups = importance().score(_with_one_dead_group(dead), batches())[0].groups
@@ -176,6 +177,16 @@ def test_activation_is_the_energy_that_reaches_the_residual_stream():
     torch.testing.assert_close(scores.channels[5], channel.square().sum())
     energy = [(inputs["o"][:, [c]] @ attention.o_proj.weight[:, [c]].T).square().sum() for c in range(12, 24)]
     torch.testing.assert_close(scores.groups[1], torch.stack(energy).sum())
+
+
+def test_fluctuation_is_the_energy_that_a_constant_cannot_make_up_for():
+    model = tiny()
+    inputs = []
+    mlp = model.model.layers[2].mlp
+    mlp.down_proj.register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, 1)))
+    scores = Fluctuation().score(model, batches())[2]
+    sent = torch.cat(inputs)[:, [5]] @ mlp.down_proj.weight[:, [5]].T
+    torch.testing.assert_close(scores.channels[5], (sent - sent.mean(0)).square().sum(1).mean(), rtol=1e-4, atol=1e-9)
 
 
 def test_scores_that_cannot_rank_are_refused():
