@@ -117,6 +117,7 @@ class RunRecord(Measurement):
         due = trainer.enable_validation and loop._should_check_val_fx(None)  # type: ignore[arg-type] # asks its type
         if due and self._validated_at != trainer.global_step:
             trainer.validating = True
+            loop.val_loop.restarting = False  # or it would go on behind the batches of the validation before
             loop.val_loop.run()
             trainer.training = True
 
