@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.progress import stage
 from lightning_modules.batches import Batch
 from lightning_modules.block_sparsity.masks import mask_gradients, mask_weights
-from lightning_modules.block_sparsity.stream import LayerInputs, decoder_layers, visiting
+from lightning_modules.stream import LayerInputs, decoder_layers, visiting
 
 
 def reconstruct(

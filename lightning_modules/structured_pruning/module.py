@@ -26,6 +26,8 @@ from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.budget import BudgetUnit, channel_multiple, removed_parameters
+from lightning_modules.structured_pruning.compensation import Compensation
+from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
 from lightning_modules.structured_pruning.evaluation import training_pass_seconds
 from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
 from lightning_modules.structured_pruning.importance import Importance
@@ -36,6 +38,14 @@ from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.planner import Planner, check_possible
 from lightning_modules.structured_pruning.provenance import model_hash
+from lightning_modules.structured_pruning.refitting import (
+    check_refitted,
+    check_request,
+    compensate,
+    most_inputs,
+    put_refitted,
+    refitted_hashes,
+)
 from lightning_modules.structured_pruning.rounds import Round, composed, load_rounds, recovered, short_recovery
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.search import largest_share
@@ -58,6 +68,8 @@ class StructuredPruning(CausalLM):
         budget_unit: What ``budget`` counts.
         importance: What is worth keeping within a layer; GateTaylor when not given.
         allocation: How the budget is divided among the layers; Inverse when not given.
+        compensation: How what is left makes up for what is gone, on the calibration text; LeastSquares when not given,
+            Unchanged for nothing.
         drop_layers: Layers of least damage to remove whole; they count towards the budget.
         channel_multiple: Kept channels are a multiple of it; when not given, the largest power of two up to 64 that
             divides every layer's width and leaves at least 8 widths to choose from.
@@ -86,6 +98,7 @@ class StructuredPruning(CausalLM):
         budget_unit: BudgetUnit = "decoder",
         importance: Importance | None = None,
         allocation: Allocation | None = None,
+        compensation: Compensation | None = None,
         drop_layers: int = 0,
         channel_multiple: int | None = None,
         calibration_blocks: int = 128,
@@ -130,6 +143,7 @@ class StructuredPruning(CausalLM):
         self.budget_unit = budget_unit
         self.importance = importance or GateTaylor()
         self.allocation = allocation or Inverse()
+        self.compensation = compensation or LeastSquares()
         self.drop_layers = drop_layers
         self.multiple = channel_multiple
         self.calibration_blocks = calibration_blocks
@@ -159,20 +173,23 @@ class StructuredPruning(CausalLM):
         """
         if command == "prune":
             check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
-            self._check_request()
+            self._check_request(data)
         elif command == "verify":
             PruningPlan.load(self.output / FILE).check_fits(self._counted().shapes)
         elif command == "export":
             check_output(self.portable, "model.portable", [self.output, *inputs_of(self, data)], self.overwrite)
             family(load_config(self.output))
 
-    def _check_request(self) -> None:
+    def _check_request(self, data: Any) -> None:
         whole = self._counted()
         if self.plan_path is not None:
             PruningPlan.load(self.plan_path).check_fits(whole.shapes)
-            return
-        multiple = channel_multiple(whole.shapes, self.multiple)
-        check_possible(whole.shapes, self._target(whole), self.allocation, multiple, self.drop_layers, self.rounds)
+        else:
+            multiple, target = channel_multiple(whole.shapes, self.multiple), self._target(whole)
+            check_possible(whole.shapes, target, self.allocation, multiple, self.drop_layers, self.rounds)
+            tokens = self.calibration_blocks * getattr(data, "block_size", math.inf)
+            inputs = most_inputs(whole.shapes, target)
+            check_request(self.compensation, self._weightless.config, inputs, tokens, self.calibration_blocks)
 
     def _counted(self) -> ModelShape:
         """The base model's shape, from its configuration."""
@@ -241,19 +258,22 @@ class StructuredPruning(CausalLM):
                 return _shown(self.base, report.structure(whole, plan, block, perplexity_on, measured))
             measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_bytes_so_far(device)}
             del planner  # it holds the model that is about to be replaced
-            model, verification = proven_slice(model, plan, ids, self.tolerance)
+            sliced, verification = proven_slice(model, plan, ids, self.tolerance)
             if not self.importance.control:  # a control that fails is what it is there for; its record says so
                 verification.raise_if_failed()
             measured |= asdict(verification)
+            plan, refit = compensate(model, sliced, plan, batches, self.compensation)
+            model = sliced
             removed = whole.footprint(block).parameters - model.num_parameters()
             adapters = None
             if number < self.rounds:
                 with stage(f"Recovery after round {number}", self.recovery_steps, "steps") as done:
                     learning_rate = self.recovery_learning_rate
                     model, adapters = short_recovery(model, batches, self.recovery_steps, learning_rate, done)
-            rounds.append(Round(plan, adapters))
+            rounds.append(Round(plan, adapters, refit.tensors if number < self.rounds else None))
         plan = composed([one.plan for one in rounds])
         structure = report.structure(whole, plan, block, perplexity_on, measured)
+        report.count_biases(structure, model)
         card = report.card(self.base, datamodule.name, structure)
         save(self.output, model, tokenizer, card, plan, rounds, inputs_of(self, datamodule), self.overwrite)
         print(f"pruned model: {self.output}", flush=True)  # what follows only measures
@@ -319,19 +339,27 @@ class StructuredPruning(CausalLM):
         self.check_arguments("verify", datamodule)
         check_manifest(self.output)
         plan = PruningPlan.load(self.output / FILE)
-        *earlier, (last, _) = load_rounds(self.output, plan)
+        *earlier, (last, _, _) = load_rounds(self.output, plan)
         ids = self._verification_ids(datamodule).to(device)
         dense = self._load(self.base).to(device)
         plan.check_fits([shape_of(layer) for layer in decoder_layers(dense)], model_hash(dense))
         for done in earlier:
             dense, verification = proven_slice(dense, done.plan, ids, self.tolerance)
             verification.raise_if_failed()
+            put_refitted(dense, done.refitted or {})
             dense = recovered(dense, done.adapters or {})
-        reference = reference_logits(dense, last, ids)
-        del dense
-        pruned = self._load(self.output).to(device)
-        verification = compare(*reference, pruned, ids, self.tolerance)
-        verification.raise_if_failed()
+        if refitted_hashes(last):  # the slice is proved, and what is saved is the slice but for what was refitted
+            sliced, verification = proven_slice(dense, last, ids, self.tolerance)
+            verification.raise_if_failed()
+            del dense
+            check_refitted(sliced, self._load(self.output), last)
+        else:
+            reference = reference_logits(dense, last, ids)
+            del dense
+            verification = compare(*reference, self._load(self.output).to(device), ids, self.tolerance)
+            verification.raise_if_failed()
+        if refitted_hashes(last):
+            Console().print(report.refit_table(last.settings["compensation"]))
         print("\n".join(f"{name}: {value:.3g}" for name, value in asdict(verification).items()))
         return {"structure": asdict(verification)}
 
@@ -389,5 +417,7 @@ def _shown(base: str, structure: dict[str, Any]) -> dict[str, Any]:
     """Fields of the run record, shown on the console too."""
     console = Console()
     console.print(report.layer_table(structure["layers"]))
+    if structure["settings"].get("compensation", {}).get("fits"):
+        console.print(report.refit_table(structure["settings"]["compensation"]))
     console.print(report.table(base, structure))
     return {"structure": structure}

@@ -40,7 +40,8 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors, with their shapes and dtypes."""
     digest = hashlib.sha256()
     for name, part in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode() + part.cpu().contiguous().numpy().tobytes())
+        data = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()  # NumPy knows no bfloat16
+        digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode() + data.tobytes())
     return digest.hexdigest()
 
 

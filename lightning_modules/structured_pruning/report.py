@@ -40,11 +40,26 @@ def structure(
         "perplexity_on": perplexity_on,
         "importance": plan.settings.get("importance", {}).get("name"),
         "allocation": plan.settings.get("allocation", {}).get("name"),
+        "compensation": plan.settings.get("compensation", {}).get("name"),
         "budget_requested": plan.settings.get("parameters_requested"),
         "budget_obtained": before.parameters - after.parameters,
         "settings": plan.settings,
         **measured,
     }
+
+
+def count_biases(fields: dict[str, Any], model: Any) -> None:
+    """Count what a compensation has added to what the plan keeps: output biases.
+
+    Args:
+        fields: What ``structure`` gave; changed in place.
+        model: The pruned model.
+    """
+    more = model.num_parameters() - fields["parameters_after"]
+    for name in ("parameters_after", "decoder_parameters_after"):
+        fields[name] += more
+    fields["weight_bytes_after"] += more * fields["weight_bytes_before"] // fields["parameters_before"]
+    fields["budget_obtained"] -= more
 
 
 def table(base: str, fields: dict[str, Any]) -> Table:
@@ -83,6 +98,21 @@ def layer_table(layers: Sequence[dict[str, int]]) -> Table:
     return shown
 
 
+def refit_table(compensation: dict[str, Any]) -> Table:
+    """How much of what each matrix should give was lost by slicing, and is lost once it is refitted.
+
+    Args:
+        compensation: That of a plan's settings, see ``refitting.compensate``.
+    """
+    shown = Table(title=f"error by {compensation['name']}, share of what should be given", title_style="")
+    for column in ("layer", "matrix", "sliced", "refitted", "setting"):
+        shown.add_column(column, justify="left" if column == "matrix" else "right")
+    for fit in compensation["fits"]:
+        setting = "" if fit["setting"] is None else f"{fit['setting']:g}"
+        shown.add_row(str(fit["layer"]), fit["matrix"], f"{fit['left']:.2%}", f"{fit['refitted']:.2%}", setting)
+    return shown
+
+
 def card(base: str, dataset: str | None, fields: dict[str, Any]) -> str:
     """Markdown of the pruned folder, with the metadata that the hub reads."""
     after = fields.get("ppl_after")
@@ -93,6 +123,7 @@ def card(base: str, dataset: str | None, fields: dict[str, Any]) -> str:
         "decoder parameters": f"{fields['decoder_parameters_after']:,} of {fields['decoder_parameters_before']:,}",
         "KV bytes per token": f"{fields['kv_bytes_per_token_after']:,} of {fields['kv_bytes_per_token_before']:,}",
         "importance, allocation": f"{fields['importance']}, {fields['allocation']}",
+        "compensation": fields["compensation"],
         "perplexity measured on": f"{dataset}, {fields['perplexity_on']}",
     }
     return (

@@ -1,7 +1,8 @@
 """Pruning in several rounds, each but the last followed by a short recovery; how the result is kept and made again.
 
 A pruned folder of several rounds holds, besides the plan in numbers of the first model, the plan of each round in
-numbers of the model that it cut, and the adapters that were merged after it: enough to go the same way again.
+numbers of the model that it cut, the matrices that were refitted after it, and the adapters that were merged then:
+enough to go the same way again.
 """
 
 import itertools
@@ -20,6 +21,7 @@ from lightning_modules.structured_pruning.adapter import adapter_weights, attach
 from lightning_modules.structured_pruning.evaluation import backward
 from lightning_modules.structured_pruning.layers import ATTENTION, MLP
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
+from lightning_modules.structured_pruning.refitting import hashes_of, refitted_hashes
 
 FOLDER = "rounds"
 _RANK = 8
@@ -31,10 +33,13 @@ class Round(NamedTuple):
     Attributes:
         plan: What it keeps of the model at its beginning.
         adapters: Weights of the adapters that were merged after it; None after the last round.
+        refitted: What its compensation changed of the slice, see ``refitting.Refit``; None after the last round, whose
+            matrices are the pruned model's.
     """
 
     plan: PruningPlan
     adapters: dict[str, Tensor] | None
+    refitted: dict[str, Tensor] | None = None
 
 
 def short_recovery(
@@ -93,10 +98,11 @@ def save_rounds(folder: Path, rounds: Sequence[Round]) -> None:
     """Write the rounds of a pruned folder; a single one is the folder's plan, so nothing is written."""
     if len(rounds) < 2:
         return
-    for (plan, weights), (plan_path, weights_path) in zip(rounds, _paths(folder), strict=False):
-        plan.save(plan_path)
-        if weights is not None:
-            save_file({name: weight.contiguous() for name, weight in weights.items()}, weights_path)
+    for (plan, weights, refitted), paths in zip(rounds, _paths(folder), strict=False):
+        plan.save(paths.plan)
+        for part, path in ((weights, paths.adapters), (refitted, paths.refitted)):
+            if part is not None:
+                save_file({name: weight.contiguous() for name, weight in part.items()}, path)
 
 
 def load_rounds(folder: Path, plan: PruningPlan) -> list[Round]:
@@ -115,15 +121,18 @@ def load_rounds(folder: Path, plan: PruningPlan) -> list[Round]:
     if not (folder / FOLDER).is_dir():
         return [Round(plan, None)]
     rounds = []
-    for plan_path, weights_path in _paths(folder):
-        if not plan_path.exists():
+    for paths in _paths(folder):
+        if not paths.plan.exists():
             break
-        rounds.append(Round(PruningPlan.load(plan_path), _weights(weights_path)))
+        rounds.append(Round(PruningPlan.load(paths.plan), _weights(paths.adapters), _weights(paths.refitted)))
     together = composed([one.plan for one in rounds]) if rounds else None
     if together is None or together.layers != plan.layers:
         raise ValueError(f"{folder / FOLDER}: the rounds together do not keep what the plan of {folder} says")
     if any((one.adapters is None) != (one is rounds[-1]) for one in rounds):
         raise ValueError(f"{folder / FOLDER}: every round but the last has adapters, but some are missing")
+    for number, one in enumerate(rounds[:-1], 1):
+        if hashes_of(one.refitted or {}) != refitted_hashes(one.plan):
+            raise ValueError(f"{folder / FOLDER}: what was refitted in round {number} is not what its plan says")
     return rounds
 
 
@@ -139,11 +148,17 @@ def _within(layer: LayerPlan, later: LayerPlan) -> LayerPlan:
     return LayerPlan([layer.groups[g] for g in later.groups], [layer.channels[c] for c in later.channels])
 
 
-def _paths(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Where the plan and the adapters of the first, second, … round are."""
+class _Paths(NamedTuple):
+    plan: Path
+    adapters: Path
+    refitted: Path
+
+
+def _paths(folder: Path) -> Iterator[_Paths]:
+    """Where the plan, the adapters and the refitted matrices of the first, second, … round are."""
     for number in itertools.count(1):
         path = folder / FOLDER / f"{number}.json"
-        yield path, path.with_suffix(".safetensors")
+        yield _Paths(path, path.with_suffix(".safetensors"), path.with_suffix(".refitted.safetensors"))
 
 
 def _weights(path: Path) -> dict[str, Tensor] | None:

@@ -9,7 +9,8 @@ from lightning_modules.block_sparsity.scores.base import Score
 from lightning_modules.block_sparsity.scores.gradient import Gradient
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
-from lightning_modules.block_sparsity.stream import LayerInputs, decoder_layers, input_norms, linear_layers
+from lightning_modules.block_sparsity.stream import input_norms, linear_layers
+from lightning_modules.stream import LayerInputs, decoder_layers
 from tests.lightning_modules.block_sparsity.toy import batches, padded, tiny_llama
 
 CPU = torch.device("cpu")

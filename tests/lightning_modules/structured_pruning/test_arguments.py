@@ -12,6 +12,7 @@ from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.structured_pruning import LoraRecovery, StructuredPruning
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
+from lightning_modules.structured_pruning.compensation.bias import Bias
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
@@ -64,12 +65,26 @@ def check(base, tmp_path):
         ({"rounds": 3, "budget": 0.94}, r"allocation\.cap 0\.7"),
         ({"base": "no/such/folder"}, "no model folder at no/such/folder"),
         ({"plan": "nothing.json"}, "no pruning plan at nothing.json"),
+        ({"calibration_blocks": 3}, "4 blocks or more, .* set calibration_blocks to at least 4, or compensation to"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value.items())),
 )
 def test_an_impossible_request_is_refused_by_its_configuration_alone(check, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         check(**arguments)
+
+
+def test_calibration_text_that_leaves_matrices_undetermined_is_refused_before_it_is_read(check, tmp_path):
+    """With a quarter of the decoder gone, some matrix keeps at least 24 of its 48 columns, wherever it goes."""
+    data = Data()
+    data.block_size = 7
+    check(data=data, calibration_blocks=5)
+    with pytest.raises(ValueError, match=r"with 24 inputs needs 32 tokens .* there are 28 in 4; .* to at least 5"):
+        check(data=data, calibration_blocks=4)
+    check(data=data, calibration_blocks=4, compensation=Bias())
+    tiny("qwen2").config.save_pretrained(tmp_path / "qwen2")
+    with pytest.raises(ValueError, match="qwen2 has no bias"):
+        check(data=data, base=str(tmp_path / "qwen2"), compensation=Bias())
 
 
 def test_what_is_possible_passes(check):

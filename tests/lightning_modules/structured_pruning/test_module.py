@@ -15,6 +15,8 @@ from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.allocation.global_ranking import Global
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
+from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
+from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
 from lightning_modules.structured_pruning.importance.per_tensor_truncation import PerTensorTruncation
 from lightning_modules.structured_pruning.importance.random import Random
@@ -286,13 +288,62 @@ def test_what_cannot_be_is_refused_before_anything_is_written(make, data, base, 
     assert not (tmp_path / "pruned").exists()
 
 
-def test_verify_sees_one_weight_that_is_a_hundredth_off(make, data, tmp_path):
-    make().prune(data, CPU)
+@pytest.mark.parametrize("name", ["mlp.down_proj", "mlp.up_proj"])
+@pytest.mark.parametrize("compensation", [Unchanged(), LeastSquares()], ids=lambda c: c.name)
+def test_verify_sees_one_weight_that_is_a_hundredth_off(make, data, tmp_path, name, compensation):
+    make(compensation=compensation).prune(data, CPU)
+    make().verify(data, CPU)  # what was done is said by the plan
     (tmp_path / "pruned/pare.json").unlink()
     weights = load_file(tmp_path / "pruned/model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"][3, 2] *= 1.01
+    weights[f"model.layers.2.{name}.weight"][3, 2] *= 1.01
     save_file(weights, tmp_path / "pruned/model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="verify: logits of the sliced model differ"):
+    wanted = (
+        f"verify: model.layers.2.{name}.weight is not" if compensation.refits else "logits of the sliced model differ"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        make().verify(data, CPU)
+
+
+def test_compensation_is_recorded_saved_and_better_than_none(make, data, tmp_path, capsys):
+    """On text like the calibration text: this toy knows no other."""
+    data.calibration = lambda count, seed: batches(20)
+    data.val_dataloader = lambda: batches(20)
+    structure = make(budget=0.4).prune(data, CPU)["structure"]
+    bare = make(output=str(tmp_path / "bare"), budget=0.4, compensation=Unchanged()).prune(data, CPU)["structure"]
+    assert (structure["compensation"], bare["compensation"]) == ("least_squares", "unchanged")
+    done = structure["settings"]["compensation"]
+    assert done["folds"] == 4 and done["fits"] and done["tensors"] and structure["layers"] == bare["layers"]
+    changed, slice_ = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("pruned", "bare"))
+    assert {name for name in slice_ if not torch.equal(slice_[name], changed[name])} == set(done["tensors"])
+    dense = make(output=str(tmp_path / "d")).prune(data, CPU, dry_run=True)["structure"]
+    assert "compensation" not in dense["settings"]
+    capsys.readouterr()
+    make().verify(data, CPU)
+    shown = capsys.readouterr().out
+    assert "error by least_squares" in shown and f"{done['fits'][0]['left']:.2%}" in shown
+    assert "| compensation | least_squares |" in (tmp_path / "pruned/README.md").read_text()
+
+
+def test_biases_that_a_compensation_adds_are_counted_saved_and_verified(make, data, tmp_path):
+    structure = make(compensation=LeastSquares(bias=True)).prune(data, CPU)["structure"]
+    model = load(tmp_path / "pruned")
+    assert model.config.attention_bias and model.config.mlp_bias
+    assert structure["parameters_after"] == model.num_parameters() and structure["reload_difference"] == 0
+    make().verify(data, CPU)
+
+
+def test_rounds_with_compensation_are_gone_through_again(make, data, tmp_path):
+    make(rounds=2, recovery_steps=2, budget=0.4, compensation=LeastSquares(damping=[1e3])).prune(data, CPU)
+    refitted = tmp_path / "pruned/rounds/1.refitted.safetensors"
+    tensors = load_file(refitted)
+    assert tensors and not (tmp_path / "pruned/rounds/2.refitted.safetensors").exists()
+    make().verify(data, CPU)
+    (tmp_path / "pruned/pare.json").unlink()
+    save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, refitted)
+    with pytest.raises(ValueError, match="what was refitted in round 1 is not what its plan says"):
+        make().verify(data, CPU)
+    refitted.unlink()
+    with pytest.raises(ValueError, match="what was refitted in round 1 is not what its plan says"):
         make().verify(data, CPU)
 
 

@@ -1,0 +1,94 @@
+"""What a compensation is.
+
+Shape legend: K kept inputs of a matrix, H its outputs.
+"""
+
+import functools
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.variants import Variant
+from lightning_modules.structured_pruning.moments import Matrix, Moments
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What became of one matrix.
+
+    Attributes:
+        matrix: The refitted one; None where leaving it as it is was better on text that was held out.
+        setting: What it was fitted with, such as the damping; None where there is no such choice, or no refit.
+        left: Error of the matrix as sliced, as a share of Σ ‖y‖².
+        refitted: Error of refitted ones on held-out text, as a share of Σ ‖y‖²; ``left`` where none was better.
+    """
+
+    matrix: Matrix | None
+    setting: float | None
+    left: float
+    refitted: float
+
+
+class Compensation(Variant, ABC):
+    """Says what the kept columns of ``o_proj`` and ``down_proj`` should be, so that a sliced layer gives what it gave.
+
+    Every candidate is judged by cross-validation on calibration blocks that it was not fitted to; where none beats the
+    matrix as it is, that stays.
+
+    Args:
+        folds: Parts of the calibration blocks, each of which is held out once.
+        bias: Add an output bias to ``o_proj`` and ``down_proj`` where the model has none. Only Llama's class knows one.
+
+    Raises:
+        ValueError: Fewer than 2 folds.
+    """
+
+    refits = True
+    """Whether there is anything to do."""
+
+    def __init__(self, folds: int = 4, bias: bool = False) -> None:
+        if folds < 2:
+            raise ValueError(f"compensation: folds must be at least 2, got {folds}")
+        self.folds, self.bias = folds, bias
+
+    @property
+    def settings(self) -> Sequence[float | None]:
+        """What to try; a single None where there is nothing to choose."""
+        return (None,)
+
+    def fewest_tokens(self, inputs: int, outputs: int) -> int:
+        """Tokens without which a matrix of so many inputs and outputs is not determined."""
+        return 1
+
+    @abstractmethod
+    def solve(self, matrix: Matrix, moments: Moments, setting: float | None) -> Matrix:
+        """The matrix that suits these moments.
+
+        Args:
+            matrix: As sliced; its bias is None where it may not have one.
+            moments: Of what it is given and what it should give.
+            setting: One of ``settings``.
+        """
+
+    def fit(self, matrix: Matrix, folds: Sequence[Moments]) -> Fit:
+        """Choose a setting by cross-validation, and fit to all text.
+
+        Args:
+            matrix: As sliced.
+            folds: Moments of each fold, at least two.
+        """
+        total = functools.reduce(operator.add, folds)
+        whole = float(total.yy) or 1.0
+        left = total.error(matrix)
+        found: list[tuple[float, float | None]] = []
+        for setting in self.settings:
+            fitted = (self.solve(matrix, total - held_out, setting) for held_out in folds)
+            error = sum(held_out.error(one) for held_out, one in zip(folds, fitted, strict=True))
+            found.append((error if math.isfinite(error) else math.inf, setting))
+        error, setting = min(found, key=lambda pair: pair[0])
+        chosen = self.solve(matrix, total, setting)
+        if not (error < left and math.isfinite(total.error(chosen))):
+            return Fit(None, None, left / whole, left / whole)
+        return Fit(chosen, setting, left / whole, error / whole)

@@ -1,0 +1,78 @@
+"""What a least-squares problem has to know of calibration text: sums over tokens, in float64.
+
+Shape legend: n tokens, K inputs of a matrix, H its outputs.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Matrix(NamedTuple):
+    """What a linear layer computes: ``weight @ x + bias``; float64.
+
+    Attributes:
+        weight: ``[H, K]``.
+        bias: ``[H]``; None where the layer has none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of what a matrix is given, x ``[K]``, and of what it should give, y ``[H]``; float64.
+
+    Attributes:
+        tokens: How many tokens.
+        x: Σ x ``[K]``.
+        y: Σ y ``[H]``.
+        xx: Σ x xᵀ ``[K, K]``.
+        xy: Σ x yᵀ ``[K, H]``.
+        yy: Σ ‖y‖², 0-d.
+    """
+
+    tokens: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def none(cls, inputs: int, outputs: int, device: torch.device) -> "Moments":
+        """Of no tokens."""
+        shapes = ((inputs,), (outputs,), (inputs, inputs), (inputs, outputs), ())
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, x_nK: Tensor, y_nH: Tensor) -> None:
+        """Count some tokens, multiplied in float32 and added up in float64."""
+        x, y = x_nK.float(), y_nH.float()
+        self.tokens += len(x)
+        self.x += x.sum(0, dtype=torch.float64)
+        self.y += y.sum(0, dtype=torch.float64)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += y.double().square().sum()
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Of the tokens of both."""
+        return Moments(*(mine + theirs for mine, theirs in zip(self._parts(), other._parts(), strict=True)))
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        """Of these tokens without the others, which must be among them."""
+        return Moments(*(mine - theirs for mine, theirs in zip(self._parts(), other._parts(), strict=True)))
+
+    def _parts(self) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.tokens, self.x, self.y, self.xx, self.xy, self.yy
+
+    def error(self, matrix: Matrix) -> float:
+        """Σ ‖y − weight x − bias‖²."""
+        weight, bias = matrix
+        total = self.yy - 2 * (weight.T * self.xy).sum() + ((weight @ self.xx) * weight).sum()
+        if bias is not None:
+            total = total + self.tokens * (bias @ bias) + 2 * bias @ (weight @ self.x - self.y)
+        return max(float(total), 0.0)
