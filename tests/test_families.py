@@ -23,6 +23,7 @@ HELP = {
     "GradientSum": ["predict", "--model.help", "TokenSaliency"],
     "OutputSize": ["prune", "--model.help", "StructuredPruning"],
     "InverseSquare": ["prune", "--model.help", "StructuredPruning"],
+    "Rescale": ["prune", "--model.help", "StructuredPruning"],
     "Energy": ["prune", "--model.help", "BlockSparsity"],
     "SineSchedule": ["fit", "--model.help", "BlockSparsity"],
 }
@@ -33,6 +34,7 @@ LAWS = (
     "tests/lightning_modules/token_pruning/test_targets.py",
     "tests/lightning_modules/structured_pruning/test_importance.py",
     "tests/lightning_modules/structured_pruning/test_allocation.py",
+    "tests/lightning_modules/structured_pruning/test_compensation.py",
     "tests/lightning_modules/block_sparsity/test_scores.py",
     "tests/lightning_modules/block_sparsity/test_schedules.py",
 )

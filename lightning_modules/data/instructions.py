@@ -74,6 +74,18 @@ def recognise(record: Any, where: str) -> Instruction:
     )
 
 
+def plain_text(record: Any, where: str) -> str:
+    """The text of a record; of an instruction, its parts below each other.
+
+    Raises:
+        ValueError: The record has neither a text nor the fields of a known format, or a field that is not text.
+    """
+    known = isinstance(record, dict) and any(f.instruction in record and f.response in record for f in _FORMATS)
+    if not known or "text" in record:
+        return document_text(record, where)
+    return "\n\n".join(part for part in recognise(record, where) if part and part.strip())
+
+
 def _field(record: dict[str, Any], field: str | None, where: str) -> str:
     return "" if field is None or record.get(field) is None else read_field(record, field, where)
 

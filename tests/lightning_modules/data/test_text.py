@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 
@@ -59,6 +60,51 @@ def test_same_file_for_both_splits_is_refused(tmp_path):
     file = write(tmp_path / "a.json", sentences(0, 50))
     with pytest.raises(ValueError, match=r"train: no usable document \(50 also in validation\)"):
         corpus(tmp_path, file, val=file).prepare_data()
+
+
+def _mixture(tmp_path):
+    """Long documents of letters a, short ones of b, and instructions of c; each of its own length."""
+    files = [tmp_path / "a.txt", tmp_path / "b.json", tmp_path / "c.jsonl"]
+    files[0].write_text("\n\n".join(f"{i} " + "a" * 900 for i in range(200)))
+    files[1].write_text(json.dumps([{"text": f"{i} " + "b" * 97} for i in range(3000)]))
+    lines = [json.dumps({"question": f"{i} " + "c" * 40, "answer": "c" * 57}) for i in range(1200)]
+    files[2].write_text("\n".join(lines))
+    return [str(file) for file in files]
+
+
+def test_several_sources_give_equal_shares_until_one_ends(tmp_path):
+    files = _mixture(tmp_path)
+    texts = [text for _, text in corpus(tmp_path, files).documents()]
+    longest = max(map(len, texts))
+    for cut in (40, len(texts) // 2, len(texts)):
+        given = [sum(len(text) for text in texts[:cut] if letter in text) for letter in "abc"]
+        assert max(given) - min(given) <= longest + 5 * cut  # and what separates a question from its answer
+    assert "".join(texts).count("c") == 1200 * 97  # all of the one that is the least
+    (question,) = [text for text in texts if text.startswith("7 c")]
+    assert question == "7 " + "c" * 40 + "\n\n" + "c" * 57
+    assert texts == [text for _, text in corpus(tmp_path, files).documents()]
+
+
+def test_calibration_draws_from_all_sources(tmp_path):
+    data = ready(corpus(tmp_path, _mixture(tmp_path), block_size=64, batch_size=8))
+    text = data.tokenizer.decode(torch.cat([batch["input_ids"].flatten() for batch in data.calibration(60, seed=1)]))
+    shares = [text.count(letter) / sum(text.count(one) for one in "abc") for letter in "abc"]
+    assert min(shares) > 0.2
+    assert data.name == "a.txt+b.json+c.jsonl"
+
+
+def test_a_list_of_sources_has_its_inputs_and_its_key(tmp_path):
+    files = _mixture(tmp_path)
+    data = corpus(tmp_path, files[:2], val=files[2:])
+    assert data.inputs() == [Path(file) for file in files]
+    assert (
+        corpus(tmp_path, files[:1], val=files[2]).source_key() == corpus(tmp_path, files[0], val=files[2]).source_key()
+    )
+    keys = [corpus(tmp_path, train).source_key() for train in (files[:2], files[1::-1], files)]
+    assert all(keys.count(key) == 1 for key in keys)
+    for field in ("train", "val"):
+        with pytest.raises(ValueError, match=f"{field}: an empty list"):
+            corpus(tmp_path, **{"train": files, field: []})
 
 
 def test_edited_file_is_prepared_again(tmp_path):
