@@ -34,6 +34,7 @@ from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
 from lightning_modules.structured_pruning.layers import decoder_layers, family, shape_of
 from lightning_modules.structured_pruning.masking import masked
+from lightning_modules.structured_pruning.memory import Workload, peaks
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.planner import Planner, check_possible
@@ -236,14 +237,16 @@ class StructuredPruning(CausalLM):
         check_vocabulary(self._weightless, datamodule.tokenizer)
         whole = self._counted()
         multiple = channel_multiple(whole.shapes, self.multiple)
+        measured: dict[str, Any]
         if dry_run and self._needs_no_weights():
             plan = self._planner(self._weightless, [], multiple).plan(self._target(whole), self._settings())
-            return _shown(self.base, report.structure(whole, plan, block, perplexity_on, {}))
+            measured = {"peak_bytes": self._peaks(whole, plan, datamodule)}
+            return _shown(self.base, report.structure(whole, plan, block, perplexity_on, measured))
         batches = datamodule.calibration(self.calibration_blocks, run_seed())
         ids = self._verification_ids(datamodule).to(device)
         tokenizer = load_tokenizer(self.base, datamodule)
         model: Any = self._load(self.base).to(device)
-        measured: dict[str, Any] = {}
+        measured = {}
         if not dry_run or self.max_ppl_ratio is not None:
             measured["ppl_before"] = validation_perplexity(model, datamodule, "Perplexity before")
         if self.measure_cost:
@@ -255,6 +258,7 @@ class StructuredPruning(CausalLM):
             part = 1.0 if dry_run else number / self.rounds
             plan = self._plan(planner, whole, datamodule, part, removed, measured)
             if dry_run:
+                measured["peak_bytes"] = self._peaks(whole, plan, datamodule)
                 return _shown(self.base, report.structure(whole, plan, block, perplexity_on, measured))
             measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_bytes_so_far(device)}
             del planner  # it holds the model that is about to be replaced
@@ -282,6 +286,13 @@ class StructuredPruning(CausalLM):
         structure["ppl_after"] = validation_perplexity(again, datamodule, "Perplexity after")
         write_text(self.output / CARD, report.card(self.base, datamodule.name, structure))
         return _shown(self.base, structure) | {"val_ppl": structure["ppl_after"]}
+
+    def _peaks(self, whole: ModelShape, plan: PruningPlan, data: Any) -> dict[str, int]:
+        """See ``memory.peaks``."""
+        block, config = data.block_size, self._weightless.config
+        tokens = [data.batch_size * block, self.calibration_blocks * block, self.verify_blocks * block]
+        work = Workload(whole, config.hidden_size, config.vocab_size, *tokens)
+        return peaks(work, plan.layers, self.importance, self.compensation)
 
     def _needs_no_weights(self) -> bool:
         measured = self.allocation.needs_damage or self.allocation.needs_scores or self.drop_layers
@@ -420,4 +431,6 @@ def _shown(base: str, structure: dict[str, Any]) -> dict[str, Any]:
     if structure["settings"].get("compensation", {}).get("fits"):
         console.print(report.refit_table(structure["settings"]["compensation"]))
     console.print(report.table(base, structure))
+    if "peak_bytes" in structure:
+        console.print(report.memory_table(structure["peak_bytes"]))
     return {"structure": structure}

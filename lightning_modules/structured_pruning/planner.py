@@ -121,10 +121,13 @@ class Planner:
         path = self._folder / f"scores-{self.importance.name}-{key[:16]}.safetensors"
         scores = self._read_scores(path)
         if scores is None:
-            with self.stage(f"Scoring by {self.importance.name}", len(self.batches), "batches") as done:
-                started = time.perf_counter()
-                scores = checked(self.importance.score(self.model, _Counted(self.batches, done)))
-                self.score_seconds = time.perf_counter() - started
+            started = time.perf_counter()
+            if self.importance.shows_progress:
+                scores = checked(self.importance.score(self.model, self.batches))
+            else:
+                with self.stage(f"Scoring by {self.importance.name}", len(self.batches), "batches") as done:
+                    scores = checked(self.importance.score(self.model, _Counted(self.batches, done)))
+            self.score_seconds = time.perf_counter() - started
             parts = {
                 f"{i}.{kind}": part.contiguous()
                 for i, layer in enumerate(scores)

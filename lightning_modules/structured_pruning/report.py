@@ -113,6 +113,20 @@ def refit_table(compensation: dict[str, Any]) -> Table:
     return shown
 
 
+def memory_table(peaks: dict[str, int]) -> Table:
+    """Most memory that each step takes, by arithmetic.
+
+    Args:
+        peaks: Bytes by step, see ``memory.peaks``.
+    """
+    shown = Table(title="memory at the peak of each step, by arithmetic", title_style="")
+    shown.add_column("step")
+    shown.add_column("GB", justify="right")
+    for step, size in peaks.items():
+        shown.add_row(step, f"{size / 1e9:,.3g}")
+    return shown
+
+
 def card(base: str, dataset: str | None, fields: dict[str, Any]) -> str:
     """Markdown of the pruned folder, with the metadata that the hub reads."""
     after = fields.get("ppl_after")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.variants import Variant
+from lightning_modules.structured_pruning.memory import DOUBLE
 from lightning_modules.structured_pruning.moments import Matrix, Moments
 
 
@@ -61,6 +62,18 @@ class Compensation(Variant, ABC):
     def fewest_tokens(self, inputs: int, outputs: int) -> int:
         """Tokens without which a matrix of so many inputs and outputs is not determined."""
         return 1
+
+    def memory(self, inputs: int, outputs: int, states: int) -> int:
+        """Most bytes that refitting holds at once besides the models.
+
+        Args:
+            inputs: Of the widest matrix.
+            outputs: Of it.
+            states: Bytes of hidden states, and of what a layer adds to them.
+        """
+        # moments of each fold, of all and of the rest, and what solving copies
+        moments = (self.folds + 5) * inputs**2 + (self.folds + 8) * inputs * outputs
+        return self.refits * (states + DOUBLE * moments)
 
     @abstractmethod
     def solve(self, matrix: Matrix, moments: Moments, setting: float | None) -> Matrix:

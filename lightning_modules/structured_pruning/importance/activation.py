@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_modules.batches import Batch, logits, tokens_of
 from lightning_modules.structured_pruning.importance.base import Importance, LayerScores
 from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
+from lightning_modules.structured_pruning.memory import Workload
 
 
 class Activation(Importance):
@@ -20,6 +21,10 @@ class Activation(Importance):
     def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:
         """See ``Importance.score``."""
         return by_parts(model, {linear: sums.squares for linear, sums in input_sums(model, batches).items()})
+
+    def memory(self, work: Workload) -> int:
+        """See ``Importance.memory``."""
+        return work.forward()
 
 
 class Sums(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.variants import Variant
+from lightning_modules.structured_pruning.memory import Workload
 
 
 class LayerScores(NamedTuple):
@@ -39,10 +40,12 @@ class Importance(Variant, ABC):
     Attributes:
         control: A deliberately wrong variant, for comparison only.
         rescores: Whether ``rescore`` looks at text again.
+        shows_progress: Whether ``score`` does so itself, because it is more than one pass over the batches.
     """
 
     control: bool = False
     rescores: bool = False
+    shows_progress: bool = False
 
     @abstractmethod
     def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:
@@ -61,6 +64,10 @@ class Importance(Variant, ABC):
     ) -> list[LayerScores]:
         """Scores once it is known how many parts each layer keeps; asked for where a method ``rescores``."""
         return scores
+
+    def memory(self, work: Workload) -> int:
+        """Most bytes that ``score`` holds at once besides the model; by default one pass forward and backward."""
+        return work.backward(gates=True)
 
     def query_heads(self, groups: list[int], n_rep: int) -> list[int] | None:
         """Kept query heads where they are not those of the kept groups; None (they are) for every sound method."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_modules.structured_pruning.importance.base import Importance, LayerScores
 from lightning_modules.structured_pruning.layers import ATTENTION, MLP, decoder_layers, shape_of
+from lightning_modules.structured_pruning.memory import Workload
 
 
 class Magnitude(Importance):
@@ -27,3 +28,7 @@ class Magnitude(Importance):
 def _energy(block: Any, name: str) -> Tensor:
     weight = getattr(block, name).weight.detach().float()
     return weight.square().sum(0 if name in ("o_proj", "down_proj") else 1)
+
+    def memory(self, work: Workload) -> int:
+        """See ``Importance.memory``."""
+        return 0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_modules.structured_pruning.importance.base import Importance, LayerScores
 from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
+from lightning_modules.structured_pruning.memory import Workload
 
 
 class Random(Importance):
@@ -28,3 +29,7 @@ class Random(Importance):
             LayerScores(torch.rand(s.groups, generator=generator), torch.rand(s.channels, generator=generator))
             for s in shapes
         ]
+
+    def memory(self, work: Workload) -> int:
+        """See ``Importance.memory``."""
+        return 0

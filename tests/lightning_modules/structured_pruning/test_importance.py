@@ -11,6 +11,7 @@ from lightning_modules.structured_pruning.importance.base import Keep, best, che
 from lightning_modules.structured_pruning.importance.fluctuation import Fluctuation
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
 from lightning_modules.structured_pruning.importance.misaligned import Misaligned
+from lightning_modules.structured_pruning.importance.refitted import Refitted, elimination_costs
 from lightning_modules.structured_pruning.importance.sequential_taylor import SequentialTaylor
 from lightning_modules.structured_pruning.importance.weight_taylor import WeightTaylor
 from lightning_modules.structured_pruning.layers import ATTENTION, MLP, decoder_layers, shape_of
@@ -19,7 +20,7 @@ from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.slicing import slice_model
 from tests.lightning_modules.structured_pruning.toy import batches, plan_for, tiny, two_samples
 
-ALL = variants(Importance)
+ALL = [example for kind in variants(Importance) for example in kind.examples()]
 
 
 def _loss(model, batch):
@@ -27,12 +28,12 @@ def _loss(model, batch):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
 
 
-@pytest.mark.parametrize("importance", ALL, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("importance", ALL, ids=repr)
 def test_every_importance_scores_all_parts_and_leaves_the_model_as_it_was(importance):
     model = tiny("qwen2")
     model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
     before, wanted = model_hash(model), [p.requires_grad for p in model.parameters()]
-    scores = importance().score(model, batches())
+    scores = importance.score(model, batches())
     for layer, part in zip(decoder_layers(model), scores, strict=True):
         shape = shape_of(layer)
         assert part.groups.shape == (shape.groups,) and part.channels.shape == (shape.channels,)
@@ -41,29 +42,29 @@ def test_every_importance_scores_all_parts_and_leaves_the_model_as_it_was(import
     assert model_hash(model) == before and [p.requires_grad for p in model.parameters()] == wanted
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    again = importance().score(model, batches())
+    again = importance.score(model, batches())
     assert all(torch.equal(a, b) for x, y in zip(scores, again, strict=True) for a, b in zip(x, y, strict=True))
 
 
-@pytest.mark.parametrize("importance", ALL, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("importance", ALL, ids=repr)
 def test_samples_score_the_same_packed_and_padded_on_either_side(importance):
     """Padding counts for nothing, and no sample sees another: three layouts of the same two samples."""
     keep = [Keep(2, 16)] * 4
     found = []
     for batch in two_samples().values():
         model = tiny()
-        scores = importance().score(model, [batch])
-        found.append(importance().rescore(model, [batch], scores, keep))
+        scores = importance.score(model, [batch])
+        found.append(importance.rescore(model, [batch], scores, keep))
     for other in found[1:]:
         for layer, expected in zip(other, found[0], strict=True):
             for part, wanted in zip(layer, expected, strict=True):
                 torch.testing.assert_close(part, wanted, rtol=2e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("importance", ALL, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("importance", ALL, ids=repr)
 def test_sound_importances_keep_queries_with_their_keys_and_controls_say_that_they_are_controls(importance):
     if not importance.control:
-        assert importance().query_heads([0, 2], 2) is None
+        assert importance.query_heads([0, 2], 2) is None
 
 
 def _gate_gradients(model, batch, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +138,7 @@ def _with_one_dead_group(dead: int):
     return model
 
 
-@pytest.mark.parametrize("importance", [GateTaylor, WeightTaylor, Activation, Fluctuation, SequentialTaylor])
+@pytest.mark.parametrize("importance", [GateTaylor, WeightTaylor, Activation, Fluctuation, SequentialTaylor, Refitted])
 @pytest.mark.parametrize("dead", [0, 2])
 def test_a_group_that_sends_nothing_on_scores_nothing(importance, dead):
     groups = importance().score(_with_one_dead_group(dead), batches())[0].groups
@@ -195,3 +196,60 @@ def test_scores_that_cannot_rank_are_refused():
         checked(GateTaylor().score(tiny(), unpredicted))
     with pytest.raises(ValueError, match="not finite"):
         checked([LayerScores(torch.tensor([1.0, torch.nan]), torch.ones(3))])
+
+
+def _least_error(weight, xx, kept: list[int]) -> float:
+    """Σ ‖W x − V x‖² + λ ‖W − V‖² at its least over V with these columns alone, by least squares on a square root."""
+    root = torch.linalg.cholesky(xx).T
+    target = root @ weight.T
+    fitted = torch.linalg.lstsq(root[:, kept], target).solution
+    return float((target - root[:, kept] @ fitted).square().sum())
+
+
+@pytest.mark.parametrize(("parts", "width"), [(12, 1), (5, 3)], ids=["channels", "groups"])
+def test_what_a_part_costs_after_refitting_is_what_least_squares_says(parts, width):
+    draw = torch.Generator().manual_seed(0)
+    size = parts * width
+    x = torch.randn(60, size, generator=draw, dtype=torch.float64) @ torch.randn(size, size, generator=draw).double()
+    weight, xx = torch.randn(7, size, generator=draw, dtype=torch.float64), x.T @ x
+
+    def columns(some: list[int]) -> list[int]:
+        return [part * width + i for part in some for i in range(width)]
+
+    left, error, dearest, expected = list(range(parts)), 0.0, 0.0, torch.zeros(parts, dtype=torch.float64)
+    while len(left) > 1:
+        costs = {p: _least_error(weight, xx, columns([q for q in left if q != p])) - error for p in left}
+        gone = min(costs, key=costs.__getitem__)
+        dearest = max(dearest, costs[gone])
+        expected[gone] = dearest
+        left.remove(gone)
+        error += costs[gone]
+    expected[left[0]] = max(dearest, float((torch.linalg.cholesky(xx).T @ weight.T).square().sum()) - error)
+    torch.testing.assert_close(elimination_costs(weight, xx, parts), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_of_two_channels_that_say_the_same_one_is_cheap():
+    model = tiny()
+    mlp = model.model.layers[1].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight.data[7] = linear.weight.data[5]
+    mlp.down_proj.weight.data[:, [5, 7]] *= 5
+    text = batches(20)
+    for refitted in (Refitted(damping=1e-6), Refitted(damping=1e-6, by_loss=False)):
+        found = refitted.score(model, text)[1].channels
+        cheap, dear = sorted((float(found[5]), float(found[7])))
+        assert cheap < 1e-3 * dear and dear > found.median()
+    alone = Activation().score(model, text)[1].channels
+    assert min(alone[5], alone[7]) > 3 * alone.median()
+
+
+def test_errors_that_the_loss_does_not_see_cost_nothing():
+    """Outputs of the last layer along which the head is blind count without gradients, and not with them."""
+    model = tiny(tie_word_embeddings=False)
+    model.lm_head.weight.data[:, :16] = 0
+    mlp = model.model.layers[-1].mlp
+    mlp.down_proj.weight.data[16:, :24] = 0
+    mlp.down_proj.weight.data[:16, 24:] = 0
+    blind, seeing = (Refitted(by_loss=by).score(model, batches(20))[-1].channels for by in (False, True))
+    ratio = [float(part[:24].median() / part[24:].median()) for part in (blind, seeing)]
+    assert ratio[1] < 0.3 * ratio[0]

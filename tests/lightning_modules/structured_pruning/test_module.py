@@ -55,6 +55,7 @@ def data(tokenizer):
     return SimpleNamespace(
         tokenizer=tokenizer,
         block_size=20,
+        batch_size=2,
         name="toy",
         perplexity_on="toy text",
         calibration=calibration,
@@ -187,7 +188,9 @@ def test_dtype_and_attention_reach_base_and_result_and_a_tokenizer_may_come_from
 
 def test_dry_run_writes_no_model_and_counts_as_the_real_run_does(make, data, tmp_path, capsys):
     planned = make().prune(data, CPU, dry_run=True)["structure"]
-    assert not (tmp_path / "pruned").exists() and "KV cache per token" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert not (tmp_path / "pruned").exists() and "KV cache per token" in out
+    assert planned["peak_bytes"].keys() == {"load", "score", "slice", "verify", "compensate"} and "memory at the" in out
     real = make().prune(data, CPU)["structure"]
     assert planned["layers"] == real["layers"]
     assert all(real[name] == value for name, value in planned.items() if name.endswith(("before", "after")))
