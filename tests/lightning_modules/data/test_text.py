@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
+from jsonargparse import ArgumentParser
 
 from lightning_modules.data import hub
 from lightning_modules.data.text import TextCorpus
@@ -105,6 +106,13 @@ def test_a_list_of_sources_has_its_inputs_and_its_key(tmp_path):
     for field in ("train", "val"):
         with pytest.raises(ValueError, match=f"{field}: an empty list"):
             corpus(tmp_path, **{"train": files, field: []})
+
+
+def test_a_list_can_be_given_on_the_command_line():
+    parser = ArgumentParser()
+    parser.add_class_arguments(TextCorpus, "data", skip={"kwargs"})
+    for given, expected in (("[a.txt, b.json]", ["a.txt", "b.json"]), ("a.txt", "a.txt"), ("[a].txt", "[a].txt")):
+        assert parser.parse_args([f"--data.train={given}"]).data.train == expected
 
 
 def test_edited_file_is_prepared_again(tmp_path):
