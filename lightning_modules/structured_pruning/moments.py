@@ -60,14 +60,21 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         """Of the tokens of both."""
-        return Moments(*(mine + theirs for mine, theirs in zip(self._parts(), other._parts(), strict=True)))
+        return self._with(other, 1)
 
     def __sub__(self, other: "Moments") -> "Moments":
         """Of these tokens without the others, which must be among them."""
-        return Moments(*(mine - theirs for mine, theirs in zip(self._parts(), other._parts(), strict=True)))
+        return self._with(other, -1)
 
-    def _parts(self) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.tokens, self.x, self.y, self.xx, self.xy, self.yy
+    def _with(self, other: "Moments", sign: int) -> "Moments":
+        return Moments(
+            self.tokens + sign * other.tokens,
+            torch.add(self.x, other.x, alpha=sign),
+            torch.add(self.y, other.y, alpha=sign),
+            torch.add(self.xx, other.xx, alpha=sign),
+            torch.add(self.xy, other.xy, alpha=sign),
+            torch.add(self.yy, other.yy, alpha=sign),
+        )
 
     def error(self, matrix: Matrix) -> float:
         """Σ ‖y − weight x − bias‖²."""

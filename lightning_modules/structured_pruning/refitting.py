@@ -232,14 +232,14 @@ class _Folds:
             moments[(start + row) % len(moments)].add(x_nK, y_nH)
 
 
-def check_request(compensation: Compensation, config: Any, inputs: int, tokens: int, rows: int) -> None:
+def check_request(compensation: Compensation, config: Any, inputs: int, tokens: float, rows: int) -> None:
     """Refuse what no calibration text can make possible, see ``check_tokens`` and ``check_biases``.
 
     Args:
         compensation: What is to be fitted.
         config: The model's configuration.
         inputs: Of the widest matrix that will be left, at least.
-        tokens: Of the text, at most.
+        tokens: Of the text, at most; infinite where that is not known.
         rows: Blocks of it.
 
     Raises:
@@ -270,7 +270,7 @@ def most_inputs(shapes: Sequence[LayerShape], removed: int = 0) -> int:
     return math.ceil(max(bounds))
 
 
-def check_tokens(compensation: Compensation, inputs: int, outputs: int, tokens: int, rows: int) -> None:
+def check_tokens(compensation: Compensation, inputs: int, outputs: int, tokens: float, rows: int) -> None:
     """Refuse calibration text that leaves a matrix undetermined while a part of the text is held out.
 
     Args:
