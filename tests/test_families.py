@@ -25,6 +25,7 @@ HELP = {
     "InverseSquare": ["prune", "--model.help", "StructuredPruning"],
     "Rescale": ["prune", "--model.help", "StructuredPruning"],
     "Energy": ["prune", "--model.help", "BlockSparsity"],
+    "RowScale": ["prune", "--model.help", "BlockSparsity"],
     "SineSchedule": ["fit", "--model.help", "BlockSparsity"],
 }
 LAWS = (
@@ -36,6 +37,7 @@ LAWS = (
     "tests/lightning_modules/structured_pruning/test_allocation.py",
     "tests/lightning_modules/structured_pruning/test_compensation.py",
     "tests/lightning_modules/block_sparsity/test_scores.py",
+    "tests/lightning_modules/block_sparsity/test_updates.py",
     "tests/lightning_modules/block_sparsity/test_schedules.py",
 )
 # In one process, since importing takes most of the time: the help of every family, then a sweep's arguments.

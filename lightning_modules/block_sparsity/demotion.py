@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.block_sparsity.scored import Scored, slab_elements
+from lightning_modules.block_sparsity.masks import largest, lowest
+from lightning_modules.block_sparsity.scored import NOT_FINITE, Scored, slab_elements
 from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, Index, TierMap, pad
 
 Scope = Literal["matrix", "global", "band"]
@@ -86,9 +86,7 @@ def block_sums(scores: Scored, tiers: TierMap) -> Tensor:
         columns = padded.unflatten(0, (-1, tiers.block)).sum(1)
         sums_rc[bands] = columns.unflatten(1, (-1, tiers.block)).sum(2)
     if not sums_rc.isfinite().all():
-        raise ValueError(
-            f"{tiers.name}: scores are not finite; the weights or the calibration statistics have NaN or Inf"
-        )
+        raise ValueError(f"{tiers.name}: {NOT_FINITE}")
     return sums_rc
 
 
@@ -172,19 +170,6 @@ def _lowest_blocks(
     return found
 
 
-def lowest(values_GN: Tensor, eligible_GN: Tensor, count_G: Tensor) -> Tensor:
-    """The ``count_G`` lowest eligible entries of every group, bool ``[G, N]``; of equals the first."""
-    most = int(count_G.max())
-    if not most:
-        return torch.zeros_like(eligible_GN)
-    values_GN = values_GN.masked_fill(~eligible_GN, torch.inf)
-    smallest = values_GN.topk(most, dim=1, largest=False).values
-    limit_G1 = smallest.gather(1, (count_G - 1).clamp_min(0)[:, None])
-    below_GN, equal_GN = values_GN < limit_G1, values_GN == limit_G1
-    room_G1 = count_G[:, None] - below_GN.sum(1, keepdim=True)
-    return below_GN | (equal_GN & (equal_GN.cumsum(1) <= room_G1))
-
-
 def _to_two_of_four(scores: Scored, tiers: TierMap, chosen_rc: Tensor, sums_rc: Tensor) -> None:
     """Keep the two best of every four neighbours in a row, of equals the first; the blocks' sums follow."""
     for index, scores_nbb in scores.blocks(_index(chosen_rc), tiers.block):
@@ -214,18 +199,10 @@ def _to_topk(scores: Scored, tiers: TierMap, chosen_rc: Tensor, sums_rc: Tensor)
     for index, scores_nbb in scores.blocks(_index(chosen_rc), tiers.block):
         kept = tiers.kept(index).view(torch.uint8).float().flatten(1)
         flat = scores_nbb.flatten(1).mul_(kept).add_(kept.sub_(1))  # −1 where no weight is left to keep
-        best = _largest(flat, k).clamp_min_(0)
+        best = largest(flat, k).clamp_min_(0)
         keep = flat >= best[:, :1]
         tied = (keep.sum(1, dtype=torch.int32) > k).nonzero(as_tuple=True)[0]
         if len(tied):
             keep[tied] = lowest(-flat[tied], flat[tied] >= 0, torch.full_like(tied, k))
         tiers.demote(index, TOPK, keep.view_as(scores_nbb))
         sums_rc[index] = best.sum(1)
-
-
-def _largest(values_nN: Tensor, count: int) -> Tensor:
-    """The ``count`` largest of every row, the least of them first."""
-    if values_nN.device.type == "cpu":
-        # NumPy selects with vector instructions: a quarter of the time that torch.topk takes
-        return torch.from_numpy(np.partition(values_nN.numpy(), -count, axis=1)[:, -count:])
-    return values_nN.topk(count, dim=1).values.flip(1)

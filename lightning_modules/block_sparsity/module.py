@@ -15,16 +15,19 @@ from common.files import check_output, replacing
 from common.tables import cell
 from lightning_modules.block_sparsity import lora
 from lightning_modules.block_sparsity.demotion import Scope
+from lightning_modules.block_sparsity.layer_files import layer_folder, remove_layers
+from lightning_modules.block_sparsity.layerwise import Method, Statistics, prune_layers
 from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
 from lightning_modules.block_sparsity.packed_model import PACKED_FILE, read_tiers, write_model, write_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner
-from lightning_modules.block_sparsity.reconstruction import reconstruct
+from lightning_modules.block_sparsity.reconstruction import Reconstruction
 from lightning_modules.block_sparsity.schedules import Schedule
 from lightning_modules.block_sparsity.schedules.base import Row
 from lightning_modules.block_sparsity.schedules.cubic import CubicSchedule
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.tiers import check_sizes
+from lightning_modules.block_sparsity.updates import Update
 from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.frozen import Frozen
@@ -53,9 +56,14 @@ class BlockSparsity(CausalLM):
         topk: Weights that a top-k block keeps.
         scope: Who competes for the tiers: the blocks of one "matrix", all ("global"), or one row of blocks ("band").
         row_relative: Divide scores by the mean of their row, as Wanda compares within rows.
-        pattern: "tiers", or "unstructured" with the same share of zeros in every row (a baseline).
+        pattern: "tiers"; baselines: "unstructured" with the same share of zeros in every row, and "2:4" or "4:8"
+            throughout, whatever the schedule says.
         calibration_blocks: Blocks of training text (or samples), spread evenly over it, that scores and reconstruction
             see.
+        statistics: "sequential": scores and updates of a layer see what the pruned layers below it give; "dense": what
+            the model gives as it is before the iteration, which takes half the time.
+        update: New values of the weights that stay, at once after each demotion: ``Obs`` (SparseGPT),
+            ``ConjugateGradient``; None leaves them.
         finetune: "full" trains every weight that is kept; "lora" trains adapters that are merged under the masks.
         lora_rank: Rank of the adapters.
         reconstruction_steps: After each demotion, fit every layer for so many steps to its outputs before; 0 does not.
@@ -84,6 +92,8 @@ class BlockSparsity(CausalLM):
         row_relative: bool = False,
         pattern: Pattern = "tiers",
         calibration_blocks: int = 32,
+        statistics: Statistics = "sequential",
+        update: Update | None = None,
         finetune: Literal["full", "lora"] = "full",
         lora_rank: int = 8,
         reconstruction_steps: int = 0,
@@ -118,7 +128,8 @@ class BlockSparsity(CausalLM):
         self.score = score or Wanda()
         self.calibration_blocks = calibration_blocks
         self.finetune, self.lora_rank = finetune, lora_rank
-        self.reconstruction_steps, self.reconstruction_lr = reconstruction_steps, reconstruction_lr
+        learning = Reconstruction(reconstruction_steps, reconstruction_lr) if reconstruction_steps else None
+        self.method = Method(self.score, statistics, update, learning)
         self.teacher, self.distill_weight = teacher, distill_weight
         self.iteration_lr_factor = iteration_lr_factor
         self.export_dtype, self.export_bands = export_dtype, export_bands
@@ -194,7 +205,7 @@ class BlockSparsity(CausalLM):
     # ---- one iteration ----------------------------------------------------------------------------------------
 
     def start_iteration(self, row: Row, data: Any, device: torch.device) -> None:
-        """Demote to a row's ratios by the current weights, and mask.
+        """Demote to a row's ratios by the current weights, mask and update.
 
         Args:
             row: The iteration.
@@ -206,14 +217,13 @@ class BlockSparsity(CausalLM):
         """
         self._merge()
         batches = data.calibration(self.calibration_blocks)
-        matrices, model = self.pruner.matrices, self.plain_model
-        self.pruner.prune(model, row.ratios, self.score, batches, device)
-        if self.reconstruction_steps:
-            options = (self.reconstruction_steps, self.reconstruction_lr)
-            errors = reconstruct(model, matrices, self.pruner.keep, batches, device, *options)
-            before, after = (sum(column) / len(errors) for column in zip(*errors, strict=True))
-            rank_zero_info(f"layer-wise reconstruction: mean relative error {before:.4f} → {after:.4f}")
-        mask_weights(matrices, self.pruner.keep)
+        errors = prune_layers(
+            self.plain_model, self.pruner, row.ratios, self.method, batches, device, layer_folder(self.output)
+        )
+        for what, pairs in {"weight update": errors.matrices.values(), "reconstruction": errors.layers}.items():
+            if pairs:
+                before, after = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+                rank_zero_info(f"{what}: mean relative error {before:.4f} → {after:.4f}")
         rank_zero_info(
             f"iteration {row.iteration}: {100 * self.pruner.sparsity()['sparsity']:.2f} % of the weights are zero"
         )
@@ -317,6 +327,7 @@ class BlockSparsity(CausalLM):
             write_model(folder, self.plain_model, self.stored)
             data.tokenizer.save_pretrained(folder)
             self.pruner.save(folder)
+        remove_layers(layer_folder(self.output))
         rank_zero_info(f"saved {self.output}")
 
     def prune(self, data: L.LightningDataModule, device: torch.device, dry_run: bool = False) -> dict[str, Any] | None:
@@ -373,4 +384,4 @@ class BlockSparsity(CausalLM):
 
     def _need_tiers(self) -> None:
         if not self.pruner.tiers:
-            raise ValueError(f"model.pattern: an {self.pruner.pattern} mask has no tiers and cannot be packed")
+            raise ValueError(f"model.pattern: {self.pruner.pattern} masks have no tiers and cannot be packed")

@@ -1,6 +1,7 @@
 """A model's matrices with their tiers and masks: what one iteration changes, and what is saved of it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -8,18 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.batches import Batch
 from lightning_modules.block_sparsity import tensor_file
 from lightning_modules.block_sparsity.demotion import Ratios, Scope, demote, flows, quantiles
-from lightning_modules.block_sparsity.masks import unstructured
+from lightning_modules.block_sparsity.masks import groups, unstructured
+from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.packing import DTYPES, Layout
 from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores import Score
-from lightning_modules.block_sparsity.stream import linear_layers
-from lightning_modules.block_sparsity.tiers import TierMap, pack_bits, pad, unpack_bits
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TierMap, pack_bits, pad, unpack_bits
+from lightning_modules.block_sparsity.updates.base import Choice
 
 TIERS_FILE = "tiers.safetensors"
-Pattern = Literal["tiers", "unstructured"]
+Pattern = Literal["tiers", "unstructured", "2:4", "4:8"]
+GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
+"""Of how many neighbours in a row how many stay."""
 
 
 class Pruner:
@@ -29,13 +32,14 @@ class Pruner:
         model: A Hugging Face causal language model; every linear layer of its decoder layers is pruned.
         block: Side of a block.
         k: Weights that a top-k block keeps.
-        pattern: "tiers", or "unstructured": the same share of zeros, wherever in a row they are (a baseline).
+        pattern: "tiers"; "unstructured": the same share of zeros, wherever in a row they are; or "2:4" or "4:8"
+            throughout, whatever the ratios. All but the tiers are baselines.
         scope: Who competes, see ``demotion.demote``.
         row_relative: Divide scores by the mean score of what their row still has.
 
     Attributes:
         matrices: The linear layers by name.
-        tiers: Their tier maps; empty for the unstructured pattern.
+        tiers: Their tier maps; empty for other patterns.
         keep: Their masks, bool ``[R, C]``.
         quantiles: Of the block scores in each tier at the last iteration; empty before it, or without tiers.
 
@@ -68,6 +72,18 @@ class Pruner:
         """See the class."""
         return {name: tiers.keep_RC for name, tiers in self.tiers.items()} or self._masks
 
+    def describe(self) -> dict[str, Any]:
+        """What makes a difference to a mask, as plain values."""
+        sizes = {"pattern": self.pattern, "block": self.block, "k": self.k}
+        return {**sizes, "scope": self.scope, "row_relative": self.row_relative}
+
+    def target_sparsity(self, target: Ratios) -> float:
+        """Share of zeros that ratios lead to, under the pattern."""
+        if self.pattern in GROUPS:
+            kept, of = GROUPS[self.pattern]
+            return 1 - kept / of
+        return target.sparsity(self.block, self.k)
+
     def check_target(self, target: Ratios) -> None:
         """Refuse ratios that would bring blocks back.
 
@@ -77,35 +93,61 @@ class Pruner:
         if self.tiers:
             flows(self.tiers, target, self.scope)
 
-    @torch.no_grad()
-    def prune(
-        self, model: nn.Module, target: Ratios, score: Score, batches: Sequence[Batch], device: torch.device
-    ) -> None:
-        """One iteration: new masks from the current weights. The weights themselves are not touched.
+    def scored(self, name: str, score: Score, statistic: Tensor | None) -> Scored:
+        """How one matrix is scored.
 
         Args:
-            model: The model that the matrices belong to.
-            target: Ratios after the iteration; an unstructured mask gets the sparsity that they would have.
+            name: The matrix.
             score: The criterion.
-            batches: Calibration text, see ``batches.Batch``.
-            device: Where to compute statistics.
+            statistic: What it needs to know besides the weights, on their device.
+        """
+        found = Scored(self.matrices[name].weight.detach(), score.score, statistic)
+        return found.relative_to_rows(self.keep[name]) if self.row_relative else found
+
+    def cut(self, name: str, score: Score, statistic: Tensor | None, target: Ratios) -> tuple[Tensor, Choice]:
+        """A new mask for one matrix; its weights are not touched.
+
+        Args:
+            name: The matrix.
+            score: The criterion.
+            statistic: See ``scored``.
+            target: Its ratios afterwards; an unstructured mask gets the sparsity that they would have.
+
+        Returns:
+            Mean score of the weights that every block still has, ``float32 [r, c]`` (of no blocks without tiers); and
+            what of the mask could as well be chosen otherwise.
 
         Raises:
-            ValueError: See ``demotion.demote``.
+            ValueError: See ``demotion.demote`` and ``masks``.
         """
-        statistics = score.statistics(model, self.matrices, batches, device)
-        scores = {name: self._scored(name, score, statistics.get(name)) for name in self.matrices}
+        scored = self.scored(name, score, statistic)
         if self.tiers:
-            self.quantiles = quantiles(demote(scores, self.tiers, target, self.scope), self.tiers)
-            return
-        sparsity = target.sparsity(self.block, self.k)
-        self._masks = {
-            name: unstructured(scores[name].rows(slice(None)), sparsity, mask) for name, mask in self._masks.items()
-        }
+            tiers = self.tiers[name]
+            dense_rc = tiers.map_rc == DENSE
+            scope: Scope = "band" if self.scope == "band" else "matrix"
+            means = demote({name: scored}, {name: tiers}, target, scope)[name]
+            free_rc = dense_rc & (tiers.map_rc == MID)
+            free = free_rc.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
+            return means, Choice(free[: tiers.shape[0], : tiers.shape[1]], *GROUPS["2:4"])
+        keep = self._masks[name]
+        if self.pattern in GROUPS:
+            self._masks[name] = groups(scored, *GROUPS[self.pattern], keep)
+            return torch.empty(0, 0), Choice(keep, *GROUPS[self.pattern])
+        sparsity = self.target_sparsity(target)
+        self._masks[name] = unstructured(scored, sparsity, keep)
+        return torch.empty(0, 0), Choice(keep, sparsity=sparsity)
 
-    def _scored(self, name: str, score: Score, statistic: Tensor | None) -> Scored:
-        scored = Scored(self.matrices[name].weight.detach(), score.score, statistic)
-        return scored.relative_to_rows(self.keep[name]) if self.row_relative else scored
+    def choose(self, name: str, keep_RC: Tensor) -> None:
+        """Replace a mask where ``cut`` said that it could be otherwise."""
+        if self.tiers:
+            self.tiers[name].choose(keep_RC)
+        else:
+            self._masks[name] = keep_RC
+
+    def note(self, means: Mapping[str, Tensor]) -> None:
+        """Keep quantiles of what ``cut`` gave for all matrices."""
+        here = {name: means[name].to(tiers.map_rc.device) for name, tiers in self.tiers.items()}
+        self.quantiles = quantiles(here, self.tiers) if here else {}
 
     # ---- figures ----------------------------------------------------------------------------------------------
 
@@ -155,7 +197,7 @@ class Pruner:
             The names and meanings of the record's ``tiers`` block (``common/records/schema.py``). An unstructured mask
             cannot be packed, so it has no sizes.
         """
-        sparsity = target.sparsity(self.block, self.k)
+        sparsity = self.target_sparsity(target)
         weights = sum(mask.numel() for mask in self.keep.values())
         shares = {"sparsity": sparsity, "model_sparsity": sparsity * weights / self.parameter_count}
         if not self.tiers:
@@ -169,12 +211,14 @@ class Pruner:
 
     def state(self) -> dict[str, Any]:
         """Maps and masks as plain values and small tensors, for checkpoints."""
-        if self.tiers:
-            tensors = {f"{n}.{part}": t for n, tiers in self.tiers.items() for part, t in tiers.state().items()}
-        else:
-            tensors = {f"{name}.keep": pack_bits(mask.cpu()) for name, mask in self._masks.items()}
         sizes = {"pattern": self.pattern, "block": self.block, "k": self.k}
-        return {**sizes, "quantiles": self.quantiles, "tensors": tensors}
+        return {**sizes, "quantiles": self.quantiles, "tensors": self.tensors(self.matrices)}
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Maps and masks of some matrices as small tensors."""
+        if self.tiers:
+            return {f"{n}.{part}": t for n in names for part, t in self.tiers[n].state().items()}
+        return {f"{name}.keep": pack_bits(self._masks[name].cpu()) for name in names}
 
     def load_state(self, state: Mapping[str, Any], source: str) -> None:
         """Take over what ``state`` gave.
@@ -198,22 +242,30 @@ class Pruner:
         if names != set(self.matrices):
             other = sorted(names ^ set(self.matrices))
             raise ValueError(f"{source} belongs to another model: {other[0]} is in one of the two only")
-        parts = ("map", "keep") if self.tiers else ("keep",)
-        for name, matrix in self.matrices.items():
-            tensors = {part: state["tensors"].get(f"{name}.{part}") for part in parts}
-            wrong = [part for part, tensor in tensors.items() if tensor is None or tensor.dtype != torch.uint8]
-            if wrong:
-                raise ValueError(f"{source} is damaged: {name}.{wrong[0]} is missing or no bytes")
-            if self.tiers:
-                try:
-                    self.tiers[name].load_state(tensors)
-                except ValueError as error:
-                    raise ValueError(f"{source}: {error}") from None
-                continue
-            if len(tensors["keep"]) != -(-matrix.weight.numel() // 8):
-                raise ValueError(f"{source}: the mask of {name} is of another size: it is another model's")
-            mask = unpack_bits(tensors["keep"], matrix.weight.numel()).view(matrix.weight.shape)
-            self._masks[name] = mask.to(matrix.weight.device)
+        for name in self.matrices:
+            try:
+                self.take(name, state["tensors"])
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
+
+    def take(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take over one matrix's map and mask from what ``tensors`` gave.
+
+        Raises:
+            ValueError: They are missing, or another matrix's.
+        """
+        weight = self.matrices[name].weight
+        parts = {part: tensors.get(f"{name}.{part}") for part in (("map", "keep") if self.tiers else ("keep",))}
+        found = {part: tensor for part, tensor in parts.items() if tensor is not None and tensor.dtype == torch.uint8}
+        if len(found) < len(parts):
+            wrong = next(part for part in parts if part not in found)
+            raise ValueError(f"damaged, {name}.{wrong} is missing or no bytes")
+        if self.tiers:
+            self.tiers[name].load_state(found)
+            return
+        if len(found["keep"]) != -(-weight.numel() // 8):
+            raise ValueError(f"the mask of {name} is of another size: it is another model's")
+        self._masks[name] = unpack_bits(found["keep"], weight.numel()).view(weight.shape).to(weight.device)
 
     def save(self, folder: Path) -> None:
         """Write maps and masks into a model's folder."""
@@ -253,9 +305,26 @@ class Pruner:
 
     def to(self, device: torch.device) -> None:
         """Move maps and masks."""
-        for tiers in self.tiers.values():
-            tiers.to(device)
-        self._masks = {name: mask.to(device) for name, mask in self._masks.items()}
+        for name in self.matrices:
+            self._move(name, device)
+
+    @contextmanager
+    def visiting(self, names: Iterable[str], device: torch.device) -> Iterator[None]:
+        """Have maps and masks of some matrices on the device for a while."""
+        homes = {name: self.keep[name].device for name in names}
+        for name in homes:
+            self._move(name, device)
+        try:
+            yield
+        finally:
+            for name, home in homes.items():
+                self._move(name, home)
+
+    def _move(self, name: str, device: torch.device) -> None:
+        if self.tiers:
+            self.tiers[name].to(device)
+        else:
+            self._masks[name] = self._masks[name].to(device)
 
 
 def packed_bits(target: Ratios, block: int, k: int, values: str = "float16", bands: bool = False) -> float:

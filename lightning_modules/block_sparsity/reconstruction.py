@@ -4,63 +4,53 @@ Cheap in memory (one layer with its optimizer state at a time) and close to full
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.progress import stage
-from lightning_modules.batches import Batch
 from lightning_modules.block_sparsity.masks import mask_gradients, mask_weights
-from lightning_modules.stream import LayerInputs, decoder_layers, visiting
+from lightning_modules.stream import LayerInputs
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How long a layer learns.
+
+    Args:
+        steps: Steps of Adam, over the calibration batches in turn.
+        learning_rate: Its learning rate.
+    """
+
+    steps: int
+    learning_rate: float
 
 
 def reconstruct(
-    model: nn.Module,
+    layer: nn.Module,
     matrices: Mapping[str, nn.Linear],
     keep: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    device: torch.device,
-    steps: int,
-    learning_rate: float,
-) -> list[tuple[float, float]]:
-    """Mask one decoder layer after the other and fit its kept weights to the outputs that it had before.
-
-    A layer's target is its output with all its present weights on the inputs of the unmasked model; its inputs while
-    learning are those that the already masked layers below really give.
+    inputs: LayerInputs,
+    targets: Sequence[Tensor],
+    how: Reconstruction,
+) -> tuple[float, float]:
+    """Fit the kept weights of a decoder layer to the outputs that it had before.
 
     Args:
-        model: The model; its pruned weights have not been set to zero yet.
-        matrices: Linear layers by name.
-        keep: Their new masks.
-        batches: Calibration text, see ``batches.Batch``; padding does not count.
-        device: Where to compute.
-        steps: Steps of Adam per layer, over the batches in turn.
-        learning_rate: Its learning rate.
+        layer: A decoder layer, on its device; its pruned weights are zero.
+        matrices: Its linear layers by name.
+        keep: Their masks.
+        inputs: What the layers below it give now; padding does not count.
+        targets: What the layer gave before, by batch: with all its weights, on the inputs of the unmasked model.
+        how: How long.
 
     Returns:
-        Relative squared error of each layer's output, after masking and after learning.
+        Relative squared error of the layer's output, before learning and after.
     """
-    with torch.no_grad():
-        whole, pruned = LayerInputs(model, batches, device), LayerInputs(model, batches, device)
-    errors: list[tuple[float, float]] = []
-    layers = decoder_layers(model)
-    with stage("Reconstruction", len(layers), "layers") as done:
-        for layer in layers.values():
-            inside = set(layer.modules())
-            mine = {name: m for name, m in matrices.items() if m in inside and name in keep}
-            masks = {name: keep[name].to(device) for name in mine}
-            with visiting(layer, device):
-                with torch.no_grad():
-                    whole.advance(layer)
-                    mask_weights(mine, masks)
-                    before = _error(layer, pruned, whole.hidden)
-                _fit(layer, mine, masks, pruned, whole.hidden, steps, learning_rate)
-                with torch.no_grad():
-                    errors.append((before, _error(layer, pruned, whole.hidden)))
-                    pruned.advance(layer)
-            done(len(errors))
-    return errors
+    before = _error(layer, inputs, targets)
+    _fit(layer, matrices, keep, inputs, targets, how)
+    return before, _error(layer, inputs, targets)
 
 
 def _fit(
@@ -69,8 +59,7 @@ def _fit(
     keep: Mapping[str, Tensor],
     inputs: LayerInputs,
     targets: Sequence[Tensor],
-    steps: int,
-    learning_rate: float,
+    how: Reconstruction,
 ) -> None:
     """Adam on the layer's kept weights alone; gradients and flags are left as they were found."""
     required = {p: p.requires_grad for p in layer.parameters()}
@@ -80,9 +69,9 @@ def _fit(
     for p in required:
         p.requires_grad_(p in learning)
         p.grad = None
-    optimizer = torch.optim.Adam(weights, learning_rate)
+    optimizer = torch.optim.Adam(weights, how.learning_rate)
     with torch.enable_grad():
-        for step in range(steps):
+        for step in range(how.steps):
             batch = step % len(targets)
             found, wanted = inputs.through(layer, batch), targets[batch]
             loss = F.mse_loss(inputs.on_tokens(found).float(), inputs.on_tokens(wanted).float())
@@ -96,6 +85,7 @@ def _fit(
         p.grad = gradients[p]
 
 
+@torch.no_grad()
 def _error(layer: nn.Module, inputs: LayerInputs, targets: Sequence[Tensor]) -> float:
     wrong, whole = 0.0, 0.0
     for batch, target in enumerate(targets):

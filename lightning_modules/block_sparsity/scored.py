@@ -18,6 +18,8 @@ from lightning_modules.block_sparsity.tiers import Index, pad, take_blocks
 Formula = Callable[[Tensor, Tensor | None], Tensor]
 """See ``Score.score``."""
 
+NOT_FINITE = "scores are not finite; the weights or the calibration statistics have NaN or Inf"
+
 _SLAB = {"cpu": 1 << 17}  # elements: half a megabyte stays in a core's cache; a GPU wants fewer, larger launches
 _GPU_SLAB = 1 << 22
 
@@ -46,6 +48,20 @@ class Scored:
         scores = self.formula(self.weight[rows], statistic)
         return scores if self.row_means is None else scores.div_(self.row_means[rows, None])
 
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Scores of all rows, some rows at a time, with which they are.
+
+        Raises:
+            ValueError: A score is NaN or infinite.
+        """
+        count = max(1, slab_elements(self.weight.device) // self.weight.shape[1])
+        for first in range(0, len(self.weight), count):
+            rows = slice(first, first + count)
+            scores = self.rows(rows)
+            if not scores.isfinite().all():
+                raise ValueError(NOT_FINITE)
+            yield rows, scores
+
     def blocks(self, index: Index, block: int) -> Iterator[tuple[Index, Tensor]]:
         """Scores of some blocks ``float32 [n, b, b]``, some at a time, with their index; beyond the edge anything."""
         weight = pad(self.weight, block)
@@ -65,11 +81,10 @@ class Scored:
 
     def relative_to_rows(self, keep_RC: Tensor) -> "Scored":
         """The same with every score divided by the mean over what its row still has."""
-        found, count = [], max(1, slab_elements(self.weight.device) // self.weight.shape[1])
-        for first in range(0, len(self.weight), count):
-            rows = slice(first, first + count)
+        found = []
+        for rows, scores in self.slabs():
             keep = keep_RC[rows].view(torch.uint8).float()
-            found.append(self.rows(rows).mul_(keep).sum(1) / keep.sum(1).clamp_min(1))
+            found.append(scores.mul_(keep).sum(1) / keep.sum(1).clamp_min(1))
         return replace(self, row_means=torch.cat(found).clamp_min(torch.finfo(torch.float32).tiny))
 
 

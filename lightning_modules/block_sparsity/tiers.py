@@ -101,6 +101,15 @@ class TierMap:
         self.map_rc[index] = tier
         return kept.view(keep_nbb.shape)
 
+    def choose(self, keep_RC: Tensor) -> None:
+        """Replace the mask by another that the map allows.
+
+        Raises:
+            ValueError: It does not.
+        """
+        self.keep_RC.copy_(keep_RC)
+        self.check()
+
     def kept_per_block(self) -> Tensor:
         """Weights that every block keeps, int64 ``[r, c]``, as its tier and its place at the edge say."""
         b, device = self.block, self.map_rc.device

@@ -11,20 +11,39 @@ from torch import Tensor, nn
 
 from common.variants import Variant
 from lightning_modules.batches import Batch
+from lightning_modules.block_sparsity.inputs import Inputs
 
 
 class Score(Variant):
     """How important each weight of a matrix is, from the weight and one statistic of its matrix.
 
-    Scores are compared inside one matrix (or row, or, under a global scope, over all matrices).
+    Scores are compared inside one matrix (or row, or, under a global scope, over all matrices). The statistic is made
+    from what calibration text gives to the matrix (``statistic``), or from the model as a whole (``statistics``).
     """
+
+    needs_inputs = False
+    """Whether ``statistic`` looks at the inputs."""
+    needs_moments = False
+    """Whether it looks at their moments, too."""
+
+    def statistic(self, weight: Tensor, inputs: Inputs) -> Tensor | None:
+        """What the score needs to know of one matrix besides its weights; nothing by default.
+
+        Args:
+            weight: The matrix ``[R, C]``.
+            inputs: What calibration text gives to it.
+
+        Returns:
+            ``[C]`` or ``[R, C]``, on the weight's device.
+        """
+        return None
 
     def statistics(
         self, model: nn.Module, matrices: Mapping[str, nn.Linear], batches: Sequence[Batch], device: torch.device
     ) -> dict[str, Tensor]:
-        """What the score needs to know of each matrix besides its weights, by name; nothing by default.
+        """The same for every matrix by name, where it does not come from its inputs; nothing by default.
 
-        ``[C]``, or ``[R, C]`` on the matrix's device.
+        Asked before anything is pruned.
 
         Args:
             model: A Hugging Face causal language model with its current weights.
@@ -40,5 +59,5 @@ class Score(Variant):
 
         Args:
             weight: Any part of a matrix: rows ``[rows, C]`` or blocks ``[n, b, b]``.
-            statistic: What ``statistics`` says of that part; broadcasts against it.
+            statistic: What is known of that part; broadcasts against it.
         """

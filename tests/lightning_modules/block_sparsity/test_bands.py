@@ -13,7 +13,7 @@ from lightning_modules.block_sparsity.packing import Layout, pack, unpack
 from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.tiers import TierMap
-from tests.lightning_modules.block_sparsity.toy import batches, scored, tiny_llama
+from tests.lightning_modules.block_sparsity.toy import batches, prune, scored, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def test_bands_that_differ_are_refused_with_the_way_out():
 def test_a_model_in_bands_is_the_plain_packed_one_and_multiplies_band_by_band(dtype, tmp_path):
     model = tiny_llama()
     pruner = Pruner(model, block=8, k=6, scope="band")
-    pruner.prune(model, Ratios(0.25, 0.5, 0.25), Magnitude(), [], CPU)
+    prune(model, pruner, Ratios(0.25, 0.5, 0.25), Magnitude())
     mask_weights(pruner.matrices, pruner.keep)
     for name, bands in (("plain", False), ("bands", True)):
         (tmp_path / name).mkdir()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_modules.block_sparsity.demotion import Ratios, block_sums, demote, quantiles
-from lightning_modules.block_sparsity.masks import unstructured
+from lightning_modules.block_sparsity.masks import groups, lowest, unstructured
 from lightning_modules.block_sparsity.tiers import TierMap, pack_bits, pad, to_blocks, unpack_bits
 from tests.lightning_modules.block_sparsity.toy import loop_iteration, scored
 
@@ -154,10 +154,44 @@ def test_quantiles_are_those_of_each_tier():
 
 def test_unstructured_drops_the_lowest_of_every_row_and_nothing_comes_back():
     scores = _scores((6, 40))
-    keep = unstructured(scores, 0.3, torch.ones(6, 40, dtype=torch.bool))
+    keep = unstructured(scored(scores), 0.3, torch.ones(6, 40, dtype=torch.bool))
     assert (~keep).sum(1).tolist() == [12] * 6
     assert all(scores[i][~keep[i]].max() < scores[i][keep[i]].min() for i in range(6))
-    more = unstructured(_scores((6, 40), 1), 0.5, keep)
+    more = unstructured(scored(_scores((6, 40), 1)), 0.5, keep)
     assert (~more).sum(1).tolist() == [20] * 6 and not (more & ~keep).any()
     with pytest.raises(ValueError, match="come back"):
-        unstructured(scores, 0.4, more)
+        unstructured(scored(scores), 0.4, more)
+
+
+@pytest.mark.parametrize(
+    "draw", [torch.rand, lambda *shape, generator: torch.randint(0, 4, shape, generator=generator)]
+)
+def test_unstructured_masks_are_those_of_a_stable_sort(draw):
+    scores = draw(300, 700, generator=torch.Generator().manual_seed(3)).float()  # more rows than one slab
+    before = torch.rand(scores.shape, generator=torch.Generator().manual_seed(4)) > 0.2
+    order = scores.masked_fill(~before, -1).argsort(dim=1, stable=True)[:, :350]
+    wanted = torch.ones_like(before).scatter_(1, order, False)
+    assert torch.equal(unstructured(scored(scores), 0.5, before), wanted)
+
+
+@pytest.mark.parametrize(("kept", "of"), [(2, 4), (4, 8)])
+def test_groups_keep_their_best_and_of_equals_the_first(kept, of):
+    scores = torch.randint(0, 5, (6, 42), generator=torch.Generator().manual_seed(2)).float()
+    keep = groups(scored(scores), kept, of, torch.ones(6, 42, dtype=torch.bool))
+    for row in range(6):
+        for first in range(0, 42, of):
+            group = scores[row, first : first + of].tolist()
+            best = sorted(range(len(group)), key=lambda n: -group[n])[:kept]
+            assert keep[row, first : first + of].tolist() == [n in best for n in range(len(group))]
+    fewer = keep.clone()
+    fewer[0, keep[0].nonzero()[0]] = False
+    assert torch.equal(groups(scored(scores), kept, of, fewer), fewer)  # what went does not come back
+
+
+def test_chosen_lowest_are_as_many_as_asked_for_in_every_group():
+    values = torch.tensor([[3.0, 1.0, 1.0, 2.0], [5.0, 5.0, 5.0, 5.0], [0.0, 4.0, 2.0, 9.0]])
+    eligible = torch.tensor([[True] * 4, [False, True, True, True], [True] * 4])
+    found = lowest(values, eligible, torch.tensor([1, 2, 0]))
+    assert found.tolist() == [[False, True, False, False], [False, True, True, False], [False] * 4]
+    same = lowest(values, eligible, torch.tensor([2, 2, 2]))
+    assert same.tolist() == [[False, True, True, False], [False, True, True, False], [True, False, True, False]]

@@ -27,7 +27,7 @@ from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.data.instruct import InstructData
 from lightning_modules.frozen import Frozen
-from tests.lightning_modules.block_sparsity.toy import batches, save_tiny, tiny_llama
+from tests.lightning_modules.block_sparsity.toy import batches, prune, save_tiny, tiny_llama
 from tests.lightning_modules.data.toy import Toy
 
 CPU = torch.device("cpu")
@@ -357,8 +357,9 @@ def saved_maps(tmp_path_factory):
     folders = {}
     for pattern in ("tiers", "unstructured"):
         folders[pattern] = tmp_path_factory.mktemp(pattern)
-        pruner = Pruner(tiny_llama(), block=8, k=6, pattern=pattern)
-        pruner.prune(tiny_llama(), LinearSchedule(**SCHEDULE).rows[-1].ratios, Magnitude(), [], CPU)
+        model = tiny_llama()
+        pruner = Pruner(model, block=8, k=6, pattern=pattern)
+        prune(model, pruner, LinearSchedule(**SCHEDULE).rows[-1].ratios, Magnitude())
         pruner.save(folders[pattern])
     return folders
 
@@ -395,8 +396,8 @@ def test_calibration_is_spread_evenly_over_the_training_text(data_cache):
 
 def test_what_prunes_has_seen_the_calibration_text(dense, data_cache, tmp_path, monkeypatch):
     data, seen = _data(data_cache), []
-    original = Wanda.statistics
-    monkeypatch.setattr(Wanda, "statistics", lambda self, m, x, b, d: seen.extend(b) or original(self, m, x, b, d))
+    original = block_module.prune_layers
+    monkeypatch.setattr(block_module, "prune_layers", lambda *a: seen.extend(a[4]) or original(*a))
     _module(dense, tmp_path / "out").prune(data, CPU)
     wanted = torch.cat([batch["input_ids"] for batch in data.calibration(SIZES["calibration_blocks"])])
     assert torch.equal(torch.cat([batch["input_ids"] for batch in seen]), wanted)

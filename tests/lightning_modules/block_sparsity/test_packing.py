@@ -21,7 +21,7 @@ from lightning_modules.block_sparsity.packing import DTYPES, Layout, pack, unpac
 from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.tiers import TOPK, TierMap, to_blocks
-from tests.lightning_modules.block_sparsity.toy import batches, scored, tiny_llama
+from tests.lightning_modules.block_sparsity.toy import batches, prune, scored, tiny_llama
 
 CPU = torch.device("cpu")
 BYTE, CUT = st.integers(1, 255), st.booleans()
@@ -93,7 +93,7 @@ def test_a_weight_that_is_not_masked_or_does_not_fit_is_refused():
 def _pruned_model(tied):
     model = tiny_llama(tied=tied)
     pruner = Pruner(model, block=8, k=6, scope="band")
-    pruner.prune(model, Ratios(0.35, 0.45, 0.2), Magnitude(), [], CPU)
+    prune(model, pruner, Ratios(0.35, 0.45, 0.2), Magnitude())
     mask_weights(pruner.matrices, pruner.keep)
     return model, pruner
 

@@ -8,21 +8,21 @@ import torch.nn.functional as F
 
 from lightning_modules.block_sparsity.masks import violations
 from lightning_modules.block_sparsity.pruner import Pruner
-from lightning_modules.block_sparsity.reconstruction import reconstruct
+from lightning_modules.block_sparsity.reconstruction import Reconstruction
 from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
-from tests.lightning_modules.block_sparsity.toy import batches, padded, tiny_llama
+from tests.lightning_modules.block_sparsity.toy import batches, padded, prune, tiny_llama
 
-CPU = torch.device("cpu")
 TARGET = LinearSchedule(dense=0.3, mid_2_4=0.4, topk=0.3).rows[-1].ratios
 RATE = 3e-3
 
 
-def _pruned():
+def _learn(text, steps):
+    """A model pruned by magnitude whose layers have learned; its pruner, and the errors."""
     model = tiny_llama()
     pruner = Pruner(model, block=8, k=6)
-    pruner.prune(model, TARGET, Magnitude(), [], CPU)
-    return model, pruner
+    errors = prune(model, pruner, TARGET, Magnitude(), text, reconstruction=Reconstruction(steps, RATE)).layers
+    return model, pruner, errors
 
 
 def _output(model, layer, batch):
@@ -61,19 +61,17 @@ def _slowly(model, keep, text, steps):
 
 
 def test_layers_learn_the_whole_models_outputs_from_the_pruned_models_inputs():
-    text = batches(3)
-    (fast, pruner), (slow, _) = _pruned(), _pruned()
+    text, slow = batches(3), tiny_llama()
+    _, pruner, found = _learn(text, steps=5)
     wanted = _slowly(slow, pruner.keep, text, steps=5)
-    found = reconstruct(fast, pruner.matrices, pruner.keep, text, CPU, 5, RATE)
     assert [after for _, after in found] == pytest.approx(wanted, rel=1e-3)
     for name, matrix in pruner.matrices.items():
         torch.testing.assert_close(matrix.weight, slow.get_submodule(name).weight, rtol=1e-4, atol=1e-5)
 
 
 def test_reconstruction_brings_outputs_closer_and_holds_masks():
-    model, pruner = _pruned()
-    norm = model.model.norm.weight.clone()
-    errors = reconstruct(model, pruner.matrices, pruner.keep, batches(4, 4), CPU, steps=20, learning_rate=RATE)
+    model, pruner, errors = _learn(batches(4, 4), steps=20)
+    norm = tiny_llama().model.norm.weight
     assert len(errors) == 2 and all(after < 0.9 * before for before, after in errors)
     assert violations(pruner.matrices, pruner.keep) == 0
     assert torch.equal(model.model.norm.weight, norm) and all(p.grad is None for p in model.parameters())
@@ -84,8 +82,7 @@ def test_padding_teaches_nothing(side):
     batch, weights = batches(1)[0], []
     row = {name: part[:1, :7] for name, part in batch.items()}
     for text in (row, padded({name: part[:1] for name, part in batch.items()}, [7], side)):
-        model, pruner = _pruned()
-        reconstruct(model, pruner.matrices, pruner.keep, [text], CPU, 3, RATE)
+        _, pruner, _ = _learn([text], steps=3)
         weights.append({name: matrix.weight for name, matrix in pruner.matrices.items()})
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_modules.block_sparsity.layerwise import Method, prune_layers
 from lightning_modules.block_sparsity.scored import Scored
 
 VOCAB = 320
@@ -50,6 +51,11 @@ def padded(batch: dict[str, torch.Tensor], lengths: list[int], side: str = "righ
         positions[row, here] = torch.arange(length)
         positions[row, empty] = torch.arange(width - length)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions}
+
+
+def prune(model, pruner, target, score, text=(), **method):
+    """One iteration on the CPU; the errors that it tells."""
+    return prune_layers(model, pruner, target, Method(score, **method), text, torch.device("cpu"))
 
 
 def scored(scores: torch.Tensor) -> Scored:

@@ -1,0 +1,215 @@
+"""Pruning one decoder layer after the other, each on what the pruned layers below it give.
+
+Statistics, masks, new values and, where asked for, learning: all of a layer while it is on the device, before the next
+one is looked at. So do Wanda and SparseGPT; what the unpruned model gives to a layer is not what it will get.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.progress import stage
+from lightning_modules.batches import Batch
+from lightning_modules.block_sparsity.demotion import Ratios, demote
+from lightning_modules.block_sparsity.inputs import Inputs, collecting
+from lightning_modules.block_sparsity.layer_files import LayerFiles
+from lightning_modules.block_sparsity.masks import mask_weights
+from lightning_modules.block_sparsity.pruner import Pruner
+from lightning_modules.block_sparsity.reconstruction import Reconstruction, reconstruct
+from lightning_modules.block_sparsity.scores import Score
+from lightning_modules.block_sparsity.updates import Update
+from lightning_modules.block_sparsity.updates.base import relative_error
+from lightning_modules.stream import LayerInputs, decoder_layers, visiting
+
+Statistics = Literal["sequential", "dense"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a layer is pruned.
+
+    Args:
+        score: Which weights matter.
+        statistics: "sequential": a layer is given what the pruned layers below it give; "dense": what the model as it
+            was gives, which saves a pass over the layer.
+        update: New values of the weights that stay.
+        reconstruction: What the layer learns afterwards.
+    """
+
+    score: Score
+    statistics: Statistics = "sequential"
+    update: Update | None = None
+    reconstruction: Reconstruction | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What makes a difference, as plain values."""
+        return {
+            "score": self.score.describe(),
+            "statistics": self.statistics,
+            "update": self.update.describe() if self.update else None,
+            "reconstruction": asdict(self.reconstruction) if self.reconstruction else None,
+        }
+
+
+@dataclass
+class Errors:
+    """How far the outputs on the calibration text are off, squared and relative: before something and after it.
+
+    Attributes:
+        matrices: Of each matrix, by name: only masked, and updated.
+        layers: Of each decoder layer: before and after learning.
+    """
+
+    matrices: dict[str, tuple[float, float]] = field(default_factory=dict)
+    layers: list[tuple[float, float]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def prune_layers(
+    model: nn.Module,
+    pruner: Pruner,
+    target: Ratios,
+    method: Method,
+    batches: Sequence[Batch],
+    device: torch.device,
+    folder: Path | None = None,
+) -> Errors:
+    """One iteration: new masks from the current weights, new values for those that stay, zero for the others.
+
+    Args:
+        model: The model that the pruner's matrices belong to.
+        pruner: Its masks; they follow.
+        target: Ratios after the iteration; an unstructured mask gets the sparsity that they would have.
+        method: How.
+        batches: Calibration text, see ``batches.Batch``; none is needed where nothing looks at inputs.
+        device: Where to compute; layers visit it one after the other.
+        folder: Where finished layers are kept for a run that goes on after this one was interrupted.
+
+    Raises:
+        ValueError: See ``demotion.demote`` and ``LayerInputs``.
+    """
+    score, update, learning = method.score, method.update, method.reconstruction
+    pruner.check_target(target)
+    known = score.statistics(model, pruner.matrices, batches, device)
+    targets = dict.fromkeys(pruner.matrices, target)
+    if pruner.tiers and pruner.scope == "global":
+        targets = _shares(model, pruner, target, score, known, batches, device)
+    looks = score.needs_inputs or update is not None
+    moments = score.needs_moments or update is not None
+    sequential = method.statistics == "sequential"
+    pruned = LayerInputs(model, batches, device) if learning or (looks and sequential) else None
+    whole = LayerInputs(model, batches, device) if learning or (looks and not sequential) else None
+    about = [method.describe(), pruner.describe(), {name: asdict(ratios) for name, ratios in targets.items()}]
+    finished = LayerFiles(folder, about, (part for batch in batches for _, part in sorted(batch.items())))
+    errors, means, layers = Errors(), dict[str, Tensor](), decoder_layers(model)
+    with stage("Pruning", len(layers), "layers") as done:
+        for number, layer in enumerate(layers.values(), 1):
+            mine = inside(layer, pruner.matrices)
+            with visiting(layer, device), pruner.visiting(mine, device):
+                kept = finished.next({**_weights(mine), **pruner.tensors(mine)})
+                source, inputs = pruned if sequential else whole, dict[str, Inputs]()
+                if kept is None and looks and source is not None:
+                    with collecting(mine, source, moments) as inputs:
+                        for batch in range(len(batches)):
+                            source.through(layer, batch)
+                if whole is not None:
+                    whole.advance(layer)
+                if kept is None:
+                    found = {n: _cut(n, pruner, targets[n], method, known.get(n), inputs.get(n), errors) for n in mine}
+                    if learning is not None and pruned is not None and whole is not None:
+                        keep = {name: pruner.keep[name] for name in mine}
+                        errors.layers.append(reconstruct(layer, mine, keep, pruned, whole.hidden, learning))
+                    finished.write({**_weights(mine), **pruner.tensors(mine), **found})
+                else:
+                    found = _take(mine, pruner, kept)
+                means |= {name: mean.cpu() for name, mean in found.items()}
+                if pruned is not None and number < len(layers):
+                    pruned.advance(layer)
+            done(number)
+    pruner.note(means)
+    return errors
+
+
+def _cut(
+    name: str,
+    pruner: Pruner,
+    target: Ratios,
+    method: Method,
+    known: Tensor | None,
+    inputs: Inputs | None,
+    errors: Errors,
+) -> Tensor:
+    """New mask and values of one matrix; the mean scores of its blocks, see ``Pruner.cut``."""
+    weight, update = pruner.matrices[name].weight, method.update
+    try:
+        if known is not None:
+            known = known.to(weight.device)
+        elif inputs is not None:
+            known = method.score.statistic(weight.detach(), inputs)
+        means, choice = pruner.cut(name, method.score, known, target)
+        if update is not None and inputs is not None and inputs.tokens:
+            was, keep = weight.detach().float(), pruner.keep[name]
+            found, chosen = update.apply(was, keep, inputs.moments, choice)
+            before = relative_error(was.masked_fill(~keep, 0.0), was, inputs.moments)
+            errors.matrices[name] = (before, relative_error(found, was, inputs.moments))
+            pruner.choose(name, chosen)
+            weight.copy_(found)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"{name}: the inputs are too much alike to update ({error}); give a larger damping") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
+    mask_weights({name: pruner.matrices[name]}, {name: pruner.keep[name]})
+    return means
+
+
+def _take(mine: Mapping[str, nn.Linear], pruner: Pruner, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A finished layer's weights and masks; the mean scores of its blocks."""
+    for name, matrix in mine.items():
+        matrix.weight.copy_(kept[f"{name}.weight"])
+        pruner.take(name, kept)
+    return {name: kept[name] for name in mine}
+
+
+def _shares(
+    model: nn.Module,
+    pruner: Pruner,
+    target: Ratios,
+    score: Score,
+    known: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    device: torch.device,
+) -> dict[str, Ratios]:
+    """What each matrix gets of ratios for which all compete, by what the model as it is gives to it."""
+    scores = {}
+    if not score.needs_inputs:
+        scores = {name: pruner.scored(name, score, known.get(name)) for name in pruner.matrices}
+    else:
+        stream, layers = LayerInputs(model, batches, device), decoder_layers(model)
+        with stage("Shares of the matrices", len(layers), "layers") as done:
+            for number, layer in enumerate(layers.values(), 1):
+                mine = inside(layer, pruner.matrices)
+                with visiting(layer, device), collecting(mine, stream, score.needs_moments) as inputs:
+                    stream.advance(layer)
+                    found = {n: score.statistic(m.weight.detach(), inputs[n]) for n, m in mine.items()}
+                for name, statistic in found.items():
+                    home = pruner.matrices[name].weight.device
+                    scores[name] = pruner.scored(name, score, None if statistic is None else statistic.to(home))
+                done(number)
+    tiers = copy.deepcopy(pruner.tiers)
+    demote(scores, tiers, target, "global")
+    return {name: Ratios(*(count / one.map_rc.numel() for count in one.counts())) for name, one in tiers.items()}
+
+
+def inside(layer: nn.Module, matrices: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Those of the matrices that belong to a layer."""
+    modules = set(layer.modules())
+    return {name: matrix for name, matrix in matrices.items() if matrix in modules}
+
+
+def _weights(mine: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    return {f"{name}.weight": matrix.weight for name, matrix in mine.items()}
