@@ -84,8 +84,8 @@ class TierSchedule(Measurement):
         while self._next < len(pl_module.rows) and self._over(trainer, pl_module):
             row = pl_module.rows[self._next]
             pl_module.start_iteration(row, trainer.datamodule, pl_module.device)
-            if self._next:
-                pl_module.lower_learning_rate()
+            steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            pl_module.restart(self._next, steps * max(row.epochs, 1))
             self._next += 1
             self._since = trainer.current_epoch
             self._stale, self._best = 0, math.inf

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from common.names import clean_name
@@ -152,13 +153,12 @@ class CausalLM(L.LightningModule):
         # grad scaler, and under autocast without sharding even where nothing is scaled.
         fused = self.trainer.precision != "16-mixed" and not isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
-        scheduler = get_scheduler(
-            self.lr_schedule,
-            optimizer,
-            num_warmup_steps=self.warmup_steps,
-            num_training_steps=int(self.trainer.estimated_stepping_batches),
-        )
+        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+        """``lr_schedule`` over so many optimizer steps."""
+        return get_scheduler(self.lr_schedule, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
 
     def inputs(self) -> list[Any]:
         """Folders, files and hub names that this module reads, and which no result may replace; None is passed over."""

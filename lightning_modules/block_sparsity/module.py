@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
 from common.files import check_output, replacing
@@ -19,8 +20,9 @@ from lightning_modules.block_sparsity.layer_files import layer_folder, remove_la
 from lightning_modules.block_sparsity.layerwise import Method, Statistics, prune_layers
 from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
 from lightning_modules.block_sparsity.packed_model import PACKED_FILE, read_tiers, write_model, write_packed
-from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner
+from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner, tiers_file
 from lightning_modules.block_sparsity.reconstruction import Reconstruction
+from lightning_modules.block_sparsity.restarts import Restarts
 from lightning_modules.block_sparsity.schedules import Schedule
 from lightning_modules.block_sparsity.schedules.base import Row
 from lightning_modules.block_sparsity.schedules.cubic import CubicSchedule
@@ -47,6 +49,7 @@ class BlockSparsity(CausalLM):
     Args:
         pretrained: Hugging Face folder, GGUF file or hub name to start from; with tier maps in it, pruning goes on from
             them.
+        tier_maps: Tier maps that ``pretrained`` was pruned by, or a folder with them, where they do not lie beside it.
         output: Folder for the result. An earlier result is replaced when the new one is complete.
         overwrite: Replace ``output`` also where Pare did not write it.
         schedule: Iterations; by default five along a cubic curve to 35/45/20 % dense/2:4/top-k.
@@ -70,18 +73,20 @@ class BlockSparsity(CausalLM):
         reconstruction_lr: Adam's learning rate for that.
         teacher: Dense model to distil from; None trains on the text alone.
         distill_weight: Share of the distillation loss.
-        iteration_lr_factor: The learning rate is multiplied by this at every iteration after the first.
+        iteration_lr_factor: The learning rate, which starts again with every iteration, is multiplied by this at each
+            after the first.
         export_dtype: Type of packed values; by default the model's own where it has 16 bits, else float16. "int8"
             stores the tiers in 8 bits with scales, and everything else in that.
         export_bands: Pack in bands of rows, as products with packed weights read them; needs the scope "band".
         budget: The old name of ``scope``; an error says so.
-        **kwargs: Optimizer and schedule, see ``CausalLM``.
+        **kwargs: Optimizer and schedule, see ``CausalLM``; warm-up and schedule are those of one iteration.
     """
 
     def __init__(
         self,
         pretrained: str,
         output: str = "runs/block_sparsity/model",
+        tier_maps: str | None = None,
         overwrite: bool = False,
         schedule: Schedule | None = None,
         iteration: int | None = None,
@@ -122,6 +127,7 @@ class BlockSparsity(CausalLM):
         self.pretrained = pretrained
         self.folder = Path(pretrained).expanduser()  # where a Hub name leads nowhere
         self.output = Path(output).expanduser()
+        self.maps = Path(tier_maps).expanduser() if tier_maps is not None else self.folder
         self.overwrite = overwrite
         self.schedule = schedule or CubicSchedule()
         self.rows = self.schedule.rows if iteration is None else [self.schedule.row(iteration)]
@@ -157,8 +163,10 @@ class BlockSparsity(CausalLM):
                 load_config(path)
         if command in ("fit", "prune", "export"):
             check_output(self.output, "model.output", self._inputs(data), self.overwrite)
-        folder, packed = self.folder, (self.folder / PACKED_FILE).is_file()
-        if command in ("export", "verify") and not (folder / TIERS_FILE).is_file():
+        folder, packed, maps = self.folder, (self.folder / PACKED_FILE).is_file(), tiers_file(self.maps)
+        if maps is None and self.maps != folder:
+            raise FileNotFoundError(f"model.tier_maps: {self.maps} is or has no tier maps ({TIERS_FILE})")
+        if command in ("export", "verify") and maps is None:
             if command == "verify" and packed:
                 raise ValueError(f"model.pretrained: {folder} is packed; give the pruned folder that it was made from")
             if not packed:
@@ -170,7 +178,7 @@ class BlockSparsity(CausalLM):
 
     def _inputs(self, data: Any) -> list[Any]:
         """What is read, and so must not be written over."""
-        return [self.pretrained, self.teacher, *(data.inputs() if hasattr(data, "inputs") else ())]
+        return [self.pretrained, self.teacher, self.maps, *(data.inputs() if hasattr(data, "inputs") else ())]
 
     # ---- the model --------------------------------------------------------------------------------------------
 
@@ -183,8 +191,8 @@ class BlockSparsity(CausalLM):
         self.pruner = Pruner(model, **self._pruning)  # type: ignore[arg-type]
         if packed:
             self.pruner.adopt(read_tiers(folder), str(folder / PACKED_FILE))
-        elif (folder / TIERS_FILE).is_file():
-            self.pruner.load(folder)
+        elif tiers_file(self.maps):
+            self.pruner.load(self.maps)
         check_held(self.pruner.matrices, self.pruner.keep, f"in {self.pretrained}")
         return model.train()
 
@@ -224,16 +232,30 @@ class BlockSparsity(CausalLM):
             if pairs:
                 before, after = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
                 rank_zero_info(f"{what}: mean relative error {before:.4f} → {after:.4f}")
+        self.pruner.iteration = row.iteration
         rank_zero_info(
             f"iteration {row.iteration}: {100 * self.pruner.sparsity()['sparsity']:.2f} % of the weights are zero"
         )
 
-    def lower_learning_rate(self) -> None:
-        """Multiply the schedule's learning rate by ``iteration_lr_factor``; the checkpoint remembers it."""
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+        """See ``CausalLM.scheduler``; ``restart`` begins again."""
+        return LambdaLR(optimizer, Restarts(self.lr_schedule, self.warmup_steps, steps))
+
+    def restart(self, iteration: int, steps: int) -> None:
+        """Begin an iteration's fine-tuning: a fresh optimizer, and the learning rate from its warm-up on.
+
+        Args:
+            iteration: How many were fine-tuned before in this run; ``iteration_lr_factor`` counts as often.
+            steps: Optimizer steps that it has.
+        """
         scheduler: Any = self.lr_schedulers()
-        scheduler.base_lrs = [rate * self.iteration_lr_factor for rate in scheduler.base_lrs]
-        for group in scheduler.optimizer.param_groups:
-            group["lr"] *= self.iteration_lr_factor
+        scheduler.optimizer.state.clear()  # moments of weights that were others
+        for rate in scheduler.lr_lambdas:
+            rate.start(scheduler.last_epoch, steps, self.iteration_lr_factor**iteration)
+        for group, peak, rate in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = peak * rate(scheduler.last_epoch)
 
     def _merge(self) -> None:
         """Take the adapters into the weights they may change; nothing without adapters."""

@@ -19,7 +19,8 @@ from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.tiers import DENSE, MID, TierMap, pack_bits, pad, unpack_bits
 from lightning_modules.block_sparsity.updates.base import Choice
 
-TIERS_FILE = "tiers.safetensors"
+TIERS_FILE = "tiers.map"  # a safetensors file by another name: engines take all *.safetensors for weights
+_OLD_TIERS_FILE = "tiers.safetensors"
 Pattern = Literal["tiers", "unstructured", "2:4", "4:8"]
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """Of how many neighbours in a row how many stay."""
@@ -41,6 +42,7 @@ class Pruner:
         matrices: The linear layers by name.
         tiers: Their tier maps; empty for other patterns.
         keep: Their masks, bool ``[R, C]``.
+        iteration: Of the schedule, the last that was made; 0 before.
         quantiles: Of the block scores in each tier at the last iteration; empty before it, or without tiers.
 
     Raises:
@@ -66,6 +68,7 @@ class Pruner:
         self.tiers = tiers if pattern == "tiers" else {}
         self._masks = {} if self.tiers else {n: t.keep_RC for n, t in tiers.items()}
         self.quantiles: dict[str, list[float]] = {}
+        self.iteration = 0
 
     @property
     def keep(self) -> dict[str, Tensor]:
@@ -211,7 +214,7 @@ class Pruner:
 
     def state(self) -> dict[str, Any]:
         """Maps and masks as plain values and small tensors, for checkpoints."""
-        sizes = {"pattern": self.pattern, "block": self.block, "k": self.k}
+        sizes = {"pattern": self.pattern, "block": self.block, "k": self.k, "iteration": self.iteration}
         return {**sizes, "quantiles": self.quantiles, "tensors": self.tensors(self.matrices)}
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -237,7 +240,7 @@ class Pruner:
                 raise ValueError(
                     f"{source} has {name} {state[field]}, this run has {here}: set {name} to {state[field]}"
                 )
-        self.quantiles = state.get("quantiles", {})
+        self.quantiles, self.iteration = state.get("quantiles", {}), state.get("iteration", 0)
         names = {name.rpartition(".")[0] for name in state["tensors"]}
         if names != set(self.matrices):
             other = sorted(names ^ set(self.matrices))
@@ -270,22 +273,28 @@ class Pruner:
     def save(self, folder: Path) -> None:
         """Write maps and masks into a model's folder."""
         state = self.state()
-        about = {field: str(state[field]) for field in ("pattern", "block", "k")}
+        about = {field: str(state[field]) for field in ("pattern", "block", "k", "iteration")}
+        if self.tiers:
+            about |= {name: f"{share:.6f}" for name, share in vars(self.ratios()).items()}
         tensor_file.write(folder / TIERS_FILE, "tier maps", state["tensors"], about)
 
-    def load(self, folder: Path) -> None:
+    def load(self, path: Path) -> None:
         """Read what ``save`` wrote.
 
+        Args:
+            path: The file, or a folder with one.
+
         Raises:
-            FileNotFoundError: The folder has no tier maps.
+            FileNotFoundError: There are no tier maps.
             ValueError: They are damaged, or see ``load_state``.
         """
-        path = folder / TIERS_FILE
+        path = tiers_file(path) or path
         tensors, about = tensor_file.read(path, "tier maps", ("pattern", "block", "k"))
-        if not (about["block"].isdecimal() and about["k"].isdecimal()):
-            raise ValueError(f"{path}: damaged, block or k is no number; write or fetch it again")
-        sizes = {"pattern": about["pattern"], "block": int(about["block"]), "k": int(about["k"])}
-        self.load_state({**sizes, "tensors": tensors}, str(path))
+        numbers = {"iteration": "0", **about}
+        if not all(numbers[field].isdecimal() for field in ("block", "k", "iteration")):
+            raise ValueError(f"{path}: damaged, block, k or iteration is no number; write or fetch it again")
+        sizes = {field: int(numbers[field]) for field in ("block", "k", "iteration")}
+        self.load_state({"pattern": about["pattern"], **sizes, "tensors": tensors}, str(path))
 
     def adopt(self, packed: Iterable[tuple[str, Tensor, Tensor, Layout]], source: str) -> None:
         """Take over the tier maps and masks of a packed model.
@@ -325,6 +334,12 @@ class Pruner:
             self.tiers[name].to(device)
         else:
             self._masks[name] = self._masks[name].to(device)
+
+
+def tiers_file(path: Path) -> Path | None:
+    """The tier maps that a path is or holds."""
+    found = (path, path / TIERS_FILE, path / _OLD_TIERS_FILE)
+    return next((file for file in found if file.is_file()), None)
 
 
 def packed_bits(target: Ratios, block: int, k: int, values: str = "float16", bands: bool = False) -> float:

@@ -9,13 +9,15 @@ from tempfile import TemporaryDirectory
 from lightning_modules.block_sparsity.schedules.base import START, Row, Schedule, check_row
 
 COLUMNS = tuple(field.name for field in fields(Row))
+NEEDED = ("dense", "mid_2_4", "topk", "epochs")
 _MOST = 1_000_000  # iterations and epochs: beyond it a number is a mistake
 
 
 class CsvSchedule(Schedule):
-    """A schedule from a CSV file with the columns ``iteration,dense,mid_2_4,topk,dense_to_2_4,mid_2_4_to_topk,epochs``.
+    """A schedule from a CSV file with the columns ``dense,mid_2_4,topk,epochs``: shares after each iteration.
 
-    Empty lines, and lines that begin with ``#``, are skipped. The identities are checked: dense = dense before −
+    It may have ``iteration,dense_to_2_4,mid_2_4_to_topk`` as well: what follows from the shares, and is checked against
+    them. Empty lines, and lines that begin with ``#``, are skipped. The identities are checked: dense = dense before −
     dense_to_2_4; mid_2_4 = mid_2_4 before + dense_to_2_4 − mid_2_4_to_topk; the three shares sum to one; nothing moves
     upwards. Before the first row everything is dense.
 
@@ -54,11 +56,12 @@ def read_rows(path: Path) -> list[Row]:
             header = _header(path, line, values)
             continue
         place = f"{path.name}, row {len(rows) + 1} (line {line})"
-        row = _parse(place, header, values)
-        check_row(place, row, rows[-1] if rows else START)
+        before = rows[-1] if rows else START
+        row = _parse(place, header, values, before)
+        check_row(place, row, before)
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path.name} has no iteration: a line with {','.join(COLUMNS)}, then one line for each")
+        raise ValueError(f"{path.name} has no iteration: a line with {','.join(NEEDED)}, then one line for each")
     return rows
 
 
@@ -84,19 +87,20 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _header(path: Path, line: int, values: list[str]) -> list[str]:
-    wanted = f"the columns are {','.join(COLUMNS)}"
+    more = [column for column in COLUMNS if column not in NEEDED]
+    wanted = f"the columns are {','.join(NEEDED)}, and possibly {','.join(more)}"
     for column in values:
         if column not in COLUMNS:
             raise ValueError(f"{path.name}, line {line}: unknown column {column!r}; {wanted}")
         if values.count(column) > 1:
             raise ValueError(f"{path.name}, line {line}: column {column} is there twice; {wanted}")
-    missing = [column for column in COLUMNS if column not in values]
+    missing = [column for column in NEEDED if column not in values]
     if missing:
         raise ValueError(f"{path.name}, line {line}: missing column {', '.join(missing)}; {wanted}")
     return values
 
 
-def _parse(place: str, header: list[str], values: list[str]) -> Row:
+def _parse(place: str, header: list[str], values: list[str], before: Row) -> Row:
     if len(values) != len(header):
         raise ValueError(f"{place} has {len(values)} values for {len(header)} columns")
     numbers: dict[str, float] = {}
@@ -107,6 +111,9 @@ def _parse(place: str, header: list[str], values: list[str]) -> Row:
             raise ValueError(f"{place}, column {column}: {text!r} is not a number") from None
         if not math.isfinite(numbers[column]):
             raise ValueError(f"{place}, column {column}: {text} is not a finite number")
+    numbers.setdefault("iteration", before.iteration + 1)
+    numbers.setdefault("dense_to_2_4", before.dense - numbers["dense"])
+    numbers.setdefault("mid_2_4_to_topk", numbers["topk"] - before.topk)
     for column in ("iteration", "epochs"):
         if not numbers[column].is_integer() or not 0 <= numbers[column] <= _MOST:
             raise ValueError(f"{place}, column {column}: {numbers[column]:g} is not a whole number from 0 to {_MOST:,}")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,12 +20,14 @@ from common.manifest import DamagedError
 from common.records.schema import TIERS
 from lightning_modules.block_sparsity import BlockSparsity, load_packed, verification
 from lightning_modules.block_sparsity import module as block_module
+from lightning_modules.block_sparsity.layer_files import layer_folder
 from lightning_modules.block_sparsity.masks import mask_weights, violations
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pruner
 from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
 from lightning_modules.block_sparsity.scores.gradient import Gradient
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
+from lightning_modules.block_sparsity.updates.obs import Obs
 from lightning_modules.data.instruct import InstructData
 from lightning_modules.frozen import Frozen
 from tests.lightning_modules.block_sparsity.toy import batches, prune, save_tiny, tiny_llama
@@ -90,7 +93,7 @@ def test_all_iterations_in_one_fit_hold_the_masks_and_leave_a_record(fitted, den
     assert [entry["iteration"] for entry in block["iterations"]] == [1, 2, 3]
     assert [entry["violations"] for entry in block["iterations"]] == [0, 0, 0]
     zeros = [entry["sparsity"] for entry in block["iterations"]]
-    assert zeros == sorted(zeros) and zeros[-1] == pytest.approx(0.2 + 0.3 * (1 - 6 / 64), abs=0.02)
+    assert zeros == sorted(zeros) and zeros[-1] == pytest.approx(0.2 + 0.3 * (1 - 6 / 64), abs=0.03)
     assert all(entry["ppl"] > 1 for entry in block["iterations"])
     for matrix in block["matrices"]:
         assert len(matrix["map"]) == matrix["rows"] * matrix["columns"] and set(matrix["map"]) <= set("012")
@@ -151,6 +154,77 @@ def test_without_the_masks_training_does_bring_zeros_back(fitted, dense, data_ca
     monkeypatch.setattr(module, "optimizer_step", lambda *a, **k: L.LightningModule.optimizer_step(module, *a, **k))
     with pytest.raises(RuntimeError, match="pruned weights are not zero after epoch 0"):
         _fit(module, data_cache, tmp_path)
+
+
+def test_every_iteration_has_the_learning_rate_of_a_run_of_its_own(dense, data_cache, tmp_path):
+    class Rates(L.Callback):
+        def __init__(self):
+            self.rates, self.moments = [], []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            self.moments.append(len(trainer.optimizers[0].state))
+
+    schedule = LinearSchedule(**{**SCHEDULE, "iterations": 2, "epochs": 2})
+    options = {"warmup_steps": 2, "schedule": schedule, "iteration_lr_factor": 0.5}
+    whole, alone = Rates(), Rates()
+    _fit(_module(dense, tmp_path / "out", **options), data_cache, tmp_path, steps=3, callbacks=[whole])
+    _fit(_module(dense, tmp_path / "one", **options, iteration=1), data_cache, tmp_path / "b", callbacks=[alone])
+    assert whole.rates[:6] == alone.rates and max(alone.rates) == 1e-2 and alone.rates[0] == 0
+    assert whole.rates[6:] == pytest.approx([rate / 2 for rate in alone.rates])
+    assert whole.moments[6] == 0 < whole.moments[7]
+    resumed = Rates()
+    ckpt = str(tmp_path / "ckpt/epoch=2.ckpt")
+    _fit(_module(dense, tmp_path / "again", **options), data_cache, tmp_path / "c", ckpt=ckpt, callbacks=[resumed])
+    assert resumed.rates == whole.rates[9:]
+
+
+def test_a_schedule_that_cannot_start_again_is_refused(dense, data_cache, tmp_path):
+    with pytest.raises(ValueError, match="lr_schedule reduce_lr_on_plateau"):
+        _fit(_module(dense, tmp_path / "out", lr_schedule="reduce_lr_on_plateau"), data_cache, tmp_path)
+
+
+def test_tier_maps_may_lie_elsewhere_and_say_their_iteration(dense, data_cache, tmp_path):
+    data = _data(data_cache)
+    _module(dense, tmp_path / "1", iteration=1).prune(data, CPU)
+    tuned = tmp_path / "tuned"  # by another program, which leaves no maps
+    AutoModelForCausalLM.from_pretrained(tmp_path / "1").save_pretrained(tuned)
+    for maps in (tmp_path / "1", tmp_path / "1" / TIERS_FILE):
+        module = _module(tuned, tmp_path / "2", iteration=2, tier_maps=str(maps))
+        module.prune(data, CPU)
+        assert module.pruner.iteration == 2
+    before, after = (_module(tmp_path / n, tmp_path / "x") for n in "12")
+    before.configure_model(), after.configure_model()
+    assert (before.pruner.iteration, after.pruner.iteration) == (1, 2)
+    for name, keep in after.pruner.keep.items():
+        assert not (keep & ~before.pruner.keep[name]).any()
+    with safe_open(tmp_path / "2" / TIERS_FILE, "pt") as file:
+        shares = {name: float(file.metadata()[name]) for name in ("dense", "mid_2_4", "topk")}
+    assert shares == pytest.approx(vars(after.pruner.ratios()), abs=1e-5)
+    with pytest.raises(FileNotFoundError, match=r"model\.tier_maps: .*nowhere"):
+        _module(tuned, tmp_path / "3", tier_maps=str(tmp_path / "nowhere")).check_arguments("prune", None)
+    assert [path.name for path in (tmp_path / "2").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_maps_by_their_old_name_are_read(dense, data_cache, tmp_path):
+    _module(dense, tmp_path / "1").prune(_data(data_cache), CPU)
+    (tmp_path / "1" / TIERS_FILE).rename(tmp_path / "1/tiers.safetensors")
+    (tmp_path / "1/pare.json").unlink()
+    module = _module(tmp_path / "1", tmp_path / "x")
+    module.configure_model()
+    assert module.pruner.sparsity()["sparsity"] > 0.4
+
+
+def test_weights_that_stay_are_updated_and_finished_layers_are_gone_in_the_end(dense, data_cache, tmp_path):
+    data, ppl = _data(data_cache), {}
+    for name, update in {"plain": None, "updated": Obs()}.items():
+        module = _module(dense, tmp_path / name, update=update, score=Magnitude())
+        ppl[name] = module.prune(data, CPU)["val_ppl"]
+        assert module.check_masks("afterwards") == 0
+        assert not layer_folder(tmp_path / name).exists()
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ppl]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(weights[0][name], weights[1][name])
 
 
 def test_patience_ends_iterations_early_and_the_learning_rate_follows(dense, data_cache, tmp_path):

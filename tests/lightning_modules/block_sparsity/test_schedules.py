@@ -105,6 +105,16 @@ def test_a_file_as_spreadsheets_and_people_write_it_is_the_same_schedule(tmp_pat
     assert _csv(tmp_path, swapped).rows == _csv(tmp_path, SEED).rows
 
 
+def test_shares_and_epochs_are_enough_and_what_follows_from_them_may_be_left_out(tmp_path):
+    table = [line.split(",") for line in SEED.splitlines()]
+    for columns in ([1, 2, 3, 6], [6, 3, 1, 2], [1, 2, 3, 4, 6], [0, 1, 2, 3, 6]):
+        text = "\n".join(",".join(line[i] for i in columns) for line in table)
+        for mine, whole in zip(_csv(tmp_path, text).rows, _csv(tmp_path, SEED).rows, strict=True):
+            assert vars(mine) == pytest.approx(vars(whole))
+    with pytest.raises(ValueError, match=r"row 2 .*dense_to_2_4: -0\.1 is not between 0 and 1: a block is never"):
+        _csv(tmp_path, "dense,mid_2_4,topk,epochs\n0.8,0.2,0,1\n0.9,0.1,0,1")
+
+
 def test_a_file_in_another_encoding_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"s\.csv is not UTF-8 text"):
         _csv(tmp_path, SEED.encode("utf-16"))
