@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from common.progress import stage
@@ -19,8 +20,10 @@ from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.inputs import Inputs, collecting
 from lightning_modules.block_sparsity.layer_files import LayerFiles
 from lightning_modules.block_sparsity.masks import mask_weights
+from lightning_modules.block_sparsity.mix import Mix, best_mix
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.block_sparsity.reconstruction import Reconstruction, reconstruct
+from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.updates import Update
 from lightning_modules.block_sparsity.updates.base import relative_error
@@ -73,7 +76,7 @@ class Errors:
 def prune_layers(
     model: nn.Module,
     pruner: Pruner,
-    target: Ratios,
+    target: Ratios | Mix,
     method: Method,
     batches: Sequence[Batch],
     device: torch.device,
@@ -84,7 +87,8 @@ def prune_layers(
     Args:
         model: The model that the pruner's matrices belong to.
         pruner: Its masks; they follow.
-        target: Ratios after the iteration; an unstructured mask gets the sparsity that they would have.
+        target: Ratios after the iteration, of which an unstructured mask gets the sparsity that they would have; or
+            bits, for which the mix that loses least is found first, by what the model as it is gives to each matrix.
         method: How.
         batches: Calibration text, see ``batches.Batch``; none is needed where nothing looks at inputs.
         device: Where to compute; layers visit it one after the other.
@@ -94,11 +98,10 @@ def prune_layers(
         ValueError: See ``demotion.demote`` and ``LayerInputs``.
     """
     score, update, learning = method.score, method.update, method.reconstruction
-    pruner.check_target(target)
+    if isinstance(target, Ratios):
+        pruner.check_target(target)
     known = score.statistics(model, pruner.matrices, batches, device)
-    targets = dict.fromkeys(pruner.matrices, target)
-    if pruner.tiers and pruner.scope == "global":
-        targets = _shares(model, pruner, target, score, known, batches, device)
+    targets = _shares(model, pruner, target, score, known, batches, device)
     looks = score.needs_inputs or update is not None
     moments = score.needs_moments or update is not None
     sequential = method.statistics == "sequential"
@@ -178,31 +181,52 @@ def _take(mine: Mapping[str, nn.Linear], pruner: Pruner, kept: Mapping[str, Tens
 def _shares(
     model: nn.Module,
     pruner: Pruner,
-    target: Ratios,
+    target: Ratios | Mix,
     score: Score,
     known: Mapping[str, Tensor],
     batches: Sequence[Batch],
     device: torch.device,
 ) -> dict[str, Ratios]:
-    """What each matrix gets of ratios for which all compete, by what the model as it is gives to it."""
-    scores = {}
-    if not score.needs_inputs:
-        scores = {name: pruner.scored(name, score, known.get(name)) for name in pruner.matrices}
-    else:
-        stream, layers = LayerInputs(model, batches, device), decoder_layers(model)
-        with stage("Shares of the matrices", len(layers), "layers") as done:
-            for number, layer in enumerate(layers.values(), 1):
-                mine = inside(layer, pruner.matrices)
-                with visiting(layer, device), collecting(mine, stream, score.needs_moments) as inputs:
-                    stream.advance(layer)
-                    found = {n: score.statistic(m.weight.detach(), inputs[n]) for n, m in mine.items()}
-                for name, statistic in found.items():
-                    home = pruner.matrices[name].weight.device
-                    scores[name] = pruner.scored(name, score, None if statistic is None else statistic.to(home))
-                done(number)
+    """Each matrix's own ratios."""
+    if isinstance(target, Mix):
+        scores = _scores(model, pruner, score, known, batches, device)
+        found = best_mix(scores, pruner.tiers, target, target.ks or [pruner.k])
+        pruner.set_topk(found.k)
+        rank_zero_info(
+            f"{found.bits:.3f} bits per weight: top-k blocks of {found.k} weights; "
+            f"{100 * found.loss:.2f} % of the squared scores go"
+        )
+        return found.ratios
+    if not pruner.tiers or pruner.scope != "global":
+        return dict.fromkeys(pruner.matrices, target)
     tiers = copy.deepcopy(pruner.tiers)
-    demote(scores, tiers, target, "global")
+    demote(_scores(model, pruner, score, known, batches, device), tiers, target, "global")
     return {name: Ratios(*(count / one.map_rc.numel() for count in one.counts())) for name, one in tiers.items()}
+
+
+def _scores(
+    model: nn.Module,
+    pruner: Pruner,
+    score: Score,
+    known: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    device: torch.device,
+) -> dict[str, Scored]:
+    """How each matrix is scored by what the model as it is gives to it."""
+    if not score.needs_inputs:
+        return {name: pruner.scored(name, score, known.get(name)) for name in pruner.matrices}
+    stream, layers, scores = LayerInputs(model, batches, device), decoder_layers(model), dict[str, Scored]()
+    with stage("Shares of the matrices", len(layers), "layers") as done:
+        for number, layer in enumerate(layers.values(), 1):
+            mine = inside(layer, pruner.matrices)
+            with visiting(layer, device), collecting(mine, stream, score.needs_moments) as inputs:
+                stream.advance(layer)
+                found = {n: score.statistic(m.weight.detach(), inputs[n]) for n, m in mine.items()}
+            for name, statistic in found.items():
+                home = pruner.matrices[name].weight.device
+                scores[name] = pruner.scored(name, score, None if statistic is None else statistic.to(home))
+            done(number)
+    return scores
 
 
 def inside(layer: nn.Module, matrices: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:

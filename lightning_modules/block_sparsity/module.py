@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from common.files import check_output, replacing
 from common.tables import cell
 from lightning_modules.block_sparsity import lora
-from lightning_modules.block_sparsity.demotion import Scope
+from lightning_modules.block_sparsity.demotion import Ratios, Scope
 from lightning_modules.block_sparsity.layer_files import layer_folder, remove_layers
 from lightning_modules.block_sparsity.layerwise import Method, Statistics, prune_layers
 from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
+from lightning_modules.block_sparsity.mix import Mix, choices
 from lightning_modules.block_sparsity.packed_model import PACKED_FILE, read_tiers, write_model, write_packed
-from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner, tiers_file
+from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner, packed_bits, tiers_file
 from lightning_modules.block_sparsity.reconstruction import Reconstruction
 from lightning_modules.block_sparsity.restarts import Restarts
 from lightning_modules.block_sparsity.schedules import Schedule
@@ -28,7 +29,7 @@ from lightning_modules.block_sparsity.schedules.base import Row
 from lightning_modules.block_sparsity.schedules.cubic import CubicSchedule
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
-from lightning_modules.block_sparsity.tiers import check_sizes
+from lightning_modules.block_sparsity.tiers import TOPK, check_sizes, most_topk
 from lightning_modules.block_sparsity.updates import Update
 from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM
@@ -37,6 +38,7 @@ from lightning_modules.loading import check_vocabulary, load, load_config
 from lightning_modules.perplexity import validation_perplexity
 
 _CHECKPOINT = "block_sparsity"
+_TOPK = 10  # of 256, as the original has it
 
 
 class BlockSparsity(CausalLM):
@@ -56,7 +58,11 @@ class BlockSparsity(CausalLM):
         iteration: Make only this iteration of the schedule; None makes all of them in ``fit``, the last in ``prune``.
         score: Importance of a weight; by default Wanda.
         block: Side of a block, a multiple of 4.
-        topk: Weights that a top-k block keeps.
+        topk: Weights that a top-k block keeps; by default 10, or what the tier maps say; "auto" chooses, with
+            ``target_bits``.
+        target_bits: Bits per weight of the pruned matrices after the last iteration, packed with 16-bit values: instead
+            of the schedule's shares, the mix of tiers that loses least in as many. Iterations before it go as far on
+            the way as the schedule does.
         scope: Who competes for the tiers: the blocks of one "matrix", all ("global"), or one row of blocks ("band").
         row_relative: Divide scores by the mean of their row, as Wanda compares within rows.
         pattern: "tiers"; baselines: "unstructured" with the same share of zeros in every row, and "2:4" or "4:8"
@@ -92,7 +98,8 @@ class BlockSparsity(CausalLM):
         iteration: int | None = None,
         score: Score | None = None,
         block: int = 16,
-        topk: int = 10,
+        topk: int | Literal["auto"] | None = None,
+        target_bits: float | None = None,
         scope: Scope = "matrix",
         row_relative: bool = False,
         pattern: Pattern = "tiers",
@@ -114,7 +121,21 @@ class BlockSparsity(CausalLM):
         super().__init__(**kwargs)
         if budget is not None:
             raise ValueError(f"model.budget is now called model.scope: give model.scope {budget}")
-        check_sizes(block, topk)
+        k = topk if isinstance(topk, int) else min(_TOPK, most_topk(block))
+        check_sizes(block, k)
+        if topk == "auto" and target_bits is None:
+            raise ValueError("topk auto needs target_bits: it is chosen with the mix of tiers")
+        if target_bits is not None:
+            smallest = choices(block)[0] if topk == "auto" else k
+            most, least = packed_bits(Ratios(1, 0, 0), block, k), packed_bits(Ratios(0, 0, 1), block, smallest)
+            if not least <= target_bits <= most:
+                raise ValueError(
+                    f"target_bits must be between {least:.3f} (top-k blocks of {smallest} weights only) and {most:.3f} "
+                    f"(dense), got {target_bits}"
+                )
+            if pattern != "tiers":
+                raise ValueError(f"target_bits is for a mix of tiers; pattern {pattern} has none")
+        self.target_bits, self.topk = target_bits, topk
         whole = {"calibration_blocks": (calibration_blocks, 1), "lora_rank": (lora_rank, 1)}
         for name, (value, least) in {**whole, "reconstruction_steps": (reconstruction_steps, 0)}.items():
             if value < least:
@@ -139,7 +160,8 @@ class BlockSparsity(CausalLM):
         self.teacher, self.distill_weight = teacher, distill_weight
         self.iteration_lr_factor = iteration_lr_factor
         self.export_dtype, self.export_bands = export_dtype, export_bands
-        self._pruning = {"block": block, "k": topk, "pattern": pattern, "scope": scope, "row_relative": row_relative}
+        self._pruning = {"block": block, "k": k, "pattern": pattern, "scope": scope, "row_relative": row_relative}
+        self._pruning["open_k"] = not isinstance(topk, int)
         self.pruner: Pruner
         self.stored = torch.float32
         """What ``pretrained`` is stored as, and results are."""
@@ -226,7 +248,7 @@ class BlockSparsity(CausalLM):
         self._merge()
         batches = data.calibration(self.calibration_blocks)
         errors = prune_layers(
-            self.plain_model, self.pruner, row.ratios, self.method, batches, device, layer_folder(self.output)
+            self.plain_model, self.pruner, self.target(row), self.method, batches, device, layer_folder(self.output)
         )
         for what, pairs in {"weight update": errors.matrices.values(), "reconstruction": errors.layers}.items():
             if pairs:
@@ -236,6 +258,19 @@ class BlockSparsity(CausalLM):
         rank_zero_info(
             f"iteration {row.iteration}: {100 * self.pruner.sparsity()['sparsity']:.2f} % of the weights are zero"
         )
+
+    def target(self, row: Row) -> Ratios | Mix:
+        """What an iteration ends with: the row's shares, or with ``target_bits`` the bits that belong to it."""
+        if self.target_bits is None:
+            return row.ratios
+        block, k = self.pruner.block, self.pruner.k
+        dense, end, here = (
+            packed_bits(shares, block, k) for shares in (Ratios(1, 0, 0), self.schedule.rows[-1].ratios, row.ratios)
+        )
+        done = (dense - here) / (dense - end) if dense > end else 1.0
+        settled = self.topk != "auto" or any(tiers.counts()[TOPK] for tiers in self.pruner.tiers.values())
+        ks = () if settled else choices(block)
+        return Mix(dense - done * (dense - self.target_bits), self._pruning["scope"], ks)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """See ``CausalLM.scheduler``; ``restart`` begins again."""
@@ -360,8 +395,11 @@ class BlockSparsity(CausalLM):
             data.calibration(self.calibration_blocks)  # refuses too few blocks before the weights are read
         self.configure_model()
         check_vocabulary(self.plain_model, data.tokenizer)
-        self.pruner.check_target(row.ratios)
-        plan = self.pruner.plan(row.ratios)
+        if self.target_bits is None:
+            self.pruner.check_target(row.ratios)
+            plan = self.pruner.plan(row.ratios)
+        else:
+            plan = {"packed_bits_per_weight": self.target_bits}
         print("\n".join(f"{name}: {cell(value)}" for name, value in plan.items()))
         if dry_run:
             return None

@@ -16,7 +16,7 @@ from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.packing import DTYPES, Layout
 from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores import Score
-from lightning_modules.block_sparsity.tiers import DENSE, MID, TierMap, pack_bits, pad, unpack_bits
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TierMap, most_topk, pack_bits, pad, unpack_bits
 from lightning_modules.block_sparsity.updates.base import Choice
 
 TIERS_FILE = "tiers.map"  # a safetensors file by another name: engines take all *.safetensors for weights
@@ -37,6 +37,7 @@ class Pruner:
             throughout, whatever the ratios. All but the tiers are baselines.
         scope: Who competes, see ``demotion.demote``.
         row_relative: Divide scores by the mean score of what their row still has.
+        open_k: Take over the k of maps that are loaded; otherwise another one is refused.
 
     Attributes:
         matrices: The linear layers by name.
@@ -57,10 +58,12 @@ class Pruner:
         pattern: Pattern = "tiers",
         scope: Scope = "matrix",
         row_relative: bool = False,
+        open_k: bool = False,
     ) -> None:
         self.block, self.k = block, k
         self.pattern, self.scope = pattern, scope
         self.row_relative = row_relative
+        self.open_k = open_k
         self.matrices = linear_layers(model)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         shapes = {name: (m.out_features, m.in_features) for name, m in self.matrices.items()}
@@ -79,6 +82,18 @@ class Pruner:
         """What makes a difference to a mask, as plain values."""
         sizes = {"pattern": self.pattern, "block": self.block, "k": self.k}
         return {**sizes, "scope": self.scope, "row_relative": self.row_relative}
+
+    def set_topk(self, k: int) -> None:
+        """Have top-k blocks keep so many weights, while there are none.
+
+        Raises:
+            ValueError: There are some that keep another number.
+        """
+        if k != self.k and any(tiers.counts()[2] for tiers in self.tiers.values()):
+            raise ValueError(f"there are top-k blocks with {self.k} weights already; they cannot have {k}")
+        self.k = k
+        for tiers in self.tiers.values():
+            tiers.k = k
 
     def target_sparsity(self, target: Ratios) -> float:
         """Share of zeros that ratios lead to, under the pattern."""
@@ -233,6 +248,8 @@ class Pruner:
         Raises:
             ValueError: It belongs to another model, pattern, block size or k.
         """
+        if self.open_k and state["pattern"] == self.pattern and 1 <= state["k"] <= most_topk(self.block):
+            self.set_topk(state["k"])
         for field in ("pattern", "block", "k"):
             if state[field] != getattr(self, field):
                 name = {"k": "topk"}.get(field, field)

@@ -18,15 +18,21 @@ def check_sizes(block: int, k: int) -> None:
     """Refuse block sizes and k that the tiers cannot have.
 
     Raises:
-        ValueError: ``block`` is not a multiple of 4 between 4 and 128, or k is not between 1 and half a block.
+        ValueError: ``block`` is not a multiple of 4 between 4 and 128, or k is not between 1 and ``most_topk``.
     """
     if block % 4 or not 4 <= block <= 128:
         raise ValueError(f"block must be a multiple of 4 between 4 and 128, got {block}")
-    if not 1 <= k <= block * block // 2:
+    if not 1 <= k <= most_topk(block):
         raise ValueError(
-            f"topk must be between 1 and half a block ({block * block // 2} weights of {block}×{block}), got {k}: "
-            "a top-k block is cut down from a 2:4 block"
+            f"topk must be between 1 and {most_topk(block)} of the {block * block} weights of a {block}×{block} block, "
+            f"got {k}: with more, a top-k block takes more bytes than the 2:4 block that it is cut from"
         )
+
+
+def most_topk(block: int) -> int:
+    """The largest k whose block is not larger than a 2:4 block, packed with 16-bit values."""
+    index = 8 if block * block <= 256 else 16
+    return 9 * block * block // (16 + index)
 
 
 class TierMap:

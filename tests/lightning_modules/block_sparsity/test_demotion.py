@@ -105,7 +105,7 @@ def test_scores_that_are_not_finite_are_refused_by_the_matrix_name():
     ("shape", "block", "k", "names"),
     [
         ((8, 64), 16, 10, "smaller than a block"),
-        ((64, 64), 16, 129, "half a block"),
+        ((64, 64), 16, 97, "between 1 and 96 of the 256 weights"),
         ((64, 64), 16, 0, "topk"),
         ((64, 64), 6, 2, "multiple of 4"),
     ],

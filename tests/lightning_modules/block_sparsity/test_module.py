@@ -560,7 +560,11 @@ def test_what_is_wrong_is_named(arguments, names, dense, data_cache, tmp_path):
     [
         ({"iteration": 4}, "1 to 3"),
         ({"iteration": 0}, "1 to 3"),
-        ({"topk": 40}, "half a block"),
+        ({"topk": 25}, "between 1 and 24 of the 64 weights"),
+        ({"topk": "auto"}, "topk auto needs target_bits"),
+        ({"target_bits": 1.0}, "target_bits must be between"),
+        ({"target_bits": 17.0}, "target_bits must be between"),
+        ({"target_bits": 9.0, "pattern": "2:4"}, "pattern 2:4 has none"),
         ({"block": 6}, "multiple of 4"),
         ({"distill_weight": 2}, "distill_weight"),
         ({"calibration_blocks": 0}, "calibration_blocks must be at least 1"),

@@ -1,0 +1,163 @@
+"""Which mix of dense, 2:4 and top-k blocks loses least in so many bytes, and how many weights top-k blocks then keep.
+
+What a demotion loses is the sum of the squared scores of the weights that go (with Wanda's scores about the squared
+error of the matrix's output), over that of all its weights: so matrices compare. Every block takes the tier with the
+least loss + price · bits; one price for all, or one for each matrix, is where the bits are those asked for.
+
+Shape legend: b side of a block; n blocks; K numbers of weights that are tried for top-k blocks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_modules.block_sparsity.demotion import Ratios
+from lightning_modules.block_sparsity.masks import best_of_groups
+from lightning_modules.block_sparsity.pruner import packed_bits
+from lightning_modules.block_sparsity.scored import Scored
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, TierMap, pad, to_blocks
+
+TRIED = (1 / 24, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16)
+"""Shares of a block's weights that a top-k block may keep, where that is to be chosen."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A target of bytes.
+
+    Args:
+        bits: Bits per weight of the pruned matrices, packed with 16-bit values.
+        among: Who shares them: every matrix for itself ("matrix", "band"), or all ("global").
+        ks: What top-k blocks may keep, to choose from; nothing where that is settled.
+    """
+
+    bits: float
+    among: str = "matrix"
+    ks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mix.
+
+    Attributes:
+        k: Weights that top-k blocks keep.
+        ratios: Shares of each matrix's blocks.
+        loss: Mean over the matrices of what it loses of the squared scores.
+        bits: Bits per weight.
+    """
+
+    k: int
+    ratios: dict[str, Ratios]
+    loss: float
+    bits: float
+
+
+def choices(block: int) -> tuple[int, ...]:
+    """What is tried for k."""
+    return tuple(sorted({max(1, round(share * block * block)) for share in TRIED}))
+
+
+def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target: Mix, ks: Sequence[int]) -> Found:
+    """The mix that loses least within the bits, from the tiers that blocks are in now and downwards only.
+
+    Args:
+        scores: How each matrix is scored.
+        tiers: Its tier map.
+        target: What is asked for.
+        ks: What top-k blocks may keep, ascending; one for all.
+
+    Raises:
+        ValueError: No mix is as small as that, or the blocks are smaller already; a score is not finite.
+    """
+    block = next(iter(tiers.values())).block
+    losses = {name: block_losses(scores[name], tiers[name], ks) for name in tiers}
+    found: list[Found] = []
+    for place, k in enumerate(ks):
+        if found and packed_bits(Ratios(0, 0, 1), block, k) > target.bits:
+            break  # no mix with this one, nor with a larger one, is that small
+        bits = _bits(block, k)
+        picked = {name: losses_n[:, [DENSE, MID, TOPK + place]] for name, losses_n in losses.items()}
+        groups = [list(picked)] if target.among == "global" else [[name] for name in picked]
+        shares: dict[str, Ratios] = {}
+        loss, spent = 0.0, 0.0
+        for names in groups:
+            together = torch.cat([picked[name] for name in names]).double()
+            tier_n = _cheapest(together, bits, target.bits)
+            lost = together.gather(1, tier_n[:, None]).sum()
+            loss, spent = loss + float(lost), spent + float(bits[tier_n].sum())
+            for name, mine in zip(names, tier_n.split([len(picked[name]) for name in names]), strict=True):
+                counts = torch.bincount(mine, minlength=3) / len(mine)
+                shares[name] = Ratios(*counts.tolist())
+        blocks = sum(len(losses_n) for losses_n in losses.values())
+        found.append(Found(k, shares, loss / len(losses), spent / blocks))
+    return min(found, key=lambda one: one.loss)
+
+
+def block_losses(scores: Scored, tiers: TierMap, ks: Sequence[int]) -> Tensor:
+    """What each block loses in each tier, float32 ``[n, 2 + K]`` on the CPU: dense, 2:4, top-k with each k.
+
+    In parts of what all blocks of the matrix have now; infinite where a block is below that tier already.
+    """
+    parts = []
+    for rows, scores_bRC in _bands(scores, tiers):
+        kept = tiers.keep_RC[rows]
+        squares = scores_bRC.square_().masked_fill_(~kept, 0.0)
+        best = best_of_groups(squares, 2, 4) & kept
+        blocks, halves = (_as_blocks(part, tiers.block) for part in (squares, squares * best))
+        whole = blocks.sum(1)
+        left = [halves.sum(1)] + [halves.topk(k, 1).values.sum(1) for k in ks]
+        parts.append(torch.stack([torch.zeros_like(whole), *(whole - part for part in left), whole], 1).cpu())
+    found = torch.cat(parts)
+    if not found.isfinite().all():
+        raise ValueError(f"{tiers.name}: scores are not finite")
+    now = tiers.map_rc.flatten().cpu()
+    losses = found[:, :-1].clamp_min_(0) / found[:, -1].sum().clamp_min(torch.finfo(torch.float32).tiny)
+    losses[now != DENSE, DENSE] = torch.inf
+    losses[now == TOPK, MID] = torch.inf
+    losses[now == TOPK, TOPK:] = 0.0
+    return losses
+
+
+def _bands(scores: Scored, tiers: TierMap) -> Iterator[tuple[slice, Tensor]]:
+    for first in range(0, tiers.shape[0], 4 * tiers.block):
+        rows = slice(first, min(first + 4 * tiers.block, tiers.shape[0]))
+        yield rows, scores.rows(rows)
+
+
+def _as_blocks(matrix: Tensor, block: int) -> Tensor:
+    return to_blocks(pad(matrix, block), block).flatten(0, 1).flatten(1)
+
+
+def _bits(block: int, k: int) -> Tensor:
+    """Bits per weight of a block in each tier."""
+    alone = (Ratios(1, 0, 0), Ratios(0, 1, 0), Ratios(0, 0, 1))
+    return torch.tensor([packed_bits(ratios, block, k) for ratios in alone], dtype=torch.float64)
+
+
+def _cheapest(losses_n3: Tensor, bits_3: Tensor, target: float) -> Tensor:
+    """Each block's tier, int64 ``[n]``, so that the mean of the bits is at most the target and as near as can be.
+
+    Raises:
+        ValueError: It cannot be.
+    """
+    possible = losses_n3.isfinite()
+    lowest = bits_3.masked_fill(~possible, torch.inf).amin(1).mean()
+    highest = bits_3.masked_fill(~possible, -torch.inf).amax(1).mean()
+    if not float(lowest) <= target + 1e-6:
+        raise ValueError(f"no mix of tiers takes only {target:g} bits per weight: {float(lowest):.3f} is the least")
+    if float(highest) <= target:
+        return bits_3.masked_fill(~possible, -torch.inf).argmax(1)
+    low, high = 0.0, 1.0
+    while _mean_bits(losses_n3, bits_3, high) > target and high < 1e30:
+        high *= 4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _mean_bits(losses_n3, bits_3, middle) > target else (low, middle)
+    return (losses_n3 + high * bits_3).argmin(1)
+
+
+def _mean_bits(losses_n3: Tensor, bits_3: Tensor, price: float) -> float:
+    return float(bits_3[(losses_n3 + price * bits_3).argmin(1)].mean())

@@ -1,0 +1,125 @@
+"""The mix that loses least in so many bytes, against every mix there is."""
+
+import itertools
+
+import pytest
+import torch
+
+from lightning_modules.block_sparsity.demotion import Ratios, demote
+from lightning_modules.block_sparsity.mix import Mix, best_mix, block_losses, choices
+from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
+from lightning_modules.block_sparsity.scores.wanda import Wanda
+from lightning_modules.block_sparsity.tiers import TierMap, most_topk
+from lightning_modules.block_sparsity.updates.obs import Obs
+from tests.lightning_modules.block_sparsity.toy import batches, prune, scored, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+def _tiers(shape=(16, 32), name="m"):
+    return TierMap(name, shape, 8, 6, CPU)
+
+
+def _scores(shape=(16, 32), seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    heavy = torch.rand(shape, generator=draw).pow(6)  # some weights of a block are most of it
+    return heavy * torch.rand(shape[0] // 8, shape[1] // 8, generator=draw).repeat_interleave(8, 0).repeat_interleave(
+        8, 1
+    )
+
+
+def _loss_by_hand(block, tier, k):
+    kept = block.clone()
+    if tier:
+        for row in range(8):
+            for first in range(0, 8, 4):
+                group = kept[row, first : first + 4]
+                group[group.argsort()[:2]] = 0
+    if tier == 2:
+        flat = kept.flatten()
+        flat[flat.argsort()[:-k]] = 0
+    return float((block**2).sum() - (kept**2).sum())
+
+
+def test_losses_are_the_squares_of_what_goes():
+    scores, tiers = _scores(), _tiers()
+    found = block_losses(scored(scores), tiers, (6, 20))
+    whole = float(scores.pow(2).sum())
+    for n, (row, column) in enumerate(itertools.product(range(2), range(4))):
+        block = scores[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        wanted = [0.0, _loss_by_hand(block, 1, 0), _loss_by_hand(block, 2, 6), _loss_by_hand(block, 2, 20)]
+        torch.testing.assert_close(found[n], torch.tensor(wanted) / whole)
+
+
+def test_no_other_mix_of_as_few_bytes_loses_less():
+    scores, tiers = _scores(), _tiers()
+    bits = [packed_bits(one, 8, 6) for one in (Ratios(1, 0, 0), Ratios(0, 1, 0), Ratios(0, 0, 1))]
+    losses = block_losses(scored(scores), tiers, (6,))
+    every = [(sum(bits[t] for t in mix) / 8, sum(float(losses[n, t]) for n, t in enumerate(mix)))
+             for mix in itertools.product(range(3), repeat=8)]  # fmt: skip
+    for target in (4.0, 8.0, 12.0):
+        found = best_mix({"m": scored(scores)}, {"m": tiers}, Mix(target), (6,))
+        assert found.bits <= target + 1e-9
+        best = min(loss for spent, loss in every if spent <= found.bits + 1e-9)
+        assert found.loss == pytest.approx(best)
+        assert packed_bits(found.ratios["m"], 8, 6) == pytest.approx(found.bits)
+        step = max(bits) - min(bits)  # what one block more would take
+        assert found.bits > target - step / 8 - 1e-9
+
+
+def test_all_together_take_from_those_that_lose_least():
+    scores = {"sharp": _scores().pow(4), "flat": torch.ones(16, 32) + 0.1 * _scores(seed=1)}
+    tiers = {name: _tiers(name=name) for name in scores}
+    alone, together = (
+        best_mix({n: scored(s) for n, s in scores.items()}, tiers, Mix(10.0, among), (6,))
+        for among in ("matrix", "global")
+    )
+    assert together.loss < alone.loss
+    assert together.ratios["sharp"].dense < alone.ratios["sharp"].dense
+    assert packed_bits(alone.ratios["flat"], 8, 6) <= 10
+
+
+def test_k_is_the_one_that_loses_least_and_none_is_larger_than_two_of_four():
+    scores, tiers = {"m": scored(_scores((64, 64)))}, {"m": _tiers((64, 64))}
+    losses = {k: best_mix(scores, tiers, Mix(7.6), (k,)).loss for k in choices(8)}
+    found = best_mix(scores, tiers, Mix(7.6), choices(8))
+    assert best_mix(scores, tiers, Mix(2.0), choices(8)).k in choices(8)[:2]  # the others are too large
+    assert found.loss == min(losses.values()) and losses[found.k] == found.loss and len(set(losses.values())) > 1
+    for block in (4, 8, 16, 32, 128):
+        assert all(1 <= k <= most_topk(block) for k in choices(block))
+        top, half = (packed_bits(one, block, most_topk(block)) for one in (Ratios(0, 0, 1), Ratios(0, 1, 0)))
+        assert top <= half < packed_bits(Ratios(0, 0, 1), block, most_topk(block) + 1)
+
+
+def test_a_mix_goes_downwards_only_and_says_when_it_cannot():
+    scores, tiers = _scores((64, 64)), {"m": _tiers((64, 64))}
+    demote({"m": scored(scores)}, tiers, Ratios(0.4, 0.4, 0.2))
+    now = packed_bits(Ratios(*(count / 64 for count in tiers["m"].counts())), 8, 6)
+    lower = best_mix({"m": scored(_scores((64, 64), 5))}, tiers, Mix(now - 1), (6,)).ratios["m"]
+    assert lower.dense <= 26 / 64 and lower.topk >= 13 / 64
+    demote({"m": scored(_scores((64, 64), 5))}, tiers, lower)
+    same = best_mix({"m": scored(scores)}, tiers, Mix(now), (6,)).ratios["m"]
+    assert same == lower  # already smaller than asked for: left as it is
+    with pytest.raises(ValueError, match=r"no mix of tiers takes only 1 bits per weight: 2\.\d+ is the least"):
+        best_mix({"m": scored(scores)}, tiers, Mix(1.0), (6,))
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global", "band"])
+def test_a_model_is_pruned_to_so_many_bits_in_iterations(scope):
+    model = tiny_llama()
+    pruner = Pruner(model, block=8, k=6, scope=scope)
+    before, ks = 16.1, []
+    for bits in (12.0, 8.0):
+        target = Mix(bits, scope, choices(8) if bits == 12 else ())
+        kept = {name: keep.clone() for name, keep in pruner.keep.items()}
+        prune(model, pruner, target, Wanda(), batches(3), update=Obs())
+        found = packed_bits(pruner.ratios(), 8, pruner.k)
+        assert bits - 1.0 < found <= bits + (0.6 if scope == "band" else 0.01) and found < before
+        assert all(not (keep & ~kept[name]).any() for name, keep in pruner.keep.items())
+        before = found
+        ks.append(pruner.k)
+    assert ks[0] == ks[1]
+    for tiers in pruner.tiers.values():
+        tiers.check()
+    with pytest.raises(ValueError, match="cannot have"):
+        pruner.set_topk(ks[0] + 1)
