@@ -7,16 +7,14 @@ The records of this repository are of one model: figures of another go to a file
 """
 
 import json
-import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import claim, run_main, say
+from bench.experiments.runs import claim, halves, once, validated
 from bench.tables import figures
 from common.records import record
-from lightning_modules.data.readers import document_text, read_records
 from lightning_modules.loading import load_tokenizer
 from lightning_modules.token_pruning.quality.tasks import longbench_windows
 
@@ -28,7 +26,6 @@ QUALITY = "configs/token_pruning/quality.yaml"
 SCHEDULE: dict[str, Any] = {"layers": [4, 7, 10], "keep": 0.7}
 LENGTH, REPEATS = 1024, 5
 LONGEST_PROMPT = 4096
-_PERPLEXITY = re.compile(r"val/ppl\s+│\s+([\d.]+)")
 WHAT = {
     "structured-25": "a quarter of the decoder's parameters removed as whole heads and channels",
     "two-four": "2:4 in every linear layer, half of the weights zero",
@@ -60,30 +57,28 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     """
     _check_records(records, model)
     commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
-    held_out = _halves(folder, texts)
+    held_out = halves(folder, texts)
     options = {name: _data(folder, model, path) for name, path in held_out.items()}
     first, *others = options
     pruned = {arm: folder / arm / "model" for arm in WHAT}
     structured = ("--model.base", str(model), "--model.output", str(pruned["structured-25"]))
     calibration = ("--model.calibration_blocks", str(CALIBRATION_BLOCKS))
     # prune measures the text that it is given; its record has the perplexities
-    done = _once(folder / "structured-25/prune", "prune", STRUCTURED, *options[first], *structured, *calibration)
+    done = once(folder / "structured-25/prune", "prune", STRUCTURED, *options[first], *structured, *calibration)
     dense = {first: done["structure"]["ppl_before"]}
     ppl = {"structured-25": {first: done["val_ppl"]}}
     for arm, (kept, mid, topk) in {"two-four": (0, 1, 0), "three-tiers": (0.35, 0.45, 0.2)}.items():
         shares = {"iterations": 1, "dense": kept, "mid_2_4": mid, "topk": topk}
         schedule = ("--model.schedule", json.dumps({"class_path": "LinearSchedule", "init_args": shares}))
         blocks = ("--model.pretrained", str(model), "--model.output", str(pruned[arm]))
-        done = _once(folder / arm / "prune", "prune", BLOCKS, *options[first], *blocks, *calibration, *schedule)
+        done = once(folder / arm / "prune", "prune", BLOCKS, *options[first], *blocks, *calibration, *schedule)
         ppl[arm] = {first: done["val_ppl"]}
     for name in others:
-        dense[name] = _validated(folder / "dense" / name, BLOCKS, *options[name], "--model.pretrained", str(model))
-        ppl["structured-25"][name] = _validated(
-            folder / "structured-25" / name, STRUCTURED, *options[name], *structured
-        )
+        dense[name] = validated(folder / "dense" / name, BLOCKS, *options[name], "--model.pretrained", str(model))
+        ppl["structured-25"][name] = validated(folder / "structured-25" / name, STRUCTURED, *options[name], *structured)
         for arm in ("two-four", "three-tiers"):
             place = ("--model.pretrained", str(pruned[arm]))
-            ppl[arm][name] = _validated(folder / arm / name, BLOCKS, *options[name], *place)
+            ppl[arm][name] = validated(folder / arm / name, BLOCKS, *options[name], *place)
     for arm, what in WHAT.items():
         for name in options:
             _perplexity(records, model, arm, what, name, dense[name], ppl[arm][name], commit)
@@ -101,44 +96,10 @@ def _check_records(records: Path, model: Path) -> None:
         )
 
 
-def _halves(folder: Path, texts: Mapping[str, Path]) -> dict[str, Path]:
-    """Write the first halves of all texts as one text for calibration, and the second halves, which are returned."""
-    first: list[str] = []
-    second: dict[str, Path] = {}
-    for name, path in texts.items():
-        documents = [document_text(one, where) for one, where, _ in read_records([path])]
-        if len(documents) < 2:
-            raise ValueError(f"{path}: too short to be cut in two")
-        first += documents[: len(documents) // 2]
-        second[name] = folder / f"{name}.json"
-        second[name].write_text(json.dumps([{"text": text} for text in documents[len(documents) // 2 :]]))
-    (folder / "calibration.json").write_text(json.dumps([{"text": text} for text in first]))
-    return second
-
-
 def _data(folder: Path, model: Path, evaluated: Path) -> tuple[str, ...]:
     files = ("--data", "TextCorpus", "--data.train", str(folder / "calibration.json"), "--data.val", str(evaluated))
     shape = ("--data.block_size", str(BLOCK), "--data.batch_size", "2", "--data.max_val_blocks", str(EVALUATION_BLOCKS))
     return (*files, "--data.tokenizer", str(model), *shape)
-
-
-def _once(folder: Path, command: str, config: str, *arguments: str) -> dict[str, Any]:
-    """The record of a command of `main.py`, run unless it has been."""
-    results = folder / "runs/results.jsonl"
-    if not results.exists():
-        took = run_main(folder, command, config, *arguments)
-        say(f"{folder.parent.name}/{folder.name}: {took:.0f} s")
-    return record.read(results)[0][-1]
-
-
-def _validated(folder: Path, config: str, *arguments: str) -> float:
-    """The perplexity that `main.py validate` says, run unless it has been."""
-    log = folder / "output.log"
-    if not log.exists() or not (said := _PERPLEXITY.findall(log.read_text())):
-        took = run_main(folder, "validate", config, *arguments)
-        say(f"{folder.parent.name}/{folder.name}: {took:.0f} s")
-        said = _PERPLEXITY.findall(log.read_text())
-    return float(said[-1])
 
 
 def _perplexity(
@@ -180,7 +141,7 @@ def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], tex
         },
     }
     arguments = (*data, "--model.pretrained", str(model), "--trainer.limit_val_batches", "1")
-    done = _once(folder / "prefill", "validate", BLOCKS, *arguments, "--trainer.callbacks+", json.dumps(timed))
+    done = once(folder / "prefill", "validate", BLOCKS, *arguments, "--trainer.callbacks+", json.dumps(timed))
     arm = next(arm for arm in done["prefill"]["arms"] if arm["arm"] == "pruned")
     recipe = f"`LastWindow`, after layers {SCHEDULE['layers']}, keep {SCHEDULE['keep']} each"
     figures.append(
@@ -205,7 +166,7 @@ def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], tex
     scorers = json.dumps([{"class_path": "LastWindow"}, {"class_path": "Random"}])
     schedule = ("--model.schedule.init_args.layers", json.dumps(SCHEDULE["layers"]))
     arguments = (*data, "--model.base", str(model), *asked, "--model.scorers", scorers, *schedule)
-    rows = _once(folder / "needles", "verify", QUALITY, *arguments)["token_quality"]
+    rows = once(folder / "needles", "verify", QUALITY, *arguments)["token_quality"]
     whole = next(row for row in rows if row["keep"] is None)
     for row in rows:
         if row["keep"] is None:

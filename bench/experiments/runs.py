@@ -4,19 +4,22 @@ import csv
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.files import write_text
 from common.records import machine, record
+from lightning_modules.data.readers import document_text, read_records
 
 ROOT = Path(__file__).parents[2]
 BOOKS = ROOT.parent / "shared/data/books"
+_PERPLEXITY = re.compile(r"val/ppl\s+│\s+([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,40 @@ def run_main(folder: Path, command: str, config: str, *overrides: str, prefix: S
         tail = (folder / "output.log").read_text()[-2000:]
         raise RuntimeError(f"exit status {code} of {' '.join(started_as)}\n{tail}")
     return wall
+
+
+def halves(folder: Path, texts: Mapping[str, Path]) -> dict[str, Path]:
+    """Write the first halves of all texts as one text for calibration, and the second halves, which are returned."""
+    first: list[str] = []
+    second: dict[str, Path] = {}
+    for name, path in texts.items():
+        documents = [document_text(one, where) for one, where, _ in read_records([path])]
+        if len(documents) < 2:
+            raise ValueError(f"{path}: too short to be cut in two")
+        first += documents[: len(documents) // 2]
+        second[name] = folder / f"{name}.json"
+        second[name].write_text(json.dumps([{"text": text} for text in documents[len(documents) // 2 :]]))
+    (folder / "calibration.json").write_text(json.dumps([{"text": text} for text in first]))
+    return second
+
+
+def once(folder: Path, command: str, config: str, *arguments: str) -> dict[str, Any]:
+    """The record of a command of `main.py`, run unless it has been."""
+    results = folder / "runs/results.jsonl"
+    if not results.exists():
+        took = run_main(folder, command, config, *arguments)
+        say(f"{folder.parent.name}/{folder.name}: {took:.0f} s")
+    return record.read(results)[0][-1]
+
+
+def validated(folder: Path, config: str, *arguments: str) -> float:
+    """The perplexity that `main.py validate` says, run unless it has been."""
+    log = folder / "output.log"
+    if not log.exists() or not (said := _PERPLEXITY.findall(log.read_text())):
+        took = run_main(folder, "validate", config, *arguments)
+        say(f"{folder.parent.name}/{folder.name}: {took:.0f} s")
+        said = _PERPLEXITY.findall(log.read_text())
+    return float(said[-1])
 
 
 def json_lines(module: str, *arguments: str, log: Path) -> Iterator[dict[str, Any]]:

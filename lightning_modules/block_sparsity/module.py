@@ -69,6 +69,7 @@ class BlockSparsity(CausalLM):
             throughout, whatever the schedule says.
         calibration_blocks: Blocks of training text (or samples), spread evenly over it, that scores and reconstruction
             see.
+        calibration_seed: Draws the blocks instead.
         statistics: "sequential": scores and updates of a layer see what the pruned layers below it give; "dense": what
             the model gives as it is before the iteration, which takes half the time.
         update: New values of the weights that stay, at once after each demotion: ``Obs`` (SparseGPT),
@@ -104,6 +105,7 @@ class BlockSparsity(CausalLM):
         row_relative: bool = False,
         pattern: Pattern = "tiers",
         calibration_blocks: int = 32,
+        calibration_seed: int | None = None,
         statistics: Statistics = "sequential",
         update: Update | None = None,
         finetune: Literal["full", "lora"] = "full",
@@ -153,7 +155,7 @@ class BlockSparsity(CausalLM):
         self.schedule = schedule or CubicSchedule()
         self.rows = self.schedule.rows if iteration is None else [self.schedule.row(iteration)]
         self.score = score or Wanda()
-        self.calibration_blocks = calibration_blocks
+        self.calibration_blocks, self.calibration_seed = calibration_blocks, calibration_seed
         self.finetune, self.lora_rank = finetune, lora_rank
         learning = Reconstruction(reconstruction_steps, reconstruction_lr) if reconstruction_steps else None
         self.method = Method(self.score, statistics, update, learning)
@@ -246,7 +248,7 @@ class BlockSparsity(CausalLM):
             ValueError: See ``demotion.demote``.
         """
         self._merge()
-        batches = data.calibration(self.calibration_blocks)
+        batches = self._calibration(data)
         errors = prune_layers(
             self.plain_model, self.pruner, self.target(row), self.method, batches, device, layer_folder(self.output)
         )
@@ -255,9 +257,21 @@ class BlockSparsity(CausalLM):
                 before, after = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
                 rank_zero_info(f"{what}: mean relative error {before:.4f} → {after:.4f}")
         self.pruner.iteration = row.iteration
+        self._agree()
         rank_zero_info(
             f"iteration {row.iteration}: {100 * self.pruner.sparsity()['sparsity']:.2f} % of the weights are zero"
         )
+
+    def _calibration(self, data: Any) -> Any:
+        return data.calibration(self.calibration_blocks, self.calibration_seed)
+
+    def _agree(self) -> None:
+        """Have all ranks take over what the first one found: sums may differ in their last bits, masks may not."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return
+        self.pruner.load_state(self.trainer.strategy.broadcast(self.pruner.state()), "the first rank")
+        for matrix in self.pruner.matrices.values():
+            torch.distributed.broadcast(matrix.weight.detach(), 0)
 
     def target(self, row: Row) -> Ratios | Mix:
         """What an iteration ends with: the row's shares, or with ``target_bits`` the bits that belong to it."""
@@ -392,7 +406,9 @@ class BlockSparsity(CausalLM):
         self.check_arguments("prune", data)
         row = self.rows[-1]
         if not dry_run:
-            data.calibration(self.calibration_blocks)  # refuses too few blocks before the weights are read
+            data.calibration(
+                self.calibration_blocks, self.calibration_seed
+            )  # refuses too few blocks before the weights are read
         self.configure_model()
         check_vocabulary(self.plain_model, data.tokenizer)
         if self.target_bits is None:

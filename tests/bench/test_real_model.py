@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.experiments import real_model
+from bench.experiments import real_model, runs
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning.quality.tasks import longbench_windows
 
@@ -12,13 +12,13 @@ from lightning_modules.token_pruning.quality.tasks import longbench_windows
 def test_texts_are_cut_in_two(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": f"a{i}"} for i in range(5)]))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"b{i}"}) + "\n" for i in range(2)))
-    second = real_model._halves(tmp_path, {"one": tmp_path / "a.json", "two": tmp_path / "b.jsonl"})
+    second = runs.halves(tmp_path, {"one": tmp_path / "a.json", "two": tmp_path / "b.jsonl"})
     read = {name: [line["text"] for line in json.loads(path.read_text())] for name, path in second.items()}
     first = [line["text"] for line in json.loads((tmp_path / "calibration.json").read_text())]
     assert first == ["a0", "a1", "b0"] and read == {"one": ["a2", "a3", "a4"], "two": ["b1"]}
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b"}))
     with pytest.raises(ValueError, match=r"b\.jsonl: too short"):
-        real_model._halves(tmp_path, {"two": tmp_path / "b.jsonl"})
+        runs.halves(tmp_path, {"two": tmp_path / "b.jsonl"})
 
 
 def test_needles_stand_in_their_context_at_both_depths():
@@ -49,15 +49,15 @@ def test_figures_of_another_model_do_not_replace_those_of_the_records(tmp_path):
 
 
 def test_a_validation_is_read_or_run_once(tmp_path, monkeypatch):
-    runs = []
+    asked = []
 
     def run(folder, *command):
-        runs.append(command)
+        asked.append(command)
         folder.mkdir(parents=True)
         (folder / "output.log").write_text("│   val/loss  │  3.5 │\n│   val/ppl   │  33.115451 │\n")
         return 1.0
 
-    monkeypatch.setattr(real_model, "run_main", run)
+    monkeypatch.setattr(runs, "run_main", run)
     for _ in range(2):
-        assert real_model._validated(tmp_path / "dense/one", "a.yaml", "--x", "1") == 33.115451
-    assert runs == [("validate", "a.yaml", "--x", "1")]
+        assert runs.validated(tmp_path / "dense/one", "a.yaml", "--x", "1") == 33.115451
+    assert asked == [("validate", "a.yaml", "--x", "1")]

@@ -206,6 +206,20 @@ def test_tier_maps_may_lie_elsewhere_and_say_their_iteration(dense, data_cache, 
     assert [path.name for path in (tmp_path / "2").glob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_a_target_of_bytes_is_met_and_its_k_is_known_afterwards(dense, data_cache, tmp_path):
+    data, options = _data(data_cache), {"topk": "auto", "target_bits": 9.0, "scope": "global"}
+    block = _fit(_module(dense, tmp_path / "out", **options), data_cache, tmp_path)
+    zeros = [entry["sparsity"] for entry in block["iterations"]]
+    assert zeros == sorted(zeros) and zeros[0] < zeros[-1]
+    module = _module(tmp_path / "out", tmp_path / "packed", topk=None)
+    sizes = module.export(data, CPU)["tiers"]
+    assert sizes["planned"]["packed_bits_per_weight"] == pytest.approx(9.0, abs=0.3)
+    assert sizes["planned"]["packed_bits_per_weight"] <= 9.0
+    assert _module(tmp_path / "out", tmp_path / "packed", topk=None).verify(data, CPU)["tiers"]["verified"]
+    with pytest.raises(ValueError, match=f"set topk to {module.pruner.k}"):
+        _module(tmp_path / "out", tmp_path / "x", topk=module.pruner.k + 1).configure_model()
+
+
 def test_maps_by_their_old_name_are_read(dense, data_cache, tmp_path):
     _module(dense, tmp_path / "1").prune(_data(data_cache), CPU)
     (tmp_path / "1" / TIERS_FILE).rename(tmp_path / "1/tiers.safetensors")
