@@ -132,7 +132,7 @@ OPTIONAL: dict[str, Field] = {
 # computed from the shares of the tiers instead of measured.
 TIERS: dict[str, Field] = {
     "iterations": Field("list", "", "iteration, its shares of the tiers, zeros, perplexity and mask violations"),
-    "matrices": Field("list", "", "name, rows and columns of blocks, and the tier of every block as a digit"),
+    "matrices": Field("list", "", "name, rows and columns of blocks, and how many are in each tier"),
     "quantiles": Field("object", "", "minimum, quartiles and maximum of the block scores in each tier"),
     "sparsity": Field("number", "fraction", "zeros in the pruned matrices"),
     "model_sparsity": Field("number", "fraction", "the same zeros as a share of all parameters of the model"),

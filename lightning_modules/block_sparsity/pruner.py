@@ -21,6 +21,7 @@ from lightning_modules.block_sparsity.updates.base import Choice
 
 TIERS_FILE = "tiers.map"  # a safetensors file by another name: engines take all *.safetensors for weights
 _OLD_TIERS_FILE = "tiers.safetensors"
+_SHARES = ("dense", "mid_2_4", "topk")
 Pattern = Literal["tiers", "unstructured", "2:4", "4:8"]
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 """Of how many neighbours in a row how many stay."""
@@ -182,12 +183,13 @@ class Pruner:
             "model_sparsity": zeros / self.parameter_count,
         }
 
-    def maps(self) -> list[dict[str, Any]]:
-        """Every tier map for the run record: digits row by row."""
-        return [
-            {"name": n, "rows": t.map_rc.shape[0], "columns": t.map_rc.shape[1], "map": _digits(t.map_rc)}
-            for n, t in self.tiers.items()
-        ]
+    def counts(self) -> list[dict[str, Any]]:
+        """Blocks of every matrix, and how many are in each tier, for the run record; the maps are in their own file."""
+        found = []
+        for name, tiers in self.tiers.items():
+            size = {"rows": tiers.map_rc.shape[0], "columns": tiers.map_rc.shape[1]}
+            found.append({"name": name, **size, **dict(zip(_SHARES, tiers.counts(), strict=True))})
+        return found
 
     def result(self, iterations: list[dict[str, Any]]) -> dict[str, Any]:
         """The record's ``tiers`` block.
@@ -195,12 +197,12 @@ class Pruner:
         Args:
             iterations: What ``iteration_result`` said after each.
         """
-        block = {"iterations": iterations, "matrices": self.maps(), "quantiles": self.quantiles}
+        block = {"iterations": iterations, "matrices": self.counts(), "quantiles": self.quantiles}
         return {"tiers": {**block, **self.sparsity()}}
 
     def iteration_result(self, iteration: int, ppl: float | None, violations: int) -> dict[str, Any]:
         """One entry of the record's ``tiers.iterations``; an unstructured mask has no shares of tiers."""
-        shares = vars(self.ratios()) if self.tiers else dict.fromkeys(("dense", "mid_2_4", "topk"))
+        shares = vars(self.ratios()) if self.tiers else dict.fromkeys(_SHARES)
         return {"iteration": iteration, **shares, **self.sparsity(), "ppl": ppl, "violations": violations}
 
     def plan(self, target: Ratios, values: str = "float16", bands: bool = False) -> dict[str, Any]:
@@ -371,7 +373,3 @@ def packed_bits(target: Ratios, block: int, k: int, values: str = "float16", ban
     topk = (k * (bits + index) + scale) / block**2
     place = 16 if bands else 2
     return dense * target.dense + mid * target.mid_2_4 + topk * target.topk + place / block**2
-
-
-def _digits(map_rc: Tensor) -> str:
-    return "".join(map(str, map_rc.flatten().tolist()))

@@ -41,7 +41,7 @@ TIERS = {
         {"name": f"layers.{i}.mlp.down_proj", "rows": 16, "columns": 43,
          "map": "".join(str((r * c * (i + 3)) % 3) for r in range(16) for c in range(43))}
         for i in range(3)
-    ],
+    ] + [{"name": "layers.3.mlp.down_proj", "rows": 16, "columns": 43, "dense": 200, "mid_2_4": 300, "topk": 188}],
     "quantiles": {"dense": [0.5, 1, 2, 4, 9], "2:4": [0.2, 0.4, 0.6, 0.8, 1.1], "topk": [0.01, 0.05, 0.1, 0.2, 0.3]},
 }  # fmt: skip
 WORDS = ["The", "old", "<b>house", "&", "the", "sea", ":", "nobody", "knew", "who", "had", "lived", "there"]

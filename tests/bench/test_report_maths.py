@@ -131,7 +131,12 @@ def test_exported_numbers_keep_their_precision():
 
 
 def test_tier_maps_must_have_a_digit_a_block():
-    assert len(tiers.parse(synthetic.TIERS).maps) == 3
+    found = tiers.parse(synthetic.TIERS)
+    assert len(found.maps) == 3 and len(found.counts) == 4
+    assert found.counts[3] == ("layers.3.mlp.down_proj", (200, 300, 188))
+    assert all(sum(counts) == 16 * 43 for _, counts in found.counts)
+    with pytest.raises(ValueError, match="w must have 2 × 2 blocks, not 1 \\+ 1 \\+ 1"):
+        tiers.parse({"matrices": [{"name": "w", "rows": 2, "columns": 2, "dense": 1, "mid_2_4": 1, "topk": 1}]})
     for wrong in ({"map": "01"}, {"map": "0123"}):
         with pytest.raises(ValueError, match="must be 2 × 2 digits"):
             tiers.parse({"matrices": [{"name": "w", "rows": 2, "columns": 2, **wrong}]})

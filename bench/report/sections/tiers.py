@@ -39,9 +39,13 @@ class TierMap:
 
 @dataclass(frozen=True)
 class Tiers:
-    """The record's block `tiers`; values of `iterations` in the order of `_FIELDS`, None where not recorded."""
+    """The record's block `tiers`; values of `iterations` in the order of `_FIELDS`, None where not recorded.
+
+    `counts` has the blocks in each tier of every matrix; `maps` only what older records say of where they are.
+    """
 
     iterations: list[list[float | None]]
+    counts: list[tuple[str, tuple[int, int, int]]]
     maps: list[TierMap]
     quantiles: dict[str, list[float]]
 
@@ -50,15 +54,28 @@ def parse(block: Any) -> Tiers:
     """The record's block `tiers`.
 
     Raises:
-        ValueError: A map does not have one digit 0, 1 or 2 per block, or a tier has not five quantiles.
+        ValueError: A map does not have one digit 0, 1 or 2 per block, the tiers of a matrix do not add up to its
+            blocks, or a tier has not five quantiles.
     """
     iterations = [[entry.get(name) for name in _FIELDS] for entry in block.get("iterations") or []]
-    maps = [_map(entry) for entry in block.get("matrices") or []]
+    matrices = block.get("matrices") or []
+    maps = [_map(entry) for entry in matrices if "map" in entry]
     quantiles = {str(tier): [float(q) for q in values] for tier, values in (block.get("quantiles") or {}).items()}
     quantiles = {tier: values for tier, values in quantiles.items() if values}  # a tier without blocks has none
     if any(len(values) != 5 for values in quantiles.values()):
         raise ValueError("quantiles must be minimum, quartiles and maximum of each tier")
-    return Tiers(iterations, maps, quantiles)
+    return Tiers(iterations, [_counts(entry) for entry in matrices], maps, quantiles)
+
+
+def _counts(entry: Any) -> tuple[str, tuple[int, int, int]]:
+    rows, columns = int(entry["rows"]), int(entry["columns"])
+    if "map" in entry:
+        dense, mid, topk = (entry["map"].count(str(tier)) for tier in range(3))
+    else:
+        dense, mid, topk = (int(entry[tier]) for tier in ("dense", "mid_2_4", "topk"))
+    if dense + mid + topk != rows * columns:
+        raise ValueError(f"{entry['name']} must have {rows} × {columns} blocks, not {dense} + {mid} + {topk}")
+    return str(entry["name"]), (dense, mid, topk)
 
 
 def _map(entry: Any) -> TierMap:
@@ -80,6 +97,8 @@ def section(evidence: Evidence) -> Section | None:
             blocks.append(_iterations(index, name, tiers.iterations))
         if tiers.quantiles:
             blocks.append(_quantiles(index, name, tiers.quantiles))
+        if tiers.counts:
+            blocks.append(_matrices(index, name, tiers.counts))
         if tiers.maps:
             blocks.append(Markings(_pictures(name, tiers.maps, _MAP_BYTES // len(drawn))))
     return Section("tiers", "Block sparsity", _LEAD, blocks)
@@ -143,6 +162,31 @@ def _quantiles(index: int, name: str, quantiles: dict[str, list[float]]) -> Char
         + ", ".join(f"{tier} {v[2]:.3g}" for tier, v in quantiles.items()) + ".",
         draw, Table(["tier", "minimum", "25 %", "median", "75 %", "maximum"], [[t, *v] for t, v in quantiles.items()]),
         (8.0, 1.0 + 0.45 * len(tiers)),
+    )  # fmt: skip
+
+
+def _matrices(index: int, name: str, counts: Sequence[tuple[str, tuple[int, int, int]]]) -> Chart:
+    shares = [[count / sum(row) for count in row] for _, row in counts]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        places, below = range(len(shares)), [0.0] * len(shares)
+        for tier, (label, colour) in enumerate(zip(_NAMES, palette.TIERS, strict=True)):
+            heights = [100 * row[tier] for row in shares]
+            axes.bar(places, heights, 1.0, bottom=below, color=colour, label=label)
+            below = [a + b for a, b in zip(below, heights, strict=True)]
+        axes.set_xlim(-0.5, len(shares) - 0.5)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("matrix, in the model's order")
+        axes.set_ylabel("blocks (%)")
+        drawing.legend(figure, [axes])
+
+    least = min(zip(shares, counts, strict=True), key=lambda one: one[0][0])
+    return Chart(
+        f"tier-matrices-{index}", f"Tiers of each matrix: {name}",
+        f"Stacked bars, one for each of {len(counts)} matrices: share of its blocks in each tier. Fewest dense blocks: "
+        f"{least[1][0]}, {least[0][0]:.0%}.",
+        draw, Table(["matrix", *_NAMES], [[matrix, *row] for matrix, row in counts]), (8.0, 2.9),
     )  # fmt: skip
 
 
