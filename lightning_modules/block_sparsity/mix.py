@@ -17,7 +17,7 @@ from lightning_modules.block_sparsity.demotion import Ratios
 from lightning_modules.block_sparsity.masks import best_of_groups
 from lightning_modules.block_sparsity.pruner import packed_bits
 from lightning_modules.block_sparsity.scored import Scored
-from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, TierMap, pad, to_blocks
+from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, TierMap, most_topk, pad, to_blocks
 
 TRIED = (1 / 24, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16)
 """Shares of a block's weights that a top-k block may keep, where that is to be chosen."""
@@ -57,7 +57,7 @@ class Found:
 
 def choices(block: int) -> tuple[int, ...]:
     """What is tried for k."""
-    return tuple(sorted({max(1, round(share * block * block)) for share in TRIED}))
+    return tuple(sorted({min(max(1, round(share * block * block)), most_topk(block)) for share in TRIED}))
 
 
 def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target: Mix, ks: Sequence[int]) -> Found:

@@ -65,6 +65,7 @@ class BlockSparsity(CausalLM):
             the way as the schedule does.
         scope: Who competes for the tiers: the blocks of one "matrix", all ("global"), or one row of blocks ("band").
         row_relative: Divide scores by the mean of their row, as Wanda compares within rows.
+        matrix_relative: Divide them by the mean of their matrix: for a scope in which matrices compete.
         pattern: "tiers"; baselines: "unstructured" with the same share of zeros in every row, and "2:4" or "4:8"
             throughout, whatever the schedule says.
         calibration_blocks: Blocks of training text (or samples), spread evenly over it, that scores and reconstruction
@@ -103,6 +104,7 @@ class BlockSparsity(CausalLM):
         target_bits: float | None = None,
         scope: Scope = "matrix",
         row_relative: bool = False,
+        matrix_relative: bool = False,
         pattern: Pattern = "tiers",
         calibration_blocks: int = 32,
         calibration_seed: int | None = None,
@@ -145,6 +147,8 @@ class BlockSparsity(CausalLM):
         for name, rate in {"reconstruction_lr": reconstruction_lr, "iteration_lr_factor": iteration_lr_factor}.items():
             if not 0 < rate < math.inf:
                 raise ValueError(f"{name} must be above 0, got {rate}")
+        if row_relative and matrix_relative:
+            raise ValueError("row_relative and matrix_relative cannot both be true: scores are divided by one mean")
         if not 0 <= distill_weight <= 1:
             raise ValueError(f"distill_weight must be between 0 and 1, got {distill_weight}")
         self.pretrained = pretrained
@@ -162,7 +166,8 @@ class BlockSparsity(CausalLM):
         self.teacher, self.distill_weight = teacher, distill_weight
         self.iteration_lr_factor = iteration_lr_factor
         self.export_dtype, self.export_bands = export_dtype, export_bands
-        self._pruning = {"block": block, "k": k, "pattern": pattern, "scope": scope, "row_relative": row_relative}
+        self._pruning = {"block": block, "k": k, "pattern": pattern, "scope": scope}
+        self._pruning |= {"row_relative": row_relative, "matrix_relative": matrix_relative}
         self._pruning["open_k"] = not isinstance(topk, int)
         self.pruner: Pruner
         self.stored = torch.float32

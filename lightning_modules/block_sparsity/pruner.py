@@ -38,6 +38,7 @@ class Pruner:
             throughout, whatever the ratios. All but the tiers are baselines.
         scope: Who competes, see ``demotion.demote``.
         row_relative: Divide scores by the mean score of what their row still has.
+        matrix_relative: Divide scores by the mean score of what their matrix still has.
         open_k: Take over the k of maps that are loaded; otherwise another one is refused.
 
     Attributes:
@@ -59,11 +60,12 @@ class Pruner:
         pattern: Pattern = "tiers",
         scope: Scope = "matrix",
         row_relative: bool = False,
+        matrix_relative: bool = False,
         open_k: bool = False,
     ) -> None:
         self.block, self.k = block, k
         self.pattern, self.scope = pattern, scope
-        self.row_relative = row_relative
+        self.row_relative, self.matrix_relative = row_relative, matrix_relative
         self.open_k = open_k
         self.matrices = linear_layers(model)
         self.parameter_count = sum(p.numel() for p in model.parameters())
@@ -82,7 +84,7 @@ class Pruner:
     def describe(self) -> dict[str, Any]:
         """What makes a difference to a mask, as plain values."""
         sizes = {"pattern": self.pattern, "block": self.block, "k": self.k}
-        return {**sizes, "scope": self.scope, "row_relative": self.row_relative}
+        return {**sizes, "scope": self.scope, "row": self.row_relative, "matrix": self.matrix_relative}
 
     def set_topk(self, k: int) -> None:
         """Have top-k blocks keep so many weights, while there are none.
@@ -121,7 +123,9 @@ class Pruner:
             statistic: What it needs to know besides the weights, on their device.
         """
         found = Scored(self.matrices[name].weight.detach(), score.score, statistic)
-        return found.relative_to_rows(self.keep[name]) if self.row_relative else found
+        if self.row_relative:
+            return found.relative_to_rows(self.keep[name])
+        return found.relative_to_matrix(self.keep[name]) if self.matrix_relative else found
 
     def cut(self, name: str, score: Score, statistic: Tensor | None, target: Ratios) -> tuple[Tensor, Choice]:
         """A new mask for one matrix; its weights are not touched.

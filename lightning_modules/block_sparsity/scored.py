@@ -81,11 +81,23 @@ class Scored:
 
     def relative_to_rows(self, keep_RC: Tensor) -> "Scored":
         """The same with every score divided by the mean over what its row still has."""
-        found = []
+        sums, counts = self._of_rows(keep_RC)
+        return replace(self, row_means=(sums / counts.clamp_min(1)).clamp_min(torch.finfo(torch.float32).tiny))
+
+    def relative_to_matrix(self, keep_RC: Tensor) -> "Scored":
+        """The same with every score divided by the mean over what the matrix still has."""
+        sums, counts = self._of_rows(keep_RC)
+        mean = (sums.sum() / counts.sum().clamp_min(1)).clamp_min(torch.finfo(torch.float32).tiny)
+        return replace(self, row_means=mean.repeat(len(sums)))
+
+    def _of_rows(self, keep_RC: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the scores of what each row still has, and how many these are; float32 ``[R]``."""
+        sums, counts = [], []
         for rows, scores in self.slabs():
             keep = keep_RC[rows].view(torch.uint8).float()
-            found.append(scores.mul_(keep).sum(1) / keep.sum(1).clamp_min(1))
-        return replace(self, row_means=torch.cat(found).clamp_min(torch.finfo(torch.float32).tiny))
+            sums.append(scores.mul_(keep).sum(1))
+            counts.append(keep.sum(1))
+        return torch.cat(sums), torch.cat(counts)
 
 
 def slab_elements(device: torch.device) -> int:

@@ -111,7 +111,7 @@ def _parse(place: str, header: list[str], values: list[str], before: Row) -> Row
             raise ValueError(f"{place}, column {column}: {text!r} is not a number") from None
         if not math.isfinite(numbers[column]):
             raise ValueError(f"{place}, column {column}: {text} is not a finite number")
-    numbers.setdefault("iteration", before.iteration + 1)
+    numbers.setdefault("iteration", before.iteration + 1.0)
     numbers.setdefault("dense_to_2_4", before.dense - numbers["dense"])
     numbers.setdefault("mid_2_4_to_topk", numbers["topk"] - before.topk)
     for column in ("iteration", "epochs"):

@@ -583,6 +583,7 @@ def test_what_is_wrong_is_named(arguments, names, dense, data_cache, tmp_path):
         ({"target_bits": 9.0, "pattern": "2:4"}, "pattern 2:4 has none"),
         ({"block": 6}, "multiple of 4"),
         ({"distill_weight": 2}, "distill_weight"),
+        ({"row_relative": True, "matrix_relative": True}, "cannot both be true"),
         ({"calibration_blocks": 0}, "calibration_blocks must be at least 1"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
         ({"reconstruction_steps": -1}, "reconstruction_steps must be at least 0"),

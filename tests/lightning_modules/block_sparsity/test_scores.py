@@ -58,7 +58,7 @@ def test_scores_are_finite_not_negative_repeatable_and_leave_the_model_alone(sco
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("relative", ["", "rows", "matrix"])
 @pytest.mark.parametrize("shape", [None, (37,), (44, 37)])
 def test_blocks_have_the_scores_that_their_rows_have(shape, relative):
     draw = torch.Generator().manual_seed(0)
@@ -67,9 +67,12 @@ def test_blocks_have_the_scores_that_their_rows_have(shape, relative):
     expected = weight.abs() * (1.0 if statistic is None else statistic)
     formula = Magnitude() if statistic is None else Wanda()
     scores = Scored(weight, formula.score, statistic)
-    if relative:
+    if relative == "rows":
         expected = expected / ((expected * keep).sum(1) / keep.sum(1))[:, None]
         scores = scores.relative_to_rows(keep)
+    elif relative == "matrix":
+        expected = expected / expected[keep].mean()
+        scores = scores.relative_to_matrix(keep)
     torch.testing.assert_close(scores.rows(slice(5, 23)), expected[5:23])
     index = (torch.arange(6).repeat_interleave(5), torch.arange(5).repeat(6))
     blocks = torch.cat([part for _, part in scores.blocks(index, 8)])
