@@ -111,7 +111,7 @@ def _data(model: Path, folder: Path, evaluated: Path) -> tuple[str, ...]:
 
 
 def _validated(place: Path, pruned: Path, folder: Path, text: Path, name: str) -> float:
-    options = ("--model.pretrained", str(pruned), "--model.topk", "null")
+    options: tuple[str, ...] = ("--model.pretrained", str(pruned), "--model.topk", "null")
     pattern = place / "pattern"
     if pattern.exists():
         options = (*options, "--model.pattern", pattern.read_text())

@@ -50,7 +50,7 @@ class LayerFiles:
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep the result of the layer that was asked for last; one of several ranks writes."""
-        if self.folder is None or getattr(rank_zero_only, "rank", 0):
+        if self.folder is None or getattr(rank_zero_only, "rank", None):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing_file(self._path()) as path:
@@ -63,7 +63,7 @@ class LayerFiles:
     def _count(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             self._digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            self._digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def layer_folder(output: Path) -> Path:

@@ -289,7 +289,7 @@ class BlockSparsity(CausalLM):
         done = (dense - here) / (dense - end) if dense > end else 1.0
         settled = self.topk != "auto" or any(tiers.counts()[TOPK] for tiers in self.pruner.tiers.values())
         ks = () if settled else choices(block)
-        return Mix(dense - done * (dense - self.target_bits), self._pruning["scope"], ks)
+        return Mix(dense - done * (dense - self.target_bits), str(self._pruning["scope"]), ks)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """See ``CausalLM.scheduler``; ``restart`` begins again."""
