@@ -1,13 +1,16 @@
 """Callbacks: where a feature meets a measurement. They attach to the Trainer and stay thin."""
 
+from callbacks.control import Control
 from callbacks.graceful_stop import GracefulStop
 from callbacks.gradient_guard import GradientGuard
 from callbacks.inference_timing import InferenceTiming
 from callbacks.log_config import LogConfig
 from callbacks.model_card import HFExport
+from callbacks.other_text import OtherText
 from callbacks.prefill_memory import PrefillMemory
 from callbacks.prefill_timing import PrefillTiming
 from callbacks.progress import Progress
+from callbacks.quantization_timing import QuantizationTiming
 from callbacks.run_folders import RunFolders
 from callbacks.run_record import RunRecord
 from callbacks.throughput import Throughput
@@ -17,14 +20,17 @@ from callbacks.trace import Trace
 from callbacks.traffic_monitor import TrafficMonitor
 
 __all__ = [
+    "Control",
     "GracefulStop",
     "GradientGuard",
     "HFExport",
     "InferenceTiming",
     "LogConfig",
+    "OtherText",
     "PrefillMemory",
     "PrefillTiming",
     "Progress",
+    "QuantizationTiming",
     "RunFolders",
     "RunRecord",
     "Throughput",

@@ -19,7 +19,9 @@ from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
 
-Command = Literal["fit", "validate", "test", "predict", "prepare", "prune", "calibrate", "verify", "export", "generate"]
+Command = Literal[
+    "fit", "validate", "test", "predict", "prepare", "prune", "calibrate", "verify", "export", "evaluate", "generate"
+]
 _LIGHTNINGS_CHOICE = (None, "best", "hpc", "registry")  # of a checkpoint: it looks for it itself
 _LIGHTNING = ("fit", "validate", "test", "predict", "prepare", "generate")  # what every module can, or needs no module
 
@@ -135,6 +137,16 @@ class PareTrainer(Trainer):
             datamodule: Text that the exported model is checked on.
         """
         self._once("export", model, datamodule)
+
+    def evaluate(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Ask models tasks, in this process.
+
+        Args:
+            model: A module that can evaluate: it has ``evaluate(device)``.
+            datamodule: Unused; tasks bring their own text.
+        """
+        evaluate: Any = model.evaluate
+        self._record(model, datamodule, evaluate(self.strategy.root_device))
 
     def _once(self, command: str, model: LightningModule, datamodule: LightningDataModule, **options: Any) -> None:
         """Run a module's method of this name on prepared data; what it returns are fields of the run record."""

@@ -1,6 +1,6 @@
 """What pruning buys at inference: latency of prefill and decode beside the dense model's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,18 +67,8 @@ class InferenceTiming(Measurement):
         """
         if stage != "validate":
             return
-        for name, given, attribute in (("dense", self.dense, "base"), ("pruned", self.pruned, "output")):
-            folder = given or getattr(pl_module, attribute, None)
-            if folder is None:
-                raise ValueError(f"InferenceTiming.{name}: give its folder; {type(pl_module).__name__} has none")
-            self.folders[name] = str(folder)
-        for name, folder in self.folders.items():
-            most = getattr(load_config(folder), "max_position_embeddings", None)
-            if most is not None and self.prompt_tokens + self.new_tokens > most:
-                raise ValueError(
-                    f"InferenceTiming.prompt_tokens {self.prompt_tokens} and new_tokens {self.new_tokens} are more "
-                    f"than the {most} positions of the {name} model, {folder}"
-                )
+        given = {"dense": self.dense, "pruned": self.pruned}
+        self.folders = given_models(given, pl_module, type(self).__name__, self.prompt_tokens + self.new_tokens)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, on rank 0 and only in ``validate``."""
@@ -138,16 +128,62 @@ class InferenceTiming(Measurement):
         return {"inference": {**self.folders, "prompt_tokens": self.prompt_tokens, "rows": self.rows}}
 
 
+def given_models(
+    given: Mapping[str, str | None], pl_module: LightningModule, owner: str, tokens: int
+) -> dict[str, str]:
+    """Folders of the dense and the pruned model: those given, or else the module's ``base`` and ``output``.
+
+    Args:
+        given: What a callback was told, by "dense" and "pruned".
+        pl_module: The module.
+        owner: The callback's name, for errors.
+        tokens: What both must be able to read.
+
+    Raises:
+        FileNotFoundError: See ``loading.load``.
+        ValueError: See ``loading.load``; a model has fewer positions; or a folder is not given and the module has none.
+    """
+    folders = {}
+    for name, attribute in (("dense", "base"), ("pruned", "output")):
+        folder = given[name] or getattr(pl_module, attribute, None)
+        if folder is None:
+            raise ValueError(f"{owner}.{name}: give its folder; {type(pl_module).__name__} has none")
+        folders[name] = str(folder)
+    for name, folder in folders.items():
+        most = getattr(load_config(folder), "max_position_embeddings", None)
+        if most is not None and tokens > most:
+            raise ValueError(
+                f"{owner}.prompt_tokens and new_tokens are {tokens} together, more than the {most} positions of the "
+                f"{name} model, {folder}"
+            )
+    return folders
+
+
 def _arm(model: Any, ids: torch.Tensor, phase: str, new_tokens: int) -> Callable[[], None]:
     """A call that reads the prompts, or that decodes after them and then forgets what it decoded."""
+    if phase == "decode":
+        return decoding(model, ids, new_tokens)
 
-    def prefill() -> Any:
-        with torch.no_grad():
-            return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    def prefill() -> None:
+        _read(model, ids)
 
-    if phase == "prefill":
-        return prefill
-    cache = prefill()
+    return prefill
+
+
+def _read(model: Any, ids: torch.Tensor) -> Any:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decoding(model: Any, ids: torch.Tensor, new_tokens: int) -> Callable[[], None]:
+    """Read some prompts; a call then decodes so many tokens after them, and forgets them.
+
+    Args:
+        model: A causal language model.
+        ids: Prompts ``[B, T]``, on its device.
+        new_tokens: Tokens of a call.
+    """
+    cache = _read(model, ids)
 
     def decode() -> None:
         token = ids[:, -1:]

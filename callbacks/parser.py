@@ -7,7 +7,7 @@ import io
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import lightning.pytorch as L
@@ -40,6 +40,15 @@ class Parser(LightningArgumentParser):
         told = explain(message, program.split()[-1]) + moved.hint(sys.argv)
         print(f"error: {told}\nhelp: {program} --help", file=sys.stderr)
         self.exit(2)
+
+
+@contextlib.contextmanager
+def explained(parser: ArgumentParser) -> Iterator[None]:
+    """Within the block, what a class refuses is an error of the command line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        parser.error(str(error), error)
 
 
 def explain(message: str, command: str = "fit") -> str:

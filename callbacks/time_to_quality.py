@@ -16,18 +16,35 @@ class TimeToQuality(Measurement):
     Args:
         target_ppl: Record the training time of the first validation at or below this perplexity.
         fixed_time_s: Record the perplexity of the last validation within this many seconds of training.
+        from_start: Validate before the first step, too.
     """
 
-    def __init__(self, target_ppl: float | None = None, fixed_time_s: float | None = None) -> None:
+    def __init__(
+        self, target_ppl: float | None = None, fixed_time_s: float | None = None, from_start: bool = False
+    ) -> None:
         self.target_ppl = target_ppl
         self.fixed_time_s = fixed_time_s
+        self.from_start = from_start
         self.curve: list[dict[str, float]] = []
         self._trained_s = 0.0
         self._since: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Validate first, where that is asked for; start the clock."""
+        if self.from_start and self._due(trainer):
+            trainer.validating = True
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False  # a restored loop would take the one before for its own, and leave batches out
+            loop.run()
+            trainer.training = True
         self._since = time.perf_counter()
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether a point is missing: the first one, or one that a kill came before, after that step's checkpoint."""
+        if not trainer.enable_validation or any(point["step"] == trainer.global_step for point in self.curve):
+            return False
+        asks_type: Any = None
+        return trainer.global_step == 0 or trainer.fit_loop.epoch_loop._should_check_val_fx(asks_type)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock while validating."""
@@ -36,13 +53,14 @@ class TimeToQuality(Measurement):
             self._since = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note one point of the curve and go on."""
+        """Note one point of the curve, with the perplexities of other texts where there are any, and go on."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        ppl = trainer.callback_metrics.get("val/ppl")
-        if ppl is not None:
-            point = {"train_s": self._trained_s, "step": trainer.global_step, "val_ppl": float(ppl)}
-            self.curve.append(point)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/ppl")}
+        if "val/ppl" in found:
+            named = {name.replace("/", "_"): value for name, value in found.items()}
+            point = {"train_s": self._trained_s, "step": trainer.global_step, **named}
+            self.curve = [one for one in self.curve if one["step"] != point["step"]] + [point]
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from lightning_modules.data.embedded import EmbeddedDocs
 from lightning_modules.data.instruct import InstructData
 from lightning_modules.data.recall import Recall
 from lightning_modules.data.text import TextCorpus
+from lightning_modules.evaluation import TaskEvaluation
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.structured_pruning import LoraRecovery, StructuredPruning
 from lightning_modules.token_pruning.asked_text import AskedText
@@ -22,6 +23,7 @@ __all__ = [
     "Pretraining",
     "Recall",
     "StructuredPruning",
+    "TaskEvaluation",
     "TextCorpus",
     "TokenCalibration",
     "TokenPruning",

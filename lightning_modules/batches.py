@@ -22,12 +22,21 @@ else; packed samples need ``position_ids`` ``[B, T]`` that restart with each; pa
 
 
 def logits(model: Any, batch: Batch, **options: Any) -> Tensor:
-    """Scores ``[B, T, V]`` of a batch, as if every sample were alone.
+    """Scores ``[B, T, V]`` of a batch, as if every sample were alone; see ``outputs``."""
+    scores: Tensor = outputs(model, batch, **options).logits
+    return scores
+
+
+def outputs(model: Any, batch: Batch, **options: Any) -> Any:
+    """What a model returns for a batch, as if every sample were alone.
 
     Args:
         model: A causal language model of transformers, also wrapped or spread over devices.
         batch: On any device.
-        **options: Further arguments of the model, such as ``logits_to_keep``.
+        **options: Further arguments of the model, such as ``logits_to_keep`` or ``output_hidden_states``.
+
+    Returns:
+        Transformers' output with ``logits [B, T, V]`` and, where asked for, ``hidden_states`` ``[B, T, H]`` each.
     """
     inputs = {"input_ids": batch["input_ids"]}
     positions = positions_of(batch)
@@ -40,9 +49,12 @@ def logits(model: Any, batch: Batch, **options: Any) -> Tensor:
     flat = positions is not None and "flash" in str(kernel)
     if flat:  # flash attention keeps samples apart in one row only
         inputs = {name: part.reshape(1, -1) for name, part in inputs.items()}
-    scores: Tensor = model(**inputs, use_cache=False, **options).logits
-    whole = scores.shape[1] == inputs["input_ids"].shape[1]
-    return scores.view(*batch["input_ids"].shape, -1) if flat and whole else scores
+    found = model(**inputs, use_cache=False, **options)
+    if flat and found.logits.shape[1] == inputs["input_ids"].shape[1]:
+        found.logits = found.logits.view(*batch["input_ids"].shape, -1)
+        if (states := getattr(found, "hidden_states", None)) is not None:
+            found.hidden_states = tuple(state.view(*batch["input_ids"].shape, -1) for state in states)
+    return found
 
 
 def positions_of(batch: Batch) -> Tensor | None:

@@ -110,16 +110,25 @@ class CausalLM(L.LightningModule):
         return loss
 
     def distilled_step(
-        self, batch: dict[str, Tensor], teacher: Any, weight: float, temperature: float = 1.0
+        self, batch: dict[str, Tensor], teacher: Any, weight: float, temperature: float = 1.0, **hidden: Any
     ) -> dict[str, Tensor]:
         """A training step with a teacher; ``train/loss`` is the cross entropy on the text, as without one.
+
+        Args:
+            batch: Text.
+            teacher: See ``distilled_loss``.
+            weight: The same.
+            temperature: The same.
+            **hidden: Its further arguments, which say what of hidden states counts.
 
         Returns:
             ``loss``, which is minimised, and ``train_loss``, which is recorded.
         """
-        found = distilled_loss(self.model, teacher, batch, weight, temperature)
+        found = distilled_loss(self.model, teacher, batch, weight, temperature, **hidden)
         self.log("train/loss", found.text, prog_bar=True)
         self.log_dict({"train/divergence": found.divergence, "train/mixture": found.mixture})
+        if found.hidden is not None:
+            self.log("train/hidden", found.hidden)
         return {"loss": found.mixture, "train_loss": found.text.detach()}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

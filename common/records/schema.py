@@ -95,7 +95,7 @@ OPTIONAL: dict[str, Field] = {
     "monitor_ms_per_step": Field("number", "ms", "time the traffic monitor itself took"),
     "mfu": Field("number", "fraction", "model FLOPs per second over the devices' dense peak"),
     "host_peak_rss_gb": Field("number", "GB", "peak resident host memory of rank 0 (1e9 bytes)"),
-    "val_curve": Field("list", "", "validations: training seconds, step, perplexity"),
+    "val_curve": Field("list", "", "validations: training seconds, step, perplexities"),
     "target_ppl": Field("number", "", "the target of time_to_target_ppl_s"),
     "fixed_time_s": Field("number", "s", "the time of ppl_at_fixed_time"),
     "sweep": Field("str", "", "name of the sweep the run belongs to"),
@@ -116,6 +116,9 @@ OPTIONAL: dict[str, Field] = {
         "object", "", "what each layer needs to keep planted answers, and the schedule that was chosen"
     ),
     "structure": Field("object", "", "structured-pruning block"),
+    "recovery": Field("object", "", "perplexities of a recovered model beside those of the dense model tuned alike"),
+    "evaluation": Field("list", "", "model, task, metric, value, standard error, items"),
+    "quantization": Field("list", "", "model and form of its weights: perplexity, bytes, time of a decoding step"),
     "inference": Field("object", "", "latency and memory of a pruned model beside the dense one, by phase and batch"),
     "tiers": Field("object", "", "block-sparsity block, see TIERS"),
     "survival": Field("object", "", "tokens of a prompt and the stage at which each was dropped"),

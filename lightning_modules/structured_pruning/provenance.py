@@ -13,16 +13,22 @@ from lightning_modules.batches import Batch
 _CHUNK = 1 << 26  # bytes moved to the CPU at a time
 
 
-def model_hash(model: Any) -> str:
+def model_hash(model: Any, widened: bool = False) -> str:
     """SHA-256 of all weights, in order of name, with their shapes and dtypes; the device does not matter.
 
     Tied weights count once, under the name that sorts first, so that a reloaded model has the same hash.
+
+    Args:
+        model: A model.
+        widened: Hash half-precision weights as the same numbers in float32, one weight at a time.
     """
     digest, seen = hashlib.sha256(), set()
     for name, weight in sorted(model.state_dict().items()):
         if weight.data_ptr() in seen:
             continue
         seen.add(weight.data_ptr())
+        if widened and weight.is_floating_point() and weight.itemsize < 4:
+            weight = weight.float()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         flat = weight.detach().contiguous().view(-1).view(torch.uint8)
         for start in range(0, flat.numel(), _CHUNK):

@@ -15,7 +15,9 @@ from lightning_modules.causal_lm import CausalLM
 from lightning_modules.loading import check_vocabulary, load, load_config
 from lightning_modules.structured_pruning import adapter as adapters
 from lightning_modules.structured_pruning.layers import family
+from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash
+from lightning_modules.structured_pruning.sharing import share_equal
 
 _ADAPTER = "adapter"  # folder of the adapter within the merged model's
 
@@ -37,6 +39,8 @@ class LoraRecovery(CausalLM):
         teacher: Folder or hub name of the dense model to learn from too.
         distill_weight: Share of the teacher in the loss; the rest is the text's next token.
         temperature: Softens the distributions of teacher and student.
+        hidden_weight: Weight of the distance between the student's and the teacher's hidden states in the loss, beside
+            the rest; 0 leaves them out. What enters a kept layer is compared with what entered it in the teacher.
         learning_rate: Peak learning rate.
         weight_decay: Decoupled decay of the adapters.
         lr_schedule: See ``CausalLM``.
@@ -59,6 +63,7 @@ class LoraRecovery(CausalLM):
         teacher: str | None = None,
         distill_weight: float = 0.5,
         temperature: float = 2.0,
+        hidden_weight: float = 0.0,
         learning_rate: float = 5e-5,
         weight_decay: float = 0.0,
         lr_schedule: str = "linear",
@@ -69,6 +74,8 @@ class LoraRecovery(CausalLM):
         super().__init__(learning_rate, weight_decay, lr_schedule=lr_schedule, warmup_steps=warmup_steps, **kwargs)
         if not 0 < distill_weight <= 1:
             raise ValueError(f"distill_weight must be above 0 and at most 1, got {distill_weight}")
+        if hidden_weight < 0 or (hidden_weight and teacher is None):
+            raise ValueError(f"hidden_weight must not be negative, and needs a teacher; got {hidden_weight}")
         for name, value in (("rank", rank), ("alpha", alpha), ("temperature", temperature)):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -79,6 +86,7 @@ class LoraRecovery(CausalLM):
         self.teacher_path = teacher
         self.distill_weight = distill_weight
         self.temperature = temperature
+        self.hidden_weight = hidden_weight
         self.lora = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
         )
@@ -119,6 +127,32 @@ class LoraRecovery(CausalLM):
                 f"teacher: its vocabulary has {teacher.vocab_size} tokens, the base's has {student.vocab_size}; give "
                 "the model that the base was pruned from"
             )
+        if self.hidden_weight:
+            if teacher.hidden_size != student.hidden_size:
+                raise ValueError(
+                    f"hidden_weight: the teacher's hidden states are {teacher.hidden_size} wide, the base's "
+                    f"{student.hidden_size}; give the model that the base was pruned from, or hidden_weight 0"
+                )
+            self._kept_layers(teacher.num_hidden_layers, student.num_hidden_layers)
+
+    def _kept_layers(self, teacher: int, student: int) -> list[int]:
+        """Which of the teacher's layers the student's are.
+
+        Raises:
+            ValueError: The student has fewer, and nothing says which.
+        """
+        path = Path(self.base).expanduser() / FILE
+        if path.is_file():
+            plan = PruningPlan.load(path)
+            kept = [number for number, layer in enumerate(plan.layers) if not layer.dropped]
+            if len(plan.layers) == teacher and len(kept) == student:
+                return kept
+        if teacher != student:
+            raise ValueError(
+                f"hidden_weight: the teacher has {teacher} layers and the base {student}, and {self.base} has no plan "
+                "that says which were dropped; give the folder that prune wrote, or hidden_weight 0"
+            )
+        return list(range(student))
 
     def inputs(self) -> list[Any]:
         """See ``CausalLM.inputs``."""
@@ -132,17 +166,16 @@ class LoraRecovery(CausalLM):
         Raises:
             ValueError: ``adapter`` was trained on another base.
         """
-        model = load(self.base, attention=self.loading["attention"], supported=family)
-        self.base_hash = model_hash(
-            model
-        )  # in float32, so that it is the same whatever the adapters are trained beside
-        self._narrow(model)
+        model = load(self.base, self._stored(), self.loading["attention"], supported=family)
+        # as in float32, so that it is the same whatever the adapters are trained beside
+        self.base_hash = model_hash(model, widened=True)
+        self._convert(model)
         weights = None
         if self.adapter is not None:
             self.lora, weights = adapters.read_adapter(self.adapter, self.base, self.base_hash)
         return adapters.attach(model, self.lora, weights).train()
 
-    def _narrow(self, model: Any) -> None:
+    def _convert(self, model: Any) -> None:
         """Make the weights what they would be loaded as; buffers are in float32 either way."""
         name = self.loading["dtype"]
         model.config.dtype = self._stored() if name == "auto" else getattr(torch, name)
@@ -167,7 +200,15 @@ class LoraRecovery(CausalLM):
             # A submodule, not ``Frozen``: sharding strategies then cut it up like the student, of whose size it is or
             # larger, instead of holding it whole on every rank. In training mode until on_train_start.
             self.teacher = teacher.requires_grad_(False).train()
-            self._check_teacher(self.teacher.config, self.model.config)
+            self._check_teacher(teacher.config, self.model.config)
+            layers = [model.config.num_hidden_layers for model in (teacher, self.model)]
+            self._pairs: list[tuple[int, int]] = []
+            if self.hidden_weight:
+                kept = self._kept_layers(*layers)
+                self._pairs = [*list(enumerate(kept))[1:], (layers[1], layers[0])]  # what is embedded is the same
+            if self._trainer is None or self.trainer.world_size == 1:  # sharding would cut what is shared twice
+                shared = share_equal(teacher, self.model)
+                rank_zero_info(f"teacher: {shared / 1e6:,.1f} MB of its weights are the base's own, and held once")
 
     def on_train_start(self) -> None:
         """The teacher has no dropout; set here, because Lightning warns of what is in evaluation mode before."""
@@ -178,7 +219,8 @@ class LoraRecovery(CausalLM):
         """Mean next-token loss, mixed with the divergence from the teacher."""
         if self.teacher is None:
             return super().training_step(batch, batch_idx)
-        return self.distilled_step(batch, self.teacher, self.distill_weight, self.temperature)
+        hidden = {"hidden_weight": self.hidden_weight, "pairs": self._pairs}
+        return self.distilled_step(batch, self.teacher, self.distill_weight, self.temperature, **hidden)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
