@@ -91,6 +91,7 @@ class LoraRecovery(CausalLM):
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
         )
         self.teacher: Any = None
+        self._pairs: list[tuple[int, int]] = []  # hidden states of the student, and the teacher's that they should be
         self.base_hash = ""
         self.strict_loading = False  # checkpoints hold no base; what they must hold is checked on loading
 
@@ -202,7 +203,6 @@ class LoraRecovery(CausalLM):
             self.teacher = teacher.requires_grad_(False).train()
             self._check_teacher(teacher.config, self.model.config)
             layers = [model.config.num_hidden_layers for model in (teacher, self.model)]
-            self._pairs: list[tuple[int, int]] = []
             if self.hidden_weight:
                 kept = self._kept_layers(*layers)
                 self._pairs = [*list(enumerate(kept))[1:], (layers[1], layers[0])]  # what is embedded is the same

@@ -30,16 +30,17 @@ def share_equal(teacher: Any, student: Any) -> int:
         for name, parameter in list(module.named_parameters(recurse=False)):
             twin = replaced.get(id(parameter))
             if twin is None:
-                twin = next((one for one in own.get(_kind(parameter), []) if torch.equal(one, parameter)), None)
-                if twin is None or twin is parameter:
+                alike = own.get(_kind(parameter), [])
+                place = next((i for i, one in enumerate(alike) if torch.equal(one, parameter)), None)
+                if place is None:
                     continue
-                replaced[id(parameter)] = twin
+                twin = replaced[id(parameter)] = alike.pop(place)  # once: equal norms stay apart
                 shared += parameter.nbytes
             setattr(module, name, twin)
     return shared
 
 
 def _kind(parameter: nn.Parameter) -> tuple[Any, ...]:
-    """What equal parameters have in common besides their numbers; a corner of these spares most comparisons."""
+    """What equal parameters have in common; a corner of their numbers spares most comparisons of the rest."""
     corner = parameter.detach().flatten()[:4].float().tolist()
     return (tuple(parameter.shape), parameter.dtype, parameter.device, tuple(corner))

@@ -49,6 +49,33 @@ def test_the_weight_is_the_teachers_share(weight):
     assert all(p.grad is None for p in teacher.parameters()) and student.model.layers[0].mlp.up_proj.weight.grad.any()
 
 
+def test_hidden_states_are_compared_in_pairs_relative_to_the_teachers_and_where_text_counts():
+    student, teacher = tiny(seed=1, num_hidden_layers=2), tiny(seed=2, num_hidden_layers=3)
+    labels = ids().clone()
+    labels[0, :7] = IGNORED
+    batch, pairs = {"input_ids": ids(), "labels": labels}, [(1, 2), (2, 3)]
+    with torch.no_grad():
+        mine, theirs = (
+            model(batch["input_ids"], output_hidden_states=True).hidden_states for model in (student, teacher)
+        )
+    expected = []
+    for i, j in pairs:
+        shares = [
+            ((mine[i][b, t] - theirs[j][b, t]).norm() / theirs[j][b, t].norm()).square()
+            for b in range(2)
+            for t in range(20)
+            if labels[b, t] != IGNORED
+        ]
+        expected.append(sum(shares) / len(shares))
+    found = distilled_loss(student, teacher, batch, 0.5, 1.0, 0.7, pairs)
+    torch.testing.assert_close(found.hidden, sum(expected) / 2)
+    torch.testing.assert_close(found.mixture, 0.5 * found.text + 0.5 * found.divergence + 0.7 * found.hidden)
+    found.hidden.backward()
+    assert student.model.layers[0].mlp.up_proj.weight.grad.any()
+    assert distilled_loss(student, teacher, batch, 0.5).hidden is None
+    assert distilled_loss(teacher, teacher, batch, 0.5, 1.0, 0.7, [(1, 1), (3, 3)]).hidden == 0
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")

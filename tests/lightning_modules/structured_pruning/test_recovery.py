@@ -16,10 +16,13 @@ from lightning_modules.structured_pruning import LoraRecovery
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.saving import save
+from lightning_modules.structured_pruning.sharing import share_equal
 from lightning_modules.structured_pruning.slicing import slice_model
 from strategies import CompressedFSDP
 from strategies.compressors.int8 import Int8
 from tests.lightning_modules.data.toy import Toy
+from tests.lightning_modules.structured_pruning.toy import KEPT as KEPT_FOUR
+from tests.lightning_modules.structured_pruning.toy import ids, plan_for, tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning 2.6 with torch 2.13
@@ -110,6 +113,15 @@ def test_fit_trains_merges_and_saves_what_loads_in_one_call(folders, tmp_path):
     assert (tmp_path / "recovered/README.md").read_text().startswith("---")
 
 
+def test_a_base_of_a_stock_class_stays_one(folders, tmp_path):
+    fit(folders, 2, recovery(folders, "base-dense"), export=tmp_path / "recovered")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    config = json.loads((tmp_path / "recovered/config.json").read_text())
+    assert type(merged).__name__ == "LlamaForCausalLM" and "auto_map" not in config and "per_layer_config" not in config
+    assert not list((tmp_path / "recovered").glob("*.py"))
+    assert merged.state_dict().keys() == load(folders / "base-dense").state_dict().keys()
+
+
 def test_export_merges_a_saved_adapter_and_refuses_another_base(folders, tmp_path):
     fit(folders, 2, export=tmp_path / "recovered")
     data = Toy(cache_dir=str(folders / "cache"))
@@ -180,6 +192,65 @@ def test_the_teacher_is_followed_and_never_trained_or_saved(folders, tmp_path):
 
     recovered = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
     assert distance(recovered) < 0.8 * distance(load(folders / "base"))
+
+
+def test_hidden_states_of_kept_layers_are_paired_with_what_entered_them_in_the_teacher(folders, tmp_path):
+    dense = tiny(num_hidden_layers=5)
+    plan = plan_for(dense, [KEPT_FOUR[0], KEPT_FOUR[1], LayerPlan([], []), LayerPlan([], []), KEPT_FOUR[2]])
+    data = Toy(cache_dir=str(folders / "cache"))
+    data.setup("fit")
+    save(tmp_path / "dense", dense, data.tokenizer, "# dense")
+    save(tmp_path / "dropped", slice_model(dense, plan), data.tokenizer, "# pruned", plan)
+    module = LoraRecovery(str(tmp_path / "dropped"), teacher=str(tmp_path / "dense"), hidden_weight=1.0, dropout=0.0)
+    module.configure_model()
+    assert module._pairs == [(1, 1), (2, 4), (3, 5)]
+    logged = {}
+    module.log = lambda name, value, **_: logged.update({name: value.item()})
+    module.log_dict = lambda values: None
+    module.training_step({"input_ids": ids(), "labels": ids()}, 0)
+    assert logged["train/hidden"] > 0
+    (tmp_path / "dropped/pruning_plan.json").unlink()
+    with pytest.raises(ValueError, match=r"hidden_weight: the teacher has 5 layers and the base 3, and .* has no plan"):
+        module.check_arguments("fit", None)
+    for arguments in ({"hidden_weight": -1.0}, {"hidden_weight": 1.0}):
+        with pytest.raises(ValueError, match="hidden_weight must not be negative, and needs a teacher"):
+            recovery(folders, **arguments)
+    narrow = tiny(hidden_size=24)
+    save(tmp_path / "narrow", narrow, data.tokenizer, "# narrow")
+    module = LoraRecovery(str(tmp_path / "narrow"), teacher=str(tmp_path / "dense"), hidden_weight=1.0)
+    with pytest.raises(ValueError, match="the teacher's hidden states are 32 wide, the base's 24"):
+        module.check_arguments("fit", None)
+
+
+def test_what_teacher_and_base_have_in_common_is_held_once(folders):
+    module = recovery(folders, teacher=str(folders / "base-dense"))
+    module.configure_model()
+    dense, teacher = load(folders / "base-dense"), module.teacher
+    own = {id(p) for p in module.model.parameters()}
+    common = {name for name, p in teacher.named_parameters() if id(p) in own}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= common
+    assert not any("_proj" in name for name in common), "every projection was cut"
+    with torch.no_grad():
+        assert torch.equal(teacher.eval()(torch.arange(20)[None]).logits, dense(torch.arange(20)[None]).logits)
+    assert share_equal(load(folders / "base-dense"), module.model.get_base_model()) == sum(
+        p.nbytes for name, p in dense.named_parameters() if "_proj" not in name
+    )
+    other = load(folders / "other-dense")
+    before = {name: p.clone() for name, p in other.named_parameters()}
+    share_equal(other, module.model)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+    moved = module.to(torch.float64)
+    assert id(moved.teacher.lm_head.weight) in {id(p) for p in moved.model.parameters()}, "they move as one"
+
+
+def test_a_base_stored_in_half_precision_is_known_by_the_same_hash_however_it_is_loaded(folders, tmp_path):
+    load(folders / "base", "bfloat16").save_pretrained(tmp_path / "half")
+    hashes = set()
+    for dtype in ("auto", "float32", "bfloat16"):
+        module = LoraRecovery(str(tmp_path / "half"), dtype=dtype)
+        module.configure_model()
+        hashes.add(module.base_hash)
+    assert hashes == {model_hash(load(tmp_path / "half", "float32"))}
 
 
 def test_a_base_in_half_precision_gets_the_same_adapter_folder(folders, tmp_path):
