@@ -6,6 +6,7 @@ the ratio of the two after the same tuning.
 
 import copy
 import json
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -228,17 +229,25 @@ class TunesControls(LightningCLI):
                 run = control.run_first(self.config_dump, self.trainer, self.datamodule)
             if run is None:
                 continue
-            type(self)(
-                args={"subcommand": "fit", "fit": run},
-                trainer_class=self.trainer_class,
-                parser_class=self.parser_class,
-                save_config_callback=self.save_config_callback,
-                save_config_kwargs=self.save_config_kwargs,
-                trainer_defaults={"callbacks": [type(callback)() for callback in self.trainer_defaults["callbacks"]]},
-                auto_configure_optimizers=self.auto_configure_optimizers,
-                seed_everything_default=self.seed_everything_default,
-            )
+            try:
+                self._again(run)
+            except SystemExit:
+                print("the dense model is not tuned yet: the same command goes on with it", file=sys.stderr)
+                raise
             self._set_seed()  # as if there had been no other run: adapters begin with the same values
+
+    def _again(self, run: dict[str, Any]) -> None:
+        """Another ``fit`` by this command line."""
+        type(self)(
+            args={"subcommand": "fit", "fit": run},
+            trainer_class=self.trainer_class,
+            parser_class=self.parser_class,
+            save_config_callback=self.save_config_callback,
+            save_config_kwargs=self.save_config_kwargs,
+            trainer_defaults={"callbacks": [type(callback)() for callback in self.trainer_defaults["callbacks"]]},
+            auto_configure_optimizers=self.auto_configure_optimizers,
+            seed_everything_default=self.seed_everything_default,
+        )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """See ``LightningCLI.parse_arguments``, which warns of arguments beside those of the command line."""

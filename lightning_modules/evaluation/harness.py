@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -18,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from common.progress import stage
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of models that it has not loaded itself
+datasets.disable_progress_bars()  # a bar for one file says nothing
 
 
 def find_tasks(names: Sequence[str], include: Sequence[Path]) -> TaskManager:
@@ -56,10 +58,12 @@ def load_task(manager: TaskManager, name: str, run_code: bool) -> list[Any]:
 
     Raises:
         FileNotFoundError: Its items are on the Hub, and cannot be had from there.
-        ValueError: It has no items, or executes answers and must not.
+        ValueError: It has no items, or needs a package that is not there, or executes answers and must not.
     """
     try:
         tasks = list(manager.load([name])["tasks"].values())
+    except ImportError as error:
+        raise ValueError(f"tasks: {name} needs another package ({error}); install it, see lm-eval's extras") from error
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"tasks: {name}: {_why(error)}") from error
     for task in tasks:
