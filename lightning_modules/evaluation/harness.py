@@ -5,6 +5,7 @@ asked, and nowhere else: lm-eval is no part of Pare's base installation.
 """
 
 import difflib
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -36,9 +37,11 @@ def find_tasks(names: Sequence[str], include: Sequence[Path]) -> TaskManager:
     for folder in include:
         if not folder.is_dir():
             raise FileNotFoundError(f"include: no such folder: {folder}")
-    manager = TaskManager(include_path=[str(folder) for folder in include] or None)
+    manager = _index(tuple(map(str, include)), defaults=False)
+    if not all(name in manager.task_index or _is_file(name) for name in names):
+        manager = _index(tuple(map(str, include)), defaults=True)
     for name in names:
-        if name.endswith((".yaml", ".yml")):
+        if _is_file(name):
             if not Path(name).is_file():
                 raise FileNotFoundError(f"tasks: no such task file: {name}")
         elif name not in manager.task_index:
@@ -46,6 +49,16 @@ def find_tasks(names: Sequence[str], include: Sequence[Path]) -> TaskManager:
             like = f"; like it: {', '.join(close)}" if close else ""
             raise ValueError(f"tasks: lm-eval has no task or group {name!r}{like}; or give a task file (.yaml)")
     return manager
+
+
+@functools.cache
+def _index(include: tuple[str, ...], defaults: bool) -> TaskManager:
+    """Of task files; lm-eval's own are more than ten thousand, and reading them takes a while."""
+    return TaskManager(include_path=list(include) or None, include_defaults=defaults)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def load_task(manager: TaskManager, name: str, run_code: bool) -> list[Any]:
@@ -87,6 +100,7 @@ def _why(error: BaseException) -> str:
 
 
 def ask(
+    manager: TaskManager,
     model: Any,
     tokenizer: Any,
     tasks: Sequence[Any],
@@ -101,6 +115,7 @@ def ask(
     """Ask a model and judge its answers.
 
     Args:
+        manager: See ``find_tasks``.
         model: A ``PreTrainedModel``, on the device to compute on.
         tokenizer: Its tokenizer.
         tasks: See ``load_task``.
@@ -121,6 +136,7 @@ def ask(
     found = simple_evaluate(
         answering,
         tasks=list(tasks),
+        task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=chat,

@@ -144,7 +144,7 @@ class TaskEvaluation(L.LightningModule):
                 tasks = harness.load_task(manager, str(written.get(name, name)), self.run_code)
                 title = f"{model_name}: {name}"
                 rows = harness.ask(
-                    model, tokenizer, tasks, title, self.batch_size, **self.asking, run_code=self.run_code,
+                    manager, model, tokenizer, tasks, title, self.batch_size, **self.asking, run_code=self.run_code,
                     seed=run_seed(),
                 )  # fmt: skip
                 done[key] = rows

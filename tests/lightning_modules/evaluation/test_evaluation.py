@@ -79,7 +79,7 @@ def test_what_was_answered_is_not_asked_again_and_another_model_is(place, tmp_pa
 
     asked = []
     real = harness.ask
-    monkeypatch.setattr(harness, "ask", lambda *a, **k: asked.append(a[3]) or real(*a, **k))
+    monkeypatch.setattr(harness, "ask", lambda *a, **k: asked.append(a[4]) or real(*a, **k))
     first = evaluation(place, tmp_path, models=["dense"]).evaluate(CPU)["evaluation"]
     both = evaluation(place, tmp_path).evaluate(CPU)["evaluation"]
     assert asked == ["dense: cloze_text", "pruned: cloze_text"]
