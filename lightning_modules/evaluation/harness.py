@@ -77,8 +77,10 @@ def load_task(manager: TaskManager, name: str, run_code: bool) -> list[Any]:
         tasks = list(manager.load([name])["tasks"].values())
     except ImportError as error:
         raise ValueError(f"tasks: {name} needs another package ({error}); install it, see lm-eval's extras") from error
+    except StopIteration as error:  # of datasets, for an empty file
+        raise ValueError(f"tasks: {name} has no items to ask") from error
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"tasks: {name}: {_why(error)}") from error
+        raise FileNotFoundError(f"tasks: {name}: {_why(name, error)}") from error
     for task in tasks:
         if getattr(task, "UNSAFE_CODE", False) and not run_code:
             raise ValueError(
@@ -90,8 +92,8 @@ def load_task(manager: TaskManager, name: str, run_code: bool) -> list[Any]:
     return tasks
 
 
-def _why(error: BaseException) -> str:
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+def _why(name: str, error: BaseException) -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not _is_file(name)
     said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = "fetch it where there is a network (hf download --repo-type dataset NAME), or ask local tasks"
     if offline:

@@ -32,8 +32,9 @@ def test_the_decoders_matrices_take_so_many_bits_and_compute_nearly_the_same(for
     kept = sum(p.nbytes for n, p in dense.named_parameters() if not (n.endswith("proj.weight")))
     expected = kept
     for rows, columns in widths(dense):
-        scales = rows if bits == 8 else 2 * rows * columns // 32  # one of a row; scale and zero of every 32 weights
-        expected += rows * columns * bits // 8 + scales * 2
+        # of a row: a scale in float32 and a zero in int8; of every 32 weights: scale and zero in bfloat16
+        scales = rows * (4 + 1) if bits == 8 else rows * columns // 32 * (2 + 2)
+        expected += rows * columns * bits // 8 + scales
     assert weight_bytes(model) == expected
     assert type(model.lm_head.weight) is torch.nn.Parameter and model.lm_head.weight.dtype == torch.bfloat16
 
