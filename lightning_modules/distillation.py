@@ -63,7 +63,7 @@ def distilled_loss(
     mixture = (1 - weight) * text + weight * distance
     if not hidden_weight:
         return Losses(mixture, text, distance)
-    counts_BT = predicted != IGNORED
+    counts_BT = _counts(predicted)
     between = [
         hidden_distance(found.hidden_states[i], wanted.hidden_states[j].to(scores.device), counts_BT) for i, j in pairs
     ]
@@ -101,9 +101,14 @@ def divergence(student_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temp
     Returns:
         0-d, float32 at least, in nats per predicted token; 0 where nothing is predicted.
     """
-    counts_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED) != IGNORED
+    counts_BT = _counts(labels_BT)
     softened = (at_least_float32(scores) / temperature for scores in (student_BTV, teacher_BTV))
     student, teacher = (scores.log_softmax(-1) for scores in softened)
     divergence_BT = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     total = torch.where(counts_BT, divergence_BT, 0.0).sum()
     return total * temperature**2 / counts_BT.sum().clamp_min(1)
+
+
+def _counts(labels_BT: Tensor) -> Tensor:
+    """Which positions predict something: those before a label that counts."""
+    return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED) != IGNORED

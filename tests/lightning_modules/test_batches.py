@@ -137,9 +137,10 @@ def test_scores_by_gradients_are_the_same_however_a_text_is_laid_out():
 @every_kind
 @torch.no_grad()
 def test_a_teacher_sees_samples_alone(kind):
-    student, teacher, weight = tiny(seed=1), tiny(seed=2), 0.3
-    found = distilled_loss(student, teacher, BATCHES[kind](), weight, 2.0)
-    parts = [distilled_loss(student, teacher, one, weight, 2.0) for one in alone()]
+    student, teacher = tiny(seed=1), tiny(seed=2)
+    how = (0.3, 2.0, 0.5, [(1, 1), (2, 3)])
+    found = distilled_loss(student, teacher, BATCHES[kind](), *how)
+    parts = [distilled_loss(student, teacher, one, *how) for one in alone()]
     shares = torch.tensor([n - 1.0 for n in LENGTHS]) / (sum(LENGTHS) - len(LENGTHS))
     for name in found._fields:
         wanted = (torch.stack([getattr(part, name) for part in parts]) * shares).sum()
