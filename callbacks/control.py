@@ -116,7 +116,7 @@ class Control(TimeToQuality):
         """
         run = self._alone(config)
         callbacks = run["trainer"]["callbacks"]
-        alike = {part: _without(run[part], *names) for part, names in _OTHER.items()}
+        alike: dict[str, Any] = {part: _without(run[part], *names) for part, names in _OTHER.items()}
         alike["model"] = _without(alike["model"], *_TEACHING)
         alike |= {
             "seed": config.get("seed_everything"),

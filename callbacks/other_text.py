@@ -1,6 +1,5 @@
 """Perplexity on text of another kind, beside that of the validation text."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ class OtherText(Callback):
 
 def _blocks(
     name: str, path: Path, encoder: Encoder, block_size: int, batch_size: int, count: int
-) -> list[Mapping[str, Tensor]] | Any:
+) -> list[dict[str, Tensor]]:
     """The first blocks of a text, as batches."""
     tokens, wanted, pieces = 0, count * block_size, []
     for record, where, _ in read_records(find_corpus(path).files):
