@@ -33,6 +33,7 @@ from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.budget import channel_multiple, removed_parameters
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.layers import family
+from lightning_modules.structured_pruning.layout import Layout
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.planner import Planner
 from lightning_modules.structured_pruning.rounds import short_recovery
@@ -167,7 +168,8 @@ def cells(
     multiple = channel_multiple(whole.shapes, None)
     batches = data.calibration(CALIBRATION_BLOCKS, run_seed())
     for importance, allocation in itertools.product(importances, allocations):
-        planner = Planner(model, base, batches, importance, allocation, multiple, 0, cache, stage)
+        layout = Layout("free", allocation, multiple=multiple)
+        planner = Planner(model, base, batches, importance, layout, cache, stage)
         for budget in budgets:
             target = removed_parameters(budget, "decoder", whole.footprint(data.block_size))
             pruned = slice_model(model, planner.plan(target, {}))

@@ -116,5 +116,6 @@ def _large(folder: Path, common: list[str]) -> dict[str, Any]:
     """Counts of a model of 8 B parameters, from its configuration alone."""
     (folder / "llama-3-8b").mkdir(exist_ok=True)
     (folder / "llama-3-8b/config.json").write_text(json.dumps(LLAMA_3_8B))
-    arguments = ["--model.base", str(folder / "llama-3-8b"), "--model.allocation", "Uniform", "--dry_run", "true"]
+    arguments = ["--model.base", str(folder / "llama-3-8b"), "--model.shape", "free", "--model.allocation", "Uniform"]
+    arguments += ["--dry_run", "true"]
     return _structure(folder, "prune", *common, *arguments, "--model.dtype", "bfloat16")

@@ -45,7 +45,8 @@ def measure(
     pruned = str(folder / f"pruned-{budget}")
     common = ["--model.base", str(base), "--model.output", pruned, "--data.max_val_blocks", "8"]
     common += ["--data.tokenizer", str(base)]
-    by_size = ["--model.budget", str(budget), "--model.importance", "Magnitude", "--model.allocation", "Uniform"]
+    by_size = ["--model.budget", str(budget), "--model.importance", "Magnitude"]
+    by_size += ["--model.shape", "free", "--model.allocation", "Uniform"]
     fit(folder, PRUNE, *common, *by_size, command="prune")
     say(f"{budget:.0%} removed; timing")
     timing = {"dense": str(base), "pruned": pruned, "prompt_tokens": prompt, "batch_sizes": batches, "repeats": repeats}

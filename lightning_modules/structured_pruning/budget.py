@@ -73,7 +73,7 @@ def check_removable(shapes: Sequence[LayerShape], target: int, multiple: int) ->
     Raises:
         ValueError: It is one; the message says what can be removed.
     """
-    most = sum(s.parameters - parameters_of(s, 1, _widths(s.channels, multiple)[0]) for s in shapes)
+    most = sum(s.parameters - parameters_of(s, 1, widths_of(s.channels, multiple)[0]) for s in shapes)
     if target > most:
         raise ValueError(
             f"budget: {target:,} parameters cannot be removed: every layer keeps a group and {multiple} channels, so "
@@ -105,7 +105,7 @@ def whole_parts(shapes: Sequence[LayerShape], removals: Sequence[Removal], targe
         ValueError: Even the smallest layers are too large; the message says what can be removed.
     """
     check_removable(shapes, target, multiple)
-    widths = [_widths(shape.channels, multiple) for shape in shapes]
+    widths = [widths_of(shape.channels, multiple) for shape in shapes]
     choice = _Choice([], [])
     carried = 0.0
     for shape, removal, possible in zip(shapes, removals, widths, strict=True):
@@ -120,8 +120,8 @@ def whole_parts(shapes: Sequence[LayerShape], removals: Sequence[Removal], targe
     return [Keep(g, possible[w]) for g, w, possible in zip(choice.groups, choice.widths, widths, strict=True)]
 
 
-def _widths(channels: int, multiple: int) -> list[int]:
-    """Possible numbers of kept channels, ascending."""
+def widths_of(channels: int, multiple: int) -> list[int]:
+    """Possible numbers of kept channels, ascending: multiples, and all."""
     return sorted({*range(multiple, channels, multiple), channels})
 
 

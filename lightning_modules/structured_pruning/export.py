@@ -1,17 +1,20 @@
-"""Portable export: every layer zero-padded to the widest one, so that a stock class computes the same."""
+"""Portable export: layers zero-padded to the widest one where they differ, so that a stock class computes the same."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
+from lightning_modules.structured_pruning.footprint import parameters_of
 from lightning_modules.structured_pruning.layers import decoder_layers, family, shape_of
+from lightning_modules.structured_pruning.model_shape import ModelShape
+from lightning_modules.structured_pruning.plan import LayerPlan
 from lightning_modules.structured_pruning.slicing import global_fields
-
-_STOCK: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+from lightning_modules.structured_pruning.stock import CONFIGS
 
 
 @dataclass(frozen=True)
@@ -31,30 +34,27 @@ class Padded:
 
 @torch.no_grad()
 def pad_to_stock(model: Any) -> Padded:
-    """Zero-pad every layer to the widest one.
+    """Zero-pad every layer to the widest one; what is in a stock shape already stays as it is.
 
-    Llama becomes Mistral, the same function without Llama's rule that heads divide the hidden size; with attention or
-    MLP biases, which Mistral lacks, it stays Llama and heads are padded until they divide. Mistral and Qwen2 stay.
+    Llama stays Llama where heads divide the hidden size; elsewhere it becomes Mistral, the same function without that
+    rule. With attention or MLP biases, which Mistral lacks, heads are padded until they divide. Mistral and Qwen2 stay.
 
     Args:
         model: A model of a per-layer class, or any supported one.
     """
     shapes = [shape_of(layer) for layer in decoder_layers(model)]
     fields = global_fields(model.config)
-    target = family(model.config)
-    if target == "llama" and not (fields.get("attention_bias") or fields.get("mlp_bias")):
-        target = "mistral"
+    target, groups = _padded_heads(model.config, max(s.groups for s in shapes), shapes[0].n_rep)
+    channels = max(s.channels for s in shapes)
+    if target != family(model.config):
         fields["sliding_window"] = None
-    groups, channels = max(s.groups for s in shapes), max(s.channels for s in shapes)
-    if target == "llama":
-        groups = _dividing(groups, shapes[0].n_rep, fields["hidden_size"])
     fields |= {
         "num_key_value_heads": groups,
         "num_attention_heads": groups * shapes[0].n_rep,
         "intermediate_size": channels,
         "head_dim": shapes[0].head_dim,
     }
-    padded: Any = AutoModelForCausalLM.from_config(_STOCK[target](**fields), dtype=model.dtype).to(model.device)
+    padded: Any = AutoModelForCausalLM.from_config(CONFIGS[target](**fields), dtype=model.dtype).to(model.device)
     weights = padded.state_dict()
     for name, weight in model.state_dict().items():
         weights[name] = _pad(weight, weights[name].shape)
@@ -71,9 +71,25 @@ def _pad(weight: Tensor, shape: torch.Size) -> Tensor:
     return padded
 
 
-def _dividing(groups: int, n_rep: int, hidden: int) -> int:
-    """The next number of groups whose query heads divide the hidden size; the model before pruning had such a one."""
-    return next(more for more in range(groups, hidden + 1) if hidden % (more * n_rep) == 0)
+def padded_parameters(config: Any, whole: ModelShape, plan: Sequence[LayerPlan]) -> int:
+    """Parameters of the stock export of what a plan keeps, counted without weights; see ``pad_to_stock``."""
+    kept = [(shape, layer) for shape, layer in zip(whole.shapes, plan, strict=True) if not layer.dropped]
+    n_rep = kept[0][0].n_rep
+    _, groups = _padded_heads(config, max(len(layer.groups) for _, layer in kept), n_rep)
+    channels = max(len(layer.channels) for _, layer in kept)
+    return whole.other_parameters + sum(parameters_of(shape, groups, channels) for shape, _ in kept)
+
+
+def _padded_heads(config: Any, groups: int, n_rep: int) -> tuple[str, int]:
+    """The family of the stock export of a model whose widest layer has so many groups, and the groups that it gets."""
+    target = family(config)
+    if target != "llama" or config.hidden_size % (groups * n_rep) == 0:
+        return target, groups
+    if not (config.attention_bias or config.mlp_bias):
+        return "mistral", groups
+    # the model before pruning had a number that divides
+    more = range(groups, config.hidden_size + 1)
+    return target, next(g for g in more if config.hidden_size % (g * n_rep) == 0)
 
 
 @torch.no_grad()

@@ -1,18 +1,22 @@
 """What each decoder layer is worth: the loss of the model without it.
 
-A layer is skipped by making it the identity, so the residual stream passes on (Shortened LLaMA, arXiv 2402.02834).
+A layer is skipped by making it the identity, so the residual stream passes on (Shortened LLaMA, arXiv 2402.02834). What
+comes before a skipped layer is the same as in the whole model, so it is kept and not computed again: a pass without
+layer l starts at layer l.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from common.files import write_text
+from lightning_modules.batches import Batch, logits
 from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning.layers import decoder_layers
 from lightning_modules.structured_pruning.provenance import settings_hash
@@ -29,7 +33,9 @@ class LayerDamage:
 def measure(
     model: Any, batches: list[dict[str, Tensor]], cache: Path, done: Callable[[int], None] = lambda count: None
 ) -> LayerDamage:
-    """Measure every layer's damage, one pass over the batches for each.
+    """Measure every layer's damage, one pass over the batches for each, and one of the whole model.
+
+    Memory is the model, its activations and one hidden state a token.
 
     Args:
         model: The model to be pruned.
@@ -40,30 +46,105 @@ def measure(
     """
     layers = decoder_layers(model)
     losses = measured(cache)
+    states: list[Tensor] = []  # what enters layer `at`, for every batch
+    at = 0
     for index in range(len(losses), len(layers) + 1):
 
         def counted(count: int, before: int = index * len(batches)) -> None:
             done(before + count)
 
-        with skipped(layers[index - 1]) if index else nullcontext():
+        if index > 1:
+            states, at = _entering(model, batches, index - 1, at, states), index - 1
+        with _starting_after(layers, index - 1, states) if index else nullcontext():
             losses.append(mean_nll(model, batches, counted))
         write_text(cache, json.dumps({"losses": losses, "hash": settings_hash(losses)}))
     return LayerDamage(losses[0], losses[1 : len(layers) + 1])
 
 
+def cost(layers: int, left: int) -> float:
+    """Forward passes' worth of the last so many passes of ``measure``: each starts later than the one before."""
+    return sum((min(number, layers)) / layers for number in range(left))
+
+
 @contextmanager
 def skipped(layer: nn.Module) -> Iterator[None]:
-    """Within the block, a decoder layer returns its input."""
+    """Within the block, a decoder layer returns its input, and computes nothing."""
+    with _replaced(layer, lambda hidden: hidden):
+        yield
 
-    def identity(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
-        hidden = arguments[0] if arguments else keywords["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = layer.register_forward_hook(identity, with_kwargs=True)
+class _Reached(Exception):
+    """Ends a forward pass once the wanted layer's input is known."""
+
+
+@torch.no_grad()
+def _entering(model: Any, batches: Sequence[Batch], layer: int, start: int, states: list[Tensor]) -> list[Tensor]:
+    """Hidden states ``[B, T, H]`` that enter a layer, of every batch.
+
+    Args:
+        model: The model.
+        batches: Its text.
+        layer: Which layer.
+        start: An earlier layer.
+        states: What enters that layer; nothing where ``start`` is the first.
+    """
+    layers, found = decoder_layers(model), list[Tensor]()
+
+    def caught(hidden: Tensor) -> Tensor:
+        found.append(hidden)
+        raise _Reached
+
+    with ExitStack() as changes:
+        if states:
+            changes.enter_context(_starting_before(layers, start, states))
+        changes.enter_context(_replaced(layers[layer], caught))
+        for batch in batches:
+            try:
+                logits(model, batch, logits_to_keep=1)
+            except _Reached:
+                continue
+    return found
+
+
+@contextmanager
+def _starting_after(layers: Sequence[nn.Module], layer: int, states: list[Tensor]) -> Iterator[None]:
+    """Within the block, passes begin after a layer, with what entered it; without states at the beginning."""
+    given = iter(states)
+    with ExitStack() as changes:
+        for before in layers[:layer]:
+            changes.enter_context(skipped(before))
+        changes.enter_context(_replaced(layers[layer], lambda hidden: next(given) if states else hidden))
+        yield
+
+
+@contextmanager
+def _starting_before(layers: Sequence[nn.Module], layer: int, states: list[Tensor]) -> Iterator[None]:
+    """Within the block, passes begin at a layer, with what enters it."""
+    given = iter(states)
+    with ExitStack() as changes:
+        for before in layers[:layer]:
+            changes.enter_context(skipped(before))
+        hook = layers[layer].register_forward_pre_hook(lambda m, arguments: (next(given), *arguments[1:]))
+        changes.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _replaced(layer: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block, a decoder layer computes this of its hidden states."""
+
+    def forward(*arguments: Any, **keywords: Any) -> Tensor:
+        return compute(arguments[0] if arguments else keywords["hidden_states"])
+
+    before = vars(layer).get("forward")  # there where something else has put its own
+    layer.forward = forward
     try:
         yield
     finally:
-        handle.remove()
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
 
 
 def measured(cache: Path) -> list[float]:

@@ -1,11 +1,11 @@
 """Structured pruning as a LightningModule: the commands prune, verify, export and validate."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -24,15 +24,16 @@ from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
 from lightning_modules.perplexity import validation_perplexity
 from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
-from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.budget import BudgetUnit, channel_multiple, removed_parameters
 from lightning_modules.structured_pruning.compensation import Compensation
 from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
+from lightning_modules.structured_pruning.estimate import described, seconds_per_token
 from lightning_modules.structured_pruning.evaluation import training_pass_seconds
-from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock
+from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock, padded_parameters
 from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
 from lightning_modules.structured_pruning.layers import decoder_layers, family, shape_of
+from lightning_modules.structured_pruning.layout import AUTO, DropBy, Layout, Shape
 from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.memory import Workload, peaks
 from lightning_modules.structured_pruning.model_shape import ModelShape
@@ -68,13 +69,23 @@ class StructuredPruning(CausalLM):
             and "bytes" what the whole model may keep.
         budget_unit: What ``budget`` counts.
         importance: What is worth keeping within a layer; GateTaylor when not given.
-        allocation: How the budget is divided among the layers; Inverse when not given.
+        shape: "stock": one number of key-value groups and one FFN width for all kept layers, saved as the family's own
+            class, which engines load. "free": every layer has its own, saved as a class that travels with the folder.
+        allocation: How the budget is divided among the layers of a free shape; Inverse when not given.
+        attention_share: Share of the parameters to remove, after dropped layers, that attention gives; the MLPs give
+            the rest. "auto": in a stock shape a few shapes that all remove the budget are tried on a little text; in a
+            free one the allocation says.
+        drop_layers: Layers to remove whole; they count towards the budget. "auto": tried like ``attention_share`` in a
+            stock shape (with several rounds, none), none in a free one.
+        drop_by: Which layers go first: those whose removal raises the loss least ("damage"), or those that change what
+            passes through them least ("block_influence", one pass).
+        protect_layers: Layers that are never dropped, from 0; in a free shape they stay whole.
         compensation: How what is left makes up for what is gone, on the calibration text; LeastSquares when not given,
             Unchanged for nothing.
-        drop_layers: Layers of least damage to remove whole; they count towards the budget.
         channel_multiple: Kept channels are a multiple of it; when not given, the largest power of two up to 64 that
             divides every layer's width and leaves at least 8 widths to choose from.
-        calibration_blocks: Blocks of training text that layers and parts are scored on; the seed draws them.
+        calibration_blocks: Blocks of training text that parts are scored on; the seed draws them.
+        probe_blocks: How many of them whole layers and shapes are tried on.
         max_ppl_ratio: Search for the largest share up to ``budget`` whose perplexity is at most this many times the
             dense model's.
         rounds: Prune in so many rounds of equal size, with a short recovery by low-rank adapters between them.
@@ -98,11 +109,16 @@ class StructuredPruning(CausalLM):
         budget: float = 0.25,
         budget_unit: BudgetUnit = "decoder",
         importance: Importance | None = None,
+        shape: Shape = "stock",
         allocation: Allocation | None = None,
+        attention_share: float | Literal["auto"] = "auto",
+        drop_layers: int | Literal["auto"] = "auto",
+        drop_by: DropBy = "damage",
+        protect_layers: list[int] | None = None,
         compensation: Compensation | None = None,
-        drop_layers: int = 0,
         channel_multiple: int | None = None,
         calibration_blocks: int = 128,
+        probe_blocks: int = 8,
         max_ppl_ratio: float | None = None,
         rounds: int = 1,
         recovery_steps: int = 50,
@@ -120,6 +136,7 @@ class StructuredPruning(CausalLM):
         super().__init__(dtype=dtype, attention=attention)
         positive = {
             "calibration_blocks": calibration_blocks,
+            "probe_blocks": probe_blocks,
             "verify_blocks": verify_blocks,
             "tolerance": tolerance,
             "rounds": rounds,
@@ -131,7 +148,8 @@ class StructuredPruning(CausalLM):
                 raise ValueError(f"{name} must be positive, got {value}")
         if max_ppl_ratio is not None and (max_ppl_ratio <= 1 or budget_unit != "decoder"):
             raise ValueError("max_ppl_ratio must be above 1, and needs budget_unit decoder")
-        alone = max_ppl_ratio is not None or plan is not None or drop_layers or (importance and importance.control)
+        dropping = drop_layers not in (0, AUTO)
+        alone = max_ppl_ratio is not None or plan is not None or dropping or (importance and importance.control)
         if rounds > 1 and alone:
             raise ValueError("rounds above 1 cannot be combined with max_ppl_ratio, plan, drop_layers or a control")
         self.base = base
@@ -143,11 +161,18 @@ class StructuredPruning(CausalLM):
         self.budget = budget
         self.budget_unit = budget_unit
         self.importance = importance or GateTaylor()
-        self.allocation = allocation or Inverse()
         self.compensation = compensation or LeastSquares()
-        self.drop_layers = drop_layers
+        self.layout = Layout(
+            shape,
+            allocation,
+            attention_share,
+            0 if rounds > 1 else drop_layers,
+            drop_by,
+            tuple(sorted(protect_layers or ())),
+        )
         self.multiple = channel_multiple
         self.calibration_blocks = calibration_blocks
+        self.probe_blocks = probe_blocks
         self.max_ppl_ratio = max_ppl_ratio
         self.rounds = rounds
         self.recovery_steps = recovery_steps
@@ -186,11 +211,11 @@ class StructuredPruning(CausalLM):
         if self.plan_path is not None:
             PruningPlan.load(self.plan_path).check_fits(whole.shapes)
         else:
-            multiple, target = channel_multiple(whole.shapes, self.multiple), self._target(whole)
-            check_possible(whole.shapes, target, self.allocation, multiple, self.drop_layers, self.rounds)
+            target, config = self._target(whole), self._weightless.config
+            check_possible(config, whole.shapes, target, self._layout(whole), self.rounds)
             tokens = self.calibration_blocks * getattr(data, "block_size", math.inf)
             inputs = most_inputs(whole.shapes, target)
-            check_request(self.compensation, self._weightless.config, inputs, tokens, self.calibration_blocks)
+            check_request(self.compensation, config, inputs, tokens, self.calibration_blocks)
 
     def _counted(self) -> ModelShape:
         """The base model's shape, from its configuration."""
@@ -233,15 +258,14 @@ class StructuredPruning(CausalLM):
                 what the plan says; an earlier output folder is still there.
         """
         self.check_arguments("prune", datamodule)
-        block, perplexity_on = datamodule.block_size, datamodule.perplexity_on
         check_vocabulary(self._weightless, datamodule.tokenizer)
         whole = self._counted()
-        multiple = channel_multiple(whole.shapes, self.multiple)
+        layout = self._layout(whole)
         measured: dict[str, Any]
         if dry_run and self._needs_no_weights():
-            plan = self._planner(self._weightless, [], multiple).plan(self._target(whole), self._settings())
+            plan = self._planner(self._weightless, [], layout).plan(self._target(whole), self._settings())
             measured = {"peak_bytes": self._peaks(whole, plan, datamodule)}
-            return _shown(self.base, report.structure(whole, plan, block, perplexity_on, measured))
+            return _shown(self.base, self._structure(whole, plan, datamodule, measured))
         batches = datamodule.calibration(self.calibration_blocks, run_seed())
         ids = self._verification_ids(datamodule).to(device)
         tokenizer = load_tokenizer(self.base, datamodule)
@@ -254,12 +278,12 @@ class StructuredPruning(CausalLM):
         rounds: list[Round] = []
         removed = 0
         for number in range(1, self.rounds + 1):
-            planner = self._planner(model, batches, multiple)
+            planner = self._planner(model, batches, layout)
             part = 1.0 if dry_run else number / self.rounds
             plan = self._plan(planner, whole, datamodule, part, removed, measured)
             if dry_run:
                 measured["peak_bytes"] = self._peaks(whole, plan, datamodule)
-                return _shown(self.base, report.structure(whole, plan, block, perplexity_on, measured))
+                return _shown(self.base, self._structure(whole, plan, datamodule, measured))
             measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_bytes_so_far(device)}
             del planner  # it holds the model that is about to be replaced
             sliced, verification = proven_slice(model, plan, ids, self.tolerance)
@@ -268,7 +292,7 @@ class StructuredPruning(CausalLM):
             measured |= asdict(verification)
             plan, refit = compensate(model, sliced, plan, batches, self.compensation)
             model = sliced
-            removed = whole.footprint(block).parameters - model.num_parameters()
+            removed = whole.footprint(block_size=1).parameters - model.num_parameters()
             adapters = None
             if number < self.rounds:
                 with stage(f"Recovery after round {number}", self.recovery_steps, "steps") as done:
@@ -276,7 +300,7 @@ class StructuredPruning(CausalLM):
                     model, adapters = short_recovery(model, batches, self.recovery_steps, learning_rate, done)
             rounds.append(Round(plan, adapters, refit.tensors if number < self.rounds else None))
         plan = composed([one.plan for one in rounds])
-        structure = report.structure(whole, plan, block, perplexity_on, measured)
+        structure = self._structure(whole, plan, datamodule, measured | {"model_class": type(model).__name__})
         report.count_biases(structure, model)
         card = report.card(self.base, datamodule.name, structure)
         save(self.output, model, tokenizer, card, plan, rounds, inputs_of(self, datamodule), self.overwrite)
@@ -295,13 +319,26 @@ class StructuredPruning(CausalLM):
         return peaks(work, plan.layers, self.importance, self.compensation)
 
     def _needs_no_weights(self) -> bool:
-        measured = self.allocation.needs_damage or self.allocation.needs_scores or self.drop_layers
+        layout = self.layout
+        if layout.shape == "stock":
+            measured = layout.attention_share == AUTO or layout.dropped != 0
+        else:
+            measured = layout.divides.needs_damage or layout.divides.needs_scores or layout.dropped != 0
         return not measured and self.plan_path is None and self.max_ppl_ratio is None
 
-    def _planner(self, model: Any, batches: list[dict[str, Tensor]], multiple: int) -> Planner:
-        return Planner(
-            model, self.base, batches, self.importance, self.allocation, multiple, self.drop_layers, self.cache, stage
-        )
+    def _layout(self, whole: ModelShape) -> Layout:
+        return replace(self.layout, multiple=channel_multiple(whole.shapes, self.multiple))
+
+    def _planner(self, model: Any, batches: list[dict[str, Tensor]], layout: Layout) -> Planner:
+        return Planner(model, self.base, batches, self.importance, layout, self.cache, stage, self.probe_blocks)
+
+    def _structure(
+        self, whole: ModelShape, plan: PruningPlan, datamodule: LightningDataModule, measured: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The record's block, with the size of the stock export."""
+        size = padded_parameters(self._weightless.config, whole, plan.layers) * whole.bytes_per_parameter
+        export = {"export_bytes_before": whole.footprint(block_size=1).weight_bytes, "export_bytes_after": size}
+        return report.structure(whole, plan, datamodule.block_size, datamodule.perplexity_on, export | measured)
 
     def _target(self, whole: ModelShape) -> int:
         return removed_parameters(self.budget, self.budget_unit, whole.footprint(block_size=1))
@@ -325,6 +362,8 @@ class StructuredPruning(CausalLM):
             plan.check_fits(planner.shapes, planner.hash)
             return plan
         target = self._target(whole)
+        line = described(planner.work(target - removed), seconds_per_token(planner.model, planner.batches))
+        rank_zero_info(line)
         if self.max_ppl_ratio is None:
             return planner.plan(round(part * target) - removed, self._settings() | {"parameters_requested": target})
         decoder = whole.footprint(block_size=1).decoder_parameters
@@ -427,10 +466,14 @@ class StructuredPruning(CausalLM):
 def _shown(base: str, structure: dict[str, Any]) -> dict[str, Any]:
     """Fields of the run record, shown on the console too."""
     console = Console()
+    if structure["settings"].get("trials"):
+        console.print(report.trials_table(structure["settings"]["trials"]))
     console.print(report.layer_table(structure["layers"]))
     if structure["settings"].get("compensation", {}).get("fits"):
         console.print(report.refit_table(structure["settings"]["compensation"]))
     console.print(report.table(base, structure))
     if "peak_bytes" in structure:
         console.print(report.memory_table(structure["peak_bytes"]))
+    for note in structure["settings"].get("notes", ()):
+        console.print(f"note: {note}")
     return {"structure": structure}

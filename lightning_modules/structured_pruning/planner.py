@@ -1,9 +1,12 @@
 """Score, allocate, plan: from a model and text to a pruning plan, every measurement kept in a file."""
 
+import itertools
+import json
+import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,16 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.files import replacing_file
+from common.files import replacing_file, write_text
+from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning import layer_damage
-from lightning_modules.structured_pruning.allocation import Allocation
-from lightning_modules.structured_pruning.budget import Removal, check_removable, whole_parts
+from lightning_modules.structured_pruning.block_influence import block_influence
+from lightning_modules.structured_pruning.free import check_free, free_parts
 from lightning_modules.structured_pruning.importance import Importance, LayerScores
 from lightning_modules.structured_pruning.importance.base import Keep, best, checked
 from lightning_modules.structured_pruning.layer_damage import LayerDamage
 from lightning_modules.structured_pruning.layers import LayerShape, decoder_layers, shape_of
+from lightning_modules.structured_pruning.layout import AUTO, Layout
+from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash, settings_hash, tensors_hash, text_hash
+from lightning_modules.structured_pruning.stock import group_step
+from lightning_modules.structured_pruning.trials import Candidate, Space, check_stock
 
 
 class Stage(Protocol):
@@ -35,36 +43,34 @@ class Stage(Protocol):
 class Planner:
     """Plans the pruning of one model.
 
-    Damages and scores are measured once and kept in files whose names depend on weights and calibration text, so that
-    an interrupted run, another budget or another allocation goes on with what is there.
+    Damages, scores and trials are measured once and kept in files whose names depend on weights and calibration text,
+    so that an interrupted run, another budget or another allocation goes on with what is there.
 
     Attributes:
         model: The model to be pruned, with weights.
         base: Its folder or hub name, for the plan.
         batches: Calibration text, see ``batches.Batch``.
         importance: What is worth keeping within a layer.
-        allocation: How much goes of each layer.
-        multiple: Kept channels are a multiple of it.
-        drop_layers: Layers of least damage to remove whole.
-        cache: Folder for damages and scores of all models.
+        layout: The shape of the result, and where its parameters are taken from.
+        cache: Folder for damages, scores and trials of all models.
         stage: Shows progress.
+        probe_blocks: Rows of the calibration text that whole layers and shapes are tried on.
     """
 
     model: Any
     base: str
     batches: list[dict[str, Tensor]]
     importance: Importance
-    allocation: Allocation
-    multiple: int
-    drop_layers: int
+    layout: Layout
     cache: Path
     stage: Stage
+    probe_blocks: int = 8
 
     def __post_init__(self) -> None:
         self.score_seconds: float | None = None  # None: not measured in this process
         self.text = text_hash(self.batches)
         self.shapes = [shape_of(layer) for layer in decoder_layers(self.model)]
-        _check_drop_layers(self.drop_layers, len(self.shapes))
+        self.layout.check(self.shapes)
 
     def plan(self, target: int, settings: dict[str, Any]) -> PruningPlan:
         """What to keep so that as near as possible to ``target`` parameters go.
@@ -76,7 +82,7 @@ class Planner:
         Raises:
             ValueError: The target is not possible; the message says what is.
         """
-        keep = self._keep(target)
+        keep, found = self._stock(target) if self.layout.shape == "stock" else self._free(target)
         if self.model.device.type == "meta":  # only counting: which parts does not matter
             layers = [LayerPlan(list(range(k.groups)), list(range(k.channels))) for k in keep]
         else:
@@ -84,17 +90,48 @@ class Planner:
             layers = [self._chosen(scores[i], keep[i], shape.n_rep) for i, shape in enumerate(self.shapes)]
         made_from = {
             "importance": {"name": self.importance.name, **self.importance.config()},
-            "allocation": {"name": self.allocation.name, **self.allocation.config()},
-            "drop_layers": self.drop_layers,
-            "channel_multiple": self.multiple,
+            **self.layout.settings(),
             "calibration_hash": self.text,
-            "calibration_tokens": sum(batch["input_ids"].numel() for batch in self.batches),
+            "calibration_tokens": _tokens(self.batches),
             "parameters_requested": target,
         }
         shapes = [[shape.groups, shape.channels] for shape in self.shapes]
-        plan = PruningPlan(layers, shapes, self.base, self.hash, made_from | settings)
+        plan = PruningPlan(layers, shapes, self.base, self.hash, made_from | found | settings)
         plan.check()
         return plan
+
+    def _free(self, target: int) -> tuple[list[Keep], dict[str, Any]]:
+        """How many parts every layer keeps in a shape of its own; none of a layer that is dropped whole."""
+        layout = self.layout
+        damage = self.damage if layout.divides.needs_damage else None
+        scores = self.scores if layout.divides.needs_scores else None
+        dropped = self._worthless()[: layout.dropped] if layout.dropped else []
+        return free_parts(self.shapes, layout, target, dropped, damage, scores)
+
+    def _stock(self, target: int) -> tuple[list[Keep], dict[str, Any]]:
+        """How many parts every layer keeps where all kept layers are alike; and what was tried."""
+        layout, config = self.layout, self.model.config
+        check_stock(config, self.shapes, layout, target)
+        space = Space(config, self.shapes, layout, self._worthless, target)
+        count = space.most_trials()
+        if count > 1:
+            _ = self.scores, self._worthless() if max(space.drop_counts()) else []  # each shows a stage of its own
+        with self.stage("Trying shapes", count, "shapes") if count > 1 else nullcontext(_silent) as done:
+            numbers = itertools.count(1)
+
+            def loss(candidate: Candidate) -> float:
+                found = self._tried(candidate)
+                done(next(numbers))
+                return found
+
+            best, trials = space.search(loss)
+        kept, rest = space.rest(best.dropped)
+        share = None if layout.attention_share == AUTO else layout.attention_share
+        decoder = sum(s.parameters for s in self.shapes)
+        note = group_step(kept, best.groups, target - rest, share, decoder)
+        found = {"trials": [trial.fields() for trial in trials], "dropped": list(best.dropped), "notes": [note]}
+        whole = Keep(best.groups, best.channels)
+        return [Keep(0, 0) if i in best.dropped else whole for i in range(len(self.shapes))], found
 
     @cached_property
     def hash(self) -> str:
@@ -104,11 +141,86 @@ class Planner:
     @cached_property
     def damage(self) -> LayerDamage:
         """Losses without each layer."""
-        path = self._folder / f"damage-{self.text[:16]}.json"
+        path = self._damage_path
         total, before = len(self.shapes) + 1, len(layer_damage.measured(path))
-        count = len(self.batches)
+        count = len(self.probes)
         with self.stage("Skipping each layer", total * count, "batches", start=before * count) as done:
-            return layer_damage.measure(self.model, self.batches, path, done)
+            return layer_damage.measure(self.model, self.probes, path, done)
+
+    def work(self, target: int) -> dict[str, float]:
+        """What a plan for this target has still to measure, in token passes, see ``estimate.described``."""
+        layout, stock = self.layout, self.layout.shape == "stock"
+        tokens = {"all": _tokens(self.batches), "probes": _tokens(self.probes)}
+        found = dict[str, float]()
+        drops = [layout.dropped or 0]
+        trials = 0
+        if stock:
+            space = Space(self.model.config, self.shapes, layout, self._worthless, target)
+            drops, trials = space.drop_counts(), space.most_trials()
+        count = len(self.shapes)
+        if (max(drops) and layout.drop_by == "damage") or (not stock and layout.divides.needs_damage):
+            left = count + 1 - len(layer_damage.measured(self._damage_path))
+            found["layers"] = tokens["probes"] * layer_damage.cost(count, left)
+        elif max(drops):
+            found["layers"] = float(tokens["probes"])
+        if self._read_scores(self._scores_path) is None:
+            found[self.importance.name] = tokens["all"] * self.importance.passes
+        if self.importance.rescores:
+            found["again, layer by layer"] = tokens["all"] * self.importance.passes * count
+        if trials > 1:
+            found["shapes"] = float(tokens["probes"] * (trials if any(found.values()) else self._untried(space)))
+        return {what: passes for what, passes in found.items() if passes}
+
+    @cached_property
+    def probes(self) -> list[dict[str, Tensor]]:
+        """The first rows of the calibration text."""
+        found, left = list[dict[str, Tensor]](), self.probe_blocks
+        for batch in self.batches:
+            if left:
+                found.append({name: part[:left] for name, part in batch.items()})
+                left -= len(found[-1]["input_ids"])
+        return found
+
+    def _worthless(self) -> list[int]:
+        """Layers that may be dropped, the least worth first."""
+        worth = self.damage.without if self.layout.drop_by == "damage" else self._influence
+        return sorted(self.layout.droppable(self.shapes), key=worth.__getitem__)
+
+    @cached_property
+    def _influence(self) -> list[float]:
+        with self.stage("Influence of each layer", len(self.probes), "batches") as done:
+            return block_influence(self.model, self.probes, done)
+
+    def _tried(self, candidate: Candidate) -> float:
+        """Loss of the model in a shape, by masks; measured once."""
+        path, key = self._trials_path, self._key(candidate)
+        known = _read_trials(path)
+        if key not in known:
+            gone, keep = set(candidate.dropped), Keep(candidate.groups, candidate.channels)
+            layers = [
+                LayerPlan([], []) if i in gone else self._chosen(self.scores[i], keep, shape.n_rep)
+                for i, shape in enumerate(self.shapes)
+            ]
+            plan = PruningPlan(layers, [[s.groups, s.channels] for s in self.shapes], self.base, self.hash)
+            with masked(self.model, plan):
+                known[key] = mean_nll(self.model, self.probes)
+            write_text(path, json.dumps({"losses": known, "hash": settings_hash(known)}))
+        return known[key]
+
+    def _untried(self, space: Space) -> int:
+        """How many shapes of a search have still to be tried, damages being known."""
+        known, missing = _read_trials(self._trials_path), list[Candidate]()
+
+        def loss(candidate: Candidate) -> float:
+            if self._key(candidate) not in known:
+                missing.append(candidate)
+            return known.get(self._key(candidate), math.inf)
+
+        space.search(loss)
+        return len(missing)
+
+    def _key(self, candidate: Candidate) -> str:
+        return settings_hash([self.importance.name, self.importance.config(), self.text, asdict(candidate)])
 
     @cached_property
     def scores(self) -> list[LayerScores]:
@@ -117,8 +229,7 @@ class Planner:
         Raises:
             ValueError: They cannot rank anything, see ``importance.base.checked``.
         """
-        key = settings_hash([self.importance.name, self.importance.config(), self.text])
-        path = self._folder / f"scores-{self.importance.name}-{key[:16]}.safetensors"
+        path = self._scores_path
         scores = self._read_scores(path)
         if scores is None:
             started = time.perf_counter()
@@ -145,6 +256,19 @@ class Planner:
     def _folder(self) -> Path:
         return self.cache / self.hash[:16]
 
+    @property
+    def _damage_path(self) -> Path:
+        return self._folder / f"damage-{text_hash(self.probes)[:16]}.json"
+
+    @property
+    def _scores_path(self) -> Path:
+        key = settings_hash([self.importance.name, self.importance.config(), self.text])
+        return self._folder / f"scores-{self.importance.name}-{key[:16]}.safetensors"
+
+    @property
+    def _trials_path(self) -> Path:
+        return self._folder / f"trials-{text_hash(self.probes)[:16]}.json"
+
     def _read_scores(self, path: Path) -> list[LayerScores] | None:
         """Scores measured before; a file that is not as it was written counts as none."""
         try:
@@ -156,82 +280,51 @@ class Planner:
         except (OSError, SafetensorError, KeyError):
             return None
 
-    def _keep(self, target: int) -> list[Keep]:
-        """How many parts every layer keeps; none of a layer that is dropped whole."""
-        damage = self.damage if self.allocation.needs_damage or self.drop_layers else None
-        scores = self.scores if self.allocation.needs_scores else None
-        dropped = set[int]()
-        if damage is not None and self.drop_layers:
-            order = sorted(range(len(self.shapes)), key=damage.without.__getitem__)
-            dropped = set(order[: self.drop_layers])
-        stay = [i for i in range(len(self.shapes)) if i not in dropped]
-        shapes = [self.shapes[i] for i in stay]
-        target -= _dropped_parameters([self.shapes[i] for i in dropped], target)
-        removals = [Removal(0, 0)] * len(stay)
-        if target:
-            removals = self.allocation.removals(
-                shapes,
-                target,
-                damage and LayerDamage(damage.dense, [damage.without[i] for i in stay]),
-                scores and [scores[i] for i in stay],
-            )
-        kept = dict(zip(stay, whole_parts(shapes, removals, target, self.multiple), strict=True))
-        return [kept.get(i, Keep(0, 0)) for i in range(len(self.shapes))]
-
     def _chosen(self, scores: LayerScores, keep: Keep, n_rep: int) -> LayerPlan:
         groups = best(scores.groups, keep.groups)
         return LayerPlan(groups, best(scores.channels, keep.channels), self.importance.query_heads(groups, n_rep))
 
 
-def check_possible(
-    shapes: Sequence[LayerShape], target: int, allocation: Allocation, multiple: int, drop_layers: int, rounds: int
-) -> None:
-    """Refuse what no damages and scores can make possible; needs no weights.
+def check_possible(config: Any, shapes: Sequence[LayerShape], target: int, layout: Layout, rounds: int) -> None:
+    """Refuse what no damages, scores and trials can make possible; needs no weights.
 
     Where layers differ in size and some are to be dropped, which ones only damages say, and only they can tell.
 
     Args:
+        config: The model's configuration.
         shapes: The layers.
         target: Parameters to remove from all of them.
-        allocation: How much goes of each layer.
-        multiple: Kept channels are a multiple of it.
-        drop_layers: Layers to remove whole.
+        layout: What is asked.
         rounds: Rounds of equal size.
 
     Raises:
         ValueError: The message says what is possible.
     """
-    _check_drop_layers(drop_layers, len(shapes))
-    if drop_layers and len({shape.parameters for shape in shapes}) > 1:
+    layout.check(shapes)
+    if layout.dropped and len({shape.parameters for shape in shapes}) > 1:
         return
-    target -= _dropped_parameters(shapes[:drop_layers], target)
-    stay = shapes[drop_layers:]
-    if not target:
-        return
-    for number in range(rounds):
-        gone = round(number / rounds * target)
-        allocation.check_target(stay, round((number + 1) / rounds * target) - gone, gone)
-    check_removable(stay, target, multiple)
+    if layout.shape == "stock":
+        check_stock(config, shapes, layout, target)
+    else:
+        check_free(shapes, layout, target, rounds)
 
 
-def _check_drop_layers(drop_layers: int, layers: int) -> None:
-    if not 0 <= drop_layers < layers:
-        raise ValueError(f"drop_layers must lie between 0 and {layers - 1}, got {drop_layers}")
+def _read_trials(path: Path) -> dict[str, float]:
+    """Losses of shapes tried before; a file that is not as it was written counts as none."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        losses: dict[str, float] = read["losses"]
+        return losses if read["hash"] == settings_hash(losses) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
-def _dropped_parameters(dropped: Sequence[LayerShape], target: int) -> int:
-    """Parameters of layers that go whole.
+def _tokens(batches: Sequence[dict[str, Tensor]]) -> int:
+    return sum(batch["input_ids"].numel() for batch in batches)
 
-    Raises:
-        ValueError: They are more than is to go.
-    """
-    parameters = sum(shape.parameters for shape in dropped)
-    if parameters > target:
-        raise ValueError(
-            f"budget: dropping {len(dropped)} layers removes {parameters - target:,} parameters too many; "
-            "lower drop_layers or remove more"
-        )
-    return parameters
+
+def _silent(done: int) -> None:
+    """Progress that nobody sees."""
 
 
 class _Counted(Sequence[dict[str, Tensor]]):

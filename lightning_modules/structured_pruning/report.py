@@ -39,6 +39,7 @@ def structure(
         "block_size": block_size,
         "perplexity_on": perplexity_on,
         "importance": plan.settings.get("importance", {}).get("name"),
+        "shape": plan.settings.get("shape", "free"),
         "allocation": plan.settings.get("allocation", {}).get("name"),
         "compensation": plan.settings.get("compensation", {}).get("name"),
         "budget_requested": plan.settings.get("parameters_requested"),
@@ -74,12 +75,26 @@ def table(base: str, fields: dict[str, Any]) -> Table:
         "kv_bytes_per_token": ("KV cache per token, bytes", 1, "{:,.0f}"),
         "flops_per_token": (f"MFLOP per token at {block} tokens", 1e6, "{:,.2f}"),
         "weight_bytes": ("weights on disk, MB", 1e6, "{:,.2f}"),
+        "export_bytes": (f"{'its' if fields.get('shape') == 'stock' else 'padded'} stock export, MB", 1e6, "{:,.2f}"),
         "ppl": (f"perplexity ({fields['perplexity_on']})", 1, "{:.2f}"),
     }
     for name, (what, unit, form) in rows.items():
         old, new = (fields.get(f"{name}_{when}") for when in ("before", "after"))
         if old is not None and new is not None:
             shown.add_row(what, form.format(old / unit), form.format(new / unit), f"{new / old:.1%}")
+    return shown
+
+
+def trials_table(trials: Sequence[dict[str, Any]]) -> Table:
+    """Shapes that were tried, and their losses; the best is marked."""
+    shown = Table(title="shapes that remove the budget, tried by masks", title_style="")
+    for column in ("groups", "channels", "layers dropped", "loss, nats a token", ""):
+        shown.add_column(column, justify="left" if column in ("layers dropped", "") else "right")
+    least = min(trial["loss"] for trial in trials)
+    for trial in trials:
+        dropped = ", ".join(map(str, trial["dropped"])) or "none"
+        best = "best" if trial["loss"] == least else ""
+        shown.add_row(str(trial["groups"]), str(trial["channels"]), dropped, f"{trial['loss']:.4f}", best)
     return shown
 
 
@@ -136,16 +151,21 @@ def card(base: str, dataset: str | None, fields: dict[str, Any]) -> str:
         "parameters": f"{fields['parameters_after']:,} of {fields['parameters_before']:,}",
         "decoder parameters": f"{fields['decoder_parameters_after']:,} of {fields['decoder_parameters_before']:,}",
         "KV bytes per token": f"{fields['kv_bytes_per_token_after']:,} of {fields['kv_bytes_per_token_before']:,}",
-        "importance, allocation": f"{fields['importance']}, {fields['allocation']}",
+        "importance, allocation": f"{fields['importance']}, {fields['allocation'] or 'one width for all layers'}",
         "compensation": fields["compensation"],
         "perplexity measured on": f"{dataset}, {fields['perplexity_on']}",
     }
+    plain = not str(fields.get("model_class", "PerLayer")).startswith("PerLayer")
+    if plain:
+        what, load = f"Kept layers are alike, so this is a plain {fields['model_class']}", ""
+    else:
+        what, load = "Layers differ in shape", ", trust_remote_code=True"
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"base_model: {base}\ntags: [pare, pruned]\n---\n"
         f"\n# {base.rstrip('/').rpartition('/')[2]}, structurally pruned\n\n"
-        "Whole groups of heads and MLP channels are gone; layers differ in shape. `pruning_plan.json` says what is "
-        "left.\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)\n```\n\n'
+        f"Whole groups of heads, MLP channels or layers are gone. {what}. `pruning_plan.json` says what is left.\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{load})\n```\n\n'
         "| what | value |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in rows.items())
     )

@@ -1,4 +1,4 @@
-"""Physical removal: a model of the per-layer class that has only what the plan keeps."""
+"""Physical removal: a model that has only what the plan keeps, of the family's own class where that can be."""
 
 import copy
 from typing import Any
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lightning_modules.structured_pruning.layers import decoder_layers, family, rows_of, shape_of
+from lightning_modules.structured_pruning.layers import LayerShape, decoder_layers, family, rows_of, shape_of
 from lightning_modules.structured_pruning.per_layer_models import CLASSES
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
+from lightning_modules.structured_pruning.stock import CONFIGS, expressible
 
 _PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 _IDENTITY = ("model_type", "transformers_version", "architectures", "auto_map", "per_layer_config")
@@ -24,7 +25,8 @@ def slice_model(model: Any, plan: PruningPlan) -> Any:
         plan: What to keep.
 
     Returns:
-        A ``PerLayer…ForCausalLM`` in the same dtype, on the same device, in evaluation mode.
+        A model in the same dtype, on the same device, in evaluation mode: of the family's own class where kept layers
+        are alike and that class can express them (see ``stock.expressible``), else a ``PerLayer…ForCausalLM``.
 
     Raises:
         ValueError: The plan is for a model with other layers, or the architecture is not supported.
@@ -40,7 +42,7 @@ def slice_model(model: Any, plan: PruningPlan) -> Any:
         sizes.append(dict(zip(_PER_LAYER, (len(queries), len(layer.groups), len(layer.channels)), strict=True)))
         for name, weight in decoder_layers(model)[old].state_dict().items():
             weights[f"model.layers.{new}.{name}"] = _slice(name, weight, layer, queries, shape.head_dim)
-    config_class, _ = CLASSES[family(model.config)]
+    config_class = _config_class(model.config, sizes, shapes[0])
     config = config_class(**(_fields(model, shapes[0].head_dim, kept) | _layer_fields(sizes)))
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
@@ -52,6 +54,15 @@ def slice_model(model: Any, plan: PruningPlan) -> Any:
     sliced.tie_weights()
     sliced.generation_config = copy.deepcopy(model.generation_config)
     return sliced.requires_grad_(True).eval()
+
+
+def _config_class(config: Any, sizes: list[dict[str, int]], shape: LayerShape) -> Any:
+    """The family's own configuration where it can say what is kept, else the one for layers of their own shapes."""
+    alike = all(size == sizes[0] for size in sizes)
+    heads, groups = sizes[0]["num_attention_heads"], sizes[0]["num_key_value_heads"]
+    if alike and heads == groups * shape.n_rep and expressible(config, groups, shape):
+        return CONFIGS[family(config)]
+    return CLASSES[family(config)][0]
 
 
 def _slice(name: str, weight: Tensor, layer: LayerPlan, queries: list[int], head_dim: int) -> Tensor:

@@ -17,6 +17,7 @@ from lightning_modules.structured_pruning.importance import Importance
 from lightning_modules.structured_pruning.importance.magnitude import Magnitude
 from lightning_modules.structured_pruning.importance.per_tensor_truncation import PerTensorTruncation
 from lightning_modules.structured_pruning.importance.random import Random
+from lightning_modules.structured_pruning.layout import Layout
 from lightning_modules.structured_pruning.planner import Planner
 from lightning_modules.structured_pruning.verify import removed_parts_zeroed
 from tests.lightning_modules.structured_pruning import toy
@@ -36,7 +37,7 @@ def test_a_cell_is_the_perplexity_of_the_zeroed_model(tmp_path, monkeypatch):
         ("PerTensorTruncation", 0.25),
         ("PerTensorTruncation", 0.5),
     ]
-    planner = Planner(model, "toy", text, Magnitude(), Uniform(), 1, 0, tmp_path, stage)
+    planner = Planner(model, "toy", text, Magnitude(), Layout("free", Uniform(), multiple=1), tmp_path, stage)
     decoder = sum(p.numel() for p in model.model.layers.parameters())
     with removed_parts_zeroed(model, planner.plan(round(0.25 * decoder), {})):
         wanted = perplexity(mean_nll(model, text))

@@ -1,4 +1,4 @@
-"""Writes a Llama as llama.cpp does, so that reading a GGUF file can be tested without a download."""
+"""Writes a Llama, Mistral or Qwen2 as llama.cpp's converter does: reading GGUF files is tested without a download."""
 
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,22 @@ def write(path: Path, model: Any, tokenizer: Any, kind: Any = gguf.GGMLQuantizat
 
     Args:
         path: Destination, ``….gguf``.
-        model: A ``LlamaForCausalLM``.
+        model: A ``LlamaForCausalLM``, a ``MistralForCausalLM``, which is a Llama there too, or a ``Qwen2ForCausalLM``.
         tokenizer: A byte-level BPE.
         kind: Type of the matrices; vectors stay float32.
     """
-    config, out = model.config, gguf.GGUFWriter(path, "llama")
+    config = model.config
+    out = gguf.GGUFWriter(path, "qwen2" if config.model_type == "qwen2" else "llama")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     out.add_context_length(config.max_position_embeddings)
     out.add_embedding_length(config.hidden_size)
     out.add_block_count(config.num_hidden_layers)
     out.add_feed_forward_length(config.intermediate_size)
     out.add_head_count(config.num_attention_heads)
     out.add_head_count_kv(config.num_key_value_heads)
-    out.add_rope_dimension_count(config.head_dim)
-    out.add_key_length(config.head_dim)
-    out.add_value_length(config.head_dim)
+    out.add_rope_dimension_count(head_dim)
+    out.add_key_length(head_dim)
+    out.add_value_length(head_dim)
     out.add_rope_freq_base(config.rope_parameters["rope_theta"])
     out.add_layer_norm_rms_eps(config.rms_norm_eps)
     out.add_vocab_size(config.vocab_size)
@@ -67,7 +69,9 @@ def _gguf_name(name: str) -> str:
 
 
 def _as_stored(name: str, weight: Tensor, config: Any) -> Tensor:
-    """llama.cpp rotates neighbours instead of halves, so rows of queries and keys are in another order."""
+    """llama.cpp rotates a Llama's neighbours, not halves: rows of queries and keys are in another order."""
+    if config.model_type == "qwen2":
+        return weight
     for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         if part in name:
             return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape).contiguous()

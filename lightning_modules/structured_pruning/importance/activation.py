@@ -18,6 +18,8 @@ class Activation(Importance):
     Forward passes only, like Minitron (arXiv 2407.14679). ``Fluctuation`` leaves the mean out.
     """
 
+    passes = 1.0
+
     def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:
         """See ``Importance.score``."""
         return by_parts(model, {linear: sums.squares for linear, sums in input_sums(model, batches).items()})

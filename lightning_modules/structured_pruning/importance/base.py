@@ -41,11 +41,13 @@ class Importance(Variant, ABC):
         control: A deliberately wrong variant, for comparison only.
         rescores: Whether ``rescore`` looks at text again.
         shows_progress: Whether ``score`` does so itself, because it is more than one pass over the batches.
+        passes: What scoring costs, in forward passes over the text, a backward pass being about two; for estimates.
     """
 
     control: bool = False
     rescores: bool = False
     shows_progress: bool = False
+    passes: float = 3.0
 
     @abstractmethod
     def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:

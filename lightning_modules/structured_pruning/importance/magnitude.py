@@ -14,6 +14,8 @@ from lightning_modules.structured_pruning.memory import Workload
 class Magnitude(Importance):
     """Σ w² over a part's weights: rows of q, k, v, gate and up, columns of o and down (Li et al., arXiv 1608.08710)."""
 
+    passes = 0.0
+
     def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:
         """See ``Importance.score``."""
         found = []

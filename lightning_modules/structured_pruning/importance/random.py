@@ -18,6 +18,8 @@ class Random(Importance):
         seed: Where the random numbers start.
     """
 
+    passes = 0.0
+
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 

@@ -40,7 +40,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def check(base, tmp_path):
     def check(command: str = "prune", data: Data | None = None, **arguments) -> None:
-        given = {"base": str(base), "output": str(tmp_path / "pruned")} | arguments
+        given = {"base": str(base), "output": str(tmp_path / "pruned"), "shape": "free"} | arguments
         StructuredPruning(**given).check_arguments(command, data or Data())
 
     return check
@@ -107,9 +107,9 @@ def test_what_the_original_reports_of_llama_3_8b_is_refused_for_what_it_would_le
     left = round((1 - 0.8464) * 8_030_261_248)
     request = {"base": str(tmp_path / "llama-3-8b"), "output": str(tmp_path / "o"), "budget_unit": "parameters"}
     with pytest.raises(ValueError, match=r"\(97\.38% of these layers\) is not possible with allocation\.cap 0\.7"):
-        StructuredPruning(budget=left, **request).check_arguments("prune", Data())
+        StructuredPruning(budget=left, shape="free", **request).check_arguments("prune", Data())
     with pytest.raises(ValueError, match=r"keeps a group and 64 channels, so at most .* \(97\.2% of these layers\)"):
-        StructuredPruning(budget=left, allocation=Uniform(), **request).check_arguments("prune", Data())
+        StructuredPruning(budget=left, shape="free", allocation=Uniform(), **request).check_arguments("prune", Data())
     layer = left - (2 * 128256 * 4096 + 4096)
     group, channel, norms = 2 * 4096 * 4 * 128 + 2 * 4096 * 128, 3 * 4096, 2 * 4096
     assert (layer / 32 - norms - group) / channel == pytest.approx(37.5, abs=0.1)

@@ -53,7 +53,8 @@ def test_an_interrupted_measurement_goes_on_and_a_damaged_file_counts_as_none(tm
     with pytest.raises(KeyboardInterrupt):
         measure(model, batches(2), path, stop)
     assert measured(path) == [whole.dense, whole.without[0]]
-    assert not model.model.layers[1]._forward_hooks, "the layer that was skipped is back"
+    layers = model.model.layers
+    assert not any("forward" in vars(one) or one._forward_pre_hooks for one in layers), "the skipped layer is back"
     told: list[int] = []
     assert measure(model, batches(2), path, told.append) == whole and told == list(range(5, 11))
     path.write_text(path.read_text().replace("[", "[1", 1))
