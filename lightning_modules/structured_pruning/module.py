@@ -27,7 +27,7 @@ from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.budget import BudgetUnit, channel_multiple, removed_parameters
 from lightning_modules.structured_pruning.compensation import Compensation
 from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
-from lightning_modules.structured_pruning.estimate import described, seconds_per_token
+from lightning_modules.structured_pruning.estimate import expected_time
 from lightning_modules.structured_pruning.evaluation import training_pass_seconds
 from lightning_modules.structured_pruning.export import largest_difference, pad_to_stock, padded_parameters
 from lightning_modules.structured_pruning.importance import Importance
@@ -362,10 +362,10 @@ class StructuredPruning(CausalLM):
             plan.check_fits(planner.shapes, planner.hash)
             return plan
         target = self._target(whole)
-        line = described(planner.work(target - removed), seconds_per_token(planner.model, planner.batches))
-        rank_zero_info(line)
+        part_target = round(part * target) - removed
+        rank_zero_info(expected_time(planner.work(part_target), planner.model, planner.batches))
         if self.max_ppl_ratio is None:
-            return planner.plan(round(part * target) - removed, self._settings() | {"parameters_requested": target})
+            return planner.plan(part_target, self._settings() | {"parameters_requested": target})
         decoder = whole.footprint(block_size=1).decoder_parameters
 
         def perplexity(share: float) -> float:
@@ -434,7 +434,7 @@ class StructuredPruning(CausalLM):
         if padded.padding > _WIDE * padded.parameters:
             rank_zero_warn(
                 f"{padded.padding / padded.parameters:.1%} of the export is padding, because its layers differ in "
-                "width; the allocation Uniform avoids that"
+                "width; shape: stock avoids that"
             )
         name = type(padded.model).__name__
         card = f"# {self.output.name}\n\n{name}, padded from a pruned model.\n"

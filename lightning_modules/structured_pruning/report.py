@@ -59,7 +59,8 @@ def count_biases(fields: dict[str, Any], model: Any) -> None:
     more = model.num_parameters() - fields["parameters_after"]
     for name in ("parameters_after", "decoder_parameters_after"):
         fields[name] += more
-    fields["weight_bytes_after"] += more * fields["weight_bytes_before"] // fields["parameters_before"]
+    for name in ("weight_bytes_after", "export_bytes_after"):
+        fields[name] += more * fields["weight_bytes_before"] // fields["parameters_before"]
     fields["budget_obtained"] -= more
 
 
