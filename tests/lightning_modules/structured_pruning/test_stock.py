@@ -17,6 +17,7 @@ from lightning_modules.loading import load
 from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
+from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.export import pad_to_stock, padded_parameters
 from lightning_modules.structured_pruning.footprint import parameters_of
 from lightning_modules.structured_pruning.free import free_parts
@@ -349,7 +350,7 @@ def test_a_trial_is_the_loss_of_the_sliced_model_and_is_made_once(make, data, tm
 
     asked = []
     monkeypatch.setattr(planner, "mean_nll", lambda *a: asked.append(1) or mean_nll(*a))
-    module = make(channel_multiple=1, probe_blocks=3, budget=0.35)
+    module = make(channel_multiple=1, probe_blocks=3, budget=0.35, compensation=Unchanged())
     trials = module.prune(data, CPU)["structure"]["settings"]["trials"]
     assert len(asked) == len(trials) > 2
     best = min(trials, key=lambda trial: trial["loss"])
