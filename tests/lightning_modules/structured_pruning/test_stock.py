@@ -261,6 +261,7 @@ def data(tokenizer):
     return SimpleNamespace(
         tokenizer=tokenizer,
         block_size=20,
+        batch_size=2,
         name="toy",
         perplexity_on="toy text",
         calibration=calibration,
