@@ -118,7 +118,7 @@ class StructuredPruning(CausalLM):
         compensation: Compensation | None = None,
         channel_multiple: int | None = None,
         calibration_blocks: int = 128,
-        probe_blocks: int = 8,
+        probe_blocks: int = 4,
         max_ppl_ratio: float | None = None,
         rounds: int = 1,
         recovery_steps: int = 50,

@@ -64,7 +64,7 @@ class Planner:
     layout: Layout
     cache: Path
     stage: Stage
-    probe_blocks: int = 8
+    probe_blocks: int = 4
 
     def __post_init__(self) -> None:
         self.score_seconds: float | None = None  # None: not measured in this process
