@@ -15,6 +15,8 @@ class Fluctuation(Importance):
     FLAP's score (arXiv 2312.11983), within a layer; FLAP also puts the layers' mean outputs into biases.
     """
 
+    passes = 1.0
+
     def score(self, model: Any, batches: Sequence[dict[str, Tensor]]) -> list[LayerScores]:
         """See ``Importance.score``."""
         variances = {
