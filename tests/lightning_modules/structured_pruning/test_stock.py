@@ -1,5 +1,6 @@
 """Stock shapes: uniform at every budget, plain classes that engines load, and what is said where there is none."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -155,16 +156,17 @@ def base(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kept", [ALIKE, [ALIKE[0], DROPPED[1], ALIKE[0], ALIKE[0]]], ids=["parts", "a whole layer"])
-def test_what_is_alike_is_a_plain_class_that_loads_without_pare(kept, tmp_path, tokenizer):
+def test_what_is_alike_is_a_plain_class_that_loads_without_pare(tmp_path, tokenizer):
     models = {
         "tied": ("LlamaForCausalLM", tiny("llama", tie_word_embeddings=True)),
         "biased": ("LlamaForCausalLM", tiny("llama", attention_bias=True, mlp_bias=True)),
         "qwen2": ("Qwen2ForCausalLM", tiny("qwen2", tie_word_embeddings=True)),
         "mistral": ("MistralForCausalLM", tiny("mistral")),
     }
-    for name, (cls, dense) in models.items():
-        plan, folder = plan_for(dense, kept), tmp_path / name
+    plans = {"parts": ALIKE, "layer": [ALIKE[0], DROPPED[1], ALIKE[0], ALIKE[0]]}
+    for name, what in itertools.product(models, plans):
+        (cls, dense), kept, folder = models[name], plans[what], tmp_path / f"{name}-{what}"
+        plan = plan_for(dense, kept)
         pruned = slice_model(dense, plan)
         compare(*reference_logits(dense, plan, ids()), pruned, ids(), 1e-6).raise_if_failed()
         save(folder, pruned, tokenizer, "# card", plan)
@@ -172,6 +174,7 @@ def test_what_is_alike_is_a_plain_class_that_loads_without_pare(kept, tmp_path, 
         config = json.loads((folder / "config.json").read_text())
         assert config["architectures"] == [cls] and "auto_map" not in config and "per_layer_config" not in config
         assert (config["num_key_value_heads"], config["head_dim"], config["intermediate_size"]) == (2, 6, 16)
+        assert config["num_hidden_layers"] == sum(not layer.dropped for layer in kept)
         save_file({"logits": pruned(ids()).logits.detach(), "ids": ids()}, folder / "expected.safetensors.test")
     program = (
         "import sys\nfrom transformers import AutoModelForCausalLM\nfrom safetensors.torch import load_file\n"
@@ -181,7 +184,7 @@ def test_what_is_alike_is_a_plain_class_that_loads_without_pare(kept, tmp_path, 
         "    assert (model(expected['ids']).logits == expected['logits']).all(), name\n"
         "assert not any(name.startswith(('lightning', 'transformers_modules')) for name in sys.modules)\n"
     )
-    command = [sys.executable, "-I", "-c", program, *(str(tmp_path / name) for name in models)]
+    command = [sys.executable, "-I", "-c", program, *(str(one) for one in tmp_path.iterdir())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
 
