@@ -67,7 +67,7 @@ def data(tokenizer):
 def make(base, tmp_path):
     def module(**arguments) -> StructuredPruning:
         given = {"base": str(base), "output": str(tmp_path / "pruned"), "calibration_blocks": 6, "verify_blocks": 4}
-        given |= {"shape": "free"}  # stock shapes: test_stock.py
+        given |= {"shape": "free", "probe_blocks": 6}  # stock shapes: test_stock.py
         return StructuredPruning(**(given | {"cache_dir": str(tmp_path / "cache")} | arguments))
 
     return module
