@@ -33,8 +33,8 @@ def block_influence(
         def hook(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
             before: Tensor = arguments[0] if arguments else keywords["hidden_states"]
             after: Tensor = output[0] if isinstance(output, tuple) else output
-            pair = (tokens_of(one, batch).float() for one in (before, after))
-            cosines[index] += F.cosine_similarity(*pair, dim=-1).sum().double().cpu()
+            before, after = (tokens_of(one, batch).float() for one in (before, after))
+            cosines[index] += F.cosine_similarity(before, after, dim=-1).sum().double().cpu()
 
         return hook
 
