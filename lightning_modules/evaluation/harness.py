@@ -4,8 +4,10 @@ Its own rules hold: prompts, metrics, standard errors. Only loading and progress
 asked, and nowhere else: lm-eval is no part of Pare's base installation.
 """
 
+import contextlib
 import difflib
 import functools
+import io
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -61,7 +63,7 @@ def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def load_task(manager: TaskManager, name: str, run_code: bool) -> list[Any]:
+def load_task(manager: TaskManager, name: str, run_code: bool) -> Any:
     """Load a task, or the tasks of a group, with their items.
 
     Args:
@@ -69,19 +71,22 @@ def load_task(manager: TaskManager, name: str, run_code: bool) -> list[Any]:
         name: The task.
         run_code: Whether answers may be executed on this machine, as some tasks do.
 
+    Returns:
+        What lm-eval's ``evaluate`` takes.
+
     Raises:
         FileNotFoundError: Its items are on the Hub, and cannot be had from there.
         ValueError: It has no items, or needs a package that is not there, or executes answers and must not.
     """
     try:
-        tasks = list(manager.load([name])["tasks"].values())
+        loaded = manager.load([name])
     except ImportError as error:
         raise ValueError(f"tasks: {name} needs another package ({error}); install it, see lm-eval's extras") from error
     except StopIteration as error:  # of datasets, for an empty file
         raise ValueError(f"tasks: {name} has no items to ask") from error
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"tasks: {name}: {_why(name, error)}") from error
-    for task in tasks:
+    for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) and not run_code:
             raise ValueError(
                 f"tasks: {name} executes what the model writes: set run_code where that can do no harm (a container "
@@ -89,7 +94,7 @@ def load_task(manager: TaskManager, name: str, run_code: bool) -> list[Any]:
             )
         if not len(task.eval_docs):
             raise ValueError(f"tasks: {task.config.task} has no items to ask")
-    return tasks
+    return loaded
 
 
 def _why(name: str, error: BaseException) -> str:
@@ -102,10 +107,9 @@ def _why(name: str, error: BaseException) -> str:
 
 
 def ask(
-    manager: TaskManager,
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[Any],
+    loaded: Any,
     title: str,
     batch_size: int,
     limit: int | None = None,
@@ -117,37 +121,38 @@ def ask(
     """Ask a model and judge its answers.
 
     Args:
-        manager: See ``find_tasks``.
         model: A ``PreTrainedModel``, on the device to compute on.
         tokenizer: Its tokenizer.
-        tasks: See ``load_task``.
+        loaded: See ``load_task``.
         title: What progress is shown as.
         batch_size: Prompts computed together.
         limit: Ask only so many items of each task.
         num_fewshot: Examples before each item; None takes what the task says.
         chat: Put prompts into the tokenizer's chat template.
         run_code: See ``load_task``.
-        seed: Of examples, and of what a task draws.
+        seed: Of the examples.
 
     Returns:
         A row for every task and metric: ``task``, ``metric``, ``value``, ``stderr`` (None where lm-eval gives none)
         and ``items``.
     """
     answering = _Counted(title, pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    found = simple_evaluate(
-        answering,
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        confirm_run_unsafe_code=run_code,
-        log_samples=False,
-        bootstrap_iters=1000,
-        **seeds,
-    )
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own):  # a task that says 0 takes none, as with lm-eval
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=seed)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it bootstraps
+        found = evaluate(
+            answering,
+            loaded,
+            limit=limit,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            confirm_run_unsafe_code=run_code,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
     assert found is not None  # only other ranks get nothing
     rows = []
     for task, metrics in found["results"].items():

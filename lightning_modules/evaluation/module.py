@@ -141,10 +141,10 @@ class TaskEvaluation(L.LightningModule):
             model, tokenizer = self._model(path, device)
             for name, key in wanted.items():
                 # fresh ones: they carry the answers of the model that they were asked of
-                tasks = harness.load_task(manager, str(written.get(name, name)), self.run_code)
+                loaded = harness.load_task(manager, str(written.get(name, name)), self.run_code)
                 title = f"{model_name}: {name}"
                 rows = harness.ask(
-                    manager, model, tokenizer, tasks, title, self.batch_size, **self.asking, run_code=self.run_code,
+                    model, tokenizer, loaded, title, self.batch_size, **self.asking, run_code=self.run_code,
                     seed=run_seed(),
                 )  # fmt: skip
                 done[key] = rows

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_modules.evaluation.local.base import LocalTask
 
-_LAST = re.compile(r"^(.*\s)([A-Za-z][a-z]{3,})\s?[.!?]?[\"'”’]?$")
+_LAST = re.compile(r"^(.*\s)([A-Za-z][a-z]{2,})\s?[.!?]?[\"'”’]?$")
 
 _CONTEXT = 5  # sentences before that of the word
 
@@ -31,8 +31,7 @@ class Cloze(LocalTask):
         return {
             "output_type": "loglikelihood",
             "doc_to_text": "{{context}}",
-            "doc_to_target": "{{word}}",
-            "target_delimiter": " ",
+            "doc_to_target": "{{' ' + word}}",  # lm-eval puts no space between these two
             "metric_list": [
                 {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
                 {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},

@@ -1,6 +1,7 @@
 """Tasks asked of models: right answers, what was answered before, and what is refused before any weight is read."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_answers_are_those_that_each_model_finds_likeliest(place, tmp_path):
     from lightning_modules.loading import load, load_tokenizer
 
     local = [NextSentence(str(place / "text.txt"), 8), Gsm8kAnswer(str(place / "problems.jsonl"), 8)]
-    rows = evaluation(place, tmp_path / "out", local=local).evaluate(CPU)["evaluation"]
+    words = Cloze(str(place / "text.txt"), 8)
+    rows = evaluation(place, tmp_path / "out", local=[*local, words]).evaluate(CPU)["evaluation"]
     for name in ("dense", "pruned"):
         model, tokenizer = load(place / name), load_tokenizer(place / name)
         for task in local:
@@ -71,6 +73,13 @@ def test_answers_are_those_that_each_model_finds_likeliest(place, tmp_path):
             right = sum(choice == item["label"] for choice, item in zip(found, items, strict=True)) / len(items)
             row = next(r for r in rows if (r["model"], r["task"], r["metric"]) == (name, task.task, "acc"))
             assert row["value"] == pytest.approx(right) and row["items"] == 8 and row["chance"] == 0.25
+        told = [likelihoods(model, tokenizer, item["context"], item["word"]) for item in words.drawn()]
+        ppl, acc = (
+            next(r["value"] for r in rows if (r["model"], r["task"], r["metric"]) == (name, words.task, metric))
+            for metric in ("perplexity", "acc")
+        )
+        assert ppl == pytest.approx(math.exp(-sum(one for one, _ in told) / 8), rel=1e-4)
+        assert acc == sum(greedy for _, greedy in told) / 8
 
 
 @needs_harness
@@ -79,7 +88,7 @@ def test_what_was_answered_is_not_asked_again_and_another_model_is(place, tmp_pa
 
     asked = []
     real = harness.ask
-    monkeypatch.setattr(harness, "ask", lambda *a, **k: asked.append(a[4]) or real(*a, **k))
+    monkeypatch.setattr(harness, "ask", lambda *a, **k: asked.append(a[3]) or real(*a, **k))
     first = evaluation(place, tmp_path, models=["dense"]).evaluate(CPU)["evaluation"]
     both = evaluation(place, tmp_path).evaluate(CPU)["evaluation"]
     assert asked == ["dense: cloze_text", "pruned: cloze_text"]
