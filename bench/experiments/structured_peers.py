@@ -6,6 +6,7 @@ hold their result. Killed, it goes on.
 """
 
 import json
+import shutil
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 
 from bench.experiments.runs import claim, halves, once, validated
 from bench.tables import figures
+from common.files import write_text
 
 RECORDS = "structured_peers.jsonl"
 COMMAND = "python -m bench experiment structured_peers --model FOLDER --texts NAME=FILE,NAME=FILE"
@@ -111,10 +113,21 @@ def _measured(
     seed: int,
     data: dict[str, tuple[str, ...]],
 ) -> dict[str, dict[str, float]]:
-    """Perplexities before and after, and parameters that went as a share of the decoder's, by text."""
+    """Perplexities before and after, and parameters that went as a share of the decoder's, by text; measured once."""
     place = folder / f"{name}-{100 * budget:g}-{seed}"
+    left = place / "found.json"
+    if left.is_file():
+        known: dict[str, dict[str, float]] = json.loads(left.read_text())
+        return known
     given = ["--model.base", str(model), "--model.output", str(place / "model"), "--seed_everything", str(seed)]
-    given += ["--model.calibration_blocks", str(CALIBRATION_BLOCKS), "--model.cache_dir", str(folder / "cache")]
+    given += [
+        "--model.dtype",
+        "bfloat16",
+        "--model.calibration_blocks",
+        str(CALIBRATION_BLOCKS),
+        "--model.cache_dir",
+        str(folder / "cache"),
+    ]
     given += [*arm.arguments]
     if arm.depth:
         count = int(budget * layers)
@@ -135,7 +148,10 @@ def _measured(
         )
         pruned = validated(place / text, CONFIG, *data[text], *given)
         found[text] = {"before": dense, "after": pruned}
-    return {text: {**both, "removed": 1 - gone} for text, both in found.items()}
+    measured = {text: {**both, "removed": 1 - gone} for text, both in found.items()}
+    write_text(left, json.dumps(measured))
+    shutil.rmtree(place / "model")  # ninety models are more than most disks hold
+    return measured
 
 
 def _append(
