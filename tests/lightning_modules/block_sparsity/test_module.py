@@ -26,6 +26,7 @@ from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pruner
 from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
 from lightning_modules.block_sparsity.scores.gradient import Gradient
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
+from lightning_modules.block_sparsity.scores.random import Random
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.updates.obs import Obs
 from lightning_modules.data.instruct import InstructData
@@ -184,6 +185,38 @@ def test_every_iteration_has_the_learning_rate_of_a_run_of_its_own(dense, data_c
 def test_a_schedule_that_cannot_start_again_is_refused(dense, data_cache, tmp_path):
     with pytest.raises(ValueError, match="lr_schedule reduce_lr_on_plateau"):
         _fit(_module(dense, tmp_path / "out", lr_schedule="reduce_lr_on_plateau"), data_cache, tmp_path)
+
+
+def _fit_a_rank(dense, folder, cache):
+    """One of two ranks that would each prune something else; its masks and one matrix."""
+    warnings.simplefilter("ignore")
+    rank = torch.distributed.get_rank()
+    module = _module(dense, folder / "out", score=Random(seed=rank), update=Obs(), iteration=1)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=-1,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        callbacks=[TierSchedule()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, datamodule=Toy(cache_dir=cache, max_val_blocks=8))
+    keep = {name: mask.clone() for name, mask in module.pruner.keep.items()}
+    return keep, module.plain_model.get_submodule(next(iter(keep))).weight.detach().clone()
+
+
+def test_ranks_agree_on_masks_and_values(dense, data_cache, tmp_path, two_ranks):
+    _data(data_cache)
+    (mine, weight), (other, others) = two_ranks.run(_fit_a_rank, dense, tmp_path, data_cache)
+    assert all(torch.equal(mask, other[name]) for name, mask in mine.items())
+    assert torch.equal(weight, others) and not all(mask.all() for mask in mine.values())
 
 
 def test_tier_maps_may_lie_elsewhere_and_say_their_iteration(dense, data_cache, tmp_path):
