@@ -115,12 +115,15 @@ def prune_layers(
             mine = inside(layer, pruner.matrices)
             with visiting(layer, device), pruner.visiting(mine, device):
                 kept = finished.next({**_weights(mine), **pruner.tensors(mine)})
-                source, inputs = pruned if sequential else whole, dict[str, Inputs]()
-                if kept is None and looks and source is not None:
-                    with collecting(mine, source, moments) as inputs:
+                collects, inputs = kept is None and looks, dict[str, Inputs]()
+                if collects and sequential and pruned is not None:
+                    with collecting(mine, pruned, moments) as inputs:
                         for batch in range(len(batches)):
-                            source.through(layer, batch)
-                if whole is not None:
+                            pruned.through(layer, batch)
+                elif collects and whole is not None:
+                    with collecting(mine, whole, moments) as inputs:
+                        whole.advance(layer)
+                if whole is not None and (sequential or not collects):
                     whole.advance(layer)
                 if kept is None:
                     found = {n: _cut(n, pruner, targets[n], method, known.get(n), inputs.get(n), errors) for n in mine}

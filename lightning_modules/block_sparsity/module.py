@@ -26,7 +26,7 @@ from lightning_modules.block_sparsity.reconstruction import Reconstruction
 from lightning_modules.block_sparsity.restarts import Restarts
 from lightning_modules.block_sparsity.schedules import Schedule
 from lightning_modules.block_sparsity.schedules.base import Row
-from lightning_modules.block_sparsity.schedules.cubic import CubicSchedule
+from lightning_modules.block_sparsity.schedules.original import OriginalSchedule
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.tiers import TOPK, check_sizes, most_topk
@@ -54,7 +54,7 @@ class BlockSparsity(CausalLM):
         tier_maps: Tier maps that ``pretrained`` was pruned by, or a folder with them, where they do not lie beside it.
         output: Folder for the result. An earlier result is replaced when the new one is complete.
         overwrite: Replace ``output`` also where Pare did not write it.
-        schedule: Iterations; by default five along a cubic curve to 35/45/20 % dense/2:4/top-k.
+        schedule: Iterations; by default the original five, to 35/45/20 % dense/2:4/top-k.
         iteration: Make only this iteration of the schedule; None makes all of them in ``fit``, the last in ``prune``.
         score: Importance of a weight; by default Wanda.
         block: Side of a block, a multiple of 4.
@@ -156,7 +156,7 @@ class BlockSparsity(CausalLM):
         self.output = Path(output).expanduser()
         self.maps = Path(tier_maps).expanduser() if tier_maps is not None else self.folder
         self.overwrite = overwrite
-        self.schedule = schedule or CubicSchedule()
+        self.schedule = schedule or OriginalSchedule()
         self.rows = self.schedule.rows if iteration is None else [self.schedule.row(iteration)]
         self.score = score or Wanda()
         self.calibration_blocks, self.calibration_seed = calibration_blocks, calibration_seed

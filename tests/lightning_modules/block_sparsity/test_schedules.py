@@ -9,6 +9,7 @@ from lightning_modules.block_sparsity.schedules.base import START, Row, Schedule
 from lightning_modules.block_sparsity.schedules.csv_file import COLUMNS, CsvSchedule
 from lightning_modules.block_sparsity.schedules.cubic import CubicSchedule
 from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
+from lightning_modules.block_sparsity.schedules.original import OriginalSchedule
 from tests.conftest import ROOT
 
 SEED = (ROOT / "configs/block_sparsity/progressive.csv").read_text()
@@ -52,6 +53,8 @@ def test_the_committed_schedule_is_the_original_five_iterations():
         (0.35, 0.45, 0.2),
     ]
     assert [r.epochs for r in rows] == [2, 2, 2, 2, 3]
+    for row, built_in in zip(rows, OriginalSchedule().rows, strict=True):
+        assert vars(built_in) == pytest.approx(vars(row))
 
 
 @pytest.mark.parametrize(
