@@ -104,7 +104,7 @@ class Control(TimeToQuality):
         check_output(self.folder, "Control.folder", [self.dense, *inputs_of(model, data)], overwrite=True)
 
     def run_first(self, config: Mapping[str, Any], trainer: Trainer, data: Any) -> dict[str, Any] | None:
-        """The configuration of ``fit`` that tunes the dense model; None where that is done.
+        """The configuration of ``fit`` that tunes the dense model; None where that is done, and in a trial run.
 
         Args:
             config: Configuration of the run that is to be compared with it.
@@ -114,6 +114,8 @@ class Control(TimeToQuality):
         Raises:
             ValueError: The folder holds a model that was tuned otherwise; the message says what differs.
         """
+        if trainer.fast_dev_run:
+            return None
         run = self._alone(config)
         callbacks = run["trainer"]["callbacks"]
         alike: dict[str, Any] = {part: _without(run[part], *names) for part, names in _OTHER.items()}
@@ -165,6 +167,8 @@ class Control(TimeToQuality):
             FileNotFoundError: The dense model has not been tuned.
         """
         path = self.folder / FILE
+        if trainer.fast_dev_run:
+            return
         if not path.is_file():
             raise FileNotFoundError(
                 f"Control.folder: no {FILE} in {self.folder}: the dense model is not tuned yet; `main.py fit` does it"

@@ -172,7 +172,18 @@ def test_another_vocabulary_and_a_missing_dense_model_are_refused(place, first, 
     with pytest.raises(ValueError, match=r"Control\.dense: give the dense model"):
         Control(str(tmp_path / "tuned")).check_arguments("fit", model, None)
     with pytest.raises(FileNotFoundError, match=r"no control\.json in .*: the dense model is not tuned yet"):
-        control.on_train_start(mock.Mock(), mock.Mock())
+        control.on_train_start(mock.Mock(fast_dev_run=False), mock.Mock())
+
+
+def test_a_trial_run_tunes_nothing_and_compares_nothing(place, first, tmp_path):
+    (place / "tuned/control.json").rename(tmp_path / "control.json")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/r.jsonl").touch()
+    try:
+        assert fit(place, tmp_path / "folder", "--trainer.fast_dev_run", "true") == []
+        assert not (place / "tuned/control.json").exists()
+    finally:
+        (tmp_path / "control.json").rename(place / "tuned/control.json")
 
 
 def test_ratios_are_of_the_same_step_and_text():
