@@ -402,7 +402,7 @@ class StructuredPruning(CausalLM):
             sliced, verification = proven_slice(dense, last, ids, self.tolerance)
             verification.raise_if_failed()
             del dense
-            check_refitted(sliced, self._load(self.output), last)
+            check_refitted(sliced, self._load(self.output), last, rounding=bool(earlier))
         else:
             reference = reference_logits(dense, last, ids)
             del dense

@@ -327,6 +327,13 @@ def test_a_tensor_changed_later_is_named():
         what = "compensation has made" if name in found.tensors else "not that of the slice"
         with pytest.raises(ValueError, match=f"verify: {name} .*{what}.*weights were changed after pruning"):
             check_refitted(bare, changed, plan)
+    rounded = copy.deepcopy(sliced)
+    weight = rounded.model.layers[0].mlp.up_proj.weight.data
+    weight.view(-1)[3] += weight.abs().max() * 2e-16
+    check_refitted(bare, rounded, plan, rounding=True)
+    weight.view(-1)[3] += weight.abs().max() * 2e-15
+    with pytest.raises(ValueError, match="not that of the slice"):
+        check_refitted(bare, rounded, plan, rounding=True)
     other = {name: tensor[:, :-1] for name, tensor in found.tensors.items()}
     with pytest.raises(ValueError, match="does not fit this model"):
         put_refitted(bare, other)

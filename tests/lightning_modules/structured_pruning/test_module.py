@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.loading import load, load_tokenizer
-from lightning_modules.structured_pruning import StructuredPruning
+from lightning_modules.structured_pruning import StructuredPruning, module
 from lightning_modules.structured_pruning.allocation.global_ranking import Global
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
@@ -336,12 +336,15 @@ def test_biases_that_a_compensation_adds_are_counted_saved_and_verified(make, da
     make().verify(data, CPU)
 
 
-def test_rounds_with_compensation_are_gone_through_again(make, data, tmp_path):
+def test_rounds_with_compensation_are_gone_through_again(make, data, tmp_path, monkeypatch):
     make(rounds=2, recovery_steps=2, budget=0.4, compensation=LeastSquares(damping=[1e3])).prune(data, CPU)
     refitted = tmp_path / "pruned/rounds/1.refitted.safetensors"
     tensors = load_file(refitted)
     assert tensors and not (tmp_path / "pruned/rounds/2.refitted.safetensors").exists()
+    put, given = module.put_refitted, []
+    monkeypatch.setattr(module, "put_refitted", lambda model, found: given.append(found) or put(model, found))
     make().verify(data, CPU)
+    assert [found.keys() for found in given] == [tensors.keys()]
     (tmp_path / "pruned/pare.json").unlink()
     save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, refitted)
     with pytest.raises(ValueError, match="what was refitted in round 1 is not what its plan says"):
