@@ -161,7 +161,7 @@ class Planner:
         if (max(drops) and layout.drop_by == "damage") or (not stock and layout.divides.needs_damage):
             left = count + 1 - len(layer_damage.measured(self._damage_path))
             found["layers"] = tokens["probes"] * layer_damage.cost(count, left)
-        elif max(drops):
+        elif max(drops) and not _read_losses(self._influence_path):
             found["layers"] = float(tokens["probes"])
         if self._read_scores(self._scores_path) is None:
             found[self.importance.name] = tokens["all"] * self.importance.passes
@@ -188,13 +188,18 @@ class Planner:
 
     @cached_property
     def _influence(self) -> list[float]:
-        with self.stage("Influence of each layer", len(self.probes), "batches") as done:
-            return block_influence(self.model, self.probes, done)
+        known = _read_losses(self._influence_path)
+        if not known:
+            with self.stage("Influence of each layer", len(self.probes), "batches") as done:
+                found = block_influence(self.model, self.probes, done)
+            known = {str(layer): value for layer, value in enumerate(found)}
+            _write_losses(self._influence_path, known)
+        return [known[str(layer)] for layer in range(len(self.shapes))]
 
     def _tried(self, candidate: Candidate) -> float:
         """Loss of the model in a shape, by masks; measured once."""
         path, key = self._trials_path, self._key(candidate)
-        known = _read_trials(path)
+        known = _read_losses(path)
         if key not in known:
             gone, keep = set(candidate.dropped), Keep(candidate.groups, candidate.channels)
             layers = [
@@ -204,12 +209,12 @@ class Planner:
             plan = PruningPlan(layers, [[s.groups, s.channels] for s in self.shapes], self.base, self.hash)
             with masked(self.model, plan):
                 known[key] = mean_nll(self.model, self.probes)
-            write_text(path, json.dumps({"losses": known, "hash": settings_hash(known)}))
+            _write_losses(path, known)
         return known[key]
 
     def _untried(self, space: Space) -> int:
         """How many shapes of a search have still to be tried, damages being known."""
-        known, missing = _read_trials(self._trials_path), list[Candidate]()
+        known, missing = _read_losses(self._trials_path), list[Candidate]()
 
         def loss(candidate: Candidate) -> float:
             if self._key(candidate) not in known:
@@ -261,6 +266,10 @@ class Planner:
         return self._folder / f"damage-{text_hash(self.probes)[:16]}.json"
 
     @property
+    def _influence_path(self) -> Path:
+        return self._folder / f"influence-{text_hash(self.probes)[:16]}.json"
+
+    @property
     def _scores_path(self) -> Path:
         key = settings_hash([self.importance.name, self.importance.config(), self.text])
         return self._folder / f"scores-{self.importance.name}-{key[:16]}.safetensors"
@@ -309,14 +318,18 @@ def check_possible(config: Any, shapes: Sequence[LayerShape], target: int, layou
         check_free(shapes, layout, target, rounds)
 
 
-def _read_trials(path: Path) -> dict[str, float]:
-    """Losses of shapes tried before; a file that is not as it was written counts as none."""
+def _read_losses(path: Path) -> dict[str, float]:
+    """Measurements of before, by name; a file that is not as it was written counts as none."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         losses: dict[str, float] = read["losses"]
         return losses if read["hash"] == settings_hash(losses) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _write_losses(path: Path, losses: dict[str, float]) -> None:
+    write_text(path, json.dumps({"losses": losses, "hash": settings_hash(losses)}))
 
 
 def _tokens(batches: Sequence[dict[str, Tensor]]) -> int:

@@ -374,10 +374,11 @@ def test_a_trial_is_the_loss_of_the_sliced_model_and_is_made_once(make, data, tm
     assert len(asked) == 2 * len(trials)
 
 
-def test_the_estimate_counts_what_is_still_to_be_measured(make, data, caplog):
+@pytest.mark.parametrize("drop_by", ["damage", "block_influence"])
+def test_the_estimate_counts_what_is_still_to_be_measured(drop_by, make, data, caplog):
     caplog.set_level("INFO")
-    make().prune(data, CPU, dry_run=True)
-    make().prune(data, CPU, dry_run=True)
+    make(drop_by=drop_by).prune(data, CPU, dry_run=True)
+    make(drop_by=drop_by).prune(data, CPU, dry_run=True)
     first, second = (record.message for record in caplog.records if record.message.startswith("scoring:"))
     assert all(part in first for part in ("layers ", "gate_taylor ", "shapes "))
     assert second == "scoring: everything is measured already"
