@@ -27,6 +27,7 @@ HELP = {
     "Energy": ["prune", "--model.help", "BlockSparsity"],
     "RowScale": ["prune", "--model.help", "BlockSparsity"],
     "SineSchedule": ["fit", "--model.help", "BlockSparsity"],
+    "FirstWord": ["evaluate", "--model.help", "TaskEvaluation"],
 }
 LAWS = (
     "tests/common/test_variants.py",
@@ -39,6 +40,7 @@ LAWS = (
     "tests/lightning_modules/block_sparsity/test_scores.py",
     "tests/lightning_modules/block_sparsity/test_updates.py",
     "tests/lightning_modules/block_sparsity/test_schedules.py",
+    "tests/lightning_modules/evaluation/test_local.py",
 )
 # In one process, since importing takes most of the time: the help of every family, then a sweep's arguments.
 ASK = """
