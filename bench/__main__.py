@@ -151,22 +151,24 @@ def link(
     hosts: int = 2,
     delay: str | None = None,
     report: Path | None = None,
+    ranks_per_host: int = 1,
     command: list[str] | None = None,
 ) -> int:
     """Run a command as one rank on each of several emulated hosts: python -m bench link --rate 1gbit -- COMMAND ...
 
     Needs root and iproute2. Ranks see the variables torchrun sets; so `trainer.num_nodes` is the number of hosts and
-    `trainer.devices` is 1. Lines of hosts other than 0 start with `[host i]`. Exits with the status of the first host
-    that failed.
+    `trainer.devices` is `ranks_per_host`. Lines of ranks other than 0 start with `[host i]`, or `[rank i]` where a host
+    has several. Exits with the status of the first rank that failed.
 
     Args:
         rate: Rate of each host's cable in each direction: a number and kbit, mbit or gbit.
         hosts: Number of hosts.
         delay: One-way delay a host adds to what it sends, such as 1ms.
         report: JSON file for the bytes each host sent and received.
+        ranks_per_host: Ranks on each host; between them the link is this machine's own.
         command: The command as a JSON list; typing it after `--` is the same.
     """
-    return links.run(command or [], rate, hosts, delay, report)
+    return links.run(command or [], rate, hosts, delay, report, ranks_per_host)
 
 
 def env(full: bool = False, json: bool = False) -> int:

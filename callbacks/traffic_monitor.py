@@ -14,7 +14,7 @@ from strategies.traffic import StepTraffic, Traffic
 from strategies.units import Unit
 
 _COLUMNS = ("step", "unit", "sent_bytes", "ideal_bytes", "parameter_bytes", "encode_ms", "wire_ms", "decode_ms")
-_COUNTERS = ("totals", "collective_ms", "role_bytes", "parameter_bytes", "samples")
+_COUNTERS = ("totals", "collective_ms", "role_bytes", "parameter_bytes", "level_bytes", "samples")
 
 
 class TrafficMonitor(Measurement):
@@ -22,8 +22,8 @@ class TrafficMonitor(Measurement):
 
     Tags: ``comm/sent_mb`` and ``comm/parameters_mb`` (bytes that left the rank in a step), ``comm/ratio`` (ideal fp32
     ring bytes over bytes sent for gradients), ``comm/encode_ms``, ``comm/wire_ms``, ``comm/decode_ms`` and
-    ``comm/share`` (wire time, waiting for other ranks included, over step time). ``traffic.csv`` in the log folder has
-    a row per unit and step.
+    ``comm/share`` (wire time, waiting for other ranks included, over step time); with replicas ``comm/intra_mb`` and
+    ``comm/inter_mb``, inside and between them. ``traffic.csv`` in the log folder has a row per unit and step.
 
     Args:
         warmup_steps: First optimizer steps left out of the record.
@@ -49,6 +49,7 @@ class TrafficMonitor(Measurement):
         self._collective_ms: dict[str, float] = defaultdict(float)
         self._role_bytes: dict[str, int] = defaultdict(int)
         self._parameter_bytes: dict[str, int] = defaultdict(int)
+        self._level_bytes: dict[str, int] = defaultdict(int)
         self._samples: dict[str, list[float]] = defaultdict(list)
         self._units: list[Unit] = []
         self._nic_start = self._nic_end = (0, 0)
@@ -136,6 +137,8 @@ class TrafficMonitor(Measurement):
             self._role_bytes[role] += nbytes
         for role, nbytes in step.bytes_by("role", gradients=False).items():
             self._parameter_bytes[role] += nbytes
+        for level, nbytes in step.levels.items():
+            self._level_bytes[level] += nbytes
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: StepTraffic, fidelity: dict[str, float]) -> None:
         sent = step.gradient_bytes()
@@ -151,6 +154,7 @@ class TrafficMonitor(Measurement):
             metrics["comm/ratio"] = sum(step.ideal.values()) / sent
         if step_ms := self.clock.last_ms():
             metrics["comm/share"] = metrics["comm/wire_ms"] / step_ms
+        metrics |= {f"comm/{level}_mb": nbytes / 1e6 for level, nbytes in step.levels.items()}
         pl_module.log_dict(metrics, rank_zero_only=True)
         if self._rows is not None:
             self._rows.writerows(_rows(trainer.global_step, step))
@@ -170,7 +174,7 @@ class TrafficMonitor(Measurement):
         self.clock.load_state_dict(state_dict["clock"])
         self._nic_before = tuple(state_dict["nic"])
         for name in _COUNTERS:
-            getattr(self, f"_{name}").update(state_dict[name])
+            getattr(self, f"_{name}").update(state_dict.get(name, {}))
 
     def _nic_total(self) -> tuple[int, int]:
         """Bytes and packets that the interface sent in the measured steps."""
@@ -202,6 +206,7 @@ class TrafficMonitor(Measurement):
             "bytes_by_role": dict(self._role_bytes),
             "bytes_parameters_total": round(self._totals["parameters"]),
             "bytes_parameters_by_role": dict(self._parameter_bytes),
+            "bytes_by_level": dict(self._level_bytes) or None,
             "compression_ratio": self._totals["ideal"] / sent if sent else None,
             "compress_time_ms": self._totals["encode"],
             "decompress_time_ms": self._totals["decode"],

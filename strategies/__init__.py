@@ -1,7 +1,8 @@
 """Data-parallel engines with pluggable gradient compression."""
 
 from strategies.compressed_ddp import CompressedDDP
+from strategies.compressed_diloco import CompressedDiLoCo
 from strategies.compressed_fsdp import CompressedFSDP
 from strategies.compressed_fsdp2 import CompressedFSDP2
 
-__all__ = ["CompressedDDP", "CompressedFSDP", "CompressedFSDP2"]
+__all__ = ["CompressedDDP", "CompressedDiLoCo", "CompressedFSDP", "CompressedFSDP2"]

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from strategies.compressors import Compressor
+from strategies.compressors.none import NoCompression
 from strategies.ddp_buckets import KEEP_BUFFERS, FixedBuckets, bucket_units, install_hook
 from strategies.engine import CompressedEngine, fitting
 from strategies.kernels import Choice
 from strategies.traffic import Traffic
-from strategies.units import Unit
+from strategies.units import Unit, shard_between
 
 
 class CompressedDDP(CompressedEngine, DDPStrategy):
@@ -26,13 +28,17 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
     Args:
         compressor: How gradients are reduced, e.g. ``Int8``; none leaves torch's own path untouched and uncounted.
         bucket_cap_mb: Size of a bucket in MiB.
+        replicas: Groups of ranks, in rank order, usually the number of nodes: ``compressor`` reduces inside each, then
+            each rank its shard with those of the other groups by ``replica_compressor``. 1 is one ring over all.
+        replica_compressor: How shards are averaged between groups, e.g. ``Bidirectional`` of ``Int8``; none is fp32.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
             variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
         timeout: How long a rank waits for the others in a collective.
 
     Raises:
-        ValueError: ``bucket_cap_mb`` is less than 1.
+        ValueError: ``bucket_cap_mb`` or ``replicas`` is less than 1, or ``replicas`` with ``replica_compressor`` less
+            than 2; before any work, if it does not divide the ranks.
     """
 
     strategy_name = "compressed_ddp"
@@ -41,16 +47,26 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         self,
         compressor: Compressor | None = None,
         bucket_cap_mb: int = 25,
+        replicas: int = 1,
+        replica_compressor: Compressor | None = None,
         kernels: Choice = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         if bucket_cap_mb < 1:
             raise ValueError(f"bucket_cap_mb must be at least 1, got {bucket_cap_mb}")
+        if replicas < 1:
+            raise ValueError(f"replicas must be at least 1, got {replicas}")
+        if replica_compressor is not None and replicas == 1:
+            raise ValueError("replica_compressor: there is one group of ranks; say how many with replicas=…")
+        if replicas > 1:  # both levels are Pare's
+            compressor = NoCompression() if compressor is None else compressor
+            replica_compressor = NoCompression() if replica_compressor is None else replica_compressor
         wrapping: dict[str, Any] = {"bucket_cap_mb": bucket_cap_mb, **KEEP_BUFFERS}
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, **wrapping)
         self.compressor = compressor
         self.bucket_cap_mb = bucket_cap_mb
+        self.replicas, self.replica_compressor = replicas, replica_compressor
         self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
@@ -60,12 +76,29 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         if self.compressor is None or self.world_size == 1:
             self._take_up_owed()
             return super()._setup_model(model)
+        self.check_ranks(self.world_size)
         wrapped = FixedBuckets(model, self.determine_ddp_device_ids(), self.bucket_cap_mb)
-        self._take_units(bucket_units(wrapped, self.traffic))
-        install_hook(wrapped, self.units, self._reduce_replicated)
-        self._warm_up(self.world_size)
+        if self.replicas == 1:
+            units = bucket_units(wrapped, self.traffic)
+            self._take_units(units)
+            install_hook(wrapped, units, self._reduce_replicated)
+        else:
+            self._install_two_levels(wrapped)
+        self._warm_up(self.world_size // self.replicas)
         self._take_up_owed()
         return wrapped
+
+    def _install_two_levels(self, wrapped: FixedBuckets) -> None:
+        shape = self.replicas, self.world_size // self.replicas
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+        inside = bucket_units(wrapped, self.traffic, mesh["shard"].get_group())
+        between = {}
+        for unit in inside:
+            unit.level = "intra"
+            padded = -(-unit.numel // unit.world_size) * unit.world_size
+            between[unit.name] = shard_between(unit, padded, mesh["replicate"].get_group())
+        self._take_units([*inside, *between.values()])
+        install_hook(wrapped, inside, lambda unit, grad: self._reduce_on_two_levels(unit, between[unit.name], grad))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Restore the weights; those of another model are refused by name.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, ShardingStr
 from torch.distributed.tensor import DTensor
 
 from strategies.compressors import Codec, Compressor
+from strategies.compressors.none import NoCompression
 from strategies.engine import CompressedEngine, misfit
 from strategies.fsdp2_collectives import (
     CountedAllGather,
@@ -28,7 +30,7 @@ from strategies.fsdp2_collectives import (
 from strategies.fsdp2_units import ShardedModule, sharded_modules
 from strategies.kernels import Choice
 from strategies.traffic import Traffic
-from strategies.units import Unit
+from strategies.units import Unit, shard_between
 from strategies.wrapping import chosen_blocks
 
 
@@ -49,7 +51,9 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         sharding_strategy: FULL_SHARD (parameters are gathered for forward and again for backward) or SHARD_GRAD_OP
             (they stay gathered in between). For NO_SHARD use ``CompressedDDP``.
         replicas: Copies of the sharded model (HSDP): ranks are cut into so many groups in rank order, the compressor
-            works inside each, and torch's own all-reduce between them. Usually 1, or the number of nodes.
+            works inside each, and ``replica_compressor`` between them. Usually 1, or the number of nodes.
+        replica_compressor: How shards of the gradient are averaged between replicas, e.g. ``Bidirectional`` of
+            ``Int8``; none is torch's own all-reduce. With it, gradients are counted and timed inside the groups, too.
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
         auto_wrap_policy: Module classes that are sharded on their own, instead of the blocks that are found.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
@@ -58,11 +62,13 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         timeout: How long a rank waits for the others in a collective.
 
     Raises:
-        ValueError: ``replicas`` is less than 1; before any work, if it does not divide the ranks.
+        ValueError: ``replicas`` is less than 1, or with ``replica_compressor`` less than 2; before any work, if it does
+            not divide the ranks.
         TypeError: ``parameter_compressor`` is not a codec.
     """
 
     strategy_name = "compressed_fsdp2"
+    _between: dist.ProcessGroup | None = None  # ranks that hold the same shard
 
     def __init__(
         self,
@@ -70,6 +76,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         parameter_compressor: Codec | None = None,
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
         replicas: int = 1,
+        replica_compressor: Compressor | None = None,
         state_dict_type: Literal["full", "sharded"] = "sharded",
         auto_wrap_policy: set[type[nn.Module]] | None = None,
         kernels: Choice = "auto",
@@ -83,6 +90,10 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             )
         if replicas < 1:
             raise ValueError(f"replicas must be at least 1, got {replicas}")
+        if replica_compressor is not None:
+            if replicas == 1:
+                raise ValueError("replica_compressor: there is one replica; say how many with replicas=…")
+            compressor = NoCompression() if compressor is None else compressor
         if parameter_compressor is not None and not isinstance(parameter_compressor, Codec):
             raise TypeError(
                 f"parameter_compressor must encode and decode (a Codec such as Int8 or BF16); "
@@ -97,6 +108,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         self.parameter_compressor = parameter_compressor
         self.sharding_strategy = ShardingStrategy[sharding_strategy]
         self.replicas = replicas
+        self.replica_compressor = replica_compressor
         self.block_classes = auto_wrap_policy
         self.kernels = kernels
         self.traffic = Traffic()
@@ -143,16 +155,16 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
 
     def check_ranks(self, ranks: int) -> None:
-        """Refuse a number of ranks that cannot be cut into ``replicas`` groups.
+        """See ``CompressedEngine.check_ranks``.
 
         Raises:
-            ValueError: ``replicas`` does not divide it, or leaves one rank a group.
+            ValueError: The same, and where one rank is left a group.
         """
-        shards, rest = divmod(ranks, self.replicas)
-        if self.replicas > 1 and (rest or shards < 2):
+        super().check_ranks(ranks)
+        if self.replicas > 1 and ranks == self.replicas:
             raise ValueError(
-                f"replicas={self.replicas} leaves no equal groups, or nothing to shard, of {ranks} ranks; "
-                "give a smaller divisor, or use CompressedDDP to replicate everything"
+                f"replicas={self.replicas} leaves nothing to shard of {ranks} ranks; give a smaller divisor, or use "
+                "CompressedDDP to replicate everything"
             )
 
     def _mesh(self) -> DeviceMesh:
@@ -160,7 +172,11 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             return self.device_mesh["data_parallel"]
         self.check_ranks(self.world_size)
         shards = self.world_size // self.replicas
-        return init_device_mesh(self.root_device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(self.root_device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
+        if self.replica_compressor is None:
+            return mesh
+        self._between = mesh["replicate"].get_group()
+        return mesh["shard"]  # torch knows one replica, and so makes no all-reduce between them
 
     def _shard(self, model: nn.Module) -> None:
         """Blocks first, then what is left as the root."""
@@ -180,6 +196,10 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
     def _install(self, model: nn.Module) -> None:
         """Give every FSDP module its own collectives (torch's setters do not recurse)."""
         units: list[Unit] = []
+        if self.replica_compressor is not None and self._between is None:
+            raise ValueError(
+                "replica_compressor: the module's configure_model has sharded it already; leave that to it"
+            )
         if self.compressor is None and self.parameter_compressor is None:
             return
         for sharded in sharded_modules(model, self.traffic):
@@ -189,19 +209,30 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             gather = CountedAllGather(sharded) if codec is None else EncodedAllGather(sharded, codec)
             sharded.module.set_custom_all_gather(gather)
             if self.compressor is not None and sharded.unit is not None:
-                self._install_compressor(sharded, sharded.unit)
-                units.append(sharded.unit)
+                units += self._install_compressor(sharded, sharded.unit)
         self._take_units(units)
 
-    def _install_compressor(self, sharded: ShardedModule, unit: Unit) -> None:
-        module = sharded.module
-        module.set_custom_reduce_scatter(UnitReduceScatter(unit, self._reduce_sharded))
+    def _install_compressor(self, sharded: ShardedModule, unit: Unit) -> list[Unit]:
+        """Its gradient's unit, and that of this rank's shard of it between replicas if they are Pare's."""
+        module, units, reduce = sharded.module, [unit], self._reduce_sharded
+        if self.replica_compressor is not None and self._between is not None:
+            between = shard_between(unit, unit.numel, self._between)
+            unit.level = sharded.gathered.level = "intra"
+            units, reduce = [unit, between], partial(self._reduce_shard_between, between)
+        module.set_custom_reduce_scatter(UnitReduceScatter(unit, reduce))
         # With a gradient divide factor torch would ask for PREMUL_SUM, whose factor cannot be read; a sum always can.
         module.set_force_sum_reduction_for_comms(True)
         if hasattr(module, "set_reduce_scatter_unused_params"):  # new in torch: zeros, so that the layout stays whole
             module.set_reduce_scatter_unused_params(True, recurse=False)
         if sharded.replicas is not None:
+            unit.level = sharded.gathered.level = "intra"
             module.set_all_reduce_hook(count_replica_all_reduce(unit, sharded.replicas))
+        return units
+
+    def _reduce_shard_between(self, between: Unit, unit: Unit, grad: Tensor, output: Tensor) -> None:
+        """``grad [N]`` of this rank → shard ``output [N/n]`` of the mean inside its group, then of all groups."""
+        self._reduce_sharded(unit, grad, output)
+        self._reduce_between(between, output)
 
     # Running.
 

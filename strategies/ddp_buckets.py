@@ -46,8 +46,15 @@ class FixedBuckets(DistributedDataParallel):
         return parameters[::-1], sparse[::-1]
 
 
-def bucket_units(model: FixedBuckets, traffic: Traffic) -> list[Unit]:
-    """One unit per bucket, in DDP's order; a bucket holds its parameters one after the other without padding."""
+def bucket_units(model: FixedBuckets, traffic: Traffic, group: dist.ProcessGroup | None = None) -> list[Unit]:
+    """One unit per bucket, in DDP's order; a bucket holds its parameters one after the other without padding.
+
+    Args:
+        model: The wrapped module.
+        traffic: This rank's counters.
+        group: The ranks that reduce a bucket; by default all.
+    """
+    group = model.process_group if group is None else group
     names = {id(p): clean_name(name) for name, p in model.module.named_parameters()}
     units = []
     for bucket in model.reducer._get_zeros_like_grad_buckets():
@@ -55,7 +62,7 @@ def bucket_units(model: FixedBuckets, traffic: Traffic) -> list[Unit]:
         for parameter in bucket.parameters():
             slices.append(ParameterSlice(names[id(parameter)], tuple(parameter.shape), offset))
             offset += parameter.numel()
-        units.append(Unit(f"bucket {bucket.index()}", slices, offset, model.process_group, traffic))
+        units.append(Unit(f"bucket {bucket.index()}", slices, offset, group, traffic))
     return units
 
 

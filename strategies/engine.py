@@ -32,6 +32,7 @@ from strategies.checkpoints import (
     sealing,
 )
 from strategies.compressors import Compressor
+from strategies.frozen_adam import FrozenVariance, check_adam
 from strategies.kernels import Choice, Job, choose
 from strategies.precision import UnscaledPrecision
 from strategies.traffic import Traffic
@@ -48,6 +49,8 @@ class CompressedEngine(ParallelStrategy):
         traffic: This rank's counters.
         units: What is reduced on its own: an FSDP unit or a DDP bucket. Empty while nothing is installed.
         kernels: How the arithmetic of codecs is asked to run.
+        replicas: Groups of ranks, in rank order, that each reduce among themselves before they reduce between them.
+        replica_compressor: How they do so between them; None is torch's own way.
         codec_backend: How it does run; None before it is settled, or where no codec has a choice.
     """
 
@@ -55,6 +58,8 @@ class CompressedEngine(ParallelStrategy):
     traffic: Traffic
     units: list[Unit]
     kernels: Choice = "auto"
+    replicas: int = 1
+    replica_compressor: Compressor | None = None
     codec_backend: str | None = None
     loaded_from: Path | None = None  # the checkpoint that is being restored, for messages
     owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
@@ -62,11 +67,14 @@ class CompressedEngine(ParallelStrategy):
 
     def describe(self) -> dict[str, Any]:
         """What ran, for the run record."""
-        method = self.compressor
+        method, between = self.compressor, self.replica_compressor
         return {
             "strategy": type(self).__name__,
             "compress_method": "native" if method is None else method.name,
             "compress_config": {} if method is None else method.config(),
+            **({"replicas": self.replicas} if self.replicas > 1 else {}),
+            **({} if between is None else {"replica_compress_method": between.name}),
+            **({} if between is None else {"replica_compress_config": between.config()}),
             **({} if self.codec_backend is None else {"codec_backend": self.codec_backend}),
         }
 
@@ -134,34 +142,92 @@ class CompressedEngine(ParallelStrategy):
 
     def _reduce_replicated(self, unit: Unit, grad: Tensor) -> None:
         """``grad [N]`` becomes the mean in place."""
+        self._all_reduce(self.compressor, unit, grad)
+
+    def _reduce_between(self, unit: Unit, grad: Tensor) -> None:
+        """The same, between replicas."""
+        self._all_reduce(self.replica_compressor, unit, grad)
+
+    def _all_reduce(self, method: Compressor | None, unit: Unit, grad: Tensor) -> None:
         ideal = 2 * transport.ring_bytes(4 * grad.numel(), unit.world_size)
         self.traffic.baseline(unit.name, ideal, ideal * grad.element_size() / 4)
         self._tell_time(unit)
-        self.compressor.all_reduce(grad, unit)
+        assert method is not None
+        method.all_reduce(grad, unit)
 
-    def _warm_up(self, ranks: int) -> None:
+    def _reduce_on_two_levels(self, unit: Unit, between: Unit, grad: Tensor) -> None:
+        """``grad [N]`` becomes the mean of all ranks in place: inside a group, each shard between groups, and back.
+
+        A shard crosses the link between groups once for each of them, however many ranks a group has.
+        """
+        padded = torch.nn.functional.pad(grad, (0, -grad.numel() % unit.world_size))
+        shard = padded
+        if unit.world_size > 1:
+            shard = torch.empty_like(padded[: padded.numel() // unit.world_size])
+            self._reduce_sharded(unit, padded, shard)
+        self._reduce_between(between, shard)
+        if unit.world_size > 1:
+            ideal = transport.ring_bytes(4 * padded.numel(), unit.world_size)
+            self.traffic.baseline(unit.name, ideal, ideal * grad.element_size() / 4)
+            transport.all_gather(shard, padded, unit)
+        grad.copy_(padded[: grad.numel()])
+
+    def _warm_up(self, ranks: int, dtype: torch.dtype | None = None) -> None:
         """Compile and check the codecs' arithmetic now, since inside the first backward pass all ranks would wait.
 
         One rank of each machine goes first; the others find its results in the compiler's cache.
 
         Args:
             ranks: How many share a gradient.
+            dtype: What gradients come in; by default that of the precision.
         """
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return
         backend, found = choose(self.kernels, self.root_device), set()
         whole = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-        job = Job(backend, self.root_device, ranks, whole.get(str(self.precision_plugin.precision), torch.float32))
+        dtype = dtype or whole.get(str(self.precision_plugin.precision), torch.float32)
+        job = Job(backend, self.root_device, ranks, dtype)
         parameters: Compressor | None = getattr(self, "parameter_compressor", None)
+        between = self.replica_compressor
         first = self.cluster_environment.local_rank() == 0
         for turn in (True, False):
             if turn == first and self.compressor is not None:
                 found |= self.compressor.warm_up(job)
+            if turn == first and between is not None:
+                found |= between.warm_up(replace(job, ranks=self.replicas))
             if turn == first and parameters is not None:
                 found |= parameters.warm_up(replace(job, dtype=torch.float32), "apart")
             if backend in ("compiled", "triton"):
                 self.barrier()
         self.codec_backend = ", ".join(sorted(found)) or None
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """See ``Strategy.setup_optimizers``.
+
+        Raises:
+            ValueError: The compressor freezes a variance that the optimizers do not have, or where it cannot.
+        """
+        super().setup_optimizers(trainer)
+        method, between = self.compressor, self.replica_compressor
+        inner = method.within()[1:] if isinstance(method, Compressor) else []
+        inner += [] if between is None else between.within()
+        if misplaced := [one for one in inner if one.frozen_from is not None]:
+            raise ValueError(f"{misplaced[0]!r} must be the strategy's compressor itself, not inside or beside another")
+        if self._frozen_from() is not None:
+            if str(self.precision_plugin.precision) == "16-mixed":
+                raise ValueError("OneBitAdam does not know the scaled gradients of precision=16-mixed: use bf16-mixed")
+            check_adam(self.optimizers, method.arguments()["beta1"])
+
+    def _frozen_from(self) -> int | None:
+        """See ``Compressor.frozen_from``."""
+        return None if self.world_size == 1 else getattr(self.compressor, "frozen_from", None)
+
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        """See ``Strategy.optimizer_step``; along momenta once the compressor sends those."""
+        step, frozen = self.lightning_module.trainer.global_step, self._frozen_from()
+        if frozen is not None and step >= frozen:
+            optimizer = FrozenVariance(optimizer, step)
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def _tell_time(self, unit: Unit) -> None:
         """What random methods and schedules go by."""
@@ -195,7 +261,7 @@ class CompressedEngine(ParallelStrategy):
         """Save a checkpoint folder or file that appears under ``filepath`` only when it is complete."""
         path = Path(self.broadcast(filepath))
         stateful = any(unit.state for unit in self.units)
-        owed = residuals.collect(self.units, repr(self.compressor)) if stateful else None
+        owed = residuals.collect(self.units, self._methods()) if stateful else None
         if self.saves_one_file:
             if owed is not None:
                 ranks = [None] * self.world_size if self.global_rank == 0 else None
@@ -261,7 +327,31 @@ class CompressedEngine(ParallelStrategy):
         if ranks and not self.units:
             rank_zero_warn("nothing is compressed here: the residuals in the checkpoint are dropped")
         elif ranks:
-            residuals.restore(ranks, self.units, repr(self.compressor), self.root_device)
+            residuals.restore(ranks, self.units, self._methods(), self.root_device)
+
+    def _methods(self) -> str:
+        """What says whose residuals are whose."""
+        between = "" if self.replica_compressor is None else f", between replicas {self.replica_compressor!r}"
+        return f"{self.compressor!r}{between}"
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a number of ranks that cannot be cut into ``replicas`` groups.
+
+        Raises:
+            ValueError: ``replicas`` does not divide it, or its groups would not be those of the nodes.
+        """
+        size, rest = divmod(ranks, self.replicas)
+        if rest or size == 0:
+            raise ValueError(
+                f"replicas={self.replicas} leaves no equal groups of {ranks} ranks; give a divisor, usually the number "
+                "of nodes"
+            )
+        nodes, node = getattr(self, "num_nodes", 1), getattr(self, "num_processes", ranks)
+        if self.replicas > 1 and nodes > 1 and node and node % size:
+            raise ValueError(
+                f"replicas={self.replicas} makes groups of {size} ranks, which would lie across nodes of {node}: give "
+                f"the number of nodes, {nodes}"
+            )
 
 
 def _position(trainer: Any) -> dict[str, int]:

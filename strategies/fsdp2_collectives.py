@@ -114,7 +114,7 @@ class EncodedAllGather(_Allocator, AllGather):
         unit, traffic = self.sharded.gathered, self.sharded.gathered.traffic
         with traffic.timed(unit.name, "encode", output_tensor.device):
             payload = self.codec.encode(self.sharded.master_shard()[None], unit)
-        gathered = transport.gather_encoded_parameters(payload, unit)
+        gathered = transport.gather_encoded(payload, unit, parameters=True)
         with traffic.timed(unit.name, "decode", output_tensor.device):
             rows = output_tensor.view(unit.world_size, -1)
             for rank, row in enumerate(rows):  # row by row: the fp32 copies never exist together
@@ -134,6 +134,6 @@ def count_replica_all_reduce(unit: Unit, replicas: dist.ProcessGroup) -> Callabl
         ideal = 2 * transport.ring_bytes(4 * shard.numel(), replicas.size())
         unit.traffic.baseline(unit.name, ideal, ideal * shard.element_size() / 4)
         unit.traffic.called(unit.name, "all_reduce")
-        unit.traffic.sent(unit.name, "all_reduce", "values", round(ideal * shard.element_size() / 4))
+        unit.traffic.sent(unit.name, "all_reduce", "values", round(ideal * shard.element_size() / 4), "inter")
 
     return count

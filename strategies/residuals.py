@@ -65,7 +65,9 @@ def collect(units: list[Unit], method: str) -> dict[str, Any]:
     """
     return {
         "method": method,
-        "units": {unit.name: {"layout": _layout(unit), "state": dict(unit.state)} for unit in units},
+        "units": {
+            unit.name: {"layout": _layout(unit), "shard": list(unit.shard), "state": dict(unit.state)} for unit in units
+        },
     }
 
 
@@ -88,21 +90,31 @@ def restore(ranks: list[dict[str, Any]], units: list[Unit], method: str, device:
     """
     if not any(unit["state"] for saved in ranks for unit in saved["units"].values()):
         return
+    misfit = ValueError(
+        "the checkpoint's residuals belong to another model: units or parameters differ. Resume with the config that "
+        "the run saved beside its logs."
+    )
     if ranks[0]["method"] != method:
         raise ValueError(
             f"the checkpoint holds what {ranks[0]['method']} had yet to send, which {method} cannot take over. Resume "
             "with the same compressor, or start a new run from the weights."
         )
-    saved_units = ranks[0]["units"]
-    if {unit.name: _layout(unit) for unit in units} != {name: saved["layout"] for name, saved in saved_units.items()}:
-        raise ValueError(
-            "the checkpoint's residuals belong to another model: units or parameters differ. Resume with the config "
-            "that the run saved beside its logs."
-        )
+    names = {unit.name for unit in units}
+    if any(set(saved["units"]) != names for saved in ranks):
+        raise misfit
     for unit in units:
-        states = [saved["units"][unit.name]["state"] for saved in ranks]
+        saved = [one["units"][unit.name] for one in ranks]
+        alike = [one for one in saved if one.get("shard", [0, 1]) == list(unit.shard)]
+        if not alike:
+            raise ValueError(
+                f"the checkpoint's residuals of {unit.name!r} belong to other shards than there are now: resume with "
+                "as many ranks in each replica as before"
+            )
+        if any(one["layout"] != _layout(unit) for one in alike):
+            raise misfit
         # by global rank: under hybrid sharding a unit's group is smaller than the world
-        own = states[dist.get_rank()] if len(ranks) == dist.get_world_size() else split(states, _padded(unit))
+        rank, same = dist.get_rank(), len(ranks) == dist.get_world_size()
+        own = saved[rank]["state"] if same else split([one["state"] for one in alike], _padded(unit))
         unit.state.clear()
         unit.state |= {name: part.to(device, copy=True) for name, part in own.items()}
 

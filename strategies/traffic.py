@@ -29,6 +29,8 @@ class StepTraffic:
             behind a point ("parameters.scales"), is not gradient traffic.
         calls: Collectives issued, by ``(unit, collective)``.
         ideal: Bytes of an ideal (ring) fp32 reduction of the gradients, by unit.
+        levels: Bytes by level, where reductions have two ("intra" a group of ranks, "inter" groups); gradients and
+            parameters together.
         native: Bytes that torch's own reduction sends on this backend, by unit.
         ms: Milliseconds by ``(unit, phase, collective)``; the collective is "" for encode and decode.
         extra_calls: Collectives of the gradient path after the first of each reduction.
@@ -37,6 +39,7 @@ class StepTraffic:
 
     sent: dict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
     calls: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    levels: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     ideal: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     native: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ms: dict[tuple[str, str, str], float] = field(default_factory=lambda: defaultdict(float))
@@ -124,10 +127,12 @@ class Traffic:
         self._pending: list[tuple[tuple[str, str, str], bool, torch.cuda.Event, torch.cuda.Event]] = []
         self._exchanged = False  # whether the reduction under way has had its first collective
 
-    def sent(self, unit: str, collective: str, role: str, nbytes: int) -> None:
-        """Count ``nbytes`` that leave this rank."""
+    def sent(self, unit: str, collective: str, role: str, nbytes: int, level: str = "") -> None:
+        """Count ``nbytes`` that leave this rank; ``level`` as in ``Unit``."""
         if self.counting:
             self.step.sent[unit, collective, role] += nbytes
+            if level:
+                self.step.levels[level] += nbytes
 
     def called(self, unit: str, collective: str) -> None:
         """Count one call of a collective."""
@@ -182,11 +187,23 @@ class Traffic:
         step, self.step = self.step, StepTraffic()
         return step
 
+    def absorb(self, other: StepTraffic) -> None:
+        """Add what another thread has counted."""
+        own = self.step
+        for name in ("sent", "calls", "levels", "ideal", "native", "ms"):
+            totals = getattr(own, name)
+            for key, value in getattr(other, name).items():
+                totals[key] += value
+        own.extra_calls += other.extra_calls
+        own.extra_ms += other.extra_ms
+
     def start_sampling(self, device: torch.device) -> None:
         """Compare every unit's gradient with its decoded self until ``take_fidelity``."""
         self.sampling, self.fidelity = True, Fidelity(torch.zeros(5, device=device, dtype=torch.float32))
 
     def take_fidelity(self) -> dict[str, float]:
-        """Stop sampling and return the error of the sampled step; empty when no codec ran."""
+        """Return the error of the sampled step and stop sampling; empty when no codec ran, and then it goes on."""
+        if self.fidelity is not None and not self.fidelity.numel:
+            return {}
         fidelity, self.fidelity, self.sampling = self.fidelity, None, False
         return fidelity.read() if fidelity is not None and fidelity.numel else {}

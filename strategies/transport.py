@@ -38,7 +38,7 @@ def reduce_scatter_mean(grad: Tensor, output: Tensor, unit: Unit) -> None:
     output.div_(unit.world_size)
     unit.traffic.called(unit.name, "reduce_scatter")
     nbytes = round(factor * ring_bytes(grad.nbytes, unit.world_size))
-    unit.traffic.sent(unit.name, "reduce_scatter", "values", nbytes)
+    _count(unit, "reduce_scatter", "values", nbytes)
 
 
 def all_reduce_mean(grad: Tensor, unit: Unit) -> None:
@@ -47,7 +47,7 @@ def all_reduce_mean(grad: Tensor, unit: Unit) -> None:
         dist.all_reduce(grad, group=unit.group)
     grad.div_(unit.world_size)
     unit.traffic.called(unit.name, "all_reduce")
-    unit.traffic.sent(unit.name, "all_reduce", "values", round(2 * ring_bytes(grad.nbytes, unit.world_size)))
+    _count(unit, "all_reduce", "values", round(2 * ring_bytes(grad.nbytes, unit.world_size)))
 
 
 def all_gather(shard: Tensor, output: Tensor, unit: Unit, role: str = "values") -> None:
@@ -55,7 +55,7 @@ def all_gather(shard: Tensor, output: Tensor, unit: Unit, role: str = "values") 
     with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather"):
         _all_gather(output, shard, group=unit.group)
     unit.traffic.called(unit.name, "all_gather")
-    unit.traffic.sent(unit.name, "all_gather", role, shard.nbytes * (unit.world_size - 1))
+    _count(unit, "all_gather", role, shard.nbytes * (unit.world_size - 1))
 
 
 def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
         _exchange(received, buffer, unit.group)
     unit.traffic.called(unit.name, "all_to_all")
     for role, (_, width) in spans.items():
-        unit.traffic.sent(unit.name, "all_to_all", role, _padded(width) * (n - 1))
+        _count(unit, "all_to_all", role, _padded(width) * (n - 1))
     return {role: _like(payload[role], received[:, first : first + width]) for role, (first, width) in spans.items()}
 
 
@@ -89,31 +89,34 @@ def gather_parameters(shard: Tensor, output: Tensor, unit: Unit, async_op: bool 
     with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather", parameters=True):
         work = _all_gather(output, shard, group=unit.group, async_op=async_op)
     unit.traffic.called(unit.name, "all_gather")
-    unit.traffic.sent(unit.name, "all_gather", "parameters", shard.nbytes * (unit.world_size - 1))
+    _count(unit, "all_gather", "parameters", shard.nbytes * (unit.world_size - 1))
     return work
 
 
-def gather_encoded_parameters(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
-    """Give every rank every rank's encoded parameters, all tensors of a rank in one buffer and one collective.
-
-    Bytes are counted by kind, as "parameters.values", "parameters.scales", ….
+def gather_encoded(payload: dict[str, Tensor], unit: Unit, parameters: bool = False) -> dict[str, Tensor]:
+    """Give every rank every rank's codes, all tensors of a rank in one buffer and one collective.
 
     Args:
         payload: This rank's tensors ``[1, …]`` by role; every rank passes the same shapes and dtypes.
-        unit: The FSDP unit the parameters belong to.
+        unit: The unit whose mean gradient, or whose parameters, the codes are of.
+        parameters: Whether they are of parameters: bytes then count as "parameters.values", "parameters.scales", ….
 
     Returns:
         The tensors ``[n, …]``: row r is rank r's.
     """
     buffer, spans = _pack(payload, 1, unit)
     gathered = torch.empty(unit.world_size, buffer.shape[1], dtype=torch.uint8, device=buffer.device)
-    with unit.traffic.timed(unit.name, "wire", buffer.device, "all_gather", parameters=True):
+    with unit.traffic.timed(unit.name, "wire", buffer.device, "all_gather", parameters=parameters):
         _all_gather(gathered.view(-1), buffer.view(-1), group=unit.group)
     unit.traffic.called(unit.name, "all_gather")
     for role, (_, width) in spans.items():
         sent = _padded(width) * (unit.world_size - 1)
-        unit.traffic.sent(unit.name, "all_gather", f"parameters.{role}", sent)
+        _count(unit, "all_gather", f"parameters.{role}" if parameters else role, sent)
     return {role: _like(payload[role], gathered[:, first : first + width]) for role, (first, width) in spans.items()}
+
+
+def _count(unit: Unit, collective: str, role: str, nbytes: int) -> None:
+    unit.traffic.sent(unit.name, collective, role, nbytes, unit.level)
 
 
 def _pack(payload: dict[str, Tensor], rows: int, unit: Unit) -> tuple[Tensor, dict[str, tuple[int, int]]]:

@@ -5,7 +5,7 @@ each wrapped module its own hook and state is what makes per-unit state and per-
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ class Unit:
         padding: Ranges ``[start, stop)`` of the flat gradient that are no parameter; by default everything that
             ``parameters`` leaves out (nothing when there are none).
         part: Which part of the unit's gradient this is, when a method treats parts apart.
+        level: "intra" or "inter" where gradients are reduced inside groups of ranks first and then between them.
+        shard: Which one of how many shards of a gradient this is the whole of; ranks of other shards hold other units
+            under the same name.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Unit:
     state: dict[str, Tensor] = field(default_factory=dict, repr=False)
     padding: list[tuple[int, int]] | None = field(default=None, repr=False)
     part: str = ""
+    level: str = ""
+    shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         self.world_size = dist.get_world_size(self.group)
@@ -92,7 +97,26 @@ class Unit:
 
     def compact(self, numel: int, part: str) -> "Unit":
         """A unit for ``numel`` elements taken out of this one: same counters, no padding, its own random numbers."""
-        return Unit(self.name, [], numel, self.group, self.traffic, self.seed, self.step, part=f"{self.part}/{part}")
+        return replace(self, parameters=[], numel=numel, state={}, padding=[], part=f"{self.part}/{part}")
+
+
+def shard_between(unit: Unit, numel: int, replicas: dist.ProcessGroup) -> Unit:
+    """This rank's shard of ``unit``'s gradient ``[numel]`` (padding included) as a unit that replicas reduce.
+
+    A parameter that begins or ends in another rank's shard is a vector here.
+    """
+    size = numel // unit.world_size
+    start, stop = unit.rank * size, (unit.rank + 1) * size
+    slices = []
+    for parameter in unit.parameters:
+        first, last = max(parameter.offset, start), min(parameter.offset + parameter.numel, stop)
+        if first < last:
+            whole = last - first == parameter.numel
+            slices.append(ParameterSlice(parameter.fqn, parameter.shape if whole else (last - first,), first - start))
+    padding = unit.padding_within(start, stop)
+    shard = (unit.rank, unit.world_size)
+    label = f"{unit.name} between replicas"
+    return Unit(label, slices, size, replicas, unit.traffic, padding=padding, level="inter", shard=shard)
 
 
 def _gaps(parameters: list[ParameterSlice]) -> list[tuple[int, int]]:

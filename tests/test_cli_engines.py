@@ -13,7 +13,7 @@ from tests.test_cli import LONG, TINY, _interrupt, _losses, _parse, _run
 ENGINES = ["CompressedFSDP2", "CompressedDDP"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "CompressedDiLoCo"])
 def test_the_engine_is_one_argument(engine, capsys):
     code, out, err = _parse(capsys, "fit", *TINY, "--trainer.strategy.class_path", engine, "--print_config")
     assert code == 0, err
@@ -85,3 +85,23 @@ def test_parameters_are_compressed_by_one_argument(tmp_path):
     # 2 micro-batches, each gathering blocks twice and the root once, at 1 + 4/256 bytes an element and padding
     assert fields["bytes_parameters_by_role"]["parameters.values"] > 0
     assert fields["bytes_parameters_total"] == sum(fields["bytes_parameters_by_role"].values())
+
+
+LOCAL = [
+    *("--trainer.strategy.sync_every", "4", "--trainer.strategy.compressor", "Bidirectional"),
+    *("--trainer.strategy.compressor.inner", "ErrorFeedback", "--trainer.strategy.compressor.inner.inner", "Int4"),
+    *("--trainer.strategy.num_fragments", "2", "--trainer.strategy.fragment_sync_delay", "1"),
+]
+
+
+def test_local_steps_are_recorded_and_resume_bit_for_bit_in_the_middle_of_a_round(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    _run(whole, *_switched("CompressedDiLoCo"), *LOCAL)
+    _interrupt(stopped, *_switched("CompressedDiLoCo"), *LOCAL)
+    _run(stopped, *_switched("CompressedDiLoCo"), *LOCAL, "--ckpt_path", "last")
+    assert _losses(stopped) == _losses(whole)
+    fields, again = (json.loads((folder / "runs/results.jsonl").read_text()) for folder in (whole, stopped))
+    assert fields["strategy"] == "CompressedDiLoCo" and fields["local_steps"]["every"] == 4
+    assert fields["compression_ratio"] > 12 and fields["val_loss"] == again["val_loss"]

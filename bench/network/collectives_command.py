@@ -78,7 +78,10 @@ def _start(ranks: int, arguments: list[str]) -> int:
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", 1)}
     command = [sys.executable, "-m", "bench", "collectives", *arguments]
     environments = [{**common, **threads, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
-    hosts = [Host(command, {name: str(value) for name, value in each.items()}) for each in environments]
+    hosts = [
+        Host(command, {name: str(value) for name, value in each.items()}, f"rank {each['RANK']}")
+        for each in environments
+    ]
     with stop_signals_raise():
         return run_hosts(hosts).status
 

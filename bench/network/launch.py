@@ -23,10 +23,11 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Host:
-    """A command, and the variables it sees on top of this process's environment."""
+    """A command, the variables it sees on top of this process's environment, and its name in output."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _start(host: Host, index: int) -> tuple[subprocess.Popen, threading.Thread |
 
     def forward() -> None:
         for line in process.stdout or ():
-            sys.stdout.write(f"[host {index}] {line.decode(errors='replace').rstrip()}\n")
+            sys.stdout.write(f"[{host.name}] {line.decode(errors='replace').rstrip()}\n")
             sys.stdout.flush()
 
     thread = threading.Thread(target=forward, daemon=True)
@@ -108,15 +109,15 @@ def stop_processes(processes: Sequence[subprocess.Popen], number: int) -> None:
             process.wait()
 
 
-def _wait(processes: Sequence[subprocess.Popen]) -> int:
+def _wait(processes: Sequence[subprocess.Popen], names: Sequence[str]) -> int:
     """Wait for all hosts, or for the first that fails; then stop the others. Returns the overall exit status."""
     while True:
         codes = [process.poll() for process in processes]
         failures = [(i, _exit_status(code)) for i, code in enumerate(codes) if code]
         if failures:
             failed, status = failures[0]
-            others = ", ".join(f"host {i}" for i, code in enumerate(codes) if code is None)
-            _say(f"host {failed} failed with exit status {status}" + (f"; stopping {others}" if others else ""))
+            others = ", ".join(names[i] for i, code in enumerate(codes) if code is None)
+            _say(f"{names[failed]} failed with exit status {status}" + (f"; stopping {others}" if others else ""))
             stop_processes(processes, signal.SIGTERM)
             return status
         if all(code == 0 for code in codes):
@@ -131,7 +132,7 @@ def _exit_status(code: int) -> int:
 def run_hosts(hosts: Sequence[Host]) -> Outcome:
     """Run all hosts to their end.
 
-    Output of host 0 goes where this process's goes; lines of the others come prefixed with `[host i]`. When a host
+    Output of host 0 goes where this process's goes; lines of the others come prefixed with their names. When a host
     fails, or StopRequested is raised (see `stop_signals_raise`), the others are told to stop, and killed after
     `GRACE_S` seconds.
 
@@ -146,7 +147,7 @@ def run_hosts(hosts: Sequence[Host]) -> Outcome:
             process, reader = _start(host, index)
             processes.append(process)
             readers += [reader] if reader else []
-        status = _wait(processes)
+        status = _wait(processes, [host.name for host in hosts])
     except StopRequested as stop:
         _say(f"{signal.Signals(stop.number).name}: stopping all hosts")
         stop_processes(processes, stop.number)

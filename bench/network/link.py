@@ -1,4 +1,4 @@
-"""Emulated hosts: network namespaces joined by rate-limited links, one rank in each, started as torchrun would.
+"""Emulated hosts: network namespaces joined by rate-limited links, one rank or more in each, started as torchrun would.
 
 Every host has its own address and one cable of the given rate, full duplex, to a switch; the switch, too, is a
 namespace, so deleting the namespaces removes everything. The rate limit is a token bucket (tbf) at both ends of the
@@ -153,18 +153,19 @@ def address(host: int) -> str:
     return f"10.77.0.{host + 1}"
 
 
-def rank_environment(host: int, hosts: int) -> dict[str, str]:
-    """What torchrun sets for the only rank of node `host` of `hosts`, and what keeps traffic on the emulated link."""
+def rank_environment(host: int, hosts: int, local: int = 0, ranks: int = 1) -> dict[str, str]:
+    """What torchrun sets for rank `local` of `ranks` on node `host` of `hosts`; keeps traffic on the emulated link."""
+    rank = host * ranks + local
     environment = {
-        "RANK": str(host),
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(hosts),
-        "LOCAL_WORLD_SIZE": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(hosts * ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
         "GROUP_RANK": str(host),
         "NODE_RANK": str(host),
         "GROUP_WORLD_SIZE": str(hosts),
-        "ROLE_RANK": str(host),
-        "ROLE_WORLD_SIZE": str(hosts),
+        "ROLE_RANK": str(rank),
+        "ROLE_WORLD_SIZE": str(hosts * ranks),
         "MASTER_ADDR": address(0),
         "MASTER_PORT": str(MASTER_PORT),
         "TORCHELASTIC_RUN_ID": f"{_PREFIX}-{os.getpid()}",
@@ -179,10 +180,11 @@ def rank_environment(host: int, hosts: int) -> dict[str, str]:
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         devices = visible.split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = devices[host % len(devices)]
+        own = [devices[(host * ranks + i) % len(devices)] for i in range(ranks)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // hosts))
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // (hosts * ranks)))
     return environment
 
 
@@ -194,8 +196,15 @@ def interface_bytes(namespace: str) -> dict[str, int]:
     return {"tx_bytes": int(sent), "rx_bytes": int(received)}
 
 
-def run(command: Sequence[str], rate: str, hosts: int = 2, delay: str | None = None, report: Path | None = None) -> int:
-    """Run a command as one rank on each of `hosts` emulated hosts.
+def run(
+    command: Sequence[str],
+    rate: str,
+    hosts: int = 2,
+    delay: str | None = None,
+    report: Path | None = None,
+    ranks_per_host: int = 1,
+) -> int:
+    """Run a command as one rank, or several, on each of `hosts` emulated hosts.
 
     Args:
         command: Program and arguments, the same on every host; ranks read RANK, WORLD_SIZE, MASTER_ADDR, … as under
@@ -205,6 +214,7 @@ def run(command: Sequence[str], rate: str, hosts: int = 2, delay: str | None = N
         delay: One-way delay a host adds, such as "1ms".
         report: JSON file that receives rate, delay, command, seconds, and per host address, exit status, bytes sent and
             received by its interface while the command ran.
+        ranks_per_host: Ranks on each host; what they send each other does not pass the host's interface.
 
     Returns:
         0, or the exit status of the first host that failed (128 + signal number when a signal ended it).
@@ -213,11 +223,13 @@ def run(command: Sequence[str], rate: str, hosts: int = 2, delay: str | None = N
         LinkUnavailableError: Links cannot be emulated here.
         ValueError: An argument is malformed, or there is no command.
     """
+    if ranks_per_host < 1:
+        raise ValueError(f"ranks_per_host must be at least 1, got {ranks_per_host}")
     if not command:
         raise ValueError("no command: python -m bench link --rate 1gbit -- COMMAND ...")
     with stop_signals_raise():
         try:
-            outcome, traffic = _run(command, rate, hosts, delay)
+            outcome, traffic = _run(command, rate, hosts, delay, ranks_per_host)
         except StopRequested as stop:  # outside the command's run: while setting up or cleaning up
             _remove_own()
             return 128 + stop.number
@@ -225,7 +237,7 @@ def run(command: Sequence[str], rate: str, hosts: int = 2, delay: str | None = N
         {
             "host": i,
             "address": address(i),
-            "exit": outcome.exits[i],
+            "exit": max(outcome.exits[i * ranks_per_host : (i + 1) * ranks_per_host]),
             **traffic[i],
         }
         for i in range(hosts)
@@ -238,14 +250,21 @@ def run(command: Sequence[str], rate: str, hosts: int = 2, delay: str | None = N
     return outcome.status
 
 
-def _run(command: Sequence[str], rate: str, hosts: int, delay: str | None) -> tuple[Outcome, list[dict[str, int]]]:
+def _run(
+    command: Sequence[str], rate: str, hosts: int, delay: str | None, ranks: int
+) -> tuple[Outcome, list[dict[str, int]]]:
     """Set up, run, clean up; the outcome and each host's traffic while the command ran."""
     with emulated_network(hosts, rate, delay) as names:
         before = [interface_bytes(name) for name in names]
         outcome = run_hosts(
             [
-                Host(["ip", "netns", "exec", name, *command], {**rank_environment(i, hosts), RATE_VARIABLE: rate})
+                Host(
+                    ["ip", "netns", "exec", name, *command],
+                    {**rank_environment(i, hosts, local, ranks), RATE_VARIABLE: rate},
+                    f"rank {i * ranks + local}" if ranks > 1 else f"host {i}",
+                )
                 for i, name in enumerate(names)
+                for local in range(ranks)
             ]
         )
         after = [interface_bytes(name) for name in names]

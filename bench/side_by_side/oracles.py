@@ -84,6 +84,11 @@ NMSE: dict[str, float] = {
     "ErrorFeedback(inner=OneBit(block_size=256), storage='bfloat16')": _SIGN,
     "ErrorFeedback(inner=TopK(density=0.1, block_size=1024, values=Int8(block_size=256, stochastic=False)), "
     "storage='float32')": _beyond(0.1),
+    "OneBitAdam(inner=None, warmup_steps=1, beta1=0.9)": 0.0,
+    # on the way to the owners, which is all there is of a reduce-scatter
+    "Bidirectional(inner=Int8(block_size=256, stochastic=False), back=None)": _INT8,
+    "Bidirectional(inner=ErrorFeedback(inner=Int4(block_size=128, stochastic=False), storage='float32'), "
+    "back=Int8(block_size=256, stochastic=False))": _INT4,
 }
 
 Formula = Callable[[int, int], int]
@@ -230,6 +235,10 @@ SENT: dict[str, Formula] = {
     f"ErrorFeedback(inner=TopK(density=0.1, block_size=1024, values={_ONE}), storage='float32')": (
         _sparse(0.1, 1024, lambda k, b: b // 8, int8=True)
     ),
+    "OneBitAdam(inner=None, warmup_steps=1, beta1=0.9)": _FP32,
+    f"Bidirectional(inner={_ONE}, back=None)": _bits(8, 256),
+    "Bidirectional(inner=ErrorFeedback(inner=Int4(block_size=128, stochastic=False), storage='float32'), "
+    f"back={_ONE})": _bits(4, 128),
 }
 
 

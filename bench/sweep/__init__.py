@@ -50,8 +50,8 @@ def sweep(
         name: Name of the sweep.
         base: Configuration of `main.py fit`, relative to the repository; needs the callback RunRecord.
         axes: The matrix. An axis maps labels to choices (arguments of main.py, without dashes, to values), or is a list
-            of values of the argument it is named after. Three choices place a run: world_size (ranks), link (rate
-            between ranks on hosts of their own, or null) and delay (of that link).
+            of values of the argument it is named after. Four choices place a run: world_size (ranks), link (rate
+            between hosts, or null), delay (of that link) and ranks_per_host (1 unless given).
         arguments: Arguments of every run.
         include: Only runs that match one of these filters, each a label or a list of labels by axis; `*` stands for
             anything, and a leading `!` means not.

@@ -16,7 +16,7 @@ from bench.experiments.runs import ROOT
 from bench.network import link as links
 
 # Choices that place a run instead of being an argument of main.py.
-PLACEMENT = ("world_size", "link", "delay")
+PLACEMENT = ("world_size", "link", "delay", "ranks_per_host")
 Choices = Mapping[str, Mapping[str, Any]]
 Filter = Mapping[str, str | Sequence[str]]
 
@@ -31,9 +31,10 @@ class Run:
         base: Configuration, relative to the repository.
         arguments: Arguments of `main.py fit` beyond the configuration, as they were given.
         world_size: Ranks; None leaves it to the configuration.
-        link: Rate of the link between ranks, each on a host of its own; None runs all on this machine.
+        link: Rate of the link between hosts; None runs all ranks on this machine.
         delay: One-way delay of that link.
-        key: Hash of everything above but the labels.
+        key: Hash of everything but the labels.
+        ranks_per_host: Ranks on each host of that link.
     """
 
     name: str
@@ -44,19 +45,23 @@ class Run:
     link: str | None
     delay: str | None
     key: str
+    ranks_per_host: int = 1
 
     def main_arguments(self, emulated: bool) -> list[str]:
-        """What follows `main.py fit`; ranks are one a host on an emulated link, else all on this machine."""
+        """What follows `main.py fit`; ranks are on their hosts on an emulated link, else all on this machine."""
         placed = []
         if self.world_size is not None:
-            nodes, devices = (self.world_size, 1) if emulated else (1, self.world_size)
+            devices = self.ranks_per_host if emulated else self.world_size
+            nodes = self.world_size // devices
             placed = [f"--trainer.num_nodes={nodes}", f"--trainer.devices={devices}"]
         return ["--config", self.base, *placed, *self.arguments]
 
     def link_arguments(self) -> list[str]:
         """What follows `python -m bench` when the link is emulated, up to the command."""
         delay = ["--delay", self.delay] if self.delay else []
-        return ["link", "--rate", str(self.link), "--hosts", str(self.world_size), *delay, "--"]
+        ranks = ["--ranks_per_host", str(self.ranks_per_host)] if self.ranks_per_host > 1 else []
+        hosts = (self.world_size or 0) // self.ranks_per_host
+        return ["link", "--rate", str(self.link), "--hosts", str(hosts), *ranks, *delay, "--"]
 
     def command(self, emulated: bool) -> str:
         """The command that repeats the run from the repository's root."""
@@ -115,22 +120,25 @@ def _merge(axes: Mapping[str, str], choices: Mapping[str, Choices], common: Mapp
     return {**{name: value for name, value in common.items() if name not in chosen}, **chosen}
 
 
-def _place(name: str, chosen: dict[str, Any]) -> tuple[int | None, str | None, str | None]:
-    """Take world size, link and delay out of a run's choices and check them."""
-    world_size, link, delay = (chosen.pop(choice, None) for choice in PLACEMENT)
+def _place(name: str, chosen: dict[str, Any]) -> tuple[int | None, str | None, str | None, int]:
+    """Take world size, link, delay and ranks of a host out of a run's choices and check them."""
+    world_size, link, delay, ranks = (chosen.pop(choice, None) for choice in PLACEMENT)
     if world_size is not None and (not isinstance(world_size, int) or world_size < 1):
         raise ValueError(f"{name}: world_size must be a whole number of ranks, got {world_size!r}")
     if link is not None:
         links.rate_bits_per_s(str(link))
-        world_size = 2 if world_size is None else world_size
+        world_size = 2 * (ranks or 1) if world_size is None else world_size
         if world_size < 2:
             raise ValueError(f"{name}: a link needs at least two ranks, got world_size {world_size}")
-    elif delay is not None:
-        raise ValueError(f"{name}: delay without link")
+    elif delay is not None or ranks is not None:
+        raise ValueError(f"{name}: {'delay' if ranks is None else 'ranks_per_host'} without link")
+    ranks = 1 if ranks is None else ranks
+    if not isinstance(ranks, int) or ranks < 1 or (link and (world_size % ranks or world_size < 2 * ranks)):
+        raise ValueError(f"{name}: ranks_per_host {ranks!r} does not make two or more hosts of {world_size} ranks")
     placed = [argument for argument in ("trainer.devices", "trainer.num_nodes") if argument in chosen]
     if placed and world_size is not None:
         raise ValueError(f"{name}: {placed[0]} and world_size (or link) contradict each other; give world_size alone")
-    return world_size, link, delay
+    return world_size, link, delay, ranks
 
 
 def plan(
@@ -169,14 +177,15 @@ def plan(
             continue
         name = "/".join(labels)
         chosen = _merge(labelled, choices, arguments or {})
-        world_size, link, delay = _place(name, chosen)
+        world_size, link, delay, ranks = _place(name, chosen)
         tokens = (*(_token(argument, value) for argument, value in chosen.items()), *extra)
-        resolved = json.dumps([content, tokens, world_size, link, delay], default=str)
+        placed = [world_size, link, delay, *([ranks] if ranks > 1 else [])]
+        resolved = json.dumps([content, tokens, *placed], default=str)
         key = hashlib.sha256(resolved.encode()).hexdigest()[:16]
         same = next((run.name for run in runs.values() if run.key == key or run.name == name), None)
         if same:
             raise ValueError(f"runs {same} and {name} are the same")
-        runs[key] = Run(name, labelled, base, tokens, world_size, link, delay, key)
+        runs[key] = Run(name, labelled, base, tokens, world_size, link, delay, key, ranks)
     if not runs:
         raise ValueError("the sweep has no run: include and exclude leave nothing over")
     return list(runs.values())

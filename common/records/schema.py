@@ -88,7 +88,13 @@ OPTIONAL: dict[str, Field] = {
     "parameter_compress_method": Field("str", "", "how parameter gathers are compressed"),
     "parameter_compress_config": Field("object", "", "arguments of that method"),
     "codec_backend": Field("str", "", "how the codecs computed: reference, slabs, compiled, triton, or several"),
-    "replicas": Field("int", "", "copies of the sharded model (HSDP)"),
+    "replicas": Field(
+        "int", "", "copies of the sharded model (HSDP), or groups of ranks that reduce by themselves first"
+    ),
+    "replica_compress_method": Field("str", "", "how gradients are compressed between replicas"),
+    "replica_compress_config": Field("object", "", "arguments of that method"),
+    "bytes_by_level": Field("object", "bytes", "gradients and parameters inside (intra) and between (inter) replicas"),
+    "local_steps": Field("object", "", "local training: when replicas meet (every, fragments, …), and the outer step"),
     "bytes_by_role": Field("object", "bytes", "bytes_compressed_total by role: values, indices, scales, tables"),
     "bytes_nic_total": Field("int", "bytes", "bytes sent by the network interface's own counter, headers included"),
     "packets_nic_total": Field("int", "packets", "packets sent by the same counter"),

@@ -28,6 +28,8 @@ class Compressor(Variant):
         linear: C(x) + C(y) = C(x + y), so codes can be summed on the way.
         sparsifier: Sends only some elements.
         stateful: Keeps something in ``unit.state`` between steps.
+        frozen_from: Optimizer steps after which what is reduced is Adam's momentum, and its variance is frozen.
+        every_step: Is about the gradients of consecutive steps, and nothing that is averaged more rarely.
     """
 
     unbiased: bool = False
@@ -35,6 +37,8 @@ class Compressor(Variant):
     linear: bool = False
     sparsifier: bool = False
     stateful: bool = False
+    every_step: bool = False
+    frozen_from: int | None = None
 
     def for_feedback(self) -> "Compressor":
         """The form of this method that error feedback may use.
@@ -54,6 +58,10 @@ class Compressor(Variant):
         values = self.arguments().values()
         flat = [part for value in values for part in (value.values() if isinstance(value, dict) else (value,))]
         return [part for part in flat if isinstance(part, Compressor)]
+
+    def within(self) -> "list[Compressor]":
+        """This method and all methods inside it."""
+        return [self, *(deeper for part in self.parts() for deeper in part.within())]
 
     def warm_up(self, job: Job, use: Use = "reduce") -> set[str]:
         """Prepare the arithmetic before the first backward pass; see ``strategies.kernels``.

@@ -34,6 +34,7 @@ class DGC(Compressor):
     sparsifier = True
     stateful = True
     feedback = True
+    every_step = True
 
     def __init__(
         self,

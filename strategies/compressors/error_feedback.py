@@ -44,7 +44,7 @@ class ErrorFeedback(Compressor):
     stateful = True
 
     def __init__(self, inner: Compressor, storage: residuals.Storage = "float32") -> None:
-        if any(keeps_residual(method) for method in methods_within(inner)):
+        if any(keeps_residual(method) for method in inner.within()):
             raise ValueError(
                 f"ErrorFeedback(inner={inner!r}): the inner method keeps its own residual; a second one would send the "
                 "same error twice. Use one of them."
@@ -89,11 +89,6 @@ class ErrorFeedback(Compressor):
         with unit.traffic.timed(unit.name, "encode", grad.device):
             residuals.settle(corrected.sub_(sent), owed)
         return owed
-
-
-def methods_within(method: Compressor) -> list[Compressor]:
-    """``method`` and all methods inside it."""
-    return [method, *(deeper for part in method.parts() for deeper in methods_within(part))]
 
 
 def keeps_residual(method: Compressor) -> bool:

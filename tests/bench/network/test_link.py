@@ -76,6 +76,23 @@ def test_three_hosts_exchange_the_bytes_the_interfaces_count(tmp_path):
 
 
 @needs_link
+def test_ranks_of_one_host_do_not_use_the_link(tmp_path):
+    report = tmp_path / "report.json"
+    ranks = ("--hosts", "2", "--ranks_per_host", "2")
+    done = _launch("--rate", "400mbit", *ranks, f"--report={report}", "--", sys.executable, "-c", SEND)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    lines = out.splitlines()
+    assert "rank 0 of 4 local 0 group 0" in lines
+    for rank in (1, 2, 3):
+        assert f"[rank {rank}] rank {rank} of 4 local {rank % 2} group {rank // 2}" in lines
+    first, second = json.loads(report.read_text())["hosts"]
+    payload = 4_000_000  # to each of two ranks on the other host; the third is rank 0's neighbour
+    assert 2 * payload < first["tx_bytes"] < 2 * payload * 1.1 and second["exit"] == 0
+    assert 2 * payload < second["rx_bytes"] < 2 * payload * 1.1
+
+
+@needs_link
 def test_both_ends_of_every_cable_are_limited():
     with link.emulated_network(2, "250mbit") as names:
         switch = names[0].replace("-h0", "-switch")

@@ -69,9 +69,22 @@ def test_ranks_are_placed_on_one_machine_or_one_a_host():
     assert run.command(emulated=False).startswith("python main.py fit")
 
 
+def test_hosts_may_have_several_ranks():
+    (run,) = plan(BASE, {"link": ["100mbit"]}, {"world_size": 4, "ranks_per_host": 2})
+    assert run.main_arguments(emulated=True)[2:] == ["--trainer.num_nodes=2", "--trainer.devices=2"]
+    assert run.main_arguments(emulated=False)[2:] == ["--trainer.num_nodes=1", "--trainer.devices=4"]
+    assert run.link_arguments() == ["link", "--rate", "100mbit", "--hosts", "2", "--ranks_per_host", "2", "--"]
+    (alone,) = plan(BASE, {"link": ["100mbit"]}, {"world_size": 4, "ranks_per_host": 1})
+    (same,) = plan(BASE, {"link": ["100mbit"]}, {"world_size": 4})
+    assert alone.key == same.key != run.key
+
+
 @pytest.mark.parametrize(
     ("axes", "options", "words"),
     [
+        ({"ranks_per_host": [2]}, {}, "ranks_per_host without link"),
+        ({"link": ["1gbit"], "world_size": [3], "ranks_per_host": [2]}, {}, "two or more hosts"),
+        ({"link": ["1gbit"], "world_size": [2], "ranks_per_host": [2]}, {}, "two or more hosts"),
         ({"link": ["fast"]}, {}, "rate 'fast'"),
         ({"world_size": [1], "link": ["1gbit"]}, {}, "at least two ranks"),
         ({"world_size": ["two"]}, {}, "whole number"),

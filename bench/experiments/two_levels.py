@@ -1,0 +1,78 @@
+"""What crosses the link between two hosts of two ranks when gradients are reduced inside the hosts first.
+
+One sweep of `configs/bench`; what is finished in a `--folder` is not run again. Bytes between hosts are those of the
+interface's own counter, headers taken off; the ranks of a host send equally much.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.experiments.runs import sweep
+from bench.tables import figures
+
+RECORDS = "two_levels.jsonl"
+_COMMAND = "python -m bench experiment two_levels"
+_HEADERS = 66  # bytes of Ethernet (14), IPv4 (20) and TCP with timestamps (32) that the interface counts per packet
+_RANKS = 2  # of a host
+# method: (rival, times fewer bytes between hosts, times as fast), as they should be
+_RIVALS: dict[str, tuple[str, float, float | None]] = {
+    "hsdp_int8": ("hsdp_none", 3.5, 2.5),
+    "ddp_two_int8": ("ddp_int8", 1.7, None),
+}
+
+
+def run(records: Path, folder: Path) -> None:
+    """Run the sweep and append the figures."""
+    runs = {one["axes"]["method"]: one for one in sweep("two_levels", folder)}
+    for method, one in runs.items():
+        _counted(records, method, one)
+    for method, (rival, fewer, faster) in _RIVALS.items():
+        _against(records, runs, method, rival, fewer, faster)
+    for rival in ("flat_int8", "flat_int8_both", "flat_none"):
+        _against(records, runs, "hsdp_int8", rival, 1.7, None)
+
+
+def between_hosts(one: Mapping[str, Any]) -> float:
+    """Bytes that a host sent to the other in a step, as its interface counted them."""
+    return (one["bytes_nic_total"] - _HEADERS * one["packets_nic_total"]) / one["steps_measured"]
+
+
+def _counted(records: Path, method: str, one: Mapping[str, Any]) -> None:
+    """Bytes between hosts; where levels are counted, what Pare says of them against the interface."""
+    levels = one.get("bytes_by_level") or {}
+    counted = levels.get("inter", 0) * _RANKS / one["steps_measured"]
+    sent = between_hosts(one)
+    deviation = 100 * (sent / counted - 1) if counted else None
+    figures.append(
+        records,
+        figure=f"between-hosts-{method}",
+        what=f"bytes from host to host in a step with `{method}`, by the interface, headers taken off"
+        + ("" if deviation is None else f" (counted by Pare: {deviation:+.2f} %)"),
+        value=sent / 1e6,
+        unit="MB",
+        target="report" if deviation is None else "within 2 % of what is counted",
+        reached=None if deviation is None else abs(deviation) <= 2,
+        command=_COMMAND,
+        details={"step_ms": one["step_time_ms_p50"], "counted": counted, "levels": levels, "method": method},
+    )
+
+
+def _against(
+    records: Path, runs: Mapping[str, Any], method: str, rival: str, fewer: float, faster: float | None
+) -> None:
+    own, other = runs[method], runs[rival]
+    pairs = {"bytes": (between_hosts(other) / between_hosts(own), fewer, "times fewer bytes between hosts")}
+    speed = other["step_time_ms_p50"] / own["step_time_ms_p50"]
+    pairs["step"] = (speed, faster or 0.0, "step")
+    for name, (value, least, what) in pairs.items():
+        figures.append(
+            records,
+            figure=f"{name}-{method}-over-{rival}",
+            what=f"{what}: `{method}` over `{rival}`, two hosts of two ranks at {own['link_rate']}",
+            value=value,
+            unit="×",
+            target=f"≥ {least:g} ×" if least else "report",
+            reached=value >= least if least else None,
+            command=_COMMAND,
+        )
