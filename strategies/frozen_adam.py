@@ -13,7 +13,8 @@ class FrozenVariance:
     p ← p − lr·(λp + m̂/(√v̂ + ε)), where the momentum m is what stands in ``p.grad``, m̂ = m/(1 − β₁ᵗ), and v̂ is the
     variance of the last step before it was frozen (Tang et al., 1-bit Adam, arXiv 2102.02888; their corrections for the
     first steps are Adam's here, so that nothing jumps). The first moment becomes m; steps are not counted, so that v̂
-    stays what it was.
+    stays what it was. A weight that had no gradient until then has no scale to step by, and only decays: codes give it a
+    momentum, and a token's embedding its first gradient, that would be divided by ε.
 
     It stands for the optimizer where one is stepped; whatever else is asked of it, the optimizer answers.
 
@@ -49,6 +50,7 @@ class FrozenVariance:
         momentum = state["exp_avg"].copy_(parameter.grad)  # type: ignore[arg-type] # the caller has looked
         corrected = 1 - beta2 ** float(state["step"])
         spread = (state["exp_avg_sq"] / corrected).sqrt_().add_(group["eps"])
+        spread.masked_fill_(state["exp_avg_sq"] == 0, torch.inf)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.addcdiv_(momentum, spread, value=-group["lr"] / (1 - beta1 ** (self._step + 1)))
 

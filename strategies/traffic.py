@@ -206,4 +206,4 @@ class Traffic:
         if self.fidelity is not None and not self.fidelity.numel:
             return {}
         fidelity, self.fidelity, self.sampling = self.fidelity, None, False
-        return fidelity.read() if fidelity is not None and fidelity.numel else {}
+        return fidelity.read() if fidelity is not None else {}

@@ -18,7 +18,7 @@ WARM, STEPS = 3, 7
 
 class Adam(Module):
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-2, eps=1e-3, weight_decay=0.1)
         return [optimizer], [
             {"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, 10), "interval": "step"}
         ]
@@ -43,7 +43,7 @@ def _by_hand(n, frozen):
             at = min(step, WARM) if frozen else step
             if at == step:
                 second.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-            spread = (second / (1 - 0.999**at)).sqrt() + 1e-8
+            spread = (second / (1 - 0.999**at)).sqrt() + 1e-3
             with torch.no_grad():
                 p.mul_(1 - rate * 0.1).sub_(rate * first / (1 - 0.9**step) / spread)
         rates.step()
