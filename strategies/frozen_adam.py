@@ -13,8 +13,8 @@ class FrozenVariance:
     p ← p − lr·(λp + m̂/(√v̂ + ε)), where the momentum m is what stands in ``p.grad``, m̂ = m/(1 − β₁ᵗ), and v̂ is the
     variance of the last step before it was frozen (Tang et al., 1-bit Adam, arXiv 2102.02888; their corrections for the
     first steps are Adam's here, so that nothing jumps). The first moment becomes m; steps are not counted, so that v̂
-    stays what it was. A weight that had no gradient until then has no scale to step by, and only decays: codes give it a
-    momentum, and a token's embedding its first gradient, that would be divided by ε.
+    stays what it was. A weight that had no gradient until then has no scale to step by, and only decays: codes give it
+    a momentum, and a token's embedding its first gradient, that would be divided by ε.
 
     It stands for the optimizer where one is stepped; whatever else is asked of it, the optimizer answers.
 
@@ -42,12 +42,12 @@ class FrozenVariance:
                     state = self._optimizer.state.get(parameter)
                     if parameter.grad is not None and state:
                         self._move(parameter, group, state)
-        self._optimizer._opt_called = True  # type: ignore[attr-defined] # else schedulers warn of a step left out
+        self._optimizer._opt_called = True  # else schedulers warn of a step left out
         return loss
 
     def _move(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        momentum = state["exp_avg"].copy_(parameter.grad)  # type: ignore[arg-type] # the caller has looked
+        momentum = state["exp_avg"].copy_(parameter.grad)
         corrected = 1 - beta2 ** float(state["step"])
         spread = (state["exp_avg_sq"] / corrected).sqrt_().add_(group["eps"])
         spread.masked_fill_(state["exp_avg_sq"] == 0, torch.inf)

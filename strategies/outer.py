@@ -345,7 +345,8 @@ def _piece(label: str, held: Named, group: dist.ProcessGroup | None, traffic: Tr
 def _cut(parameters: Named, fragments: int) -> Iterator[Named]:
     """Consecutive parameters in ``fragments`` parts of about equal size; in fewer where there are too few."""
     left = sum(p.numel() for _, p in parameters)
-    part, size, target = [], 0, left / fragments
+    part: Named = []
+    size, target = 0, left / fragments
     for name, parameter in parameters:
         if part and size + parameter.numel() / 2 > target and fragments > 1:
             yield part

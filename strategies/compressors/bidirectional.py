@@ -38,9 +38,7 @@ class Bidirectional(Compressor):
     def __init__(self, inner: Compressor, back: Codec | None = None) -> None:
         method = inner.inner if isinstance(inner, ErrorFeedback) else inner
         if back is None and not isinstance(method, Codec):
-            raise ValueError(
-                f"Bidirectional(inner={inner!r}): it is no codec, so say which one the mean travels back in"
-            )
+            raise ValueError(f"Bidirectional(inner={inner!r}): that is no codec; give one for the way back, back=…")
         self.inner, self.back = inner, back
         self._codec = back if isinstance(back, Codec) else type(method)(**method.arguments())
         self.unbiased, self.contractive, self.linear = inner.unbiased, inner.contractive, inner.linear

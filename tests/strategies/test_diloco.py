@@ -247,11 +247,11 @@ def _bytes(method, **options):
 @pytest.mark.parametrize("options", [{}, STREAMING], ids=["whole", "streaming"])
 def test_bytes_are_those_of_the_meetings_against_a_reduction_in_every_step(options, two_ranks):
     numel = sum(p.numel() for p in Local().parameters())
-    meetings = 4 if options else 2  # of half of the model; the last step's are all there are beyond those of rounds
-    for sent, ideal, calls in two_ranks.run(_bytes, None, **options):
+    # of the whole model after 4 and 8 steps; or of its halves after 2, 4, 6 and 8, and of what has been trained since
+    models = 2 if not options else 2 * 2 * 0.5 + 1
+    for sent, ideal, _ in two_ranks.run(_bytes, None, **options):
         assert ideal == 8 * 2 * 4 * numel / 2
-        assert sum(calls.values()) >= meetings
-        assert sent == (4 * numel * 2 if not options else sent) and sent < ideal
+        assert sent == pytest.approx(models * 2 * 4 * numel / 2, rel=0.2 if options else 0)  # halves are not quite
     fp32, coded = (two_ranks.run(_bytes, method, **options)[0][0] for method in (None, Bidirectional(Int8(64))))
     assert coded < 0.35 * fp32
 

@@ -31,10 +31,9 @@ def adam(*args, **options):
 def _by_hand(n, frozen):
     """The same training in one process, the variance of step ``WARM`` in every later one if ``frozen``."""
     module = Adam()
-    rates = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD([torch.zeros(1)], 1e-2), 1, 0.1, 10)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in module.named_parameters()}
     for step in range(1, STEPS + 1):
-        rate = rates.get_last_lr()[0]
+        rate = 1e-2 * (1 - 0.9 * (step - 1) / 10)
         module.zero_grad()
         sum(module.net(rows(rank)[:4]).pow(2).mean() for rank in range(n)).div(n).backward()
         for name, p in module.named_parameters():
@@ -46,7 +45,6 @@ def _by_hand(n, frozen):
             spread = (second / (1 - 0.999**at)).sqrt() + 1e-3
             with torch.no_grad():
                 p.mul_(1 - rate * 0.1).sub_(rate * first / (1 - 0.9**step) / spread)
-        rates.step()
     return {name.removeprefix("net."): p.detach() for name, p in module.named_parameters()}
 
 
@@ -70,7 +68,7 @@ def test_one_bit_momenta_stay_near(engine, two_ranks):
     )
     start = dict(Module().net.named_parameters())
     moved = _distance(exact[0]["weights"], {name: p.detach() for name, p in start.items()})
-    assert 0 < _distance(coded[0]["weights"], exact[0]["weights"]) < 0.3 * moved
+    assert 0 < _distance(coded[0]["weights"], exact[0]["weights"]) < 0.5 * moved
     for name, weight in coded[0]["weights"].items():
         assert torch.equal(weight, coded[1]["weights"][name])
 
