@@ -10,7 +10,8 @@ from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
 from tests.strategies.engines import error, fit, reference, tolerance
 
-COMPRESSORS = [cls.examples()[0] for cls in variants(Compressor)]
+FIRST = [cls.examples()[0] for cls in variants(Compressor)]
+COMPRESSORS = [method for method in FIRST if method.frozen_from is None]  # that needs AdamW: see test_onebit_adam
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
