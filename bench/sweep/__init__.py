@@ -123,7 +123,7 @@ def _refuse_impossible(runs: Sequence[Run], emulated: bool) -> None:
         arguments = executing.command_of(run, emulated=False)[3:]  # built here, where nothing is emulated
         arguments = [each for each in arguments if not each.startswith("--seed_everything=")]
         if run.link and emulated:
-            arguments += [f"--trainer.num_nodes={run.world_size}", "--trainer.devices=1"]
+            arguments += run.placed(emulated)
         distinct.setdefault(tuple(arguments), []).append(run.name)
     answers = zip(distinct.values(), problems(list(distinct)), strict=True)
     wrong = [f"{', '.join(names)}:\n  {problem}" for names, problem in answers if problem]

@@ -47,14 +47,16 @@ class Run:
     key: str
     ranks_per_host: int = 1
 
+    def placed(self, emulated: bool) -> list[str]:
+        """Arguments that put ranks on their hosts on an emulated link, else all on this machine."""
+        if self.world_size is None:
+            return []
+        devices = self.ranks_per_host if emulated else self.world_size
+        return [f"--trainer.num_nodes={self.world_size // devices}", f"--trainer.devices={devices}"]
+
     def main_arguments(self, emulated: bool) -> list[str]:
-        """What follows `main.py fit`; ranks are on their hosts on an emulated link, else all on this machine."""
-        placed = []
-        if self.world_size is not None:
-            devices = self.ranks_per_host if emulated else self.world_size
-            nodes = self.world_size // devices
-            placed = [f"--trainer.num_nodes={nodes}", f"--trainer.devices={devices}"]
-        return ["--config", self.base, *placed, *self.arguments]
+        """What follows `main.py fit`; see ``placed``."""
+        return ["--config", self.base, *self.placed(emulated), *self.arguments]
 
     def link_arguments(self) -> list[str]:
         """What follows `python -m bench` when the link is emulated, up to the command."""
