@@ -41,13 +41,13 @@ class FrozenVariance:
                 for parameter in group["params"]:
                     state = self._optimizer.state.get(parameter)
                     if parameter.grad is not None and state:
-                        self._move(parameter, group, state)
+                        self._move(parameter, parameter.grad, group, state)
         self._optimizer._opt_called = True  # else schedulers warn of a step left out
         return loss
 
-    def _move(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def _move(self, parameter: Tensor, along: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        momentum = state["exp_avg"].copy_(parameter.grad)
+        momentum = state["exp_avg"].copy_(along)
         corrected = 1 - beta2 ** float(state["step"])
         spread = (state["exp_avg_sq"] / corrected).sqrt_().add_(group["eps"])
         spread.masked_fill_(state["exp_avg_sq"] == 0, torch.inf)
