@@ -137,6 +137,15 @@ def test_pruned_layers_below_change_what_the_next_one_keeps():
     assert not all(found for name, found in same.items() if "layers.1" in name)
 
 
+@pytest.mark.parametrize(("statistics", "passes"), [("dense", [3, 3]), ("sequential", [6, 3])])
+def test_dense_statistics_take_one_pass_of_each_layer_and_sequential_ones_a_second(statistics, passes):
+    model, counts = tiny_llama(), [0, 0]
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, number=number: counts.__setitem__(number, counts[number] + 1))
+    prune(model, Pruner(model, block=8, k=6), HALF, Wanda(), batches(3), update=Obs(), statistics=statistics)
+    assert counts == passes  # nothing is asked of the last layer's output
+
+
 @pytest.mark.parametrize("score", [Wanda(), Magnitude(), Ria(), ObsSaliency()], ids=repr)
 @pytest.mark.parametrize("scope", ["matrix", "global", "band"])
 def test_iterations_with_updates_are_nested_and_held(score, scope):
