@@ -100,6 +100,7 @@ def test_a_mix_goes_downwards_only_and_says_when_it_cannot():
     demote({"m": scored(_scores((64, 64), 5))}, tiers, lower)
     same = best_mix({"m": scored(scores)}, tiers, Mix(now), (6,)).ratios["m"]
     assert same == lower  # already smaller than asked for: left as it is
+    assert best_mix({"m": scored(scores)}, tiers, Mix(16.0), (6,)).ratios["m"] == lower
     with pytest.raises(ValueError, match=r"no mix of tiers takes only 1 bits per weight: 2\.\d+ is the least"):
         best_mix({"m": scored(scores)}, tiers, Mix(1.0), (6,))
 
