@@ -1,14 +1,18 @@
 """What fewer bits cost and save after pruning: perplexity, size and decoding of dense and pruned models."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from callbacks.inference_timing import decoding, given_models
 from callbacks.measurement import Measurement
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
+from common.progress import stage
 from common.tables import Table
 from lightning_modules.loading import load
 from lightning_modules.perplexity import validation_perplexity
@@ -95,6 +99,7 @@ class QuantizationTiming(Measurement):
                 ppl = validation_perplexity(model, data, f"Perplexity of {title}")
                 row = {"model": name, "weights": form or dtype_name(dtype), "ppl": ppl}
                 self.rows.append(row | {"weight_bytes": weight_bytes(model)})
+                rank_zero_info(f"{title}: perplexity {ppl:.3f}, {self.rows[-1]['weight_bytes'] / 1e6:.1f} MB")
                 arms[title] = self._decoding(model)
         self._time(arms)
         Console().print(table(self.rows))
@@ -108,7 +113,17 @@ class QuantizationTiming(Measurement):
     def _time(self, arms: dict[str, Any]) -> None:
         if not self.repeats:
             return
-        times = interleaved(arms, self.repeats)
+        with stage("Decoding in turns", (self.repeats + 1) * len(arms), "calls") as done:
+            calls = itertools.count(1)
+
+            def counted(arm: Callable[[], None]) -> Callable[[], None]:
+                def call() -> None:
+                    arm()
+                    done(next(calls))
+
+                return call
+
+            times = interleaved({name: counted(arm) for name, arm in arms.items()}, self.repeats)
         first = next(iter(times.values()))
         for row, samples in zip(self.rows, times.values(), strict=True):
             summary = percentiles([ms / self.new_tokens for ms in samples])
