@@ -71,7 +71,7 @@ def test_a_foreign_process_needs_only_trust_remote_code(tmp_path, tokenizer):
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280
     )
     assert done.returncode == 0, done.stderr
 

@@ -185,7 +185,7 @@ def test_what_is_alike_is_a_plain_class_that_loads_without_pare(tmp_path, tokeni
         "assert not any(name.startswith(('lightning', 'transformers_modules')) for name in sys.modules)\n"
     )
     command = [sys.executable, "-I", "-c", program, *(str(one) for one in tmp_path.iterdir())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr
 
 
