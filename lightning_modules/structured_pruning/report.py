@@ -1,5 +1,6 @@
 """What pruning does to a model, as a table for people and as fields for records."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,14 +101,15 @@ def trials_table(trials: Sequence[dict[str, Any]]) -> Table:
 
 
 def layer_table(layers: Sequence[dict[str, int]]) -> Table:
-    """Kept groups and channels of each layer, with bars."""
+    """Kept groups and channels of each layer, with bars; one row for layers that follow each other and are alike."""
     shown = Table(title="layer by layer", title_style="")
     for column in ("layer", "groups", "", "channels", " "):
         shown.add_column(column, justify="right" if column in ("layer", "groups", "channels") else "left")
-    for entry in layers:
-        cells = [str(entry["layer"])]
+    for _, alike in itertools.groupby(layers, key=lambda entry: [n for name, n in entry.items() if name != "layer"]):
+        first, *others = alike
+        cells = [f"{first['layer']} – {others[-1]['layer']}" if others else str(first["layer"])]
         for kind in ("groups", "channels"):
-            kept, of = entry[f"{kind}_kept"], entry[kind]
+            kept, of = first[f"{kind}_kept"], first[kind]
             bar = round(12 * kept / of)
             cells += [f"{kept}/{of}", "█" * bar + "░" * (12 - bar)]
         shown.add_row(*cells)

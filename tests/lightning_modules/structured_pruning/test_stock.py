@@ -285,6 +285,7 @@ def test_prune_verify_and_export_a_stock_shape(make, data, tmp_path, capsys):
     dry = make().prune(data, CPU, dry_run=True)["structure"]
     printed = " ".join(capsys.readouterr().out.split())
     assert "its stock export, MB" in printed and "tried by masks" in printed and "a group of every layer is" in printed
+    assert "0 – 3" in printed or dry["settings"]["dropped"], "layers that are alike take one row"
     assert not (tmp_path / "pruned").exists()
     structure = make().prune(data, CPU)["structure"]
     assert structure["layers"] == dry["layers"] and structure["settings"]["trials"] == dry["settings"]["trials"]
