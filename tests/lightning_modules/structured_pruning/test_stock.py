@@ -81,6 +81,18 @@ def test_the_plan_says_from_which_budget_on_a_group_goes_everywhere(share):
     assert groups(step - 0.002) == 3 and groups(step + 0.002) == 2
 
 
+def test_all_trials_remove_the_same_and_the_plan_its_multiple():
+    shapes, model = [SMOLLM2] * 30, tiny("mistral")
+    target = round(0.3 * 30 * SMOLLM2.parameters)
+    space = Space(model.config, shapes, Layout(multiple=64), lambda: range(30), target)
+    best, trials = space.search(lambda candidate: float(candidate.groups))
+    assert len(trials) > 4 and best.channels % 64 == 0 and best.groups == 2
+    for candidate in (trial.candidate for trial in trials):
+        kept = [SMOLLM2] * (30 - len(candidate.dropped))
+        left = sum(parameters_of(s, candidate.groups, candidate.channels) for s in kept)
+        assert abs(30 * SMOLLM2.parameters - left - target) <= 30 * SMOLLM2.channel_parameters
+
+
 def test_every_class_says_which_numbers_of_heads_it_has():
     llama, mistral, qwen2 = tiny("llama"), tiny("mistral"), tiny("qwen2")
     assert possible_groups(llama.config, _shapes(llama)) == [1, 2, 4], "3 groups are 6 heads, which do not divide 32"
