@@ -24,7 +24,7 @@ class LeastSquares(Compensation):
         ValueError: No damping, one that is not positive, or fewer than 2 folds.
     """
 
-    def __init__(self, damping: Sequence[float] = (1e-3, 1e-2, 1e-1, 1.0), folds: int = 4, bias: bool = False) -> None:
+    def __init__(self, damping: Sequence[float] = (1e-3, 1e-1, 1.0, 10.0), folds: int = 4, bias: bool = False) -> None:
         super().__init__(folds, bias)
         if not damping or any(share <= 0 for share in damping):
             raise ValueError(f"compensation: damping must be positive numbers, got {list(damping)}")
