@@ -217,6 +217,7 @@ def test_only_training_counts_as_time_to_a_quality(monkeypatch):
     def validated(seconds, ppl):
         callback.on_validation_start(trainer, None)
         now[0] += seconds
+        trainer.global_step += 1
         trainer.callback_metrics = {"val/ppl": ppl}
         callback.on_validation_end(trainer, None)
 
