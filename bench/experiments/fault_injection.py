@@ -59,7 +59,7 @@ def prepare(folder: Path) -> Path:
 
 
 def killed(
-    folder: Path, inputs: Path, chains: dict[str, int] | None = None, length: int = CHAIN
+    folder: Path, inputs: Path, chains: dict[str, int] | None = None, length: int = CHAIN, undisturbed: int = 2
 ) -> Iterator[dict[str, Any]]:
     """Chains of kills of every scenario, those of before first.
 
@@ -68,6 +68,7 @@ def killed(
         inputs: What ``prepare`` made.
         chains: Number of chains by scenario; by default ``CHAINS``, and 3 of what it does not name.
         length: Kills in a chain.
+        undisturbed: Runs that are not killed, see ``kills.reference``.
     """
     counts = {name: CHAINS.get(name, 3) for name in SCENARIOS} if chains is None else chains
     path = folder / "chains.jsonl"
@@ -80,7 +81,7 @@ def killed(
         expected = where.with_suffix(".json")
         if not expected.exists():
             say(f"{name}, undisturbed")
-            write_text(expected, json.dumps(kills.reference(scenario, inputs, where)))
+            write_text(expected, json.dumps(kills.reference(scenario, inputs, where, undisturbed)))
         wanted, typical_s = json.loads(expected.read_text())
         for seed in range(count):
             if (name, seed) in known:

@@ -113,22 +113,22 @@ def _moments(scenario: Scenario, folder: Path, typical_s: float, chance: random.
             yield elapsed >= after
 
 
-def reference(scenario: Scenario, inputs: Path, folder: Path) -> tuple[Outcome, float]:
-    """What the command leaves when nothing disturbs it, and how long it takes: the shorter of two runs.
+def reference(scenario: Scenario, inputs: Path, folder: Path, times: int = 2) -> tuple[Outcome, float]:
+    """What the command leaves when nothing disturbs it, and how long it takes: the shortest of some runs.
 
     The first run of a kind finds nothing in the machine's caches. Moments that are drawn from its length would often
     come when later runs have ended.
 
     Raises:
-        RuntimeError: It failed, or left something else the second time.
+        RuntimeError: It failed, or left something else another time.
     """
     left, took = [], []
-    for _ in range(2):
+    for _ in range(times):
         shutil.rmtree(folder, ignore_errors=True)
         took.append(undisturbed(scenario.command(inputs), folder, _cache(scenario, folder, inputs)))
         left.append(scenario.outcome(folder))
-    if left[0] != left[1]:
-        raise RuntimeError(f"{scenario.name}: two undisturbed runs left different results in {folder}")
+    if any(one != left[0] for one in left):
+        raise RuntimeError(f"{scenario.name}: undisturbed runs left different results in {folder}")
     return left[0], min(took)
 
 

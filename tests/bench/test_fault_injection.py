@@ -16,7 +16,7 @@ KILLS = 2
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    return folder, list(killed(folder, folder / "inputs", CHAINS, KILLS))
+    return folder, list(killed(folder, folder / "inputs", CHAINS, KILLS, undisturbed=1))
 
 
 @pytest.mark.timeout(900)

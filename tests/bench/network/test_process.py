@@ -54,7 +54,8 @@ def test_peak_memory_covers_the_whole_tree():
     small, large = (run_measured([sys.executable, "-c", ALLOCATE.format(megabytes=n)]) for n in (1, 200))
     assert small.returncode == large.returncode == 0
     assert small.memory_kind in ("pss", "rss")
-    assert 190 < large.peak_memory_mb - small.peak_memory_mb < 230
+    # sampled: on a busy machine the last moments may be missed
+    assert 170 < large.peak_memory_mb - small.peak_memory_mb < 230
 
 
 def test_a_timeout_kills_the_whole_tree():
