@@ -28,6 +28,18 @@ def completes_step(trainer: Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
+def validate_now(trainer: Trainer) -> None:
+    """Run the validation of `fit` where Lightning does not: before the first step, or after the last.
+
+    A restored loop would take the validation before for its own, and leave out as many batches as that had read.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating = True
+    loop.restarting = False
+    loop.run()
+    trainer.training = True
+
+
 class StepClock:
     """Durations of optimizer steps in ms: all micro-batches of a step, from start to end of each.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.log_config import LogConfig
-from callbacks.measurement import Measurement, completes_step
+from callbacks.measurement import Measurement, completes_step, validate_now
 from callbacks.model_card import HFExport
 from common.randomness import run_seed
 from common.records import record, schema
@@ -116,10 +116,7 @@ class RunRecord(Measurement):
         loop = trainer.fit_loop.epoch_loop
         due = trainer.enable_validation and loop._should_check_val_fx(None)  # type: ignore[arg-type] # asks its type
         if due and self._validated_at != trainer.global_step:
-            trainer.validating = True
-            loop.val_loop.restarting = False  # or it would go on behind the batches of the validation before
-            loop.val_loop.run()
-            trainer.training = True
+            validate_now(trainer)
 
     def _say_nothing_to_do(self, trainer: Trainer) -> bool:
         """Whether there is nothing to record.

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.measurement import Measurement
+from callbacks.measurement import Measurement, validate_now
 
 
 class TimeToQuality(Measurement):
@@ -32,11 +32,7 @@ class TimeToQuality(Measurement):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate first, where that is asked for; start the clock."""
         if self.from_start and self._due(trainer):
-            trainer.validating = True
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            loop.restarting = False  # a restored loop would take the one before for its own, and leave batches out
-            loop.run()
-            trainer.training = True
+            validate_now(trainer)
         self._since = time.perf_counter()
 
     def _due(self, trainer: Trainer) -> bool:

@@ -125,7 +125,7 @@ def _asked(
 
 
 def _peers(model: Path, schedule: Schedule, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
-    """Published methods: of the cache, at the share that the schedule leaves; those that read less, at its bound."""
+    """Published methods: of the cache, at the share that the schedule leaves; others by settings of their own."""
     share = round(_cache_share(model, schedule), 3)
     middle = AutoConfig.from_pretrained(str(model)).num_hidden_layers // 2
     arguments_of: dict[str, dict[str, Any]] = {

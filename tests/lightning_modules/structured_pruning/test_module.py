@@ -1,7 +1,6 @@
 """The commands, on a small model and a stand-in for the data: prune, verify, export, and what they refuse."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.loading import load, load_tokenizer
 from lightning_modules.structured_pruning import StructuredPruning, module
 from lightning_modules.structured_pruning.allocation.global_ranking import Global
@@ -28,19 +26,6 @@ from tests.lightning_modules.structured_pruning.toy import batches, tiny
 CPU = torch.device("cpu")
 # peft 0.21 still asks transformers by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_bpe(iter([["the quick brown fox jumps over the lazy dog " * 20]]), 300)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny(vocab_size=320).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def calibration(count, seed):

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.loading import load
 from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
@@ -153,19 +152,6 @@ def test_llama_3_8b_can_lose_half_of_its_key_value_heads_or_none():
 
 
 # ---- plain classes ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_bpe(iter([["the quick brown fox jumps over the lazy dog " * 20]]), 300)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny(vocab_size=320).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_what_is_alike_is_a_plain_class_that_loads_without_pare(tmp_path, tokenizer):
