@@ -1,8 +1,5 @@
 """Calibration as a command: ``python main.py calibrate``."""
 
-import hashlib
-import json
-from collections.abc import Callable
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -10,22 +7,16 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from common.files import check_output, inputs_of, replacing, replacing_file
+from common.files import check_output, inputs_of, replacing
 from common.progress import stage
 from common.tables import Table
 from lightning_modules.causal_lm import check_vocabulary
 from lightning_modules.data.cache import cache_root
-from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.loading import Dtype, load, load_config
 from lightning_modules.token_pruning.anatomy import check_supported
-from lightning_modules.token_pruning.calibration.retrieval import share_needed, tail_means
+from lightning_modules.token_pruning.calibration.measured import Measured, store
 from lightning_modules.token_pruning.calibration.search import (
-    SURE,
-    Heads,
     Reading,
     Stages,
     best_readings,
@@ -34,14 +25,12 @@ from lightning_modules.token_pruning.calibration.search import (
     only,
     schedules,
 )
+from lightning_modules.token_pruning.calibration.trial import try_out
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.pruning_file import FILE, content
-from lightning_modules.token_pruning.quality.answers import is_right
-from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_schedules
 from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.asking import Answers
-from lightning_modules.token_pruning.quality.measure import proportion
 from lightning_modules.token_pruning.quality.planted import plant
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.base import Scorer
@@ -49,7 +38,6 @@ from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from lightning_modules.token_pruning.scorers.random import Random
 
 _FEWEST = 8  # right answers to measure on
-_HEADS = 3  # most heads of a layer that are read together
 _TRIED = 3  # schedules that are tried out
 _ANSWER = 24  # tokens of an answer
 _CHARACTERS = 32  # of text for each token that is asked for: passages are spread over them
@@ -163,9 +151,11 @@ class TokenCalibration(L.LightningModule):
         check_vocabulary(model, tokenizer)
         asked = self._asked(datamodule)
         measured, tried = asked[: self.facts], asked[self.facts :]
-        folder = self._store(model, tokenizer, asked)
+        folder = store(self.cache, model, tokenizer, self.windows, asked)
         answers = Answers(folder / "answers.jsonl", model, _ANSWER)
-        parts = self._measure(model, tokenizer, measured, folder, answers)
+        facts = Measured(folder, self.windows)
+        facts.read(model, tokenizer, measured, answers)
+        self._check_known(len(facts.files), len(measured))
         cost, lengths = Cost.of(model), [min(len(one.ids) for one in asked), *self.lengths]
 
         def bound(schedule: Schedule, scorer: Scorer) -> list[float]:
@@ -176,17 +166,21 @@ class TokenCalibration(L.LightningModule):
         with stage("Searching schedules", len(self.windows) * len(self.frames), "windows and pools") as show:
             for number, window in enumerate(self.windows):
                 for frame in self.frames:
-                    readings = tables[window, frame.pool] = self._readings(parts, number, frame)
+                    readings = tables[window, frame.pool] = facts.readings(number, frame)
                     found += schedules(best_readings(readings), cost, lengths, self.speedup, frame, window)[:_TRIED]
                     show(len(tables))
-        chosen, rows = self._try(model, tokenizer, self._distinct(found), tried, answers, bound)
+        distinct = self._distinct(found)
+        pairs: list[tuple[Schedule, Scorer]] = [self._made(stages) for stages in distinct]
+        pairs.append((pairs[0][0], Random(self.seed)))
+        rows = try_out(model, tokenizer, pairs, tried, answers, lambda *pair: min(bound(*pair)))
+        chosen = self._best(distinct, rows)
         schedule, scorer = self._made(chosen)
         summary = {
             "model": self.base,
             "speedup": self.speedup,
             "lengths": lengths,
             "bound": bound(schedule, scorer),
-            "right": sum(right for _, right in parts),
+            "right": len(facts.files),
             "asked": len(measured),
             "layers": schedule.layers,
             "keep": schedule.keep,
@@ -214,72 +208,19 @@ class TokenCalibration(L.LightningModule):
         )
         return [one for pair in zip(free, begun, strict=False) for one in pair] + free[len(begun) :]
 
-    # ---- measuring ------------------------------------------------------------------------------------------------
-
-    def _measure(
-        self, model: Any, tokenizer: Any, asked: list[Asked], folder: Path, answers: Answers
-    ) -> list[tuple[Path, bool]]:
-        """Attention of every prompt's end, in files of its own, and whether the unpruned model answers right.
+    def _check_known(self, right: int, asked: int) -> None:
+        """Says how many facts the unpruned model knows.
 
         Raises:
             ValueError: It hardly answers any.
         """
-        parts = []
-        with stage("Reading planted facts", len(asked), "facts") as show:
-            for number, one in enumerate(asked):
-                path = folder / f"{number:04}.safetensors"
-                if not path.is_file():
-                    self._read(model, tokenizer, one, path, answers)
-                with safe_open(path, "pt") as file:
-                    parts.append((path, file.metadata()["right"] == "1"))
-                show(number + 1)
-        right = sum(right for _, right in parts)
-        print(f"{self.base} answers {right} of {len(asked)} planted facts without pruning", flush=True)
+        print(f"{self.base} answers {right} of {asked} planted facts without pruning", flush=True)
         if right < _FEWEST:
             raise ValueError(
-                f"{self.base} answers {right} of {len(asked)} planted facts without pruning, too few to see what "
+                f"{self.base} answers {right} of {asked} planted facts without pruning, too few to see what "
                 f"pruning loses (at least {_FEWEST}): shorten model.lengths, plant more model.facts, or take a model "
                 "that answers questions about a text"
             )
-        return parts
-
-    def _store(self, model: Any, tokenizer: Any, asked: list[Asked]) -> Path:
-        """The folder of this measurement: another model, text or setting has another."""
-        key = [identity_of(model), fingerprint(tokenizer), self.windows, str(model.dtype)]
-        key += [hashlib.sha256(str([one.ids.tolist() for one in asked]).encode()).hexdigest()]
-        folder = self.cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _read(self, model: Any, tokenizer: Any, asked: Asked, path: Path, answers: Answers) -> None:
-        right = is_right(asked, answers.of(model, tokenizer, asked, UNPRUNED).text)
-        tensors = {"evidence": asked.evidence}
-        if right:  # what is not known cannot be lost
-            ids = asked.ids.to(model.get_input_embeddings().weight.device)
-            tensors["tails"] = tail_means(model, ids, self.windows)
-        with replacing_file(path) as beside:
-            save_file(tensors, beside, {"right": "1" if right else "0"})
-
-    def _readings(self, parts: list[tuple[Path, bool]], window: int, frame: Schedule) -> list[Reading]:
-        """Every layer read by its best head or few, and by all of them, by one window and pool.
-
-        Heads are chosen on one half of the facts, and what they need is measured on the other.
-        """
-        files = [path for path, right in parts if right]
-        asking = self.windows[window]
-        singles = torch.stack([_needed(path, window, asking, frame) for path in files[::2]])  # [answers, L, A]
-        layers, heads = singles.shape[1:]
-        order = singles.quantile(SURE, 0).argsort(-1)
-        sizes = range(1, min(_HEADS, heads - 1) + 1)
-        sets: list[list[Heads]] = [
-            [*(tuple(sorted(order[layer, :size].tolist())) for size in sizes), None] for layer in range(layers)
-        ]
-        chosen = torch.stack([_needed(path, window, asking, frame, sets) for path in files[::2]])  # [answers, L, sets]
-        best = chosen.quantile(SURE, 0).argmin(-1).tolist()
-        judged = [[sets[layer][best[layer]], None] for layer in range(layers)]
-        needed = torch.stack([_needed(path, window, asking, frame, judged) for path in files[1::2]])
-        # before the first layer nothing can be pruned
-        return [Reading(n, judged[n][i], needed[:, n, i]) for n in range(1, layers) for i in range(2)]
 
     # ---- choosing -------------------------------------------------------------------------------------------------
 
@@ -302,54 +243,19 @@ class TokenCalibration(L.LightningModule):
         schedule = framed(frame, layers, [floor(1e4 * share) / 1e4 for share in stages.keep])
         return schedule, LastWindow(stages.window, "max", only(stages))
 
-    def _try(
-        self,
-        model: Any,
-        tokenizer: Any,
-        found: list[Stages],
-        asked: list[Asked],
-        answers: Answers,
-        bound: Callable[[Schedule, Scorer], list[float]],
-    ) -> tuple[Stages, list[dict[str, Any]]]:
-        """Answers to further facts, pruned by each schedule and, for comparison, at random by the first.
+    def _best(self, found: list[Stages], rows: list[dict[str, Any]]) -> Stages:
+        """The schedule that keeps most answers; the first of equals.
 
         Raises:
             ValueError: The unpruned model answers too few of them.
         """
-        made = [self._made(stages) for stages in found]
-        arms = [arm for schedule, scorer in made for arm in of_schedules([schedule], [scorer])]
-        arms += of_schedules([made[0][0]], [Random(self.seed)])
-        known = []
-        with stage("Trying schedules out", len(asked) * (1 + len(arms)), "answers") as show:
-            for number, one in enumerate(asked):
-                if is_right(one, answers.of(model, tokenizer, one, UNPRUNED).text):
-                    known.append([is_right(one, answers.of(model, tokenizer, one, arm).text) for arm in arms])
-                show((number + 1) * (1 + len(arms)))
-        if len(known) < _FEWEST // 2:
+        right = rows[0]["unpruned"]
+        if right < _FEWEST // 2:
             raise ValueError(
-                f"{self.base} answers {len(known)} of {len(asked)} further facts without pruning, too few to choose "
+                f"{self.base} answers {right} of {self.facts // 2} further facts without pruning, too few to choose "
                 "by; plant more model.facts"
             )
-        rights = [sum(column) for column in zip(*known, strict=True)]
-        rows = []
-        for arm, right in zip(arms, rights, strict=True):
-            pruner: Any = arm.pruner
-            share, low, high = proportion(right, len(known))
-            rows.append(
-                {
-                    "scorer": arm.scorer,
-                    "layers": pruner.schedule.layers,
-                    "keep": pruner.schedule.keep,
-                    "right": right,
-                    "unpruned": len(known),
-                    "kept": share,
-                    "kept_low": low,
-                    "kept_high": high,
-                    "bound": min(bound(pruner.schedule, pruner.scorer)),
-                }
-            )
-        best = max(range(len(found)), key=lambda arm: (rights[arm], -arm))
-        return found[best], rows
+        return found[max(range(len(found)), key=lambda number: (rows[number]["right"], -number))]
 
     def _show(self, summary: dict[str, Any]) -> None:
         rows = [
@@ -396,21 +302,3 @@ def _by_layer(readings: list[Reading]) -> list[dict[str, Any]]:
         {"layer": r.layer, "heads": r.heads and list(r.heads), "share": r.share, "all_heads": whole[r.layer]}
         for r in best_readings(readings)
     ]
-
-
-def _needed(path: Path, window: int, asking: int, frame: Schedule, sets: list[list[Heads]] | None = None) -> Tensor:
-    """Share that must stay, by layer and head, or by layer and set of heads; float32 [L, …]."""
-    with safe_open(path, "pt") as file:
-        tails_LAN, evidence_N = file.get_slice("tails")[:, window].float(), file.get_tensor("evidence")
-    left_out = frame.protected(len(evidence_N))
-    left_out[-asking:] = True
-    pool = frame.pool or 1
-    if sets is None:
-        return share_needed(tails_LAN, evidence_N, left_out, pool)
-    joined = torch.stack(
-        [
-            torch.stack([(heads if one is None else heads[list(one)]).amax(0) for one in chosen])
-            for heads, chosen in zip(tails_LAN, sets, strict=True)
-        ]
-    )
-    return share_needed(joined, evidence_N, left_out, pool)
