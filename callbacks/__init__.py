@@ -4,6 +4,7 @@ from callbacks.control import Control
 from callbacks.graceful_stop import GracefulStop
 from callbacks.gradient_guard import GradientGuard
 from callbacks.inference_timing import InferenceTiming
+from callbacks.ladder import Ladder
 from callbacks.log_config import LogConfig
 from callbacks.model_card import HFExport
 from callbacks.other_text import OtherText
@@ -25,6 +26,7 @@ __all__ = [
     "GradientGuard",
     "HFExport",
     "InferenceTiming",
+    "Ladder",
     "LogConfig",
     "OtherText",
     "PrefillMemory",

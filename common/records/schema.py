@@ -125,6 +125,9 @@ OPTIONAL: dict[str, Field] = {
     "recovery": Field("object", "", "perplexities of a recovered model beside those of the dense model tuned alike"),
     "evaluation": Field("list", "", "model, task, metric, value, standard error, items"),
     "quantization": Field("list", "", "model and form of its weights: perplexity, bytes, time of a decoding step"),
+    "ladder": Field(
+        "object", "", "ways of making a model cheaper added up, a rung each: loss, answers, times, bounds, bytes"
+    ),
     "inference": Field("object", "", "latency and memory of a pruned model beside the dense one, by phase and batch"),
     "tiers": Field("object", "", "block-sparsity block, see TIERS"),
     "survival": Field("object", "", "tokens of a prompt and the stage at which each was dropped"),
