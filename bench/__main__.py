@@ -21,6 +21,7 @@ from bench.sweep import sweep
 from bench.tables import compare as comparison
 from bench.tables import documents, figures
 from bench.tables import pivot as pivots
+from bench.tour import tour
 from common import moved
 from common.files import write_text
 from common.records import env as environment
@@ -328,6 +329,7 @@ def main(argv: list[str] | None = None) -> int:
         memory,
         report,
         configuration,
+        tour,
     )
     commands: dict[str, Any] = {command.__name__: command for command in known}
     try:

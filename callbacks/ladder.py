@@ -257,7 +257,8 @@ class Ladder(Measurement):
         with rung.pruning(model):
             cache = DynamicCache(config=model.config)
             model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            size = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+            held: list[Any] = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+            size = sum(part.nbytes for part in held)
             once = decoding(model, prompt, self.new_tokens)
 
         def call() -> None:
@@ -329,11 +330,11 @@ def _sizes(rung: Rung, model: Any) -> dict[str, Any]:
     tied = embedding is model.get_output_embeddings().weight
     weights = model.parameters()
     return {
-        "parameters": sum(weight.numel() for weight in weights),
+        "parameters": sum(int(weight.numel()) for weight in weights),
         "weight_bytes": weight_bytes(model),
         # looked up, not read as a whole, where it is not the head as well
         "embedding_bytes": 0 if tied else embedding.nbytes,
-        "file_bytes": sum(file.stat().st_size for file in files) or None,
+        "file_bytes": sum(file.stat().st_size for file in files) or None,  # a name on the Hub has none here
     }
 
 

@@ -1,0 +1,105 @@
+"""The tour: all of Pare on one model, command by command, to one table and one report.
+
+`steps.py` says which commands, `running.py` runs them, `results.py` reads the table off the records they leave.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.experiments.runs import claim
+from bench.network.launch import StopRequested, stop_signals_raise
+from bench.tour import results
+from bench.tour.running import Ended, failed, run
+from bench.tour.steps import RECORDS, Given, plan
+from common.files import write_text
+from common.locks import lock
+from common.progress import duration
+
+TABLE = "table.md"
+
+
+def tour(
+    model: str | None = None,
+    train: Path | None = None,
+    val: Path | None = None,
+    folder: Path | None = None,
+    short: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Every feature once: a compressed training, pruned prompts, fewer parameters and weights, all together, a report.
+
+    Without a model it trains small ones and takes about ten minutes on two CPU cores; nothing is downloaded. With one
+    it takes about forty for 135 million parameters. Every step is a command that is shown and can be given by itself.
+    What is done is not done again: the same command goes on after an interruption. A step that fails does not stop
+    those that do not need it. Ends with a table, `table.md`, and `report.html`. Exits with 1 when a step failed.
+
+    Args:
+        model: Hugging Face folder, GGUF file or hub name of a chat model to make the tour on.
+        train: Text of your own to calibrate and to recover that model on; the documentation on this machine without.
+        val: Text to measure it on; goes with `train`.
+        folder: Where everything goes; by default runs/tour, and for a model one beside it.
+        short: Everything once and as small as it can be, in two minutes: whether it works, not what it gives.
+        dry_run: Show the commands and run nothing.
+    """
+    if (train is None) != (val is None) or (train is not None and model is None):
+        raise ValueError("train and val go together, and with a model")
+    given = None if model is None else Given(*_found(model, train, val))
+    folder = (folder or Path("runs") / _name(given, short)).resolve()
+    steps = plan(folder, given, short)
+    if dry_run:
+        for step in steps:
+            print(f"{step.name}: {step.what}\n    {step.obstacle or step.command(folder)}")
+        print(f"{len(steps)} steps, about {duration(sum(step.seconds for step in steps))} on two free cores")
+        return 0
+    inputs = [path for text in (model, train, val) if text is not None and (path := Path(text).expanduser()).exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with stop_signals_raise(), lock(folder):
+        claim(folder, *inputs, model=given and given.name, short=short)
+        try:
+            ended = run(steps, folder)
+        except StopRequested as stop:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 128 + stop.number
+    _end(ended, folder)
+    return 1 if failed(ended) else 0
+
+
+def _found(model: str, train: Path | None, val: Path | None) -> tuple[str, Path | None, Path | None]:
+    """A model that can be read and has a tokenizer, by a name that leads to it from any folder; texts alike.
+
+    Raises:
+        FileNotFoundError: There is no such model or text.
+        ValueError: See ``loading.load_config`` and ``loading.load_tokenizer``.
+    """
+    for option, path in (("train", train), ("val", val)):
+        if path is not None and not path.expanduser().exists():
+            raise FileNotFoundError(f"{option}: no such text: {path}")
+    from lightning_modules.loading import load_config, load_tokenizer  # takes seconds to import
+
+    load_config(model)
+    load_tokenizer(model)
+    here = Path(model).expanduser()
+    texts = (path and path.expanduser().resolve() for path in (train, val))
+    return (str(here.resolve()) if here.exists() else model, *texts)  # type: ignore[return-value]
+
+
+def _name(given: Given | None, short: bool) -> str:
+    parts = ["tour", *([Path(given.name).stem] if given else []), *(["short"] if short else [])]
+    return "-".join(parts)
+
+
+def _end(ended: list[Ended], folder: Path) -> None:
+    """The table, what is not in it, and where the rest is."""
+    table = results.table(folder / RECORDS)
+    write_text(folder / TABLE, table.markdown())
+    Console().print(table)
+    for one in ended:
+        if one.state != "done":
+            print(f"{one.step.name} {one.state}: {one.why}", file=sys.stderr)
+    took = sum(one.seconds for one in ended)
+    done = sum(one.state == "done" for one in ended)
+    print(f"{done} of {len(ended)} steps done in {duration(took)}. The same table: {folder / TABLE}")
+    if ended[-1].state == "done":
+        print(f"The report: {folder / 'report.html'}")
