@@ -217,10 +217,11 @@ def experiment(
         "texts": {text: Path(path).resolve() for text, path in named.items()} or None,
         "pruner": pruner and pruner.resolve(),
     }
+    known = inspect.signature(module.run).parameters
     for option, value in given.items():
-        wanted, form = option in inspect.signature(module.run).parameters, _FORMS[option]
-        if wanted != (value is not None):
-            problem = f"needs --{option} {form}" if wanted else f"takes no --{option}"
+        needed = option in known and known[option].default is inspect.Parameter.empty
+        if (value is None and needed) or (value is not None and option not in known):
+            problem = f"needs --{option} {_FORMS[option]}" if needed else f"takes no --{option}"
             raise ValueError(f"experiment {name} {problem}")
     options = {option: value for option, value in given.items() if value is not None}
     records = records or documents.ROOT / documents.RECORDS / module.RECORDS
