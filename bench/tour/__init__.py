@@ -45,7 +45,7 @@ def tour(
     """
     if (train is None) != (val is None) or (train is not None and model is None):
         raise ValueError("train and val go together, and with a model")
-    given = None if model is None else Given(*_found(model, train, val))
+    given = None if model is None else _found(model, train, val)
     folder = (folder or Path("runs") / _name(given, short)).resolve()
     steps = plan(folder, given, short)
     if dry_run:
@@ -66,27 +66,28 @@ def tour(
     return 1 if failed(ended) else 0
 
 
-def _found(model: str, train: Path | None, val: Path | None) -> tuple[str, Path | None, Path | None]:
+def _found(model: str, train: Path | None, val: Path | None) -> Given:
     """A model that can be read and has a tokenizer, by a name that leads to it from any folder; texts alike.
 
     Raises:
         FileNotFoundError: There is no such model or text.
         ValueError: See ``loading.load_config`` and ``loading.load_tokenizer``.
     """
-    for option, path in (("train", train), ("val", val)):
-        if path is not None and not path.expanduser().exists():
-            raise FileNotFoundError(f"{option}: no such text: {path}")
     from lightning_modules.loading import load_config, load_tokenizer  # takes seconds to import
 
-    load_config(model)
+    texts = {name: path and path.expanduser().resolve() for name, path in (("train", train), ("val", val))}
+    for option, path in texts.items():
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{option}: no such text: {path}")
+    layers = load_config(model).get_text_config().num_hidden_layers
     load_tokenizer(model)
     here = Path(model).expanduser()
-    texts = (path and path.expanduser().resolve() for path in (train, val))
-    return (str(here.resolve()) if here.exists() else model, *texts)  # type: ignore[return-value]
+    return Given(str(here.resolve()) if here.exists() else model, layers, **texts)
 
 
 def _name(given: Given | None, short: bool) -> str:
-    parts = ["tour", *([Path(given.name).stem] if given else []), *(["short"] if short else [])]
+    model = [Path(given.name).name.removesuffix(".gguf")] if given else []
+    parts = ["tour", *model, *(["short"] if short else [])]
     return "-".join(parts)
 
 

@@ -55,7 +55,7 @@ def run(steps: Sequence[Step], folder: Path, start: Start | None = None) -> list
     (folder / "steps").mkdir(parents=True, exist_ok=True)
     ended: list[Ended] = []
     total = sum(step.seconds for step in steps)
-    with stage("Tour", round(total), "s of about as many") as show:
+    with stage("Tour", round(total), "s of work") as show:
         for number, step in enumerate(steps, 1):
             before = sum(one.step.seconds for one in ended)
             print(f"\n[{number}/{len(steps)}] {step.name}: {step.what}", flush=True)

@@ -61,11 +61,13 @@ class Given:
 
     Attributes:
         name: Folder or file, absolute, or a name on the Hub.
+        layers: Of its decoder.
         train: Text to calibrate and to recover on; the documentation on this machine when not given.
         val: Text to measure on.
     """
 
     name: str
+    layers: int
     train: Path | None = None
     val: Path | None = None
 
@@ -158,7 +160,7 @@ def _compression(make: _Maker) -> Step:
 
 def _own_model(make: _Maker) -> Step:
     brief = [*_steps(4), "--data.sources", "[topics]", "--data.max_val_blocks", "8", "--model.warmup_steps", "1"]
-    brief += ["--data.block_size", "64", "--data.vocab_size", "300", "--model.config.num_hidden_layers", "3"]
+    brief += ["--data.block_size", "64", "--data.vocab_size", "300", "--model.config.num_hidden_layers", "5"]
     return make("model", "pretrain a small Llama under two FSDP ranks", "fit", "tour/llama", 130, brief=brief)
 
 
@@ -299,9 +301,16 @@ def _tiers(make: _Maker, data: Sequence[str], given: Given | None) -> list[Step]
     ]  # fmt: skip
 
 
+_LAYERS = 6  # of configs/tour/llama.yaml
+_SCHEDULE = "lightning_modules.token_pruning.schedule.Schedule"
+
+
 def _together(make: _Maker, model: str, data: Sequence[str], first: Sequence[str], given: Given | None) -> list[Step]:
     sizes = ("--data.block_size", "512", "--data.batch_size", "2", "--data.max_val_blocks", "64")
     weights = [] if _missing(_TORCHAO, "quant") else ["--trainer.callbacks.weights", "int8"]
+    half = (given.layers if given else _LAYERS) // 2
+    arguments = f'{{"layers": [{half}], "keep": 0.25}}'
+    weights += ["--trainer.callbacks.schedule", f'{{"class_path": "{_SCHEDULE}", "init_args": {arguments}}}']
     if given:
         weights += ["--trainer.callbacks.windows", "24", "--trainer.callbacks.repeats", "5"]
     brief = ["--trainer.callbacks.repeats", "1", "--trainer.callbacks.windows", "2"]

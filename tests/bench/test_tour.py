@@ -106,7 +106,7 @@ def test_nothing_of_a_stopped_step_is_left(tmp_path, forked, monkeypatch):
 
 
 def test_steps_need_only_what_comes_before(tmp_path):
-    for given in (None, Given("org/model"), Given("/m.gguf", Path("/t"), Path("/v"))):
+    for given in (None, Given("org/model", 30), Given("/m.gguf", 30, Path("/t"), Path("/v"))):
         for short in (False, True):
             steps = plan(tmp_path, given, short)
             names = [step.name for step in steps]
@@ -121,8 +121,12 @@ def test_commands_for_a_given_model_are_accepted(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.json"
     text.write_text('[{"text": "x"}]')
-    whole = {step.name: step for step in plan(tmp_path, Given("org/model"), short=False)}
-    for step in [*plan(tmp_path, Given("org/model", text, text), short=True), whole["answers"], whole["evaluation"]]:
+    whole = {step.name: step for step in plan(tmp_path, Given("org/model", 30), short=False)}
+    for step in [
+        *plan(tmp_path, Given("org/model", 30, text, text), short=True),
+        whole["answers"],
+        whole["evaluation"],
+    ]:
         words = shlex.split(step.command(tmp_path))
         if words[1].endswith("main.py"):
             assert (tmp_path / words[1]).resolve() == ROOT / "main.py" and (tmp_path / words[4]).is_file()
