@@ -52,11 +52,12 @@ class PareCLI(TunesControls):
             self.trainer.check(**arguments)
 
 
-def main() -> None:
-    """Run the command line."""
+def run(cls: type[PareCLI] = PareCLI, arguments: list[str] | None = None) -> PareCLI:
+    """Run the command line, or ``arguments`` in its place."""
     quiet()
     with steady(), stoppable():
-        PareCLI(
+        return cls(
+            args=arguments,
             trainer_class=PareTrainer,
             parser_class=Parser,
             save_config_callback=callbacks.LogConfig,
@@ -65,6 +66,11 @@ def main() -> None:
             auto_configure_optimizers=False,
             seed_everything_default=1234,
         )
+
+
+def main() -> None:
+    """Run the command line."""
+    run()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 from rich.console import Console
@@ -301,6 +301,45 @@ def memory(
     _show(estimates.table(models.split(","), counts, engine, residual, 2 if bf16 else 4), markdown)
 
 
+def plan(
+    configuration: Path | None = None,
+    world_size: int = 1,
+    node_size: int = 8,
+    rate: str | None = None,
+    backend: Literal["gloo", "nccl"] | None = None,
+    step: int = 100_000,
+    json: bool = False,
+    markdown: bool = False,
+    command: list[str] = [],  # noqa: B006 - never changed; jsonargparse shows it as the default
+) -> None:
+    """Say what each rank will hold and send: python -m bench plan --config … --world_size 64 --node_size 8
+
+    By the engine's own code on tensors without memory: no weight is read, no text, and no rank has to be there. Not
+    counted are activations, which depend on the length, and what libraries take for themselves. Arguments of `fit`
+    after `--` are added to the configuration's.
+
+    Args:
+        configuration: Of `main.py fit`; `--config` is the same. Its number of devices and nodes does not matter.
+        world_size: Ranks in all.
+        node_size: Ranks of a node.
+        rate: Rate of a node's link to the others, such as 10gbit: adds the time that bytes between nodes take.
+        backend: Who moves bytes; by default gloo where the configuration computes on the CPU, else nccl.
+        step: Optimizer steps made before the one that is planned, for methods that go by them.
+        json: Print bytes as JSON.
+        markdown: Print a Markdown table.
+        command: Arguments of fit as a JSON list; typing them after `--` is the same.
+    """
+    from bench import planning  # reads the whole command line of main.py, which no other command needs
+
+    if configuration is None:
+        raise ValueError("plan: give a configuration of main.py fit, --config configs/….yaml")
+    found = planning.plan(configuration, world_size, node_size, backend, step, command)
+    if json:
+        print(_to_json(found.as_dict()))
+    else:
+        _show(found.table(rate), markdown)
+
+
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
@@ -314,6 +353,8 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
+    if arguments[:1] == ["plan"]:  # a configuration of main.py, not one of this command's own arguments
+        arguments = [re.sub(r"^--config(?==|$)", "--configuration", each) for each in arguments]
     # --dry-run is as good as --dry_run
     arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
     known = (
@@ -328,6 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         collectives,
         bounds,
         memory,
+        plan,
         report,
         configuration,
         tour,

@@ -80,7 +80,7 @@ def load(
         supported: Called with the configuration before weights are read; raises where the model cannot be used.
 
     Returns:
-        A ``PreTrainedModel``, in evaluation mode.
+        A ``PreTrainedModel``, in evaluation mode. Under ``torch.device("meta")`` without its weights, unpacked.
 
     Raises:
         FileNotFoundError: No such folder or file, or a name that cannot be had from the Hub; the message says how.
@@ -92,6 +92,9 @@ def load(
     config = load_config(path)
     if supported is not None:
         supported(config)
+    if torch.get_default_device().type == "meta":  # only counted
+        kind = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return AutoModelForCausalLM.from_config(config, **({} if kind is None else {"dtype": kind})).eval()
     source = _locate(path)
     folder = Path(source.name)
     if source.local and not source.options:

@@ -1,10 +1,11 @@
 """DDP through Lightning with compressed gradients: the control, in which every rank holds everything."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -89,16 +90,25 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         return wrapped
 
     def _install_two_levels(self, wrapped: FixedBuckets) -> None:
+        inside, outside = self._groups()
+        reduce = self._on_two_levels(bucket_units(wrapped, self.traffic, inside), outside)
+        install_hook(wrapped, [unit for unit in self.units if unit.level == "intra"], reduce)
+
+    def _groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """This rank's replica, and the ranks that stand where it stands in the other replicas."""
         shape = self.replicas, self.world_size // self.replicas
         mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
-        inside = bucket_units(wrapped, self.traffic, mesh["shard"].get_group())
+        return mesh["shard"].get_group(), mesh["replicate"].get_group()
+
+    def _on_two_levels(self, inside: list[Unit], replicas: dist.ProcessGroup) -> Callable[[Unit, Tensor], None]:
+        """Take units of buckets inside a replica, and their shards between replicas; the reduction of a bucket."""
         between = {}
         for unit in inside:
             unit.level = "intra"
             padded = -(-unit.numel // unit.world_size) * unit.world_size
-            between[unit.name] = shard_between(unit, padded, mesh["replicate"].get_group())
+            between[unit.name] = shard_between(unit, padded, replicas)
         self._take_units([*inside, *between.values()])
-        install_hook(wrapped, inside, lambda unit, grad: self._reduce_on_two_levels(unit, between[unit.name], grad))
+        return lambda unit, grad: self._reduce_on_two_levels(unit, between[unit.name], grad)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Restore the weights; those of another model are refused by name.

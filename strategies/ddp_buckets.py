@@ -55,14 +55,31 @@ def bucket_units(model: FixedBuckets, traffic: Traffic, group: dist.ProcessGroup
         group: The ranks that reduce a bucket; by default all.
     """
     group = model.process_group if group is None else group
-    names = {id(p): clean_name(name) for name, p in model.module.named_parameters()}
+    buckets = [bucket.parameters() for bucket in model.reducer._get_zeros_like_grad_buckets()]
+    return _units(model.module, buckets, traffic, group)
+
+
+def planned_units(
+    module: nn.Module, bucket_cap_mb: int, traffic: Traffic, group: dist.ProcessGroup | None = None
+) -> list[Unit]:
+    """The same as after wrapping ``module``, which may be without memory ("meta"), without wrapping it."""
+    trained = [p for p in module.parameters() if p.requires_grad][::-1]
+    caps = [min(dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb << 20), bucket_cap_mb << 20]
+    cut, _ = dist._compute_bucket_assignment_by_size(trained, caps)
+    return _units(module, [[trained[i] for i in bucket] for bucket in cut], traffic, group)
+
+
+def _units(
+    module: nn.Module, buckets: list[list[Tensor]], traffic: Traffic, group: dist.ProcessGroup | None
+) -> list[Unit]:
+    names = {id(p): clean_name(name) for name, p in module.named_parameters()}
     units = []
-    for bucket in model.reducer._get_zeros_like_grad_buckets():
+    for number, bucket in enumerate(buckets):
         slices, offset = [], 0
-        for parameter in bucket.parameters():
+        for parameter in bucket:
             slices.append(ParameterSlice(names[id(parameter)], tuple(parameter.shape), offset))
             offset += parameter.numel()
-        units.append(Unit(f"bucket {bucket.index()}", slices, offset, group, traffic))
+        units.append(Unit(f"bucket {number}", slices, offset, group, traffic))
     return units
 
 

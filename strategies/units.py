@@ -146,6 +146,18 @@ def fsdp_units(root: FSDP, traffic: Traffic) -> Iterator[tuple[FSDP, Unit]]:
         yield module, Unit(clean, list(_slices(flat)), _padded_numel(module), module.process_group, traffic)
 
 
+def flat_unit(
+    name: str, parameters: list[tuple[str, tuple[int, ...]]], group: dist.ProcessGroup | None, traffic: Traffic
+) -> Unit:
+    """A unit as FSDP1 would lay it out: every parameter (name, shape) begins at a multiple of 16 bytes of float32."""
+    slices, offset = [], 0
+    for fqn, shape in parameters:
+        slices.append(ParameterSlice(fqn, shape, offset))
+        offset += -(-slices[-1].numel // 4) * 4
+    ranks = dist.get_world_size(group)
+    return Unit(name, slices, -(-offset // ranks) * ranks, group, traffic)
+
+
 def is_trained(module: FSDP) -> bool:
     """Whether a parameter of this FSDP module's own unit is trained."""
     flat = module._handle.flat_param

@@ -1,0 +1,125 @@
+"""What is planned, without memory and without other ranks, is what a run of real ranks holds and sends."""
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from bench import __main__ as command
+from bench.planning import check_shape, plan
+from bench.planning.absent import planned
+from strategies import CompressedDDP, CompressedDiLoCo, CompressedFSDP, CompressedFSDP2
+from strategies.compressors import Bidirectional, ErrorFeedback, Int4, Int8, PowerSGD
+from tests.bench.test_memory import Module
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse by an old name
+_QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+_STEPS = 4
+TWO_LEVELS = {"replicas": 2, "replica_compressor": Bidirectional(ErrorFeedback(Int4(16)), Int8(16))}
+CASES = {
+    "fsdp2": (CompressedFSDP2, {"compressor": ErrorFeedback(Int8()), "parameter_compressor": Int8()}),
+    "fsdp2, gathered once": (CompressedFSDP2, {"compressor": Int4(16), "sharding_strategy": "SHARD_GRAD_OP"}),
+    "fsdp2, two levels": (CompressedFSDP2, {"compressor": Int8(16), **TWO_LEVELS}),
+    "fsdp2, torch's replicas": (CompressedFSDP2, {"compressor": Int8(16), "replicas": 2}),
+    "fsdp1": (CompressedFSDP, {"compressor": ErrorFeedback(PowerSGD(2))}),
+    "ddp": (CompressedDDP, {"compressor": Int8(16)}),
+    "ddp, two levels": (CompressedDDP, {"compressor": Int8(16), **TWO_LEVELS}),
+    "local steps": (CompressedDiLoCo, {"compressor": Bidirectional(Int8(16)), "sync_every": 2}),
+}
+
+
+class Watched(Module):
+    """Notes what it holds, on whole local tensors: FSDP1's too."""
+
+    def on_before_optimizer_step(self, optimizer):
+        if not optimizer.state:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        units = self.trainer.strategy.units
+        self.held = {
+            "parameters": _bytes(parameters),
+            "gradients": _bytes([p.grad for p in parameters if p.grad is not None]),
+            "optimizer": _bytes(moments),
+            "what the compressor keeps": _bytes([part for unit in units for part in unit.state.values()]),
+        }
+
+
+def _bytes(tensors):
+    return sum(getattr(t, "to_local", lambda t=t: t)().nbytes for t in tensors)
+
+
+def _trainer(case, devices, nodes=1):
+    cls, options = CASES[case]
+    return L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        num_nodes=nodes,
+        strategy=cls(**options),
+        max_steps=_STEPS,
+        use_distributed_sampler=False,
+        **_QUIET,
+    )
+
+
+def _train(case):
+    module, trainer = Watched(), _trainer(case, 4)
+    trainer.fit(module, DataLoader(torch.randn(2 * _STEPS, 16), batch_size=2))
+    traffic = trainer.strategy.traffic.take()
+    return module.held, traffic.gradient_bytes() / _STEPS, traffic.parameter_bytes() / _STEPS, traffic.levels["inter"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_holds_and_sends_what_is_planned(four_ranks, case):
+    found = planned(_trainer(case, 2, nodes=2), Module(), node_size=2)
+    for held, gradients, parameters, inter in four_ranks.run(_train, case):
+        for name, value in held.items():  # FSDP1 lays parameters out by itself
+            assert found.held.get(name, 0) == pytest.approx(value, rel=0.03 if case == "fsdp1" else 1e-9)
+        assert found.sent["gradients"] == pytest.approx(gradients, rel=0.03 if case == "fsdp1" else 1e-9)
+        assert found.sent["parameters"] == pytest.approx(parameters, rel=0.03 if case == "fsdp1" else 1e-9)
+        if inter:
+            assert sum(found.inter.values()) == pytest.approx(inter / _STEPS, rel=1e-9)
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_leaves_a_node():
+    trainer, module = _trainer("fsdp2", 2, nodes=2), Module()
+    flat = planned(trainer, module, node_size=2)
+    # codes for two of three others; parameters around a ring of which one of two edges leaves a node
+    assert flat.inter["gradients"] == pytest.approx(flat.sent["gradients"] * 2 / 3)
+    assert flat.inter["parameters"] == pytest.approx(flat.sent["parameters"] / 2)
+    alone = planned(_trainer("fsdp2", 4), Module(), node_size=4)
+    assert sum(alone.inter.values()) == 0 and alone.sent == flat.sent
+
+
+def test_a_configuration_is_planned_for_many_nodes(capsys):
+    tiny = ["--model.config", "{n_layer: 2, n_embd: 32, n_head: 2}", "--trainer.strategy.class_path", "CompressedFSDP2"]
+    base = ["plan", "--config", str(ROOT / "configs/pretraining/gpt2_tiny.yaml"), "--world_size", "64"]
+    assert command.main([*base, "--node_size", "8", "--json", "--", *tiny]) == 0
+    told = json.loads(capsys.readouterr().out)
+    # twelve 32² a block and 4096 + 128 rows of the embedding
+    assert told["parameters"] == pytest.approx(2 * 12 * 32**2 + (4096 + 128) * 32, rel=0.02)
+    assert told["held"]["parameters"] == pytest.approx(4 * told["parameters"] / 64, rel=0.15)  # 32 rows on 64 ranks
+    assert told["intra"] + told["inter"] == pytest.approx(told["sent"]["total"])
+    assert told["inter_of_a_node"] == 8 * told["inter"]
+
+
+def test_impossible_shapes_are_refused_by_name(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="world_size=10 ranks do not fill nodes of node_size=4"):
+        check_shape(10, 4)
+    with pytest.raises(ValueError, match="at least 1"):
+        check_shape(0, 1)
+    with pytest.raises(ValueError, match="replicas=2 makes groups of 3 ranks, which would lie across nodes of 2"):
+        planned(_trainer("ddp, two levels", 2, nodes=3), Module(), 2)
+    with pytest.raises(ValueError, match="cannot be planned"):
+        planned(L.Trainer(accelerator="cpu", devices=1, **_QUIET), Module(), 1)
+    with pytest.raises(FileNotFoundError, match="no file nowhere"):
+        plan(Path("nowhere"), 8, 8, None, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"node_size=8, but the launcher .* LOCAL_WORLD_SIZE=4"):
+        check_shape(16, 8)
+    assert command.main(["plan", "--world_size", "8"]) == 1 and "--config" in capsys.readouterr().err
