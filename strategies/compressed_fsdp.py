@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from strategies.compressors import Compressor
-from strategies.engine import CompressedEngine
+from strategies.engine import CompressedEngine, Start
 from strategies.kernels import Choice
 from strategies.precision import ShardedPrecision
 from strategies.traffic import Traffic
@@ -55,6 +55,8 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             gathered between forward and backward) or NO_SHARD (everything replicated).
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
         auto_wrap_policy: Module classes (or a policy) that become units, instead of the blocks that are found.
+        start: What each rank has while ``configure_model`` builds the model: its rows of every parameter ("sharded";
+            a unit is put together when it is wrapped), or all of it ("whole"). The weights are the same.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
             variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
 
@@ -70,6 +72,7 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"] = "FULL_SHARD",
         state_dict_type: Literal["full", "sharded"] = "sharded",
         auto_wrap_policy: set[type[nn.Module]] | None = None,
+        start: Start = "sharded",
         kernels: Choice = "auto",
         **kwargs: Any,
     ) -> None:
@@ -87,6 +90,7 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         )
         self.compressor = compressor
         self.block_classes = auto_wrap_policy if classes else None
+        self.start = start
         self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
@@ -102,6 +106,13 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             device = self.parallel_devices[0].type if self.parallel_devices else "cpu"
             plugin = ShardedPrecision(plugin.precision, device)
         FSDPStrategy.precision_plugin.fset(self, plugin)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """See ``Strategy.model_sharded_context``; ``start`` decides what each rank keeps of the model."""
+        ranks = 1 if self.sharding_strategy == ShardingStrategy.NO_SHARD else self.world_size
+        with super().model_sharded_context(), self._building(self.global_rank, ranks):
+            yield
 
     def _setup_model(self, model: nn.Module) -> FSDP:
         """Wrap ``model``, once: what an earlier stage has wrapped is taken up again."""
@@ -129,6 +140,8 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             blocks = chosen_blocks(model, self.block_classes)
             apart = trained_apart(model, blocks) if self.compressor is not None else []
             options["auto_wrap_policy"] = CustomPolicy(lambda module: type(module) in blocks or module in apart)
+        if self._built is not None and "param_init_fn" not in options:
+            options["param_init_fn"] = self._built.fill_whole(self.root_device, None)
         root = FSDP(
             model,
             cpu_offload=self.cpu_offload,

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from strategies.compressors import Codec, Compressor
 from strategies.compressors.none import NoCompression
-from strategies.engine import CompressedEngine, misfit
+from strategies.engine import CompressedEngine, Start, misfit
 from strategies.fsdp2_collectives import (
     CountedAllGather,
     EncodedAllGather,
@@ -56,6 +56,8 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             ``Int8``; none is torch's own all-reduce. With it, gradients are counted and timed inside the groups, too.
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
         auto_wrap_policy: Module classes that are sharded on their own, instead of the blocks that are found.
+        start: What each rank has while ``configure_model`` builds the model: its rows of every parameter ("sharded"),
+            or all of it ("whole"). The weights are the same.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
             variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
@@ -79,6 +81,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         replica_compressor: Compressor | None = None,
         state_dict_type: Literal["full", "sharded"] = "sharded",
         auto_wrap_policy: set[type[nn.Module]] | None = None,
+        start: Start = "sharded",
         kernels: Choice = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -110,6 +113,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         self.replicas = replicas
         self.replica_compressor = replica_compressor
         self.block_classes = auto_wrap_policy
+        self.start = start
         self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
@@ -132,6 +136,13 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """See ``Strategy.model_sharded_context``; ``start`` decides what each rank keeps of the model."""
+        shards = self.world_size // self.replicas
+        with super().model_sharded_context(), self._building(self.global_rank % max(shards, 1), shards):
+            yield
+
     def setup(self, trainer: Any) -> None:
         """Shard the model where its LightningModule has not, install the collectives, make the optimizers.
 
@@ -142,6 +153,8 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         self.model = model = self.precision_plugin.convert_module(model)
         if not any(isinstance(module, FSDPModule) for module in model.modules()):
             self._shard(model)
+        if self._built is not None:
+            self._built.fill_shards(model, self.root_device)
         _materialize_distributed_module(model, self.root_device)
         self.model_to_device()
         self._install(model)

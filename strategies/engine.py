@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,9 +35,11 @@ from strategies.compressors import Compressor
 from strategies.frozen_adam import FrozenVariance, check_adam
 from strategies.kernels import Choice, Job, choose
 from strategies.precision import UnscaledPrecision
+from strategies.sharded_start import ShardedStart
 from strategies.traffic import Traffic
 from strategies.units import Unit
 
+Start = Literal["sharded", "whole"]
 _FIRST = "PARE_FIRST_RANK"  # process id of the rank that started the others
 
 
@@ -51,6 +53,7 @@ class CompressedEngine(ParallelStrategy):
         kernels: How the arithmetic of codecs is asked to run.
         replicas: Groups of ranks, in rank order, that each reduce among themselves before they reduce between them.
         replica_compressor: How they do so between them; None is torch's own way.
+        start: What a sharding engine's ranks have of the model while it is built.
         codec_backend: How it does run; None before it is settled, or where no codec has a choice.
     """
 
@@ -60,7 +63,9 @@ class CompressedEngine(ParallelStrategy):
     kernels: Choice = "auto"
     replicas: int = 1
     replica_compressor: Compressor | None = None
+    start: Start = "whole"
     codec_backend: str | None = None
+    _built: ShardedStart | None = None  # what a sharded start has kept
     loaded_from: Path | None = None  # the checkpoint that is being restored, for messages
     owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
     _served: Any = None  # the module whose units these are
@@ -95,6 +100,16 @@ class CompressedEngine(ParallelStrategy):
         ParallelStrategy.precision_plugin.fset(self, plugin)
 
     # Starting together or not at all.
+
+    @contextmanager
+    def _building(self, rank: int, ranks: int) -> Iterator[None]:
+        """Build a model, of which this is the ``rank``-th of ``ranks`` that share it."""
+        if self.start == "whole" or ranks == 1:
+            yield
+            return
+        self._built = ShardedStart(rank, ranks)
+        with self._built.building():
+            yield
 
     def _configure_launcher(self) -> None:
         """Lightning starts the other ranks of this machine from the first one: they end when it does."""
@@ -338,8 +353,15 @@ class CompressedEngine(ParallelStrategy):
         """Refuse a number of ranks that cannot be cut into ``replicas`` groups.
 
         Raises:
-            ValueError: ``replicas`` does not divide it, or its groups would not be those of the nodes.
+            ValueError: ``replicas`` does not divide it, its groups would not be those of the nodes, or nodes have
+                another number of ranks than their launcher has started.
         """
+        started, asked = os.environ.get("LOCAL_WORLD_SIZE", ""), getattr(self, "num_processes", 0)
+        if started.isdigit() and asked and int(started) != asked:
+            raise ValueError(
+                f"trainer.devices={asked}, but the launcher has started {started} ranks on this node "
+                "(LOCAL_WORLD_SIZE): give the same"
+            )
         size, rest = divmod(ranks, self.replicas)
         if rest or size == 0:
             raise ValueError(
