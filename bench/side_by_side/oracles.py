@@ -89,6 +89,10 @@ NMSE: dict[str, float] = {
     "Bidirectional(inner=Int8(block_size=256, stochastic=False), back=None)": _INT8,
     "Bidirectional(inner=ErrorFeedback(inner=Int4(block_size=128, stochastic=False), storage='float32'), "
     "back=Int8(block_size=256, stochastic=False))": _INT4,
+    # where all ranks are one node, or each is one, there is one hop
+    "TwoHops(inner=Int8(block_size=256, stochastic=False), node_size=64, between=None)": _INT8,
+    "TwoHops(inner=Int8(block_size=256, stochastic=False), node_size=1, between=Int4(block_size=128, "
+    "stochastic=False))": _INT4,
 }
 
 Formula = Callable[[int, int], int]
@@ -239,6 +243,8 @@ SENT: dict[str, Formula] = {
     f"Bidirectional(inner={_ONE}, back=None)": _bits(8, 256),
     "Bidirectional(inner=ErrorFeedback(inner=Int4(block_size=128, stochastic=False), storage='float32'), "
     f"back={_ONE})": _bits(4, 128),
+    f"TwoHops(inner={_ONE}, node_size=64, between=None)": _bits(8, 256),
+    f"TwoHops(inner={_ONE}, node_size=1, between=Int4(block_size=128, stochastic=False))": _bits(4, 128),
 }
 
 
