@@ -63,7 +63,8 @@ def planned_units(
     module: nn.Module, bucket_cap_mb: int, traffic: Traffic, group: dist.ProcessGroup | None = None
 ) -> list[Unit]:
     """The same as after wrapping ``module``, which may be without memory ("meta"), without wrapping it."""
-    trained = [p for p in module.parameters() if p.requires_grad][::-1]
+    trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+    trained.reverse()
     caps = [min(dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb << 20), bucket_cap_mb << 20]
     cut, _ = dist._compute_bucket_assignment_by_size(trained, caps)
     return _units(module, [[trained[i] for i in bucket] for bucket in cut], traffic, group)

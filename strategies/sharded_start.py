@@ -105,7 +105,7 @@ class ShardedStart(TorchDispatchMode):
 
         found = {name: wrapped(value) for name, value in vars(nn.init).items() if _initialises(name, value)}
         with ExitStack() as patched:
-            patched.enter_context(mock.patch.multiple(nn.init, **found))
+            patched.enter_context(mock.patch.dict(vars(nn.init), found))
             if (known := sys.modules.get("transformers.initialization")) is not None:  # has its own references
                 own: dict[str, Any] = known.TORCH_INIT_FUNCTIONS
                 patched.enter_context(mock.patch.dict(own, {name: f for name, f in found.items() if name in own}))
@@ -167,7 +167,7 @@ class ShardedStart(TorchDispatchMode):
         """One row of a parameter, as that of padding; False where it is another part."""
         if view.shape != kept.shape[1:] or not view.is_contiguous() or name not in {"fill_", "zero_"}:
             return False
-        row, beside = divmod(view.storage_offset(), max(view.numel(), 1))
+        row, beside = divmod(int(view.storage_offset()), max(view.numel(), 1))
         if beside:
             return False
         if 0 <= row - kept.first < kept.rows.shape[0]:

@@ -211,7 +211,7 @@ class _Count:
             codec, ranks = engine.parameter_compressor, sharded.gathered.world_size
             if ranks == 1:
                 continue
-            gather = CountedAllGather(sharded) if codec is None else EncodedAllGather(sharded, codec)
+            gather: Any = CountedAllGather(sharded) if codec is None else EncodedAllGather(sharded, codec)
             numel = sharded.gathered.numel
             shard = torch.empty(numel // ranks, dtype=_gathered_dtype(engine, model), device="meta")
             gather(torch.empty(numel, dtype=shard.dtype, device="meta"), shard, sharded.gathered.group)
@@ -285,7 +285,8 @@ class _Count:
         """Bytes of this rank's optimizer state: that of a step, taken on tensors without memory."""
         steps = mock.PropertyMock(return_value=1000)
         with mock.patch.object(L.Trainer, "estimated_stepping_batches", steps):
-            optimizers = _configure_optimizers(self.module.configure_optimizers())[0]
+            configured: Any = self.module.configure_optimizers()
+            optimizers = _configure_optimizers(configured)[0]
         total = 0
         for optimizer in optimizers:
             for group in optimizer.param_groups:
