@@ -19,7 +19,7 @@ from callbacks.measurement import Measurement
 from callbacks.prefill_timing import given, read, validation_text
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from common.progress import stage
-from common.tables import Table
+from common.tables import Table, percent
 from lightning_modules.loading import check_vocabulary, load, load_config
 from lightning_modules.quantization import Format, check_available, quantize, weight_bytes
 from lightning_modules.token_pruning.flops import Cost
@@ -183,7 +183,7 @@ class Ladder(Measurement):
             self.rows.append(row)
             rank_zero_info(f"{rung.name}: loss {row['nll']:.4f} nats ({row['nll_rise']:+.4f})")
         self._time(models, validation_text(trainer, self.prompt_tokens))
-        Console().print(table(self.rows))
+        Console().print(*tables(self.rows))
 
     def _load(self, rung: Rung, trainer: Trainer) -> Any:
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
@@ -338,25 +338,22 @@ def _sizes(rung: Rung, model: Any) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Every rung beside the dense model, and what it adds to the one before."""
-    headers = ["rung", "loss", "rise", "facts", "prefill", "bound", "decode", "bound", "weights", "cache", "files"]
-    lines = [
-        [
-            row["rung"],
-            f"{row['nll']:.3f}",
-            f"{row['nll_rise']:+.3f}",
-            f"{row['right']:.0%}" if "right" in row else "not asked",
-            *(_times(row.get(f"{phase}_{what}")) for phase in ("prefill", "decode") for what in ("speedup", "bound")),
-            *(_megabytes(row.get(f"{what}_bytes")) for what in ("weight", "kv", "file")),
-        ]
-        for row in rows
-    ]
-    return Table(headers, lines, "each rung adds to those above it; speed over dense")
-
-
-def _times(ratio: float | None) -> str | None:
-    return None if ratio is None else f"{ratio:.2f} ×"
+def tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """Every rung beside the dense model: what it costs, how fast it is beside its bounds, and its bytes."""
+    costs: list[list[Any]] = [[row["rung"], row["nll"], f"{row['nll_rise']:+.4f}"] for row in rows]
+    headers = ["rung", "loss", "over dense"]
+    if "right" in rows[0]:
+        headers.append("facts right")
+        costs = [[*cost, percent(row["right"])] for cost, row in zip(costs, rows, strict=True)]
+    made = [Table(headers, costs, "each rung adds to those above it")]
+    if "prefill_ms" in rows[0]:
+        ways = [(phase, what) for phase in ("prefill", "decode") for what in ("speedup", "gain", "bound")]
+        speeds = [[row["rung"], *(f"{row[f'{phase}_{what}']:.2f} ×" for phase, what in ways)] for row in rows]
+        names = ["rung", "prefill", "its part", "bound", "decode", "its part", "bound"]
+        made.append(Table(names, speeds, "times as fast as dense"))
+    parts = ("weight", "kv", "file")
+    sizes = [[row["rung"], *(_megabytes(row.get(f"{part}_bytes")) for part in parts)] for row in rows]
+    return [*made, Table(["rung", "weights", "cache", "files"], sizes, "bytes")]
 
 
 def _megabytes(size: int | None) -> str | None:

@@ -152,7 +152,7 @@ def _compression(make: _Maker) -> Step:
     arguments = ["sweep", "--config", f"{make.here}/configs/tour/compression.yaml"]
     arguments += ["--results", f"{RECORDS}/compression.jsonl"]
     if make.short:
-        arguments += ["--only", "none,int8", "--", *_steps(3), "--data.sources=[topics]", "--data.max_val_blocks=8"]
+        arguments += ["--only", "none,int8", "--", *_steps(8), "--data.sources=[topics]", "--data.max_val_blocks=8"]
         arguments += ["--model.config={n_layer: 2, n_embd: 32, n_head: 2}", "--data.vocab_size=300"]
     what = "train between two hosts on a slow link, plain and with gradients and parameters in codes"
     return Step("compression", what, "bench", tuple(arguments), 30 if make.short else 120)
@@ -230,12 +230,14 @@ def _structure(make: _Maker, model: str, data: Sequence[str], first: Sequence[st
     text = (*data, *sizes) if given else tuple(data)
     budget = ("--model.budget", "0.15", "--model.calibration_blocks", "32") if given else ()
     recovery = [*_steps(40), "--trainer.accumulate_grad_batches", "2"] if given else _steps(60)
-    timing = ["--trainer.callbacks.batch_sizes", "[1]"] if given else []
+    timing = ["--trainer.callbacks.batch_sizes", "[1]" if given else "[1, 8]"]
+    once = ["--trainer.callbacks.batch_sizes", "[1]", "--trainer.callbacks.prompt_tokens", "32"]
+    once += ["--trainer.callbacks.repeats", "1", "--data.val_stride", "32"]
     steps = [
         make(
             "structure", "remove heads and channels; what is left is refitted, and proved", "prune", f"{folder}/prune",
             300 if given else 40, "--model.base", model, *text, *budget, needs=first,
-            brief=[*_SMALL, "--model.calibration_blocks", "4", "--model.probe_blocks", "1"],
+            brief=[*_SMALL, "--model.calibration_blocks", "48", "--model.probe_blocks", "1"],
         ),
         make(
             "recovery", "recover it with adapters, which are merged", "fit", f"{folder}/recover",
@@ -245,7 +247,7 @@ def _structure(make: _Maker, model: str, data: Sequence[str], first: Sequence[st
         make(
             "evaluation", "perplexity, prefill and decoding beside the dense model", "validate", f"{folder}/validate",
             120 if given else 25, "--model.base", model, *text, *timing,
-            needs=["recovery"], brief=[*_SMALL, "--data.val_stride", "32"],
+            needs=["recovery"], brief=[*_SMALL, *once],
         ),
         make(
             "stock", "write it as a stock class", "export", f"{folder}/prune", 40 if given else 12,
@@ -301,15 +303,14 @@ def _tiers(make: _Maker, data: Sequence[str], given: Given | None) -> list[Step]
     ]  # fmt: skip
 
 
-_LAYERS = 6  # of configs/tour/llama.yaml
 _SCHEDULE = "lightning_modules.token_pruning.schedule.Schedule"
 
 
 def _together(make: _Maker, model: str, data: Sequence[str], first: Sequence[str], given: Given | None) -> list[Step]:
     sizes = ("--data.block_size", "512", "--data.batch_size", "2", "--data.max_val_blocks", "64")
     weights = [] if _missing(_TORCHAO, "quant") else ["--trainer.callbacks.weights", "int8"]
-    half = (given.layers if given else _LAYERS) // 2
-    arguments = f'{{"layers": [{half}], "keep": 0.25}}'
+    after = given.layers // 2 if given else 2
+    arguments = f'{{"layers": [{after}], "keep": 0.25}}'
     weights += ["--trainer.callbacks.schedule", f'{{"class_path": "{_SCHEDULE}", "init_args": {arguments}}}']
     if given:
         weights += ["--trainer.callbacks.windows", "24", "--trainer.callbacks.repeats", "5"]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import Ladder, RunRecord
-from callbacks.ladder import table
+from callbacks.ladder import tables
 from lightning_modules import Pretraining
 from lightning_modules.loading import load
 from lightning_modules.structured_pruning.saving import save
@@ -67,7 +67,10 @@ def test_bounds_follow_from_what_is_left(written):
     assert 1 < rows[1]["decode_bound"] < rows[2]["decode_bound"]
     assert all(row[f"{phase}_ms"] > 0 and row[f"{phase}_gain"] > 0 for row in rows for phase in ("prefill", "decode"))
     assert rows[1]["decode_gain"] == rows[1]["decode_speedup"]  # before it stands the dense model
-    assert len(table(rows).rows) == 3 and table([{**rows[0], "right": 0.5}]).rows[0][3] == "50%"
+    costs, speeds, sizes = tables(rows)
+    assert [row[0] for row in costs.rows] == [row[0] for row in speeds.rows] == ["dense", "structure", "tokens"]
+    assert speeds.rows[0][1] == "1.00 ×" and sizes.rows[2][2] == "0.0 MB"
+    assert tables([{**rows[0], "right": 0.5}])[0].rows[0][3] == "50.0 %"
 
 
 def test_impossible_ladders_are_refused(written):
