@@ -15,8 +15,8 @@ from common.trace import summary as trace_summary
 class Trace(Measurement):
     """Profiles ``active`` optimizer steps with torch.profiler and summarises rank 0's trace.
 
-    Every rank writes ``trace/rank{r}.json.gz`` in the log folder: open it in Perfetto (ui.perfetto.dev) or
-    chrome://tracing.
+    Every rank writes ``trace/rank{r}.pt.trace.json.gz`` in the log folder: open it in Perfetto (ui.perfetto.dev),
+    chrome://tracing, or TensorBoard's profiler view (pip install torch-tb-profiler), which finds files of that name.
 
     Args:
         wait: Optimizer steps before anything is recorded.
@@ -35,7 +35,7 @@ class Trace(Measurement):
         """Start the profiler's schedule."""
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "trace"
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"rank{trainer.global_rank}.json.gz"
+        self._path = folder / f"rank{trainer.global_rank}.pt.trace.json.gz"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         plan = schedule(**self.steps, repeat=1)
         self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._save)

@@ -52,6 +52,7 @@ class TrafficMonitor(Measurement):
         self._level_bytes: dict[str, int] = defaultdict(int)
         self._samples: dict[str, list[float]] = defaultdict(list)
         self._units: list[Unit] = []
+        self._keeping: list[Unit] = []
         self._nic_start = self._nic_end = (0, 0)
         self._nic_before = (0, 0)
         self._rows: Any = None
@@ -110,6 +111,7 @@ class TrafficMonitor(Measurement):
         for name, value in fidelity.items():
             self._samples[name].append(value)
         self._units = trainer.strategy.units
+        self._keeping = [*self._units, *trainer.strategy.keepers]
         if sampled and (residual := residuals.norm(self._units)) is not None:
             fidelity["residual_norm"] = residual.item()
         if trainer.is_global_zero:
@@ -126,6 +128,7 @@ class TrafficMonitor(Measurement):
         self._totals["gradients"] += step.gradient_bytes()
         self._totals["parameters"] += step.parameter_bytes()
         self._totals["ideal"] += sum(step.ideal.values())
+        self._totals["plain"] += step.plain
         self._totals["native"] += sum(step.native.values())
         self._totals["encode"] += step.phase_ms("encode")
         self._totals["decode"] += step.phase_ms("decode")
@@ -214,6 +217,10 @@ class TrafficMonitor(Measurement):
             "extra_collective_time_ms": self._totals["extra_ms"],
             "index_bytes": self._role_bytes.get("indices", 0),
             "effective_bandwidth": (sent + self._totals["parameters"]) / (wire_ms / 1e3) if wire_ms else None,
+            "effective_bandwidth_raw": (self._totals["ideal"] + self._totals["plain"]) / (wire_ms / 1e3)
+            if wire_ms
+            else None,
+            "compressor_state_bytes": sum(residuals.nbytes(unit) for unit in self._keeping),
             "monitor_ms_per_step": self._totals["monitor_ms"] / self.steps,
             **{name: sum(values) / len(values) for name, values in self._samples.items()},
         }

@@ -32,6 +32,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         replicas: Groups of ranks, in rank order, usually the number of nodes: ``compressor`` reduces inside each, then
             each rank its shard with those of the other groups by ``replica_compressor``. 1 is one ring over all.
         replica_compressor: How shards are averaged between groups, e.g. ``Bidirectional`` of ``Int8``; none is fp32.
+        overlap: Go on with the backward pass while a bucket is encoded and sent, in a stream or thread of its own.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
             variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
@@ -50,6 +51,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         bucket_cap_mb: int = 25,
         replicas: int = 1,
         replica_compressor: Compressor | None = None,
+        overlap: bool = True,
         kernels: Choice = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -68,6 +70,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         self.compressor = compressor
         self.bucket_cap_mb = bucket_cap_mb
         self.replicas, self.replica_compressor = replicas, replica_compressor
+        self.overlap = overlap
         self.kernels = kernels
         self.traffic = Traffic()
         self.units: list[Unit] = []
@@ -82,7 +85,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         if self.replicas == 1:
             units = bucket_units(wrapped, self.traffic)
             self._take_units(units)
-            install_hook(wrapped, units, self._reduce_replicated)
+            install_hook(wrapped, units, self._reduce_replicated, self.overlap)
         else:
             self._install_two_levels(wrapped)
         self._warm_up(self.world_size // self.replicas)
@@ -92,7 +95,7 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
     def _install_two_levels(self, wrapped: FixedBuckets) -> None:
         inside, outside = self._groups()
         reduce = self._on_two_levels(bucket_units(wrapped, self.traffic, inside), outside)
-        install_hook(wrapped, [unit for unit in self.units if unit.level == "intra"], reduce)
+        install_hook(wrapped, [unit for unit in self.units if unit.level == "intra"], reduce, self.overlap)
 
     def _groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """This rank's replica, and the ranks that stand where it stands in the other replicas."""

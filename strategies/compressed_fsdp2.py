@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.tensor import DTensor
 
 from strategies.compressors import Codec, Compressor
@@ -23,6 +24,7 @@ from strategies.compressors.none import NoCompression
 from strategies.engine import CompressedEngine, Start, misfit
 from strategies.fsdp2_collectives import (
     CountedAllGather,
+    DifferenceAllGather,
     EncodedAllGather,
     UnitReduceScatter,
     count_replica_all_reduce,
@@ -48,12 +50,16 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         compressor: How gradients are reduced, e.g. ``Int8``; none leaves torch's own path untouched and uncounted.
         parameter_compressor: How parameter shards travel when they are gathered, e.g. ``Int8``; straight from the fp32
             master weights. Forward and backward (validation too) see the decoded weights, checkpoints the exact ones.
+        parameter_differences: Gather codes of how parameters have changed, once a step, instead of parameters: four
+            bits do. Costs the whole model in the compute dtype on every rank, and a copy of it in checkpoints.
         sharding_strategy: FULL_SHARD (parameters are gathered for forward and again for backward) or SHARD_GRAD_OP
             (they stay gathered in between). For NO_SHARD use ``CompressedDDP``.
         replicas: Copies of the sharded model (HSDP): ranks are cut into so many groups in rank order, the compressor
             works inside each, and ``replica_compressor`` between them. Usually 1, or the number of nodes.
         replica_compressor: How shards of the gradient are averaged between replicas, e.g. ``Bidirectional`` of
             ``Int8``; none is torch's own all-reduce. With it, gradients are counted and timed inside the groups, too.
+        backward_within: Ranks of a node, which keep a copy of the parameters among them after forward, so that backward
+            gathers inside the node (ZeRO++'s hpZ). Costs the model in the compute dtype, over the ranks of a node.
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
         auto_wrap_policy: Module classes that are sharded on their own, instead of the blocks that are found.
         start: What each rank has while ``configure_model`` builds the model: its rows of every parameter ("sharded"),
@@ -65,7 +71,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
 
     Raises:
         ValueError: ``replicas`` is less than 1, or with ``replica_compressor`` less than 2; before any work, if it does
-            not divide the ranks.
+            not divide the ranks. ``parameter_differences`` without a contractive ``parameter_compressor``.
         TypeError: ``parameter_compressor`` is not a codec.
     """
 
@@ -76,9 +82,11 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         self,
         compressor: Compressor | None = None,
         parameter_compressor: Codec | None = None,
+        parameter_differences: bool = False,
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
         replicas: int = 1,
         replica_compressor: Compressor | None = None,
+        backward_within: int | None = None,
         state_dict_type: Literal["full", "sharded"] = "sharded",
         auto_wrap_policy: set[type[nn.Module]] | None = None,
         start: Start = "sharded",
@@ -102,6 +110,11 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
                 f"parameter_compressor must encode and decode (a Codec such as Int8 or BF16); "
                 f"{type(parameter_compressor).__name__} only reduces gradients"
             )
+        if parameter_differences and (parameter_compressor is None or not parameter_compressor.contractive):
+            raise ValueError(
+                "parameter_differences: needs a parameter_compressor whose errors shrink, such as Int4 or "
+                f"Hadamard(inner=Int4()); got {parameter_compressor!r}"
+            )
         super().__init__(
             save_distributed_checkpoint=state_dict_type == "sharded",
             process_group_backend=process_group_backend,
@@ -109,6 +122,16 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         )
         self.compressor = compressor
         self.parameter_compressor = parameter_compressor
+        once = sharding_strategy != "FULL_SHARD" or parameter_differences
+        if backward_within is not None and (backward_within < 2 or once):
+            raise ValueError(
+                f"backward_within={backward_within}: must be at least 2 ranks, with FULL_SHARD and without "
+                "parameter_differences: else backward gathers nothing"
+            )
+        self.backward_within = backward_within
+        self.parameter_differences = parameter_differences
+        self._version = 0  # of the weights
+        self._differences: list[DifferenceAllGather] = []
         self.sharding_strategy = ShardingStrategy[sharding_strategy]
         self.replicas = replicas
         self.replica_compressor = replica_compressor
@@ -126,6 +149,8 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             **super().describe(),
             "sharding_strategy": self.sharding_strategy.name,
             "replicas": self.replicas,
+            **({} if self.backward_within is None else {"backward_within": self.backward_within}),
+            **({"parameter_differences": True} if self.parameter_differences else {}),
             **{f"parameter_compress_{name}": value for name, value in parameters.items()},
         }
 
@@ -174,6 +199,12 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             ValueError: The same, and where one rank is left a group.
         """
         super().check_ranks(ranks)
+        shards, within = ranks // self.replicas, self.backward_within
+        if within is not None and (shards % within or shards == within):
+            raise ValueError(
+                f"backward_within={within} must be a divisor of the {shards} ranks that share a model, and less: "
+                "usually the ranks of a node"
+            )
         if self.replicas > 1 and ranks == self.replicas:
             raise ValueError(
                 f"replicas={self.replicas} leaves nothing to shard of {ranks} ranks; give a smaller divisor, or use "
@@ -200,15 +231,21 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             # None: as True, but the root, which backward needs at once, stays gathered
             "reshard_after_forward": None if self.sharding_strategy == ShardingStrategy.FULL_SHARD else False,
         }
+        if self.backward_within is not None:
+            self.check_ranks(self.world_size)
+        inner = options | ({} if self.backward_within is None else {"reshard_after_forward": self.backward_within})
         blocks = chosen_blocks(model, self.block_classes)
         for module in reversed(list(model.modules())):  # children before the modules that hold them
             if type(module) in blocks and module is not model:
-                fully_shard(module, **options)
+                fully_shard(module, **inner)
         fully_shard(model, **options)
 
     def _install(self, model: nn.Module) -> None:
         """Give every FSDP module its own collectives (torch's setters do not recurse)."""
         units: list[Unit] = []
+        served = self._differences if self._served is self.lightning_module else []
+        before = {gather.kept.name: gather.kept.state for gather in served}
+        self._differences = []
         if self.replica_compressor is not None and self._between is None:
             raise ValueError(
                 "replica_compressor: the module's configure_model has sharded it already; leave that to it"
@@ -218,12 +255,40 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         for sharded in sharded_modules(model, self.traffic):
             if sharded.gathered.world_size == 1:  # torch calls no collective then
                 continue
-            codec = self.parameter_compressor
-            gather = CountedAllGather(sharded) if codec is None else EncodedAllGather(sharded, codec)
-            sharded.module.set_custom_all_gather(gather)
+            sharded.module.set_custom_all_gather(self.gather(sharded))
             if self.compressor is not None and sharded.unit is not None:
                 units += self._install_compressor(sharded, sharded.unit)
+        self.keepers = [gather.kept for gather in self._differences]
+        for unit in self.keepers:
+            unit.state = before.get(unit.name, {})
         self._take_units(units)
+
+    def gather(self, sharded: ShardedModule) -> AllGather:
+        """What gathers a module's parameters."""
+        codec = self.parameter_compressor
+        if codec is None:
+            return CountedAllGather(sharded)
+        if not self.parameter_differences:
+            return EncodedAllGather(sharded, codec)
+        self._differences.append(DifferenceAllGather(sharded, codec, lambda: self._version))
+        return self._differences[-1]
+
+    def _weights_changed(self) -> None:
+        self._version += 1
+        for gather in self._differences:
+            gather.changed()
+
+    def _methods(self) -> str:
+        """See ``CompressedEngine._methods``."""
+        differences = f", differences of parameters {self.parameter_compressor!r}" if self.parameter_differences else ""
+        return super()._methods() + differences
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """See ``CompressedEngine.load_checkpoint``."""
+        self._version += 1
+        for unit in self.keepers:
+            unit.state.clear()
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _install_compressor(self, sharded: ShardedModule, unit: Unit) -> list[Unit]:
         """Its gradient's unit, and that of this rank's shard of it between replicas if they are Pare's."""
@@ -260,6 +325,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """See ``Strategy.optimizer_step``; inside a training step its next forward pass needs the root's parameters."""
         result = super().optimizer_step(*args, **kwargs)
+        self._weights_changed()
         if not self.lightning_module.automatic_optimization and isinstance(self.model, FSDPModule):
             self.model.unshard()
         return result

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -84,33 +85,51 @@ def _units(
     return units
 
 
-def install_hook(model: FixedBuckets, units: list[Unit], reduce: Callable[[Unit, Tensor], None]) -> None:
+def install_hook(
+    model: FixedBuckets, units: list[Unit], reduce: Callable[[Unit, Tensor], None], overlap: bool = True
+) -> None:
     """Have DDP call ``reduce(unit, grad [N])``, which writes the mean in place, whenever a bucket is full.
 
-    On CUDA it runs on a stream of its own, so that the backward pass goes on meanwhile; DDP waits for the future.
+    With ``overlap`` the backward pass goes on meanwhile: on CUDA reductions have a stream of their own, on the CPU a
+    thread, one after another in the order in which buckets fill. DDP waits for the last one.
 
     Args:
         model: The wrapped module.
         units: Its buckets, from ``bucket_units``.
         reduce: The reduction.
+        overlap: Whether backward goes on.
     """
     device = next(model.parameters()).device
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
+    worker = ThreadPoolExecutor(1, "reduce") if overlap and device.type == "cpu" else None
 
     def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         unit, grad = units[bucket.index()], bucket.buffer()
         if grad.numel() != unit.numel:
             raise RuntimeError(f"{unit.name} has {grad.numel()} elements instead of {unit.numel}: buckets were rebuilt")
-        if stream is None:
-            future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future: torch.futures.Future[Tensor]
+        if stream is not None:
+            future = torch.futures.Future(devices=[grad.device])
+            stream.wait_stream(torch.cuda.current_stream())  # the gradients are complete when this stream gets there
+            with torch.cuda.stream(stream):
+                reduce(unit, grad)
+                future.set_result(grad)  # records an event on this stream; whoever waits, waits for it
+            return future
+        future = torch.futures.Future()
+        if worker is None:
             reduce(unit, grad)
             future.set_result(grad)
-            return future
-        future = torch.futures.Future(devices=[grad.device])
-        stream.wait_stream(torch.cuda.current_stream())  # the gradients are complete when this stream gets there
-        with torch.cuda.stream(stream):
-            reduce(unit, grad)
-            future.set_result(grad)  # records an event on this stream; whoever waits, waits for it
+        else:
+            worker.submit(aside, unit, grad, future)
         return future
+
+    def aside(unit: Unit, grad: Tensor, future: Any) -> None:
+        try:
+            with torch.no_grad():
+                reduce(unit, grad)
+        except Exception as error:  # raised where DDP waits
+            future.set_exception(error)
+        else:
+            future.set_result(grad)
 
     model.register_comm_hook(None, hook)

@@ -50,6 +50,7 @@ class CompressedEngine(ParallelStrategy):
         compressor: How gradients are reduced; none leaves torch's own path untouched and uncounted.
         traffic: This rank's counters.
         units: What is reduced on its own: an FSDP unit or a DDP bucket. Empty while nothing is installed.
+        keepers: What besides ``units`` has a state that checkpoints hold.
         kernels: How the arithmetic of codecs is asked to run.
         replicas: Groups of ranks, in rank order, that each reduce among themselves before they reduce between them.
         replica_compressor: How they do so between them; None is torch's own way.
@@ -60,6 +61,7 @@ class CompressedEngine(ParallelStrategy):
     compressor: Compressor | None
     traffic: Traffic
     units: list[Unit]
+    keepers: list[Unit] = []  # noqa: RUF012 - replaced, never changed
     kernels: Choice = "auto"
     replicas: int = 1
     replica_compressor: Compressor | None = None
@@ -80,8 +82,14 @@ class CompressedEngine(ParallelStrategy):
             **({"replicas": self.replicas} if self.replicas > 1 else {}),
             **({} if between is None else {"replica_compress_method": between.name}),
             **({} if between is None else {"replica_compress_config": between.config()}),
+            **({"compress_choices": chosen} if (chosen := self._chosen()) else {}),
             **({} if self.codec_backend is None else {"codec_backend": self.codec_backend}),
         }
+
+    def _chosen(self) -> dict[str, str]:
+        """What methods that choose have chosen, by unit."""
+        methods = [one for one in (self.compressor, self.replica_compressor) if isinstance(one, Compressor)]
+        return {unit: name for one in methods for part in one.within() for unit, name in part.chosen().items()}
 
     @property
     def saves_one_file(self) -> bool:
@@ -146,6 +154,9 @@ class CompressedEngine(ParallelStrategy):
             if earlier is not None and (earlier.parameters, earlier.numel) == (unit.parameters, unit.numel):
                 unit.state = earlier.state
         self.units, self._served = units, self.lightning_module
+        for method, level in ((self.compressor, ("", "intra")), (self.replica_compressor, ("inter",))):
+            for part in method.within() if isinstance(method, Compressor) else []:
+                part.meet([unit for unit in units if unit.level in level])
 
     def _reduce_sharded(self, unit: Unit, grad: Tensor, output: Tensor) -> None:
         """``grad [N]`` of this rank → mean shard ``output [N/n]``."""
@@ -275,8 +286,9 @@ class CompressedEngine(ParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint folder or file that appears under ``filepath`` only when it is complete."""
         path = Path(self.broadcast(filepath))
-        stateful = any(unit.state for unit in self.units)
-        owed = residuals.collect(self.units, self._methods()) if stateful else None
+        keeping = [*self.units, *self.keepers]
+        stateful = any(unit.state for unit in keeping)
+        owed = residuals.collect(keeping, self._methods()) if stateful else None
         if self.saves_one_file:
             if owed is not None:
                 ranks = [None] * self.world_size if self.global_rank == 0 else None
@@ -331,7 +343,7 @@ class CompressedEngine(ParallelStrategy):
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return
         self.owed = residuals.saved_ranks(path) if path.is_dir() else ranks
-        for unit in self.units:  # of an earlier stage
+        for unit in (*self.units, *self.keepers):  # of an earlier stage
             unit.state.clear()
         if self.restore_checkpoint_after_setup:  # else there are no units yet: setting up asks for it
             self._take_up_owed()
@@ -339,10 +351,11 @@ class CompressedEngine(ParallelStrategy):
     def _take_up_owed(self) -> None:
         """Hand what the checkpoint still owed to the units, once there are units."""
         ranks, self.owed = self.owed, []
-        if ranks and not self.units:
+        keeping = [*self.units, *self.keepers]
+        if ranks and not keeping:
             rank_zero_warn("nothing is compressed here: the residuals in the checkpoint are dropped")
         elif ranks:
-            residuals.restore(ranks, self.units, self._methods(), self.root_device)
+            residuals.restore(ranks, keeping, self._methods(), self.root_device)
 
     def _methods(self) -> str:
         """What says whose residuals are whose."""

@@ -5,6 +5,7 @@ stream that is current, and nothing waits on the host.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class CountedAllGather(_Allocator, AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         """Gather ``input_tensor [s]`` (in the compute dtype) into ``output_tensor [n·s]``."""
+        if group.size() != self.sharded.gathered.world_size:
+            return _inside_node(self.sharded, output_tensor, input_tensor, group, async_op)
         return transport.gather_parameters(input_tensor, output_tensor, self.sharded.gathered, async_op)
 
 
@@ -109,17 +112,104 @@ class EncodedAllGather(_Allocator, AllGather):
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> None:
+    ) -> dist.Work | None:
         """Encode this rank's shard, gather all, decode into ``output_tensor [n·s]``; done on the current stream."""
+        if group.size() != self.sharded.gathered.world_size:
+            return _inside_node(self.sharded, output_tensor, input_tensor, group, async_op)
         unit, traffic = self.sharded.gathered, self.sharded.gathered.traffic
         with traffic.timed(unit.name, "encode", output_tensor.device):
             payload = self.codec.encode(self.sharded.master_shard()[None], unit)
         gathered = transport.gather_encoded(payload, unit, parameters=True)
+        traffic.gathers(unit.numel, unit.world_size)
         with traffic.timed(unit.name, "decode", output_tensor.device):
             rows = output_tensor.view(unit.world_size, -1)
             for rank, row in enumerate(rows):  # row by row: the fp32 copies never exist together
                 part = {role: values[rank : rank + 1] for role, values in gathered.items()}
                 row.copy_(self.codec.decode(part, row.numel(), unit)[0])
+        return None
+
+
+def _inside_node(
+    sharded: ShardedModule, output: Tensor, own: Tensor, group: dist.ProcessGroup, async_op: bool
+) -> dist.Work | None:
+    """Gather what a node's ranks have kept of the parameters as forward saw them: in the compute dtype, as they are."""
+    return transport.gather_parameters(own, output, replace(sharded.gathered, group=group, level="intra"), async_op)
+
+
+class DifferenceAllGather(EncodedAllGather):
+    """Gathers what has become of the parameters of one module since they were last gathered, as a codec encodes it.
+
+    Every rank keeps the weights as all know them. The owner of a shard encodes its difference from them, all add the
+    decoded difference, and so what was lost is part of the next difference (SDP4Bit, arXiv 2410.15526). An optimizer
+    step moves weights little: few bits do. Between two steps nothing is sent at all, so that forward and backward see
+    the same weights for one gather. The first gather of a run is exact.
+
+    Costs the whole module in the compute dtype on every rank, which full sharding would save.
+
+    Args:
+        sharded: The module.
+        codec: Encodes a shard's difference as one row.
+        version: Counts whatever changes weights, alike on all ranks.
+
+    Attributes:
+        kept: This rank's shard of the weights as all know them, for checkpoints.
+    """
+
+    def __init__(self, sharded: ShardedModule, codec: Codec, version: Callable[[], int]) -> None:
+        super().__init__(sharded, codec)
+        gathered = sharded.gathered
+        self.kept = replace(gathered, name=f"{gathered.name} as known", state={})
+        self.version = version
+        self._known: Tensor | None = None  # of all ranks
+        self._own: Tensor | None = None  # this rank's part, as it was put into ``kept``
+        self._at = -1
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        """See ``EncodedAllGather.__call__``."""
+        unit, dtype = self.sharded.gathered, output_tensor.dtype
+        rows = output_tensor.view(unit.world_size, -1)
+        own, known = self.kept.state.get("known"), self._known
+        if own is None:  # a run begins
+            known = self._exact(self.sharded.master_shard().to(dtype))
+            self._keep(known)
+        elif known is None or own is not self._own:  # it goes on
+            known = self._exact(own.to(dtype))
+            self._at = self.version() if self.kept.state["current"].item() else -1
+        if self._at != self.version():
+            self._update(known)
+            self._keep(known)
+        rows.copy_(known)
+        return None
+
+    def _update(self, known: Tensor) -> None:
+        unit, traffic = self.sharded.gathered, self.sharded.gathered.traffic
+        with traffic.timed(unit.name, "encode", known.device):
+            difference = self.sharded.master_shard().sub_(known[unit.rank])
+            payload = self.codec.encode(difference[None], unit)
+        gathered = transport.gather_encoded(payload, unit, parameters=True)
+        traffic.gathers(unit.numel, unit.world_size)
+        with traffic.timed(unit.name, "decode", known.device):
+            for rank, row in enumerate(known):
+                part = {role: values[rank : rank + 1] for role, values in gathered.items()}
+                row.copy_(self.codec.decode(part, row.numel(), unit)[0].add_(row))
+
+    def _exact(self, own: Tensor) -> Tensor:
+        """Every rank's shard ``[n, s]``, as it is."""
+        unit = self.sharded.gathered
+        known = torch.empty(unit.world_size, own.numel(), dtype=own.dtype, device=own.device)
+        transport.gather_parameters(own, known.view(-1), unit)
+        return known
+
+    def _keep(self, known: Tensor) -> None:
+        self._known, self._own, self._at = known, known[self.sharded.gathered.rank].clone(), self.version()
+        self.kept.state |= {"known": self._own, "current": torch.ones((), dtype=torch.bool)}
+
+    def changed(self) -> None:
+        """Weights have changed since they were gathered."""
+        if "current" in self.kept.state:
+            self.kept.state["current"] = torch.zeros((), dtype=torch.bool)
 
 
 def count_replica_all_reduce(unit: Unit, replicas: dist.ProcessGroup) -> Callable[[Tensor], None]:

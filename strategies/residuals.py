@@ -56,6 +56,11 @@ def norm(units: Iterable[Unit]) -> Tensor | None:
     return torch.stack(squares).sum().sqrt() if squares else None
 
 
+def nbytes(unit: Unit) -> int:
+    """Memory of what a unit's method keeps between steps."""
+    return sum(part.nbytes for part in unit.state.values())
+
+
 def collect(units: list[Unit], method: str) -> dict[str, Any]:
     """This rank's state of all units, for a checkpoint: plain tensors, numbers and strings (``weights_only`` loads it).
 
@@ -110,11 +115,12 @@ def restore(ranks: list[dict[str, Any]], units: list[Unit], method: str, device:
                 f"the checkpoint's residuals of {unit.name!r} belong to other shards than there are now: resume with "
                 "as many ranks in each replica as before"
             )
-        if any(one["layout"] != _layout(unit) for one in alike):
-            raise misfit
         # by global rank: under hybrid sharding a unit's group is smaller than the world
         rank, same = dist.get_rank(), len(ranks) == dist.get_world_size()
-        own = saved[rank]["state"] if same else split([one["state"] for one in alike], _padded(unit))
+        owing = same or any(name.startswith(OWED) for one in alike for name in one["state"])
+        if owing and any(one["layout"] != _layout(unit) for one in alike):
+            raise misfit
+        own = saved[rank]["state"] if same else split([one["state"] for one in alike], _padded(unit)) if owing else {}
         unit.state.clear()
         unit.state |= {name: part.to(device, copy=True) for name, part in own.items()}
 

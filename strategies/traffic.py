@@ -31,6 +31,7 @@ class StepTraffic:
         ideal: Bytes of an ideal (ring) fp32 reduction of the gradients, by unit.
         levels: Bytes by level, where reductions have two ("intra" a group of ranks, "inter" groups); gradients and
             parameters together.
+        plain: Bytes that gathers of parameters would have sent in fp32.
         native: Bytes that torch's own reduction sends on this backend, by unit.
         ms: Milliseconds by ``(unit, phase, collective)``; the collective is "" for encode and decode.
         extra_calls: Collectives of the gradient path after the first of each reduction.
@@ -43,6 +44,7 @@ class StepTraffic:
     ideal: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     native: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ms: dict[tuple[str, str, str], float] = field(default_factory=lambda: defaultdict(float))
+    plain: float = 0.0
     extra_calls: int = 0
     extra_ms: float = 0.0
 
@@ -146,6 +148,11 @@ class Traffic:
             self.step.ideal[unit] += ideal
             self.step.native[unit] += native
 
+    def gathers(self, numel: int, world_size: int) -> None:
+        """Parameters of ``numel`` elements are gathered: count what that would have sent uncompressed."""
+        if self.counting:
+            self.step.plain += 4 * numel * (world_size - 1) / world_size
+
     @contextmanager
     def timed(
         self, unit: str, phase: Phase, device: torch.device, collective: str = "", parameters: bool = False
@@ -194,6 +201,7 @@ class Traffic:
             totals = getattr(own, name)
             for key, value in getattr(other, name).items():
                 totals[key] += value
+        own.plain += other.plain
         own.extra_calls += other.extra_calls
         own.extra_ms += other.extra_ms
 

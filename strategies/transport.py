@@ -88,6 +88,7 @@ def gather_parameters(shard: Tensor, output: Tensor, unit: Unit, async_op: bool 
     """
     with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather", parameters=True):
         work = _all_gather(output, shard, group=unit.group, async_op=async_op)
+    unit.traffic.gathers(output.numel(), unit.world_size)
     unit.traffic.called(unit.name, "all_gather")
     _count(unit, "all_gather", "parameters", shard.nbytes * (unit.world_size - 1))
     return work
@@ -107,12 +108,17 @@ def gather_encoded(payload: dict[str, Tensor], unit: Unit, parameters: bool = Fa
     buffer, spans = _pack(payload, 1, unit)
     gathered = torch.empty(unit.world_size, buffer.shape[1], dtype=torch.uint8, device=buffer.device)
     with unit.traffic.timed(unit.name, "wire", buffer.device, "all_gather", parameters=parameters):
-        _all_gather(gathered.view(-1), buffer.view(-1), group=unit.group)
+        _collect(gathered, buffer[0], unit.group)
     unit.traffic.called(unit.name, "all_gather")
     for role, (_, width) in spans.items():
         sent = _padded(width) * (unit.world_size - 1)
         _count(unit, "all_gather", f"parameters.{role}" if parameters else role, sent)
     return {role: _like(payload[role], gathered[:, first : first + width]) for role, (first, width) in spans.items()}
+
+
+def row_bytes(payload: dict[str, Tensor]) -> int:
+    """Bytes that a payload's rows take on the way, each."""
+    return sum(_padded(part.nbytes // part.shape[0]) for part in payload.values())
 
 
 def _count(unit: Unit, collective: str, role: str, nbytes: int) -> None:
@@ -156,6 +162,25 @@ def _exchange(received: Tensor, buffer: Tensor, group: dist.ProcessGroup | None)
     sends = [dist.P2POp(dist.isend, buffer[rank], peer, group) for rank, peer in peers]
     for work in dist.batch_isend_irecv(receives + sends):
         work.wait()
+
+
+def _collect(gathered: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Row r of ``gathered`` from rank r, which has it as ``own``: around the ring, receives posted first.
+
+    See ``_exchange``; gloo's own all-gather does the same in turns, too. Around the ring, a row crosses the link
+    between two nodes once, however many ranks they have.
+    """
+    if dist.get_backend(group) != "gloo":
+        _all_gather(gathered.view(-1), own, group=group)
+        return
+    rank, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
+    n = len(ranks)
+    gathered[rank].copy_(own)
+    for turn in range(n - 1):
+        coming = dist.P2POp(dist.irecv, gathered[(rank - turn - 1) % n], ranks[(rank - 1) % n], group)
+        going = dist.P2POp(dist.isend, gathered[(rank - turn) % n], ranks[(rank + 1) % n], group)
+        for work in dist.batch_isend_irecv([coming, going]):
+            work.wait()
 
 
 def _like(sent: Tensor, received: Tensor) -> Tensor:

@@ -212,6 +212,7 @@ def count_parameter_gathers(module: FSDP, unit: Unit) -> None:
         unit.traffic.called(unit.name, "all_gather")
         sent = unsharded.nbytes // unit.world_size * (unit.world_size - 1)
         unit.traffic.sent(unit.name, "all_gather", "parameters", sent)
+        unit.traffic.gathers(unsharded.numel(), unit.world_size)
         return result
 
     handle._all_gather_flat_param = counted  # type: ignore[method-assign]

@@ -26,7 +26,7 @@ from strategies import CompressedDDP, CompressedDiLoCo, CompressedFSDP, Compress
 from strategies.compressors.none import NoCompression
 from strategies.ddp_buckets import planned_units
 from strategies.engine import CompressedEngine
-from strategies.fsdp2_collectives import CountedAllGather, EncodedAllGather, count_replica_all_reduce
+from strategies.fsdp2_collectives import EncodedAllGather, count_replica_all_reduce
 from strategies.fsdp2_units import sharded_modules
 from strategies.units import Unit, flat_unit
 from strategies.wrapping import chosen_blocks, trained_apart
@@ -208,15 +208,25 @@ class _Count:
         by_name = {unit.name: unit for unit in engine.units}
         gathered, width = [], torch.empty((), dtype=_gathered_dtype(engine, model)).element_size()
         for sharded in sharded_modules(model, engine.traffic):
-            codec, ranks = engine.parameter_compressor, sharded.gathered.world_size
+            ranks, differences = sharded.gathered.world_size, engine.parameter_differences
             if ranks == 1:
                 continue
-            gather: Any = CountedAllGather(sharded) if codec is None else EncodedAllGather(sharded, codec)
+            codec = engine.parameter_compressor
+            gather: Any = EncodedAllGather(sharded, codec) if differences else engine.gather(sharded)
             numel = sharded.gathered.numel
             shard = torch.empty(numel // ranks, dtype=_gathered_dtype(engine, model), device="meta")
             gather(torch.empty(numel, dtype=shard.dtype, device="meta"), shard, sharded.gathered.group)
             twice = engine.sharding_strategy == ShardingStrategy.FULL_SHARD and sharded.module is not model
-            self._take([sharded.gathered], times=self.batches * (2 if twice else 1))
+            within = engine.backward_within if twice else None
+            times = 1 if differences else self.batches * (2 if twice and within is None else 1)
+            self._take([sharded.gathered], times=times)
+            if within is not None:
+                near = dist.new_group(range(within))
+                gather(torch.empty(numel, dtype=shard.dtype, device="meta"), shard.new_empty(numel // within), near)
+                self._take([replace(sharded.gathered, group=near)], times=self.batches)
+                held["parameters within a node"] += shard.element_size() * numel / within
+            if differences:  # the model as all know it, and this rank's part of that for checkpoints
+                held["parameters as all know them"] += shard.element_size() * (numel + numel // ranks)
             gathered.append((numel * width, sharded.unit.numel * _FP32 if sharded.unit is not None else 0))
             if sharded.unit is not None and sharded.replicas is not None:
                 unit = by_name[sharded.unit.name]

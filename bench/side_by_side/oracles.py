@@ -89,6 +89,9 @@ NMSE: dict[str, float] = {
     "Bidirectional(inner=Int8(block_size=256, stochastic=False), back=None)": _INT8,
     "Bidirectional(inner=ErrorFeedback(inner=Int4(block_size=128, stochastic=False), storage='float32'), "
     "back=Int8(block_size=256, stochastic=False))": _INT4,
+    "LoCo(inner=None, beta=0.2, reset=512, storage='int8')": _INT4,  # nothing has been lost yet
+    "Adaptive(budget=5.0, every=100, choices=None)": _INT4,  # before anything is measured
+    "Hadamard(inner=Int4(block_size=128, stochastic=False), size=32)": _INT4,  # a Gaussian stays one
     # where all ranks are one node, or each is one, there is one hop
     "TwoHops(inner=Int8(block_size=256, stochastic=False), node_size=64, between=None)": _INT8,
     "TwoHops(inner=Int8(block_size=256, stochastic=False), node_size=1, between=Int4(block_size=128, "
@@ -243,6 +246,13 @@ SENT: dict[str, Formula] = {
     f"Bidirectional(inner={_ONE}, back=None)": _bits(8, 256),
     "Bidirectional(inner=ErrorFeedback(inner=Int4(block_size=128, stochastic=False), storage='float32'), "
     f"back={_ONE})": _bits(4, 128),
+    "LoCo(inner=None, beta=0.2, reset=512, storage='int8')": _bits(4, 128),
+    "Adaptive(budget=5.0, every=100, choices=None)": lambda s, n: min(
+        (_bits(4, 128)(s, n), _bits(1, 256, 8)(s, n)), key=lambda sent: sent > 5 / 8 * s * (n - 1)
+    ),
+    "Hadamard(inner=Int4(block_size=128, stochastic=False), size=32)": (
+        lambda s, n: _bits(4, 128)(-(-s // 32) * 32, n)
+    ),
     f"TwoHops(inner={_ONE}, node_size=64, between=None)": _bits(8, 256),
     f"TwoHops(inner={_ONE}, node_size=1, between=Int4(block_size=128, stochastic=False))": _bits(4, 128),
 }

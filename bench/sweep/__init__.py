@@ -13,9 +13,11 @@ from rich.console import Console
 from bench.experiments.runs import ROOT
 from bench.network import link as links
 from bench.network.launch import StopRequested, stop_signals_raise
+from bench.sweep import cluster as jobs
 from bench.sweep import execute as executing
 from bench.sweep import plan as planning
 from bench.sweep import progress
+from bench.sweep.cluster import Launcher
 from bench.sweep.plan import Run
 from common.locks import lock
 from common.progress import duration
@@ -37,6 +39,9 @@ def sweep(
     dry_run: bool = False,
     allow_other_machine: bool = False,
     timeout_s: float = 3600.0,
+    launcher: Launcher = "process",
+    ranks_per_node: int = 8,
+    cluster: dict[str, Any] = {},  # noqa: B006
     command: list[str] = [],  # noqa: B006
 ) -> int:
     """Run a matrix of `main.py fit` and gather the records: python -m bench sweep --config configs/bench/….yaml
@@ -61,15 +66,24 @@ def sweep(
         dry_run: List the runs with their commands and how long they will take, and run nothing.
         allow_other_machine: Add to results that another machine made.
         timeout_s: Seconds after which a run is stopped and counts as failed.
+        launcher: "process" makes the runs here, one after another; "slurm" submits each as a job of its own (needs
+            pip install -e '.[cluster]'), with a task for each rank; "local" starts them all here at once, to try it.
+        ranks_per_node: Ranks of a node of a cluster, at most.
+        cluster: Parameters of submitit's executor, such as {slurm_partition: gpu, gpus_per_node: 8, cpus_per_task: 8}.
         command: Arguments added to every run as a JSON list; typing them after `--` is the same.
     """
     runs = planning.select(planning.plan(base, axes, arguments, include, exclude, command), only)
     results = results or Path("runs/bench") / f"{name}.jsonl"
-    known = _known(results, allow_other_machine)
+    known = _known(results, allow_other_machine or launcher == "slurm")
     finished = {r["sweep_key"]: r for r in known if r.get("kind") == "run" and "sweep_key" in r}
     done, pending = [run for run in runs if run.key in finished], [run for run in runs if run.key not in finished]
     before = [finished[run.key] for run in done]
-    obstacle = links.check() if any(run.link for run in pending) else None
+    linked, obstacle = any(run.link for run in pending), None
+    if launcher != "process":
+        jobs.check(pending, launcher, ranks_per_node)
+        obstacle = f"runs are jobs of {launcher}" if linked else None
+    elif linked:
+        obstacle = links.check()
     if obstacle:
         print(f"links are modelled, not emulated: {obstacle}", file=sys.stderr)
     if dry_run:
@@ -80,9 +94,13 @@ def sweep(
     # two sweeps at once would make the same runs and disturb each other's times
     with stop_signals_raise(), lock(_work(results)):
         try:
-            made = _run_all(name, pending, before, results, timeout_s, emulated=obstacle is None)
+            if launcher == "process":
+                made = _run_all(name, pending, before, results, timeout_s, emulated=obstacle is None)
+            else:
+                made = _submit_all(name, pending, before, results, timeout_s, launcher, cluster, ranks_per_node)
         except StopRequested as stop:
-            print(f"stopped; the same command continues. Records so far: {results}", file=sys.stderr)
+            going_on = "; jobs that were submitted go on" if launcher != "process" else ""
+            print(f"stopped; the same command continues{going_on}. Records so far: {results}", file=sys.stderr)
             return 128 + stop.number
     failures = [r for r in made if r["kind"] == "failure"]
     console.print(progress.table([progress.row(r) for r in [*before, *made]], f"{name}: {results}"))
@@ -170,6 +188,26 @@ def _run_all(
             folder, on_link = _work(results) / run.key, emulated and run.link is not None
             ended = executing.execute(executing.command_of(run, on_link), folder, timeout_s)
             made.append(executing.to_record(run, name, on_link, ended, folder))
+            record.append(results, made[-1])
+            shown.ended(made[-1])
+    return made
+
+
+def _submit_all(
+    name: str,
+    pending: Sequence[Run],
+    before: Sequence[Mapping[str, Any]],
+    results: Path,
+    timeout_s: float,
+    launcher: Launcher,
+    cluster: Mapping[str, Any],
+    ranks_per_node: int,
+) -> list[dict[str, Any]]:
+    made = []
+    with progress.SweepProgress(pending, before) as shown:
+        shown.starts()
+        for run, ended, folder in jobs.run_jobs(pending, _work(results), timeout_s, launcher, cluster, ranks_per_node):
+            made.append(executing.to_record(run, name, False, ended, folder))
             record.append(results, made[-1])
             shown.ended(made[-1])
     return made

@@ -34,9 +34,9 @@ class Ended:
     last_lines: str
 
 
-def command_of(run: Run, emulated: bool) -> list[str]:
-    """The command as it is started from the run's own folder."""
-    arguments = located(["--config", str(ROOT / run.base), *run.main_arguments(emulated)[2:]], Path.cwd())
+def command_of(run: Run, emulated: bool, node_size: int | None = None) -> list[str]:
+    """The command as it is started from the run's own folder, on nodes of so many ranks at most."""
+    arguments = located(["--config", str(ROOT / run.base), *run.main_arguments(emulated, node_size)[2:]], Path.cwd())
     prefix = [sys.executable, "-m", "bench", *run.link_arguments()] if emulated else []
     return [*prefix, *main_py("fit", *arguments)]
 

@@ -47,16 +47,16 @@ class Run:
     key: str
     ranks_per_host: int = 1
 
-    def placed(self, emulated: bool) -> list[str]:
-        """Arguments that put ranks on their hosts on an emulated link, else all on this machine."""
+    def placed(self, emulated: bool, node_size: int | None = None) -> list[str]:
+        """Arguments that put ranks on their hosts on an emulated link, else on nodes of a cluster, or this machine."""
         if self.world_size is None:
             return []
-        devices = self.ranks_per_host if emulated else self.world_size
+        devices = self.ranks_per_host if emulated else min(self.world_size, node_size or self.world_size)
         return [f"--trainer.num_nodes={self.world_size // devices}", f"--trainer.devices={devices}"]
 
-    def main_arguments(self, emulated: bool) -> list[str]:
+    def main_arguments(self, emulated: bool, node_size: int | None = None) -> list[str]:
         """What follows `main.py fit`; see ``placed``."""
-        return ["--config", self.base, *self.placed(emulated), *self.arguments]
+        return ["--config", self.base, *self.placed(emulated, node_size), *self.arguments]
 
     def link_arguments(self) -> list[str]:
         """What follows `python -m bench` when the link is emulated, up to the command."""

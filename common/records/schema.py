@@ -74,6 +74,8 @@ OPTIONAL: dict[str, Field] = {
     "ppl_at_fixed_time": Field("number", "", "validation PPL at the stated training time"),
     "overlap_ratio": Field("number", "fraction", "share of communication time covered by compute"),
     "effective_bandwidth": Field("number", "bytes/s", "bytes sent, gradients and parameters, over communication time"),
+    "effective_bandwidth_raw": Field("number", "bytes/s", "what would have been sent in fp32, over communication time"),
+    "compressor_state_bytes": Field("int", "bytes", "what compression keeps between steps on a rank: residuals, bases"),
     "nan_steps": Field("int", "steps", "steps with a non-finite loss or gradient"),
     "clipped_steps": Field("int", "steps", "steps in which gradient clipping acted"),
     "strategy": Field("str", "", "class of the data-parallel engine"),
@@ -87,6 +89,9 @@ OPTIONAL: dict[str, Field] = {
     "bytes_parameters_by_role": Field("object", "bytes", "bytes_parameters_total by role"),
     "parameter_compress_method": Field("str", "", "how parameter gathers are compressed"),
     "parameter_compress_config": Field("object", "", "arguments of that method"),
+    "parameter_differences": Field("bool", "", "whether what is gathered are differences of parameters"),
+    "backward_within": Field("int", "ranks", "those that gather parameters among themselves for backward (hpZ)"),
+    "compress_choices": Field("object", "", "method of each unit, where one was chosen for each in training"),
     "codec_backend": Field("str", "", "how the codecs computed: reference, slabs, compiled, triton, or several"),
     "replicas": Field(
         "int", "", "copies of the sharded model (HSDP), or groups of ranks that reduce by themselves first"

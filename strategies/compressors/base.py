@@ -59,6 +59,13 @@ class Compressor(Variant):
         flat = [part for value in values for part in (value.values() if isinstance(value, dict) else (value,))]
         return [part for part in flat if isinstance(part, Compressor)]
 
+    def meet(self, units: list[Unit]) -> None:
+        """Get to know all units that this method will reduce, before the first gradient."""
+
+    def chosen(self) -> dict[str, str]:
+        """The method that each unit has now, where that is chosen in training."""
+        return {}
+
     def within(self) -> "list[Compressor]":
         """This method and all methods inside it."""
         return [self, *(deeper for part in self.parts() for deeper in part.within())]

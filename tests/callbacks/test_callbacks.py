@@ -178,7 +178,7 @@ def _traced(folder):
 
 def test_traces_of_all_ranks_are_written_and_summarised(two_ranks, tmp_path):
     summary, _ = two_ranks.run(_traced, str(tmp_path))
-    assert {p.name for p in (tmp_path / "trace").iterdir()} == {"rank0.json.gz", "rank1.json.gz"}
+    assert {p.name for p in (tmp_path / "trace").iterdir()} == {"rank0.pt.trace.json.gz", "rank1.pt.trace.json.gz"}
     assert len(summary["trace"]["steps"]) == 2 and summary["trace"]["world_size"] == 2
     assert 0 < summary["trace"]["comm_ratio"] < 1
 

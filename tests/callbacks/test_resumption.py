@@ -58,7 +58,15 @@ def _leg(folder, name, steps, engine, resume=False, accumulate=1):
     return run.global_step
 
 
-_TIMES = {"comm_ratio", "effective_bandwidth", "host_peak_rss_gb", "tokens_per_s", "val_curve", "monitor_ms_per_step"}
+_TIMES = {
+    "comm_ratio",
+    "effective_bandwidth",
+    "effective_bandwidth_raw",
+    "host_peak_rss_gb",
+    "tokens_per_s",
+    "val_curve",
+    "monitor_ms_per_step",
+}
 
 
 def _counted(fields):

@@ -6,13 +6,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from strategies import CompressedFSDP2
 from strategies.compressors.bf16 import BF16
+from strategies.compressors.hadamard import Hadamard
+from strategies.compressors.int4 import Int4
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
 from strategies.fsdp2_collectives import EncodedAllGather
 from strategies.fsdp2_units import sharded_modules
 from strategies.traffic import Traffic
 from tests.strategies.engines import Net, fit
+from tests.strategies.reductions import make_unit
 
 
 def _run(*args, **kwargs):
@@ -80,3 +84,61 @@ def test_training_with_compressed_parameters_stays_close(codec, precision, two_r
 def test_parameters_alone_can_be_compressed(two_ranks):
     result = two_ranks.run(_run, None, parameter_compressor=Int8(32))[0]
     assert result["traffic"].parameter_bytes() > 0 == result["traffic"].gradient_bytes()
+
+
+def _differences(steps=6, **options):
+    codec = Hadamard(Int4(32), 8)
+    return _run(NoCompression(), steps=steps, parameter_compressor=codec, parameter_differences=True, **options)
+
+
+def test_four_bits_of_differences_are_nearly_exact_and_gathered_once(two_ranks):
+    exact = two_ranks.run(_run, NoCompression(), steps=6)[0]
+    plain = two_ranks.run(_run, NoCompression(), steps=6, parameter_compressor=Int4(32))[0]
+    coded, other = two_ranks.run(_differences)
+    assert all(torch.equal(weight, other["weights"][name]) for name, weight in coded["weights"].items())
+
+    def off(result):
+        return max(abs(a / b - 1) for a, b in zip(result["losses"], exact["losses"], strict=True))
+
+    assert 0 < off(coded) < off(plain) / 5
+    # a gather each of the five steps after the exact first: 40 and twice 112 elements, half a byte and their scales
+    first, step = 4 * (40 + 2 * 112), (32 + 16) + 2 * (64 + 16)
+    assert coded["traffic"].parameter_bytes() == first + 5 * step
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_differences_go_on_bit_for_bit(kind, two_ranks, tmp_path):
+    path = str(tmp_path / "last.ckpt")
+    through = two_ranks.run(_differences, steps=4, state_dict_type=kind)
+    two_ranks.run(_differences, folder=path, steps=2, state_dict_type=kind)
+    for rank, resumed in enumerate(two_ranks.run(_differences, ckpt_path=path, steps=4, state_dict_type=kind)):
+        assert resumed["losses"] == through[rank]["losses"][2:]
+        assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in through[rank]["weights"].items())
+
+
+def test_differences_go_on_with_other_ranks_from_exact_weights(two_ranks, three_ranks, tmp_path):
+    path = str(tmp_path / "last.ckpt")
+    before = two_ranks.run(_differences, folder=path, steps=2)[0]
+    after = three_ranks.run(_differences, ckpt_path=path, steps=2)[0]
+    assert all(torch.equal(weight, after["weights"][name]) for name, weight in before["weights"].items())
+
+
+def test_differences_need_a_codec_that_shrinks_errors():
+    for codec in (None, Int4(stochastic=True)):
+        with pytest.raises(ValueError, match="parameter_differences"):
+            CompressedFSDP2(parameter_compressor=codec, parameter_differences=True)
+
+
+def _outlier(codec):
+    values = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    values[0, 7] = 50.0
+    unit = make_unit(512)
+    decoded = codec.decode(codec.encode(values, unit), 256, unit)
+    return ((decoded - values).norm() / values.norm()).item()
+
+
+def test_rotation_spreads_outliers(two_ranks):
+    plain, rotated = (two_ranks.run(_outlier, codec)[0] for codec in (Int4(), Hadamard(Int4())))
+    assert rotated < 0.6 * plain
+    with pytest.raises(ValueError, match="power of two"):
+        Hadamard(Int4(), 24)

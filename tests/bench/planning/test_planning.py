@@ -25,6 +25,11 @@ CASES = {
     "fsdp2, gathered once": (CompressedFSDP2, {"compressor": Int4(16), "sharding_strategy": "SHARD_GRAD_OP"}),
     "fsdp2, two levels": (CompressedFSDP2, {"compressor": Int8(16), **TWO_LEVELS}),
     "fsdp2, torch's replicas": (CompressedFSDP2, {"compressor": Int8(16), "replicas": 2}),
+    "fsdp2, backward within": (CompressedFSDP2, {"compressor": Int8(16), "backward_within": 2}),
+    "fsdp2, differences": (
+        CompressedFSDP2,
+        {"compressor": Int8(16), "parameter_compressor": Int4(16), "parameter_differences": True},
+    ),
     "fsdp1": (CompressedFSDP, {"compressor": ErrorFeedback(PowerSGD(2))}),
     "ddp": (CompressedDDP, {"compressor": Int8(16)}),
     "ddp, two levels": (CompressedDDP, {"compressor": Int8(16), **TWO_LEVELS}),
