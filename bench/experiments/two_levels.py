@@ -29,6 +29,7 @@ def run(records: Path, folder: Path) -> None:
         _counted(records, method, one)
     for method, (rival, fewer, faster) in _RIVALS.items():
         _against(records, runs, method, rival, fewer, faster)
+    _two_hops(records, runs)
     for rival in ("flat_int8", "flat_int8_both", "flat_none"):
         _against(records, runs, "hsdp_int8", rival, 1.7, None)
 
@@ -36,6 +37,27 @@ def run(records: Path, folder: Path) -> None:
 def between_hosts(one: Mapping[str, Any]) -> float:
     """Bytes that a host sent to the other in a step, as its interface counted them."""
     return (one["bytes_nic_total"] - _HEADERS * one["packets_nic_total"]) / one["steps_measured"]
+
+
+def gradients_between_hosts(one: Mapping[str, Any]) -> float:
+    """The same without gathers of parameters, around a ring of which one of two edges leaves a host."""
+    return between_hosts(one) - one["bytes_parameters_total"] / one["steps_measured"] * _RANKS / 2
+
+
+def _two_hops(records: Path, runs: Mapping[str, Any]) -> None:
+    hops, flat = (gradients_between_hosts(runs[method]) for method in ("flat_two_hops", "flat_int8"))
+    figures.append(
+        records,
+        figure="gradients-two-hops-over-flat",
+        what="times fewer bytes of gradients between hosts, by the interface: int8 in two hops over the flat "
+        "all-to-all, two hosts of two ranks",
+        value=flat / hops,
+        unit="×",
+        target="≥ 1.7 ×",
+        reached=flat / hops >= 1.7,
+        command=_COMMAND,
+        details={"two hops": hops, "flat": flat},
+    )
 
 
 def _counted(records: Path, method: str, one: Mapping[str, Any]) -> None:
