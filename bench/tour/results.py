@@ -148,15 +148,14 @@ def _together(runs: Sequence[Record]) -> list[Row]:
         if "right" in rung:
             quality += f", {_share(rung['right'])} of facts ({_share(dense['right'])})"
         phases = [phase for phase in ("prefill", "decode") if f"{phase}_speedup" in rung]
-        files = _fraction(dense.get("file_bytes"), rung.get("file_bytes"))
-        saving = [f"files {files} smaller"] if files else []
-        if "kv_bytes" in rung and (cache := _fraction(dense["kv_bytes"], rung["kv_bytes"])):
-            saving.append(f"cache {cache} smaller")
+        saving = [f"files {_bits(rung, dense)} bits a weight of dense ({_bits(dense, dense)})"]
+        if "kv_bytes" in rung:
+            saving.append(f"cache {dense['kv_bytes'] / rung['kv_bytes']:.2f} × smaller")
         rows.append(
             [
                 f"together, {'+ ' if number > 1 else ''}{rung['rung']}",
                 quality,
-                ", ".join(saving) or None,
+                ", ".join(saving),
                 ", ".join(f"{phase} {rung[f'{phase}_speedup']:.2f} ×" for phase in phases) or None,
                 ", ".join(f"{rung[f'{phase}_bound']:.2f} ×" for phase in phases) or None,
             ]
@@ -184,5 +183,7 @@ def _share(share: float | None) -> str:
     return percent(share) or "not recorded"
 
 
-def _fraction(whole: float | None, part: float | None) -> str | None:
-    return None if not whole or not part else f"{whole / part:.2f} ×"
+def _bits(rung: Record, dense: Record) -> str:
+    """Bits of files for each weight that the dense model has: types of different width compare."""
+    size = rung.get("file_bytes")
+    return "not recorded" if size is None else f"{8 * size / dense['parameters']:.1f}"

@@ -203,7 +203,7 @@ def _calibrated(make: _Maker, given: Given) -> list[Step]:
         make(
             "calibration", "find the heads that look up planted facts, and a schedule twice as fast", "calibrate",
             "token_pruning/calibrate", 420, "--model.base", given.name, *given.data(), "--model.facts", "40", *lengths,
-            brief=["--model.facts", "8", *few],
+            brief=["--model.facts", "20", *few],
         ),
         make(
             "prefill", "time pruned prompts beside whole ones", "validate", "token_pruning/calibrated", 150,

@@ -172,7 +172,7 @@ def test_the_table_is_read_off_the_records(tmp_path):
     ]
     arms = [{"arm": "pruned", "length": 512, "speedup": 1.5, "bound": 1.9}]
     timed = [{"phase": "prefill", "batch": 1, "speedup": 1.1, "flop_bound": 1.2, "byte_bound": 1.3}]
-    rung = {"nll_rise": 0.0, "file_bytes": 400, "kv_bytes": 100}
+    rung = {"nll_rise": 0.0, "file_bytes": 400, "kv_bytes": 100, "parameters": 100}
     last = {"rung": "tokens", "nll_rise": 0.5, "file_bytes": 100, "kv_bytes": 50, "right": 0.5}
     last |= {"prefill_speedup": 2.0, "prefill_bound": 2.5, "decode_speedup": 1.0, "decode_bound": 1.6}
     blocks = [
@@ -199,8 +199,8 @@ def test_the_table_is_read_off_the_records(tmp_path):
         "| 1.30 ×",
         "block sparsity, on the recovered model | perplexity 12.1 (before 11, +10.0 %) | 20.0 % of the weights; files "
         "1.40 × smaller than 16 bits | None | None",
-        "together, tokens | loss +0.500 nats, 50.0 % of facts (100.0 %) | files 4.00 × smaller, cache 2.00 × smaller | "
-        "prefill 2.00 ×, decode 1.00 × | 2.50 ×, 1.60 ×",
+        "together, tokens | loss +0.500 nats, 50.0 % of facts (100.0 %) | files 8.0 bits a weight of dense (32.0), "
+        "cache 2.00 × smaller | prefill 2.00 ×, decode 1.00 × | 2.50 ×, 1.60 ×",
     ]
     asked = [{"scorer": "calibrated", "keep": [0.3], "kept_right": 0.9, "whole_right": 20, "kv_share": 0.5}]
     tried = [{"scorer": "random", "kept_right": 0.1}]
