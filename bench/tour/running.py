@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from bench.network.launch import GRACE_S
 from bench.network.process import kill_tree
 from bench.tour.steps import Program, Step, to_repository
 from common.files import write_text
-from common.processes import end_with
 from common.progress import duration, stage
 
 _LINES = 15  # of a failed step's output
@@ -147,7 +147,7 @@ def _enter(program: Program, words: list[str], folder: str, log: str) -> None:
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-    end_with(os.getppid(), "a step of the tour", grace_s=0.0)
+    threading.Thread(target=_end_with_the_tour, name="tour-watch", daemon=True).start()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if program == "main":
         from main import main
@@ -159,6 +159,14 @@ def _enter(program: Program, words: list[str], folder: str, log: str) -> None:
 
         sys.argv = [str(ROOT / "bench/__main__.py"), *words[3:]]
         sys.exit(bench(words[3:]))
+
+
+def _end_with_the_tour() -> None:
+    """End this process when the tour is gone: its next start must not find it at work. Its own children see to it."""
+    tour = multiprocessing.parent_process()
+    assert tour is not None
+    tour.join()
+    os._exit(1)
 
 
 def failed(ended: Iterable[Ended]) -> list[str]:

@@ -7,6 +7,7 @@ import shlex
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import bench.__main__ as entry
@@ -89,20 +90,44 @@ def test_a_step_is_the_command_itself_in_the_tours_folder(tmp_path, forked):
     assert running.in_own_process(wrong, tmp_path, log, lambda: None) == 1 and "error: " in log.read_text()
 
 
-def test_nothing_of_a_stopped_step_is_left(tmp_path, forked, monkeypatch):
+@pytest.fixture
+def waiting(tmp_path, forked, monkeypatch):
+    """A step that would take ten minutes, and its process once it runs."""
+
     def waits(arguments):
         (tmp_path / "pid").write_text(str(os.getpid()))
         time.sleep(600)
 
-    def stop():
-        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
-            raise StopRequested(15)
+    def number():
+        return int((tmp_path / "pid").read_text() or 0) if (tmp_path / "pid").exists() else 0
 
     monkeypatch.setattr(entry, "main", waits)
+    return Step("x", "x", "bench", (), 1), number
+
+
+def test_nothing_of_a_stopped_step_is_left(tmp_path, waiting):
+    step, number = waiting
+
+    def stop():
+        if number():
+            raise StopRequested(15)
+
     with pytest.raises(StopRequested):
-        running.in_own_process(Step("x", "x", "bench", (), 1), tmp_path, tmp_path / "log", stop)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        running.in_own_process(step, tmp_path, tmp_path / "log", stop)
+    assert not psutil.pid_exists(number())
+
+
+def test_a_step_ends_when_the_tour_is_killed(tmp_path, waiting):
+    step, number = waiting
+    arguments = (step, tmp_path, tmp_path / "log", lambda: None)
+    tour = multiprocessing.get_context("fork").Process(target=running.in_own_process, args=arguments)
+    tour.start()
+    while not number():
+        time.sleep(0.05)
+    tour.kill()
+    tour.join()
+    while psutil.pid_exists(number()):  # or the test's own limit
+        time.sleep(0.05)
 
 
 def test_steps_need_only_what_comes_before(tmp_path):
