@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from strategies.compressors import Compressor
-from strategies.compressors.none import NoCompression
+from strategies.compressors import Compressor, uncompressed
 from strategies.ddp_buckets import KEEP_BUFFERS, FixedBuckets, bucket_units, install_hook
 from strategies.engine import CompressedEngine, fitting
 from strategies.kernels import Choice
@@ -63,8 +62,8 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         if replica_compressor is not None and replicas == 1:
             raise ValueError("replica_compressor: there is one group of ranks; say how many with replicas=…")
         if replicas > 1:  # both levels are Pare's
-            compressor = NoCompression() if compressor is None else compressor
-            replica_compressor = NoCompression() if replica_compressor is None else replica_compressor
+            compressor = uncompressed() if compressor is None else compressor
+            replica_compressor = uncompressed() if replica_compressor is None else replica_compressor
         wrapping: dict[str, Any] = {"bucket_cap_mb": bucket_cap_mb, **KEEP_BUFFERS}
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, **wrapping)
         self.compressor = compressor

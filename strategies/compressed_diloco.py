@@ -16,8 +16,7 @@ from common.randomness import run_seed
 from strategies import transport
 from strategies.checkpoints import peer_lost, reason
 from strategies.compressed_ddp import CompressedDDP
-from strategies.compressors import Compressor
-from strategies.compressors.none import NoCompression
+from strategies.compressors import Compressor, uncompressed
 from strategies.kernels import Choice
 from strategies.outer import Meetings, Outer
 from strategies.units import Unit
@@ -73,7 +72,7 @@ class CompressedDiLoCo(CompressedDDP):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        method = NoCompression() if compressor is None else compressor
+        method = uncompressed() if compressor is None else compressor
         super().__init__(
             method, bucket_cap_mb, kernels=kernels, process_group_backend=process_group_backend, timeout=timeout
         )

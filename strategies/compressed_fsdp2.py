@@ -19,8 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, ShardingStr
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.tensor import DTensor
 
-from strategies.compressors import Codec, Compressor
-from strategies.compressors.none import NoCompression
+from strategies.compressors import Codec, Compressor, uncompressed
 from strategies.engine import CompressedEngine, Start, misfit
 from strategies.fsdp2_collectives import (
     CountedAllGather,
@@ -104,7 +103,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         if replica_compressor is not None:
             if replicas == 1:
                 raise ValueError("replica_compressor: there is one replica; say how many with replicas=…")
-            compressor = NoCompression() if compressor is None else compressor
+            compressor = uncompressed() if compressor is None else compressor
         if parameter_compressor is not None and not isinstance(parameter_compressor, Codec):
             raise TypeError(
                 f"parameter_compressor must encode and decode (a Codec such as Int8 or BF16); "

@@ -145,11 +145,11 @@ def halves(folder: Path, texts: Mapping[str, Path]) -> dict[str, Path]:
     return second
 
 
-def once(folder: Path, command: str, config: str, *arguments: str) -> dict[str, Any]:
+def once(folder: Path, command: str, config: str, *arguments: str, prefix: Sequence[str] = ()) -> dict[str, Any]:
     """The record of a command of `main.py`, run unless it has been."""
     results = folder / "runs/results.jsonl"
     if not results.exists():
-        took = run_main(folder, command, config, *arguments)
+        took = run_main(folder, command, config, *arguments, prefix=prefix)
         say(f"{folder.parent.name}/{folder.name}: {took:.0f} s")
     return record.read(results)[0][-1]
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, ShardingStrategy
 
 from lightning_modules.frozen import Frozen
 from strategies import CompressedDDP, CompressedDiLoCo, CompressedFSDP, CompressedFSDP2, transport
-from strategies.compressors.none import NoCompression
+from strategies.compressors import uncompressed
 from strategies.ddp_buckets import planned_units
 from strategies.engine import CompressedEngine
 from strategies.fsdp2_collectives import EncodedAllGather, count_replica_all_reduce
@@ -138,7 +138,7 @@ class _Count:
         """Count everything."""
         engine, held = self.engine, self.found.held
         if engine.compressor is None:  # torch's own path, which nobody counts
-            engine.compressor = NoCompression()
+            engine.compressor = uncompressed()
         if buffers := sum(b.nbytes for b in self.module.buffers()):
             held["buffers"] = float(buffers)
         frozen = [value.model for value in vars(self.module).values() if isinstance(value, Frozen)]

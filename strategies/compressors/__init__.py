@@ -5,9 +5,16 @@ from typing import Any
 from common.variants import import_siblings, variants
 from strategies.compressors.base import Codec, Compressor
 
-__all__ = ["Codec", "Compressor"]
+__all__ = ["Codec", "Compressor", "uncompressed"]
 
 import_siblings(__name__, __path__)
+
+
+def uncompressed() -> Compressor:
+    """torch's own reduction, counted and timed: what an engine takes where it must have a method and is given none."""
+    from strategies.compressors.none import NoCompression
+
+    return NoCompression()
 
 
 def __getattr__(name: str) -> Any:
