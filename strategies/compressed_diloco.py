@@ -1,7 +1,5 @@
 """Local training through Lightning: replicas train by themselves and meet every H steps (DiLoCo)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,17 +10,14 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from common.names import clean_name
-from common.randomness import run_seed
-from strategies import transport
-from strategies.checkpoints import peer_lost, reason
 from strategies.compressed_ddp import CompressedDDP
 from strategies.compressors import Compressor, uncompressed
 from strategies.kernels import Choice
+from strategies.local_training import LocalTraining, check_method
 from strategies.outer import Meetings, Outer
-from strategies.units import Unit
 
 
-class CompressedDiLoCo(CompressedDDP):
+class CompressedDiLoCo(LocalTraining, CompressedDDP):
     """Every rank trains a replica of its own; every ``sync_every`` steps all take an outer step together.
 
     What is compressed is how far replicas have come since they last met, their pseudo-gradients, averaged in fp32. The
@@ -54,8 +49,6 @@ class CompressedDiLoCo(CompressedDDP):
     """
 
     strategy_name = "compressed_diloco"
-    outer: Outer | None = None
-    _last: float = float("inf")
     _saved: dict[str, Any] | None = None
 
     def __init__(
@@ -79,32 +72,9 @@ class CompressedDiLoCo(CompressedDDP):
         self.meetings = Meetings(
             sync_every, num_fragments, fragment_sync_delay, fragment_update_alpha, outer_lr, outer_momentum
         )
-        if needy := [part for part in method.within() if part.every_step]:
-            raise ValueError(
-                f"{needy[0]!r} is about the gradients of every step, and replicas meet every {sync_every} steps: use "
-                "another compressor, such as Bidirectional(inner=ErrorFeedback(inner=Int4()))"
-            )
-
-    def describe(self) -> dict[str, Any]:
-        """See ``CompressedEngine.describe``."""
-        return {**super().describe(), "local_steps": vars(self.meetings)}
+        check_method(method, sync_every)
 
     # Setting up.
-
-    def setup(self, trainer: Any) -> None:
-        """See ``DDPStrategy.setup``.
-
-        Raises:
-            ValueError: The precision scales gradients, by a factor that would be every replica's own.
-        """
-        if str(self.precision_plugin.precision) == "16-mixed":
-            raise ValueError(
-                "precision=16-mixed scales gradients by a factor that replicas would not share: bf16-mixed"
-            )
-        self.outer = None
-        super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and len(self.optimizers) > 1:
-            raise ValueError(f"CompressedDiLoCo knows one optimizer, the module has {len(self.optimizers)}")
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override] # nothing is wrapped
         """All replicas begin with rank 0's weights, and with what the checkpoint has of them."""
@@ -128,76 +98,6 @@ class CompressedDiLoCo(CompressedDDP):
 
     def _register_ddp_hooks(self) -> None:
         """Nothing is wrapped."""
-
-    def _reduce_progress(self, unit: Unit, delta: Tensor, meeting: int) -> None:
-        """Average ``delta [N]`` over replicas in place."""
-        unit.seed, unit.step = run_seed(), meeting
-        unit.traffic.baseline(unit.name, 0.0, 0.0)  # counted step by step: see ``optimizer_step``
-        assert self.compressor is not None
-        self.compressor.all_reduce(delta, unit)
-
-    # Running.
-
-    def on_train_start(self) -> None:
-        """See ``CompressedEngine.on_train_start``."""
-        super().on_train_start()
-        self._last = self.lightning_module.trainer.estimated_stepping_batches
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """A local step, and the meetings that are due after it."""
-        result = super().optimizer_step(*args, **kwargs)
-        if self.outer is not None:
-            for unit in self.outer.units:  # what DDP would have sent
-                ideal = 2 * transport.ring_bytes(4 * unit.numel, unit.world_size)
-                self.traffic.baseline(unit.name, ideal, ideal)
-            with self._meeting():
-                self.outer.stepped()
-                if self.lightning_module.trainer.global_step + 1 >= self._last:
-                    self.outer.finish()
-        return result
-
-    def on_train_end(self) -> None:
-        """Where training ended before its time, replicas meet once more."""
-        super().on_train_end()
-        if self.outer is not None:
-            with self._meeting():
-                self.outer.finish()
-
-    @contextmanager
-    def _meeting(self) -> Iterator[None]:
-        """Say what it means when a replica does not come.
-
-        Raises:
-            RuntimeError: A replica has left.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if not peer_lost(error):
-                raise
-            step = self.lightning_module.trainer.global_step + 1
-            raise RuntimeError(
-                f"a replica has left: the others wait for it after step {step} in vain ({reason(error)}). Start all of "
-                "them again with --ckpt_path last; what was trained since that checkpoint is lost"
-            ) from error
-
-    def on_validation_start(self) -> None:
-        """Validate what all replicas agree on."""
-        super().on_validation_start()
-        if self.outer is not None:
-            self.outer.show()
-
-    def on_validation_end(self) -> None:
-        """See ``on_validation_start``."""
-        super().on_validation_end()
-        if self.outer is not None:
-            self.outer.hide()
-
-    def teardown(self) -> None:
-        """See ``DDPStrategy.teardown``."""
-        if self.outer is not None:
-            self.outer.close()
-        super().teardown()
 
     # Checkpoints: the common weights as the model's, and beside them what is each replica's own.
 

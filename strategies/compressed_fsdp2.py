@@ -75,6 +75,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
     """
 
     strategy_name = "compressed_fsdp2"
+    reduces_between = True  # replicas reduce gradients between them in every step
     _between: dist.ProcessGroup | None = None  # ranks that hold the same shard
 
     def __init__(
@@ -293,9 +294,10 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         """Its gradient's unit, and that of this rank's shard of it between replicas if they are Pare's."""
         module, units, reduce = sharded.module, [unit], self._reduce_sharded
         if self.replica_compressor is not None and self._between is not None:
-            between = shard_between(unit, unit.numel, self._between)
             unit.level = sharded.gathered.level = "intra"
-            units, reduce = [unit, between], partial(self._reduce_shard_between, between)
+            if self.reduces_between:
+                between = shard_between(unit, unit.numel, self._between)
+                units, reduce = [unit, between], partial(self._reduce_shard_between, between)
         module.set_custom_reduce_scatter(UnitReduceScatter(unit, reduce))
         # With a gradient divide factor torch would ask for PREMUL_SUM, whose factor cannot be read; a sum always can.
         module.set_force_sum_reduction_for_comms(True)

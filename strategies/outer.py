@@ -326,6 +326,12 @@ class Outer:
         for name, weight in (own or {}).items():
             self.parameters[name].copy_(weight)
 
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Take this replica's weights for those that all agree on: a round begins."""
+        for piece in self._pieces():
+            piece.weights.copy_(piece.local())
+
     def close(self) -> None:
         """End the thread; what is under way is given up."""
         if self._worker is not None:

@@ -104,23 +104,24 @@ def restore(ranks: list[dict[str, Any]], units: list[Unit], method: str, device:
             f"the checkpoint holds what {ranks[0]['method']} had yet to send, which {method} cannot take over. Resume "
             "with the same compressor, or start a new run from the weights."
         )
-    names = {unit.name for unit in units}
-    if any(set(saved["units"]) != names for saved in ranks):
+    # by global rank: under hybrid sharding a unit's group is smaller than the world
+    rank, same = dist.get_rank(), len(ranks) == dist.get_world_size()
+    names, of = {unit.name for unit in units}, [ranks[rank]] if same else ranks
+    if any(set(saved["units"]) != names for saved in of):
         raise misfit
     for unit in units:
-        saved = [one["units"][unit.name] for one in ranks]
+        saved = [one["units"][unit.name] for one in of]
         alike = [one for one in saved if one.get("shard", [0, 1]) == list(unit.shard)]
         if not alike:
             raise ValueError(
                 f"the checkpoint's residuals of {unit.name!r} belong to other shards than there are now: resume with "
                 "as many ranks in each replica as before"
             )
-        # by global rank: under hybrid sharding a unit's group is smaller than the world
-        rank, same = dist.get_rank(), len(ranks) == dist.get_world_size()
         owing = same or any(name.startswith(OWED) for one in alike for name in one["state"])
         if owing and any(one["layout"] != _layout(unit) for one in alike):
             raise misfit
-        own = saved[rank]["state"] if same else split([one["state"] for one in alike], _padded(unit)) if owing else {}
+        states = [one["state"] for one in alike]
+        own = states[0] if same else split(states, _padded(unit)) if owing else {}
         unit.state.clear()
         unit.state |= {name: part.to(device, copy=True) for name, part in own.items()}
 

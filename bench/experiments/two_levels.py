@@ -63,7 +63,8 @@ def _two_hops(records: Path, runs: Mapping[str, Any]) -> None:
 def _counted(records: Path, method: str, one: Mapping[str, Any]) -> None:
     """Bytes between hosts; where levels are counted, what Pare says of them against the interface."""
     levels = one.get("bytes_by_level") or {}
-    counted = levels.get("inter", 0) * _RANKS / one["steps_measured"]
+    both = not method.startswith("flat")  # where one group lies over both hosts, gathers belong to neither level
+    counted = levels.get("inter", 0) * _RANKS / one["steps_measured"] if both else 0
     sent = between_hosts(one)
     deviation = 100 * (sent / counted - 1) if counted else None
     figures.append(

@@ -22,7 +22,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, ShardingStrategy
 
 from lightning_modules.frozen import Frozen
-from strategies import CompressedDDP, CompressedDiLoCo, CompressedFSDP, CompressedFSDP2, transport
+from strategies import (
+    CompressedDDP,
+    CompressedDiLoCo,
+    CompressedFSDP,
+    CompressedFSDP2,
+    ShardedDiLoCo,
+    transport,
+)
 from strategies.compressors import uncompressed
 from strategies.ddp_buckets import planned_units
 from strategies.engine import CompressedEngine
@@ -181,8 +188,13 @@ class _Count:
         engine = self.engine
         self._held_whole()
         engine._setup_model(self.module)
+        self.units = engine.outer.units
+        self._meetings()
+
+    def _meetings(self) -> None:
+        """What replicas that train by themselves hold and send besides."""
+        engine = self.engine
         outer = engine.outer
-        self.units = outer.units
         weights = _FP32 * sum(unit.numel for unit in outer.units)
         parts = max(sum(piece.unit.numel for piece in fragment.pieces) for fragment in outer.fragments)
         self.found.held["common weights and their velocity"] = 2.0 * weights
@@ -240,10 +252,12 @@ class _Count:
         def reduce(unit: Unit, grad: Tensor) -> None:
             shard = torch.empty_like(grad[: grad.numel() // unit.world_size])
             engine._reduce_sharded(unit, grad, shard)
-            if engine.replica_compressor is not None:
+            if engine.replica_compressor is not None and engine.reduces_between:
                 engine._reduce_between(by_name[f"{unit.name} between replicas"], shard)
 
         self._reduce(inside, reduce)
+        if isinstance(engine, ShardedDiLoCo):
+            self._meetings()
 
     def _fsdp1(self) -> None:
         engine, held = self.engine, self.found.held

@@ -50,7 +50,9 @@ def test_two_levels_are_held_against_the_interface_and_the_flat_forms(tmp_path, 
         _sent("ddp_int8", 6.0, 500.0),
         _sent("ddp_two_int8", 3.0, 400.0, inter=1.5),
         *(_sent(flat, 4.0, 600.0) for flat in ("flat_none", "flat_int8", "flat_int8_both")),
+        _sent("flat_two_hops", 3.0, 600.0, inter=0.9),
     ]
+    runs = [{"bytes_parameters_total": 20_000_000, **one} for one in runs]  # a rank's; half of it leaves the host
     monkeypatch.setattr(two_levels, "sweep", lambda name, _: runs)
     two_levels.run(tmp_path / "records.jsonl", tmp_path)
     found = _figures(tmp_path / "records.jsonl")
@@ -61,3 +63,5 @@ def test_two_levels_are_held_against_the_interface_and_the_flat_forms(tmp_path, 
     assert found["bytes-hsdp_int8-over-hsdp_none"]["value"] == pytest.approx(4.0)
     assert found["step-hsdp_int8-over-hsdp_none"]["reached"] and found["bytes-ddp_two_int8-over-ddp_int8"]["reached"]
     assert found["step-ddp_two_int8-over-ddp_int8"]["reached"] is None
+    assert found["gradients-two-hops-over-flat"]["value"] == pytest.approx((4 - 2) / (3 - 2))
+    assert found["gradients-two-hops-over-flat"]["reached"] and found["between-hosts-flat_two_hops"]["reached"] is None

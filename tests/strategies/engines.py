@@ -99,7 +99,7 @@ def fit(
     """Train on this rank; everything a test may ask about the run."""
     warnings.simplefilter("ignore")
     module = module or Module()
-    built = ENGINES[engine](compressor=compressor, **strategy)
+    built = ENGINES.get(engine, engine)(compressor=compressor, **strategy)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=torch.distributed.get_world_size(),

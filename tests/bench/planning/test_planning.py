@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from bench import __main__ as command
 from bench.planning import check_shape, plan
 from bench.planning.absent import planned
-from strategies import CompressedDDP, CompressedDiLoCo, CompressedFSDP, CompressedFSDP2
+from strategies import CompressedDDP, CompressedDiLoCo, CompressedFSDP, CompressedFSDP2, ShardedDiLoCo
 from strategies.compressors import Bidirectional, ErrorFeedback, Int4, Int8, PowerSGD
 from tests.bench.test_memory import Module
 from tests.conftest import ROOT
@@ -33,6 +33,10 @@ CASES = {
     "fsdp1": (CompressedFSDP, {"compressor": ErrorFeedback(PowerSGD(2))}),
     "ddp": (CompressedDDP, {"compressor": Int8(16)}),
     "ddp, two levels": (CompressedDDP, {"compressor": Int8(16), **TWO_LEVELS}),
+    "local steps of groups": (
+        ShardedDiLoCo,
+        {"replicas": 2, "replica_compressor": Bidirectional(Int8(16)), "compressor": Int8(16), "sync_every": 2},
+    ),
     "local steps": (CompressedDiLoCo, {"compressor": Bidirectional(Int8(16)), "sync_every": 2}),
 }
 
