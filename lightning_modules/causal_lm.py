@@ -43,6 +43,8 @@ class CausalLM(L.LightningModule):
 
     trained_only = False
     """Whether ``write_export`` needs the trained weights alone."""
+    starts_sharded = False
+    """Whether ``build_model`` looks at no weight, so that each rank of a sharding strategy may have its rows alone."""
 
     def __init__(
         self,

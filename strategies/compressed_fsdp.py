@@ -56,7 +56,8 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
         auto_wrap_policy: Module classes (or a policy) that become units, instead of the blocks that are found.
         start: What each rank has while ``configure_model`` builds the model: its rows of every parameter ("sharded";
-            a unit is put together when it is wrapped), or all of it ("whole"). The weights are the same.
+            a unit is put together when it is wrapped), or all of it ("whole"). The weights are the same. "auto" is
+            sharded for modules that say ``starts_sharded``.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
             variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
 
@@ -72,7 +73,7 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"] = "FULL_SHARD",
         state_dict_type: Literal["full", "sharded"] = "sharded",
         auto_wrap_policy: set[type[nn.Module]] | None = None,
-        start: Start = "sharded",
+        start: Start = "auto",
         kernels: Choice = "auto",
         **kwargs: Any,
     ) -> None:

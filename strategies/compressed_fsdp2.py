@@ -62,7 +62,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         state_dict_type: Checkpoint as one folder with a file per rank ("sharded") or one file ("full").
         auto_wrap_policy: Module classes that are sharded on their own, instead of the blocks that are found.
         start: What each rank has while ``configure_model`` builds the model: its rows of every parameter ("sharded"),
-            or all of it ("whole"). The weights are the same.
+            or all of it ("whole"). The weights are the same. "auto" is sharded for modules that say ``starts_sharded``.
         kernels: How codecs compute: "slabs" (no compiler), "compiled", "triton" (on CUDA) or "reference"; "auto" is the
             variable PARE_KERNELS, else slabs on CPU and compiled on CUDA.
         process_group_backend: "gloo" or "nccl"; by default the device's own.
@@ -89,7 +89,7 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         backward_within: int | None = None,
         state_dict_type: Literal["full", "sharded"] = "sharded",
         auto_wrap_policy: set[type[nn.Module]] | None = None,
-        start: Start = "sharded",
+        start: Start = "auto",
         kernels: Choice = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),

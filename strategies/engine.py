@@ -39,7 +39,7 @@ from strategies.sharded_start import ShardedStart
 from strategies.traffic import Traffic
 from strategies.units import Unit
 
-Start = Literal["sharded", "whole"]
+Start = Literal["auto", "sharded", "whole"]
 _FIRST = "PARE_FIRST_RANK"  # process id of the rank that started the others
 
 
@@ -112,7 +112,8 @@ class CompressedEngine(ParallelStrategy):
     @contextmanager
     def _building(self, rank: int, ranks: int) -> Iterator[None]:
         """Build a model, of which this is the ``rank``-th of ``ranks`` that share it."""
-        if self.start == "whole" or ranks == 1:
+        asked = self.start == "auto" and getattr(self.lightning_module, "starts_sharded", False)
+        if ranks == 1 or not (asked or self.start == "sharded"):
             yield
             return
         self._built = ShardedStart(rank, ranks)

@@ -72,7 +72,7 @@ class ShardedDiLoCo(LocalTraining, CompressedFSDP2):
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
         state_dict_type: Literal["full", "sharded"] = "sharded",
         auto_wrap_policy: set[type[nn.Module]] | None = None,
-        start: Start = "sharded",
+        start: Start = "auto",
         kernels: Choice = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),

@@ -132,7 +132,15 @@ class ShardedStart(TorchDispatchMode):
         target = args[0] if args else None
         kept = self._of(target) if func._schema.is_mutable else None
         if target is None or kept is None:
-            return func(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            except NotImplementedError as error:
+                if not any(self._of(each) is not None for each in args):
+                    raise
+                raise ValueError(
+                    "values of a parameter are read while the model is built, when each rank has its rows alone: build "
+                    "it whole (--trainer.strategy.start whole)"
+                ) from error
         name = func._schema.name.removeprefix("aten::")
         rest = args[1:]
         if target.shape == kept.shape and target.is_contiguous():

@@ -25,6 +25,8 @@ class Pretraining(CausalLM):
         **kwargs: Optimizer and schedule, see ``CausalLM``.
     """
 
+    starts_sharded = True
+
     def __init__(
         self,
         model_type: str = "gpt2",

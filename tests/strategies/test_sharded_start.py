@@ -57,10 +57,10 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def _fit(engine, kind, folder=None, steps=2, **options):
+def _fit(engine, kind, folder=None, steps=2, start="sharded", **options):
     module = Module(kind, folder)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    strategy = ENGINES[engine](compressor=Int8(16), **options)
+    strategy = ENGINES[engine](compressor=Int8(16), start=start, **options)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),
@@ -149,10 +149,26 @@ def test_rows_are_those_of_the_whole_tensor():
 
 
 def test_values_that_need_all_of_a_parameter_are_refused_with_the_fix():
-    def sorted_weight():
+    def summed():
         weight = nn.Linear(4, 4).weight
         with torch.no_grad():
             weight.cumsum_(0)
 
-    with pytest.raises(ValueError, match="start whole"):
-        _built(sorted_weight)
+    def read():
+        return nn.Linear(4, 4).weight.cpu()
+
+    for build in (summed, read):
+        with pytest.raises(ValueError, match="start whole"):
+            _built(build)
+
+
+def test_only_modules_that_say_so_start_so_by_themselves():
+    class Knows(L.LightningModule):
+        starts_sharded = True
+
+    for module, expected in ((Knows(), True), (L.LightningModule(), False)):
+        strategy = CompressedFSDP2()
+        strategy._lightning_module = module
+        with strategy._building(0, 2):
+            pass
+        assert (strategy._built is not None) is expected
