@@ -169,7 +169,7 @@ def _recall(make: _Maker) -> list[Step]:
     folder, brief = "token_pruning/recall_", ["--data.max_val_blocks", "16"]
     return [
         make(
-            "reader", "train a small model that looks up facts in its prompt", "fit", f"{folder}model", 150,
+            "reader", "train a small model that looks up facts in its prompt", "fit", f"{folder}model", 120,
             *READER, brief=[*_steps(4), *brief],
         ),
         make(
@@ -191,7 +191,7 @@ def _recall(make: _Maker) -> list[Step]:
     ]  # fmt: skip
 
 
-READER = ("--trainer.max_steps", "1500", "--trainer.val_check_interval", "500")
+READER = ("--trainer.max_steps", "1200", "--trainer.val_check_interval", "400")
 """The configuration trains longer; its scorers need no more than this."""
 
 
