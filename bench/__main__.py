@@ -187,7 +187,7 @@ def env(full: bool = False, json: bool = False) -> int:
     return 1 if report["missing"] else 0
 
 
-_FORMS = {"model": "FOLDER", "texts": "NAME=FILE,NAME=FILE", "pruner": "FOLDER"}
+_FORMS = {"model": "FOLDER", "texts": "NAME=FILE,NAME=FILE", "pruner": "FOLDER", "official": "FOLDER"}
 
 
 def experiment(
@@ -197,6 +197,7 @@ def experiment(
     model: Path | None = None,
     texts: str | None = None,
     pruner: Path | None = None,
+    official: Path | None = None,
 ) -> None:
     """Run one experiment and append its figures to a records' file.
 
@@ -207,6 +208,7 @@ def experiment(
         model: Hugging Face folder of the model to experiment on, for experiments that need one.
         texts: Texts for experiments that need them: NAME=FILE,NAME=FILE.
         pruner: What `calibrate` found for the model, for experiments that need it.
+        official: Checkout of the authors' code, for experiments that compare with it.
     """
     if name not in experiments.names():
         raise ValueError(f"no experiment {name!r}; there are: {', '.join(experiments.names())}")
@@ -216,6 +218,7 @@ def experiment(
         "model": model and model.resolve(),
         "texts": {text: Path(path).resolve() for text, path in named.items()} or None,
         "pruner": pruner and pruner.resolve(),
+        "official": official and official.resolve(),
     }
     known = inspect.signature(module.run).parameters
     for option, value in given.items():

@@ -128,7 +128,7 @@ class TierSchedule(Measurement):
             rank_zero_warn(
                 f"stopped after iteration {self._next} of {len(pl_module.rows)}: what is saved is that far pruned"
             )
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:
             pl_module.save(trainer.datamodule)
         trainer.strategy.barrier()
 

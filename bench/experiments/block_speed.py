@@ -1,4 +1,4 @@
-"""Block sparsity: time and memory of scoring and demotion, and speed of products with packed weights.
+"""Block sparsity: time and memory of scoring and demotion, of a layer as large as a 7 B model's, and speed of products.
 
 `run` judges; `python -m bench.experiments.block_speed SIZE REPEATS` measures in a process of its own, so that its peak
 memory is its own, and prints JSON lines.
@@ -7,7 +7,8 @@ memory is its own, and prints JSON lines.
 import gc
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,21 @@ from common.measure.memory import resident_now, resident_peak
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from lightning_modules.block_sparsity.bands import to_bands
 from lightning_modules.block_sparsity.demotion import Ratios, demote
+from lightning_modules.block_sparsity.inputs import Inputs
 from lightning_modules.block_sparsity.packed_model import PackedLinear
 from lightning_modules.block_sparsity.packing import Layout, pack
 from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.tiers import TierMap
+from lightning_modules.block_sparsity.updates.obs import Obs
 
 RECORDS = "block_sparsity.jsonl"
 SIZE, REPEATS = 4096, 9
 COMMAND = "python -m bench experiment block_speed"
-WHAT = {1: "decode, batch 1", 8: "decode, batch 8", 64: "decode, batch 64", 512: "prefill, 512 tokens"}
+WHAT = {1: "decode, batch 1", 512: "prefill, 512 tokens"}
+SEVEN_B = {"hidden": 4096, "mlp": 11008, "layers": 32, "tokens": 128 * 2048}  # Llama-2-7B, the papers' calibration
+MEASURED_TOKENS = 2048  # of which time is taken to grow with the tokens
 BLOCK, K = 16, 10
 BEFORE, AFTER = Ratios(0.9, 0.1, 0.0), Ratios(0.8, 0.1, 0.1)  # the second iteration moves blocks in both steps
 END = Ratios(0.35, 0.45, 0.2)
@@ -43,6 +48,7 @@ def run(records: Path, folder: Path) -> None:
     say(f"timing one iteration and products of {SIZE}×{SIZE}")
     first, *products = json_lines(__name__, str(SIZE), str(REPEATS), log=folder / "block_speed.log")
     _append_demotion(records, first["demotion"])
+    _append_iteration(records, first["iteration"], first["device"])
     for product in products:
         _append_products(records, product)
 
@@ -80,21 +86,44 @@ def _append_demotion(records: Path, demotion: dict[str, Any]) -> None:
         )
 
 
+def _append_iteration(records: Path, iteration: dict[str, Any], device: str) -> None:
+    seconds = iteration["layer_s"] * SEVEN_B["layers"]
+    figures.append(
+        records,
+        figure=f"iteration-7b-{device}",
+        what=f"one iteration of a 7 B model on this {device}: 32 times a measured layer of its size (statistics of "
+        f"{SEVEN_B['tokens']:,} tokens, scores, demotion, OBS update; without running the layer)",
+        value=seconds / 60,
+        unit="min",
+        target="report",
+        reached=None,
+        command=COMMAND,
+        details=iteration,
+    )
+
+
 def _append_products(records: Path, product: dict[str, Any]) -> None:
-    for arm, speed in product["speed"].items():
+    """Two figures: the fastest of all packed forms, and 8-bit weights by torch's own kernel."""
+    packed = max(
+        (name for name in product["speed"] if name != "int8"), key=lambda name: product["speed"][name]["ratio"]
+    )
+    arms = {"packed": (packed, f"weights in the fastest packed form ({packed}), 41.7 % zeros,")}
+    arms["int8"] = ("int8", "int8 weights, torch's packed kernel,")
+    for name, (arm, what) in arms.items():
+        if arm not in product["speed"]:
+            continue
         bound = product["bound"][arm]
         figures.append(
             records,
-            figure=f"product-{arm.replace(' ', '-')}-{product['rows']}",
-            what=f"{WHAT[product['rows']]}: {arm} weights, 41.7 % zeros, over masked dense "
-            f"(bound by bytes {bound:.2f}×)",
-            value=speed["ratio"],
-            spread=speed["spread"],
+            figure=f"product-{name}-{product['rows']}",
+            what=f"{WHAT[product['rows']]}: {what} over dense (bound by bytes {bound:.2f}×)",
+            value=product["speed"][arm]["ratio"],
+            spread=product["speed"][arm]["spread"],
             unit="×",
             target="report",
             reached=None,
             command=COMMAND,
-            details={"device": product["device"], "bound": bound, "dense_ms": product["dense_ms"]},
+            details={"device": product["device"], "dense_ms": product["dense_ms"], "speed": product["speed"]},
         )
 
 
@@ -133,8 +162,41 @@ def demotion(size: int, repeats: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+def iteration(device: torch.device, hidden: int, mlp: int, tokens: int) -> dict[str, Any]:
+    """Time all that an iteration does to a decoder layer of these sizes besides running it.
+
+    Returns:
+        Seconds by step: ``moments_s`` for ``MEASURED_TOKENS``, ``demotion_s``, ``update_s``; and ``layer_s`` in all,
+        with the moments' time multiplied up to ``tokens``.
+    """
+    found = dict.fromkeys(("moments_s", "demotion_s", "update_s"), 0.0)
+
+    def timed(step: str, work: Callable[[], Any]) -> Any:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found[step] += time.perf_counter() - start
+        return result
+
+    # queries, keys and values; the attention's output; gate and up; down: what sees the same inputs is one matrix here
+    for rows, columns in ((3 * hidden, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)):
+        x = torch.randn(MEASURED_TOKENS, columns, device=device)
+        inputs = Inputs(columns, device, moments=True)
+        timed("moments_s", lambda x=x, inputs=inputs: inputs.add(x))
+        weight = torch.randn(rows, columns, device=device)
+        tiers = _tiers(weight)
+        scores = Scored(weight, Wanda().score, inputs.squares.sqrt())
+        timed("demotion_s", lambda s=scores, t=tiers: demote({"m": s}, {"m": t}, END))
+        timed("update_s", lambda w=weight, t=tiers, i=inputs: Obs().apply(w, t.keep_RC, i.moments))
+    return {**found, "layer_s": found["moments_s"] * tokens / MEASURED_TOKENS + found["demotion_s"] + found["update_s"]}
+
+
 def products(size: int, rows: list[int], repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time x·Wᵀ of a pruned square matrix: masked dense, packed plainly and in bands, int8 values, int8 weight-only.
+    """Time x·Wᵀ of a pruned square matrix in bf16: dense, packed plainly and in bands, with 16-bit and int8 values, and
+    8-bit weights (all of them) by torch's own kernel, where it has one for the device.
 
     Args:
         size: Side of the matrix.
@@ -146,33 +208,31 @@ def products(size: int, rows: list[int], repeats: int, device: torch.device) -> 
         For every number of rows: speed of each arm over masked dense with its spread, and the bound that its weight
         bytes set where reading weights is all that counts.
     """
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    weight = torch.randn(size, size, device=device, dtype=dtype)
+    weight = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     tiers = _tiers(weight)
     demote({"m": Scored(weight, Magnitude().score)}, {"m": tiers}, END, "band")
     weight.masked_fill_(~tiers.keep_RC, 0.0)
     layout = Layout(size, size, BLOCK, K)
-    parts = {"packed": pack(weight, tiers, dtype), "packed int8": pack(weight, tiers, torch.int8)}
+    parts = {"packed": pack(weight, tiers, weight.dtype), "packed int8": pack(weight, tiers, torch.int8)}
     parts |= {name.replace("packed", "bands"): to_bands(part, layout, "m") for name, part in parts.items()}
     layers = {name: PackedLinear(part, layout, None) for name, part in parts.items()}
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    codes = (weight / scale).round().to(torch.int8)
+    scale = weight.abs().amax(1) / 127
+    codes = (weight / scale[:, None]).round().to(torch.int8)
     bound = {name: weight.nbytes / sum(t.nbytes for t in part.values()) for name, part in parts.items()}
-    bound["int8"] = weight.nbytes / (codes.nbytes + scale.nbytes)
     for count in rows:
-        x = torch.randn(count, size, device=device, dtype=dtype)
+        x = torch.randn(count, size, device=device, dtype=weight.dtype)
         arms: dict[str, Any] = {"dense": partial(F.linear, x, weight)}
         arms |= {name: partial(layer, x) for name, layer in layers.items()}
-        arms["int8"] = partial(_int8_linear, x, codes, scale)
+        try:
+            torch._weight_int8pack_mm(x, codes, scale)
+            arms["int8"] = partial(torch._weight_int8pack_mm, x, codes, scale)
+            bound["int8"] = weight.nbytes / (codes.nbytes + scale.nbytes)
+        except (RuntimeError, NotImplementedError) as error:
+            say(f"no int8 kernel of torch's here: {error}")
         with torch.no_grad():
             times = interleaved(arms, repeats)
         speed = {name: ratio_with_spread(times["dense"], times[name]) for name in bound}
         yield {"rows": count, "dense_ms": percentiles(times["dense"])["p50"], "speed": speed, "bound": dict(bound)}
-
-
-def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Weight-only int8 with one scale a row, expanded like the packed layers."""
-    return F.linear(x, codes.to(x.dtype) * scale)
 
 
 def _tiers(weight: Tensor) -> TierMap:
@@ -235,7 +295,10 @@ def main() -> None:
     """Measure on the GPU if there is one, else on the CPU, and print JSON lines: demotion, then every product."""
     size, repeats = int(sys.argv[1]), int(sys.argv[2])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"device": device.type, "demotion": demotion(size, repeats, device)}), flush=True)
+    sizes = {name: SEVEN_B[name] * size // SIZE for name in ("hidden", "mlp")}  # smaller for a trial
+    layer = iteration(device, sizes["hidden"] // BLOCK * BLOCK, sizes["mlp"] // BLOCK * BLOCK, SEVEN_B["tokens"])
+    first = {"demotion": demotion(size, repeats, device), "iteration": layer}
+    print(json.dumps({"device": device.type, **first}), flush=True)
     for product in products(size, list(WHAT), repeats, device):
         print(json.dumps({"device": device.type, **product}), flush=True)
 

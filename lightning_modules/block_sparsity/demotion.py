@@ -67,6 +67,29 @@ def demote(
     return _means(sums, tiers)
 
 
+def demote_to(scores: Scored, tiers: TierMap, wanted_rc: Tensor) -> Tensor:
+    """Bring every block of one matrix to the tier that a map says, in place, strictly downwards.
+
+    Args:
+        scores: How to score the matrix.
+        tiers: Its tier map.
+        wanted_rc: The tier of each block.
+
+    Returns:
+        See ``demote``, of the one matrix.
+
+    Raises:
+        ValueError: The map would bring a block back, or a score is not finite. The tier map is left as it was.
+    """
+    wanted_rc = wanted_rc.to(tiers.map_rc)
+    if (wanted_rc < tiers.map_rc).any():
+        raise ValueError(f"{tiers.name}: the tiers that were found would un-demote some blocks: demotion is one way")
+    sums_rc = block_sums(scores, tiers)
+    _to_two_of_four(scores, tiers, (tiers.map_rc == DENSE) & (wanted_rc > DENSE), sums_rc)
+    _to_topk(scores, tiers, (tiers.map_rc == MID) & (wanted_rc == TOPK), sums_rc)
+    return sums_rc / tiers.kept_per_block()
+
+
 def block_sums(scores: Scored, tiers: TierMap) -> Tensor:
     """Sum of the scores of the weights that each block still has, ``float32 [r, c]``.
 

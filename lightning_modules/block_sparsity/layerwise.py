@@ -25,6 +25,8 @@ from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.block_sparsity.reconstruction import Reconstruction, reconstruct
 from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.scores import Score
+from lightning_modules.block_sparsity.scores.obs_saliency import ObsSaliency
+from lightning_modules.block_sparsity.sensitivity import output_sensitivity
 from lightning_modules.block_sparsity.updates import Update
 from lightning_modules.block_sparsity.updates.base import relative_error
 from lightning_modules.stream import LayerInputs, decoder_layers, visiting
@@ -101,14 +103,16 @@ def prune_layers(
     if isinstance(target, Ratios):
         pruner.check_target(target)
     known = score.statistics(model, pruner.matrices, batches, device)
-    targets = _shares(model, pruner, target, score, known, batches, device)
+    targets = _targets(model, pruner, target, method, known, batches, device)
     looks = score.needs_inputs or update is not None
     moments = score.needs_moments or update is not None
     sequential = method.statistics == "sequential"
     pruned = LayerInputs(model, batches, device) if learning or (looks and sequential) else None
     whole = LayerInputs(model, batches, device) if learning or (looks and not sequential) else None
-    about = [method.describe(), pruner.describe(), {name: asdict(ratios) for name, ratios in targets.items()}]
-    finished = LayerFiles(folder, about, (part for batch in batches for _, part in sorted(batch.items())))
+    shares = {name: asdict(one) for name, one in targets.items() if isinstance(one, Ratios)}
+    maps = [one for one in targets.values() if isinstance(one, Tensor)]
+    text = [part for batch in batches for _, part in sorted(batch.items())]
+    finished = LayerFiles(folder, [method.describe(), pruner.describe(), shares], [*maps, *text])
     errors, means, layers = Errors(), dict[str, Tensor](), decoder_layers(model)
     with stage("Pruning", len(layers), "layers") as done:
         for number, layer in enumerate(layers.values(), 1):
@@ -144,7 +148,7 @@ def prune_layers(
 def _cut(
     name: str,
     pruner: Pruner,
-    target: Ratios,
+    target: Ratios | Tensor,
     method: Method,
     known: Tensor | None,
     inputs: Inputs | None,
@@ -181,30 +185,38 @@ def _take(mine: Mapping[str, nn.Linear], pruner: Pruner, kept: Mapping[str, Tens
     return {name: kept[name] for name in mine}
 
 
-def _shares(
+def _targets(
     model: nn.Module,
     pruner: Pruner,
     target: Ratios | Mix,
-    score: Score,
+    method: Method,
     known: Mapping[str, Tensor],
     batches: Sequence[Batch],
     device: torch.device,
-) -> dict[str, Ratios]:
-    """Each matrix's own ratios."""
+) -> dict[str, Ratios | Tensor]:
+    """What each matrix ends with: its own ratios, or the tier of each of its blocks."""
     if isinstance(target, Mix):
-        scores = _scores(model, pruner, score, known, batches, device)
-        found = best_mix(scores, pruner.tiers, target, target.ks or [pruner.k])
+        # an update makes up for what goes: what is left to lose then is what OBS saliencies say
+        score = ObsSaliency(method.update.damping) if method.update is not None else method.score
+        minded = output_sensitivity(model, pruner.matrices, batches, device)
+        scores = _scores(model, pruner, score, {} if method.update is not None else known, batches, device)
+        weighted = {name: one.weighted(minded[name]) for name, one in scores.items()}
+        found = best_mix(weighted, pruner.tiers, target, target.ks or [pruner.k])
         pruner.set_topk(found.k)
         rank_zero_info(
             f"{found.bits:.3f} bits per weight: top-k blocks of {found.k} weights; "
             f"{100 * found.loss:.2f} % of the squared scores go"
         )
-        return found.ratios
+        return {name: _ratios(one) if pruner.scope == "band" else one for name, one in found.maps.items()}
     if not pruner.tiers or pruner.scope != "global":
         return dict.fromkeys(pruner.matrices, target)
     tiers = copy.deepcopy(pruner.tiers)
-    demote(_scores(model, pruner, score, known, batches, device), tiers, target, "global")
-    return {name: Ratios(*(count / one.map_rc.numel() for count in one.counts())) for name, one in tiers.items()}
+    demote(_scores(model, pruner, method.score, known, batches, device), tiers, target, "global")
+    return {name: _ratios(one.map_rc) for name, one in tiers.items()}
+
+
+def _ratios(map_rc: Tensor) -> Ratios:
+    return Ratios(*(torch.bincount(map_rc.flatten().long(), minlength=3) / map_rc.numel()).tolist())
 
 
 def _scores(

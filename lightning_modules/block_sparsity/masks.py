@@ -1,12 +1,13 @@
 """Holding masks while weights change, and counting where they did not hold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.block_sparsity.scored import Scored
+from lightning_modules.block_sparsity.sharded import local
 
 
 @torch.no_grad()
@@ -15,10 +16,11 @@ def mask_weights(matrices: Mapping[str, nn.Linear], keep: Mapping[str, Tensor]) 
 
     Args:
         matrices: Linear layers by name.
-        keep: bool ``[R, C]`` of each, True where the weight stays.
+        keep: bool ``[R, C]`` of each, True where the weight stays; of matrices that are cut up over ranks, see
+            ``sharded.cut_masks``.
     """
     for name, mask in keep.items():
-        matrices[name].weight.masked_fill_(~mask, 0.0)
+        local(matrices[name].weight).masked_fill_(~mask, 0.0)
 
 
 @torch.no_grad()
@@ -27,25 +29,24 @@ def mask_gradients(matrices: Mapping[str, nn.Linear], keep: Mapping[str, Tensor]
     for name, mask in keep.items():
         gradient = matrices[name].weight.grad
         if gradient is not None:
-            gradient.masked_fill_(~mask, 0.0)
+            local(gradient).masked_fill_(~mask, 0.0)
 
 
 @torch.no_grad()
 def violations(matrices: Mapping[str, nn.Linear], keep: Mapping[str, Tensor]) -> int:
-    """Pruned weights that are not zero (NaN included); one wait for the device."""
+    """Pruned weights that are not zero (NaN included), of those that this rank has; one wait for the device."""
     if not keep:
         return 0
-    counts = [((matrices[name].weight != 0) & ~mask).sum() for name, mask in keep.items()]
+    counts = [((local(matrices[name].weight) != 0) & ~mask).sum() for name, mask in keep.items()]
     return int(torch.stack(counts).sum())
 
 
-def check_held(matrices: Mapping[str, nn.Linear], keep: Mapping[str, Tensor], when: str) -> int:
-    """Count violations.
+def refuse(found: int, when: str) -> int:
+    """Violations, 0.
 
     Raises:
         RuntimeError: There are some, with their number.
     """
-    found = violations(matrices, keep)
     if found:
         raise RuntimeError(f"{found} pruned weights are not zero {when}")
     return found
@@ -100,14 +101,18 @@ def best_of_groups(scores_RC: Tensor, kept: int, of: int) -> Tensor:
     """
     columns = scores_RC.shape[1]
     padded = torch.nn.functional.pad(scores_RC, (0, -columns % of), value=-torch.inf)
-    members = padded.unflatten(1, (-1, of)).unbind(-1)
+    return torch.stack(best_of(padded.unflatten(1, (-1, of)).unbind(-1), kept), -1).flatten(1)[:, :columns]
+
+
+def best_of(members: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """Which of several tensors' entries are among the ``kept`` highest at their place, bool; of equals the first."""
     beaten_by = [torch.zeros_like(members[0], dtype=torch.int8) for _ in members]  # how many are better
     for i, first in enumerate(members):
-        for j in range(i + 1, of):
+        for j in range(i + 1, len(members)):
             wins = first >= members[j]
             beaten_by[j] += wins
             beaten_by[i] += ~wins
-    return (torch.stack(beaten_by, -1) < kept).flatten(1)[:, :columns]
+    return [beaten < kept for beaten in beaten_by]
 
 
 def lowest(values_GN: Tensor, eligible_GN: Tensor, count_G: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Which mix of dense, 2:4 and top-k blocks loses least in so many bytes, and how many weights top-k blocks then keep.
 
-What a demotion loses is the sum of the squared scores of the weights that go (with Wanda's scores about the squared
-error of the matrix's output), over that of all its weights: so matrices compare. Every block takes the tier with the
-least loss + price · bits; one price for all, or one for each matrix, is where the bits are those asked for.
+What a demotion loses is the sum of the squared scores of the weights that go: with OBS saliencies the squared error of
+the matrix's outputs that is left when the others make up for it. Errors of different outputs are not equally bad, so
+each row counts by how much the model's loss minds it (``sensitivity``): then all matrices compare. Every block takes
+the tier with the least loss + price · bits; one price for all, or one for each matrix, is where the bits are those
+asked for.
 
 Shape legend: b side of a block; n blocks; K numbers of weights that are tried for top-k blocks.
 """
@@ -44,13 +46,13 @@ class Found:
 
     Attributes:
         k: Weights that top-k blocks keep.
-        ratios: Shares of each matrix's blocks.
-        loss: Mean over the matrices of what it loses of the squared scores.
+        maps: Each matrix's tier map, uint8 ``[r, c]``, on the CPU.
+        loss: What it loses of all squared scores.
         bits: Bits per weight.
     """
 
     k: int
-    ratios: dict[str, Ratios]
+    maps: dict[str, Tensor]
     loss: float
     bits: float
 
@@ -73,7 +75,10 @@ def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target:
         ValueError: No mix is as small as that, or the blocks are smaller already; a score is not finite.
     """
     block = next(iter(tiers.values())).block
-    losses = {name: block_losses(scores[name], tiers[name], ks) for name in tiers}
+    losses, whole = {}, 0.0
+    for name in tiers:
+        losses[name], mine = block_losses(scores[name], tiers[name], ks)
+        whole += mine
     found: list[Found] = []
     for place, k in enumerate(ks):
         if found and packed_bits(Ratios(0, 0, 1), block, k) > target.bits:
@@ -81,7 +86,7 @@ def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target:
         bits = _bits(block, k)
         picked = {name: losses_n[:, [DENSE, MID, TOPK + place]] for name, losses_n in losses.items()}
         groups = [list(picked)] if target.among == "global" else [[name] for name in picked]
-        shares: dict[str, Ratios] = {}
+        maps: dict[str, Tensor] = {}
         loss, spent = 0.0, 0.0
         for names in groups:
             together = torch.cat([picked[name] for name in names]).double()
@@ -89,17 +94,16 @@ def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target:
             lost = together.gather(1, tier_n[:, None]).sum()
             loss, spent = loss + float(lost), spent + float(bits[tier_n].sum())
             for name, mine in zip(names, tier_n.split([len(picked[name]) for name in names]), strict=True):
-                counts = torch.bincount(mine, minlength=3) / len(mine)
-                shares[name] = Ratios(*counts.tolist())
+                maps[name] = mine.to(torch.uint8).view(tiers[name].map_rc.shape)
         blocks = sum(len(losses_n) for losses_n in losses.values())
-        found.append(Found(k, shares, loss / len(losses), spent / blocks))
+        found.append(Found(k, maps, loss / max(whole, torch.finfo(torch.float32).tiny), spent / blocks))
     return min(found, key=lambda one: one.loss)
 
 
-def block_losses(scores: Scored, tiers: TierMap, ks: Sequence[int]) -> Tensor:
+def block_losses(scores: Scored, tiers: TierMap, ks: Sequence[int]) -> tuple[Tensor, float]:
     """What each block loses in each tier, float32 ``[n, 2 + K]`` on the CPU: dense, 2:4, top-k with each k.
 
-    In parts of what all blocks of the matrix have now; infinite where a block is below that tier already.
+    Infinite where a block is below that tier already. And what all of them have now.
     """
     parts = []
     for rows, scores_bRC in _bands(scores, tiers):
@@ -114,11 +118,11 @@ def block_losses(scores: Scored, tiers: TierMap, ks: Sequence[int]) -> Tensor:
     if not found.isfinite().all():
         raise ValueError(f"{tiers.name}: scores are not finite")
     now = tiers.map_rc.flatten().cpu()
-    losses = found[:, :-1].clamp_min_(0) / found[:, -1].sum().clamp_min(torch.finfo(torch.float32).tiny)
+    losses = found[:, :-1].clamp_min(0)
     losses[now != DENSE, DENSE] = torch.inf
     losses[now == TOPK, MID] = torch.inf
     losses[now == TOPK, TOPK:] = 0.0
-    return losses
+    return losses, float(found[:, -1].sum(dtype=torch.float64))
 
 
 def _bands(scores: Scored, tiers: TierMap) -> Iterator[tuple[slice, Tensor]]:

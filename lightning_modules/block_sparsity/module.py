@@ -1,26 +1,28 @@
 """Progressive block sparsity: masks held while fine-tuning, and the commands around it."""
 
-import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
-from common.files import check_output, replacing
-from common.tables import cell
-from lightning_modules.block_sparsity import lora
+from common.files import check_output
+from lightning_modules.block_sparsity import commands, lora, sharded
+from lightning_modules.block_sparsity.arguments import check_mix, check_numbers
 from lightning_modules.block_sparsity.demotion import Ratios, Scope
-from lightning_modules.block_sparsity.layer_files import layer_folder, remove_layers
-from lightning_modules.block_sparsity.layerwise import Method, Statistics, prune_layers
-from lightning_modules.block_sparsity.masks import check_held, mask_gradients, mask_weights
+from lightning_modules.block_sparsity.layer_files import layer_folder
+from lightning_modules.block_sparsity.layerwise import Errors, Method, Statistics, prune_layers
+from lightning_modules.block_sparsity.masks import mask_gradients, mask_weights, refuse, violations
+from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.mix import Mix, choices
-from lightning_modules.block_sparsity.packed_model import PACKED_FILE, read_tiers, write_model, write_packed
+from lightning_modules.block_sparsity.packed_model import PACKED_FILE, from_state, read_tiers
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner, packed_bits, tiers_file
 from lightning_modules.block_sparsity.reconstruction import Reconstruction
 from lightning_modules.block_sparsity.restarts import Restarts
@@ -29,16 +31,14 @@ from lightning_modules.block_sparsity.schedules.base import Row
 from lightning_modules.block_sparsity.schedules.original import OriginalSchedule
 from lightning_modules.block_sparsity.scores import Score
 from lightning_modules.block_sparsity.scores.wanda import Wanda
-from lightning_modules.block_sparsity.tiers import TOPK, check_sizes, most_topk
+from lightning_modules.block_sparsity.tiers import TOPK
 from lightning_modules.block_sparsity.updates import Update
-from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import check_vocabulary, load, load_config
-from lightning_modules.perplexity import validation_perplexity
+from lightning_modules.loading import load, load_config
 
 _CHECKPOINT = "block_sparsity"
-_TOPK = 10  # of 256, as the original has it
+_SHARDING = (FSDPStrategy, ModelParallelStrategy)
 
 
 class BlockSparsity(CausalLM):
@@ -125,32 +125,16 @@ class BlockSparsity(CausalLM):
         super().__init__(**kwargs)
         if budget is not None:
             raise ValueError(f"model.budget is now called model.scope: give model.scope {budget}")
-        k = topk if isinstance(topk, int) else min(_TOPK, most_topk(block))
-        check_sizes(block, k)
-        if topk == "auto" and target_bits is None:
-            raise ValueError("topk auto needs target_bits: it is chosen with the mix of tiers")
-        if target_bits is not None:
-            smallest = choices(block)[0] if topk == "auto" else k
-            most, least = packed_bits(Ratios(1, 0, 0), block, k), packed_bits(Ratios(0, 0, 1), block, smallest)
-            if not least <= target_bits <= most:
-                raise ValueError(
-                    f"target_bits must be between {least:.3f} (top-k blocks of {smallest} weights only) and {most:.3f} "
-                    f"(dense), got {target_bits}"
-                )
-            if pattern != "tiers":
-                raise ValueError(f"target_bits is for a mix of tiers; pattern {pattern} has none")
+        k = check_mix(block, topk, target_bits, pattern)
         self.target_bits, self.topk = target_bits, topk
         whole = {"calibration_blocks": (calibration_blocks, 1), "lora_rank": (lora_rank, 1)}
-        for name, (value, least) in {**whole, "reconstruction_steps": (reconstruction_steps, 0)}.items():
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, rate in {"reconstruction_lr": reconstruction_lr, "iteration_lr_factor": iteration_lr_factor}.items():
-            if not 0 < rate < math.inf:
-                raise ValueError(f"{name} must be above 0, got {rate}")
+        check_numbers(
+            {**whole, "reconstruction_steps": (reconstruction_steps, 0)},
+            {"reconstruction_lr": reconstruction_lr, "iteration_lr_factor": iteration_lr_factor},
+            {"distill_weight": distill_weight},
+        )
         if row_relative and matrix_relative:
             raise ValueError("row_relative and matrix_relative cannot both be true: scores are divided by one mean")
-        if not 0 <= distill_weight <= 1:
-            raise ValueError(f"distill_weight must be between 0 and 1, got {distill_weight}")
         self.pretrained = pretrained
         self.folder = Path(pretrained).expanduser()  # where a Hub name leads nowhere
         self.output = Path(output).expanduser()
@@ -173,6 +157,7 @@ class BlockSparsity(CausalLM):
         self.stored = torch.float32
         """What ``pretrained`` is stored as, and results are."""
         self._teacher: Frozen | None = None
+        self._held: dict[str, Tensor] | None = None  # where weights are cut up
 
     # ---- before any work ----------------------------------------------------------------------------------------
 
@@ -191,7 +176,7 @@ class BlockSparsity(CausalLM):
             if path is not None:
                 load_config(path)
         if command in ("fit", "prune", "export"):
-            check_output(self.output, "model.output", self._inputs(data), self.overwrite)
+            check_output(self.output, "model.output", self.inputs_of(data), self.overwrite)
         folder, packed, maps = self.folder, (self.folder / PACKED_FILE).is_file(), tiers_file(self.maps)
         if maps is None and self.maps != folder:
             raise FileNotFoundError(f"model.tier_maps: {self.maps} is or has no tier maps ({TIERS_FILE})")
@@ -205,7 +190,7 @@ class BlockSparsity(CausalLM):
         if command == "verify" and not (self.output / PACKED_FILE).is_file():
             raise FileNotFoundError(f"model.output: {self.output} has no packed model ({PACKED_FILE}); export it first")
 
-    def _inputs(self, data: Any) -> list[Any]:
+    def inputs_of(self, data: Any) -> list[Any]:
         """What is read, and so must not be written over."""
         return [self.pretrained, self.teacher, self.maps, *(data.inputs() if hasattr(data, "inputs") else ())]
 
@@ -222,7 +207,7 @@ class BlockSparsity(CausalLM):
             self.pruner.adopt(read_tiers(folder), str(folder / PACKED_FILE))
         elif tiers_file(self.maps):
             self.pruner.load(self.maps)
-        check_held(self.pruner.matrices, self.pruner.keep, f"in {self.pretrained}")
+        refuse(violations(self.pruner.matrices, self.pruner.keep), f"in {self.pretrained}")
         return model.train()
 
     def configure_model(self) -> None:
@@ -252,31 +237,83 @@ class BlockSparsity(CausalLM):
         Raises:
             ValueError: See ``demotion.demote``.
         """
-        self._merge()
-        batches = self._calibration(data)
-        errors = prune_layers(
-            self.plain_model, self.pruner, self.target(row), self.method, batches, device, layer_folder(self.output)
-        )
-        for what, pairs in {"weight update": errors.matrices.values(), "reconstruction": errors.layers}.items():
-            if pairs:
-                before, after = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-                rank_zero_info(f"{what}: mean relative error {before:.4f} → {after:.4f}")
+        self.merge()
+        with self.whole_model(changes=True) as model:
+            if model is not None:
+                folder = layer_folder(self.output)
+                batches = self.calibration(data)
+                errors = prune_layers(model, self.pruner, self.target(row), self.method, batches, device, folder)
+                self._say(errors)
         self.pruner.iteration = row.iteration
-        self._agree()
+        self._hold()
         rank_zero_info(
             f"iteration {row.iteration}: {100 * self.pruner.sparsity()['sparsity']:.2f} % of the weights are zero"
         )
 
-    def _calibration(self, data: Any) -> Any:
+    @staticmethod
+    def _say(errors: Errors) -> None:
+        for what, pairs in {"weight update": errors.matrices.values(), "reconstruction": errors.layers}.items():
+            if pairs:
+                before, after = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+                rank_zero_info(f"{what}: mean relative error {before:.4f} → {after:.4f}")
+
+    def calibration(self, data: Any) -> Any:
+        """Text that scores, updates and reconstruction see."""
         return data.calibration(self.calibration_blocks, self.calibration_seed)
 
-    def _agree(self) -> None:
-        """Have all ranks take over what the first one found: sums may differ in their last bits, masks may not."""
-        if self._trainer is None or self.trainer.world_size == 1:
+    @contextmanager
+    def whole_model(self, changes: bool = False) -> Iterator[PreTrainedModel | None]:
+        """The model with all of its weights, its masks' matrices among them; None on ranks that do not have it.
+
+        Under FSDP the first rank gathers it in host memory. All ranks must enter together.
+
+        Args:
+            changes: Have all ranks take over what the first one changed in weights and masks: sums may differ in their
+                last bits from rank to rank, masks may not.
+        """
+        engine = self._engine()
+        if engine is None:
+            yield self.plain_model
+            if changes and self._ranks() > 1:
+                self._share_masks()
+                for matrix in self.pruner.matrices.values():
+                    torch.distributed.broadcast(matrix.weight.detach(), 0)
             return
+        state, here = sharded.gather(engine), self.pruner.matrices
+        model = None
+        if not self.global_rank:
+            model = from_state(self.model.config, {name.removeprefix("model."): w for name, w in state.items()})
+            self.pruner.matrices = linear_layers(model)
+        try:
+            yield model
+        finally:
+            self.pruner.matrices = here
+        if changes:
+            self._share_masks()
+            found = {} if model is None else {f"model.{name}": w for name, w in model.state_dict().items()}
+            sharded.hand_out(engine, found)
+
+    def _ranks(self) -> int:
+        return self.trainer.world_size if self._trainer is not None else 1
+
+    def _engine(self) -> nn.Module | None:
+        """What a strategy that cuts weights up has made of this module; None where they are whole."""
+        model = self.trainer.strategy.model if self._trainer is not None else None
+        return model if model is not None and sharded.is_sharded(model) else None
+
+    def _share_masks(self) -> None:
+        """Have all ranks take over the first one's."""
         self.pruner.load_state(self.trainer.strategy.broadcast(self.pruner.state()), "the first rank")
-        for matrix in self.pruner.matrices.values():
-            torch.distributed.broadcast(matrix.weight.detach(), 0)
+
+    def _hold(self) -> None:
+        """Cut the masks like the weights that they hold."""
+        engine = self._engine()
+        self._held = sharded.cut_masks(engine, self.pruner.matrices, self.pruner.keep) if engine is not None else None
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """Masks of what this rank has of each matrix."""
+        return self.pruner.keep if self._held is None else self._held
 
     def target(self, row: Row) -> Ratios | Mix:
         """What an iteration ends with: the row's shares, or with ``target_bits`` the bits that belong to it."""
@@ -311,7 +348,7 @@ class BlockSparsity(CausalLM):
         ):
             group["lr"] = peak * rate(scheduler.last_epoch)
 
-    def _merge(self) -> None:
+    def merge(self) -> None:
         """Take the adapters into the weights they may change; nothing without adapters."""
         if self.finetune != "lora":
             return
@@ -323,20 +360,26 @@ class BlockSparsity(CausalLM):
     # ---- fine-tuning ------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that cut weights up.
+        """Refuse strategies that fine-tuning does not know.
 
         Raises:
-            ValueError: The strategy is one.
+            ValueError: The strategy is one, or cuts up weights that adapters are to be merged into.
         """
-        if stage == "fit" and not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        if stage != "fit":
+            return
+        strategy = self.trainer.strategy
+        whole, cut = isinstance(strategy, SingleDeviceStrategy | DDPStrategy), isinstance(strategy, _SHARDING)
+        if not whole and not (cut and self.finetune == "full"):
             raise ValueError(
-                f"trainer.strategy {type(self.trainer.strategy).__name__}: block sparsity needs whole matrices on "
-                "every rank; use one device or ddp"
+                f"trainer.strategy {type(strategy).__name__}: model.finetune {self.finetune} runs on one device or ddp"
+                + (", or under FSDP" if self.finetune == "full" else "; only finetune full runs under FSDP, too")
             )
 
     def on_fit_start(self) -> None:
         """Bring masks and teacher to the device."""
-        self.pruner.to(self.device)
+        if self._engine() is None:
+            self.pruner.to(self.device)
+        self._hold()
         if self.teacher is not None:
             self._teacher = Frozen(load(self.teacher, **self.loading))
             self._teacher.to(self.device)
@@ -349,25 +392,28 @@ class BlockSparsity(CausalLM):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Hold the masks in the gradients; this comes before clipping."""
-        mask_gradients(self.pruner.matrices, self.pruner.keep)
+        mask_gradients(self.pruner.matrices, self.held)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Hold the masks in the weights: moments from before a demotion would still move them."""
         super().optimizer_step(*args, **kwargs)
         if self.finetune == "full":
-            mask_weights(self.pruner.matrices, self.pruner.keep)
+            mask_weights(self.pruner.matrices, self.held)
 
     def on_validation_start(self) -> None:
         """What is validated is what would be saved."""
-        self._merge()
+        self.merge()
 
     def check_masks(self, when: str) -> int:
-        """Violations, 0.
+        """Violations on all ranks, 0.
 
         Raises:
             RuntimeError: A pruned weight is not zero.
         """
-        return check_held(self.pruner.matrices, self.pruner.keep, when)
+        found = violations(self.pruner.matrices, self.held)
+        if self._held is not None:
+            found = int(self.trainer.strategy.reduce(torch.tensor(found, device=self.device), reduce_op="sum"))
+        return refuse(found, when)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Masks go along with the weights."""
@@ -389,80 +435,17 @@ class BlockSparsity(CausalLM):
     # ---- results and commands --------------------------------------------------------------------------------
 
     def save(self, data: Any) -> None:
-        """Write the pruned model, its tokenizer and its tier maps to ``output``, complete or not at all.
-
-        Weights are written as what ``pretrained`` is stored as, and are rounded to it here: what is measured afterwards
-        is what was saved.
-        """
-        self._merge()
-        with torch.no_grad():
-            for weight in self.plain_model.parameters():
-                weight.copy_(weight.to(self.stored))
-        self.check_masks("before saving")
-        with replacing(self.output, "model", self._inputs(data), self.overwrite) as folder:
-            write_model(folder, self.plain_model, self.stored)
-            data.tokenizer.save_pretrained(folder)
-            self.pruner.save(folder)
-        remove_layers(layer_folder(self.output))
-        rank_zero_info(f"saved {self.output}")
+        """See ``commands.save``."""
+        commands.save(self, data)
 
     def prune(self, data: L.LightningDataModule, device: torch.device, dry_run: bool = False) -> dict[str, Any] | None:
-        """One iteration without training; see ``PareTrainer.prune``."""
-        self.check_arguments("prune", data)
-        row = self.rows[-1]
-        if not dry_run:
-            data.calibration(
-                self.calibration_blocks, self.calibration_seed
-            )  # refuses too few blocks before the weights are read
-        self.configure_model()
-        check_vocabulary(self.plain_model, data.tokenizer)
-        if self.target_bits is None:
-            self.pruner.check_target(row.ratios)
-            plan = self.pruner.plan(row.ratios)
-        else:
-            plan = {"packed_bits_per_weight": self.target_bits}
-        print("\n".join(f"{name}: {cell(value)}" for name, value in plan.items()))
-        if dry_run:
-            return None
-        self.start_iteration(row, data, device)
-        self.save(data)  # first: whoever stops the measurement has the model
-        ppl = validation_perplexity(self.plain_model, data, device=device)
-        print(f"validation perplexity: {ppl:.3f}")
-        entry = self.pruner.iteration_result(row.iteration, ppl, self.check_masks("after saving"))
-        return {"val_ppl": ppl, **self.pruner.result([entry])}
+        """See ``commands.prune`` and ``PareTrainer.prune``."""
+        return commands.prune(self, data, device, dry_run)
 
     def export(self, data: L.LightningDataModule, device: torch.device) -> dict[str, Any]:
-        """Pack ``pretrained`` into ``output``; or unpack it, if it is packed. See ``PareTrainer.export``."""
-        self.check_arguments("export", data)
-        self.configure_model()
-        if (self.folder / PACKED_FILE).is_file():
-            self.save(data)
-            return self.pruner.result([])
-        self._need_tiers()
-        model = self.plain_model
-        sixteen = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-        values = self.export_dtype or sixteen.get(self.stored, "float16")
-        model.config.dtype = self.stored
-        with replacing(self.output, "packed model", self._inputs(data), self.overwrite) as folder:
-            sizes = write_packed(folder, model, model.state_dict(), self.pruner.tiers, values, self.export_bands)
-            data.tokenizer.save_pretrained(folder)
-        print("\n".join(f"{name}: {cell(value)}" for name, value in sizes.items()))
-        planned = self.pruner.plan(self.pruner.ratios(), values, self.export_bands)
-        return {"tiers": {**self.pruner.result([])["tiers"], **sizes, "planned": planned}}
+        """See ``commands.export`` and ``PareTrainer.export``."""
+        return commands.export(self, data)
 
     def verify(self, data: L.LightningDataModule, device: torch.device) -> dict[str, Any]:
-        """Prove that the packed ``output`` is the pruned ``pretrained``. See ``PareTrainer.verify``.
-
-        Raises:
-            ValueError: They differ.
-        """
-        self.check_arguments("verify", data)
-        self.configure_model()
-        self._need_tiers()
-        report = compare(self.plain_model, self.pruner, self.output, data, device)
-        print("\n".join(f"{name}: {value}" for name, value in report.items()))
-        return {"tiers": {**self.pruner.result([])["tiers"], "verified": report}}
-
-    def _need_tiers(self) -> None:
-        if not self.pruner.tiers:
-            raise ValueError(f"model.pattern: {self.pruner.pattern} masks have no tiers and cannot be packed")
+        """See ``commands.verify`` and ``PareTrainer.verify``."""
+        return commands.verify(self, data, device)

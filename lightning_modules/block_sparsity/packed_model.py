@@ -98,13 +98,20 @@ class PackedLinear(nn.Module):
 def write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Write a plain Hugging Face folder, without adapters, with weights and configuration of a type."""
     transformers_logging.disable_progress_bar()  # a bar for one file says nothing
-    with torch.device("meta"):
-        shell: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
     state = {name: w.to(dtype) if w.is_floating_point() else w for name, w in plain_state(model).items()}
-    shell.load_state_dict(state, strict=False, assign=True)
-    shell.tie_weights()
+    shell = from_state(model.config, state)
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder)
+
+
+def from_state(config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A plain model that has these very tensors for weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    _fill_buffers(model)
+    return model
 
 
 def write_packed(

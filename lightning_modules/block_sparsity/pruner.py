@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.block_sparsity import tensor_file
-from lightning_modules.block_sparsity.demotion import Ratios, Scope, demote, flows, quantiles
+from lightning_modules.block_sparsity.demotion import Ratios, Scope, demote, demote_to, flows, quantiles
 from lightning_modules.block_sparsity.masks import groups, unstructured
 from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.packing import DTYPES, Layout
@@ -127,14 +127,14 @@ class Pruner:
             return found.relative_to_rows(self.keep[name])
         return found.relative_to_matrix(self.keep[name]) if self.matrix_relative else found
 
-    def cut(self, name: str, score: Score, statistic: Tensor | None, target: Ratios) -> tuple[Tensor, Choice]:
+    def cut(self, name: str, score: Score, statistic: Tensor | None, target: Ratios | Tensor) -> tuple[Tensor, Choice]:
         """A new mask for one matrix; its weights are not touched.
 
         Args:
             name: The matrix.
             score: The criterion.
             statistic: See ``scored``.
-            target: Its ratios afterwards; an unstructured mask gets the sparsity that they would have.
+            target: Its ratios afterwards, of which an unstructured mask gets the sparsity; or the tier of every block.
 
         Returns:
             Mean score of the weights that every block still has, ``float32 [r, c]`` (of no blocks without tiers); and
@@ -147,11 +147,15 @@ class Pruner:
         if self.tiers:
             tiers = self.tiers[name]
             dense_rc = tiers.map_rc == DENSE
-            scope: Scope = "band" if self.scope == "band" else "matrix"
-            means = demote({name: scored}, {name: tiers}, target, scope)[name]
+            if isinstance(target, Tensor):
+                means = demote_to(scored, tiers, target)
+            else:
+                scope: Scope = "band" if self.scope == "band" else "matrix"
+                means = demote({name: scored}, {name: tiers}, target, scope)[name]
             free_rc = dense_rc & (tiers.map_rc == MID)
             free = free_rc.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
             return means, Choice(free[: tiers.shape[0], : tiers.shape[1]], *GROUPS["2:4"])
+        assert isinstance(target, Ratios)  # patterns without tiers have no mix of them
         keep = self._masks[name]
         if self.pattern in GROUPS:
             self._masks[name] = groups(scored, *GROUPS[self.pattern], keep)
@@ -280,7 +284,6 @@ class Pruner:
         Raises:
             ValueError: They are missing, or another matrix's.
         """
-        weight = self.matrices[name].weight
         parts = {part: tensors.get(f"{name}.{part}") for part in (("map", "keep") if self.tiers else ("keep",))}
         found = {part: tensor for part, tensor in parts.items() if tensor is not None and tensor.dtype == torch.uint8}
         if len(found) < len(parts):
@@ -289,9 +292,10 @@ class Pruner:
         if self.tiers:
             self.tiers[name].load_state(found)
             return
-        if len(found["keep"]) != -(-weight.numel() // 8):
+        mask = self._masks[name]
+        if len(found["keep"]) != -(-mask.numel() // 8):
             raise ValueError(f"the mask of {name} is of another size: it is another model's")
-        self._masks[name] = unpack_bits(found["keep"], weight.numel()).view(weight.shape).to(weight.device)
+        self._masks[name] = unpack_bits(found["keep"], mask.numel()).view(mask.shape).to(mask.device)
 
     def save(self, folder: Path) -> None:
         """Write maps and masks into a model's folder."""

@@ -90,6 +90,11 @@ class Scored:
         mean = (sums.sum() / counts.sum().clamp_min(1)).clamp_min(torch.finfo(torch.float32).tiny)
         return replace(self, row_means=mean.repeat(len(sums)))
 
+    def weighted(self, weights_R: Tensor) -> "Scored":
+        """The same with the square of every score multiplied by its row's weight."""
+        roots = weights_R.to(self.weight.device).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+        return replace(self, row_means=roots if self.row_means is None else self.row_means * roots)
+
     def _of_rows(self, keep_RC: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the scores of what each row still has, and how many these are; float32 ``[R]``."""
         sums, counts = [], []

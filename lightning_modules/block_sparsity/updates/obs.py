@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.block_sparsity.inputs import damped
-from lightning_modules.block_sparsity.masks import best_of_groups, lowest
+from lightning_modules.block_sparsity.masks import best_of, lowest
 from lightning_modules.block_sparsity.updates.base import Choice, Update
 
 
@@ -36,22 +36,24 @@ class Obs(Update):
         """See ``Update.apply``."""
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moments_CC, self.damping)))
         upper = torch.linalg.cholesky(inverse, upper=True).float()
-        weight, keep = weight_RC.clone(), keep_RC.clone()
+        weight_CR, keep_CR = weight_RC.T.contiguous(), keep_RC.T.contiguous()  # so that a column is read as a piece
         choice = choice if self.adaptive else None
-        for first in range(0, weight.shape[1], self.step):
+        free_CR = choice.free_RC.T.contiguous() if choice is not None else None
+        for first in range(0, len(weight_CR), self.step):
             here = slice(first, first + self.step)
-            w, u = weight[:, here], upper[here, here]
-            if choice is not None and not choice.of:
-                keep[:, here] = _unstructured(w, u, keep[:, here], choice, here)
-            errors = torch.zeros_like(w)
-            for i in range(w.shape[1]):
-                if choice is not None and choice.of and (first + i) % choice.of == 0:
-                    group = slice(first + i, first + i + choice.of)
-                    keep[:, group] = _group(w[:, i : i + choice.of], u, keep[:, group], choice, group, i)
-                errors[:, i] = w[:, i].masked_fill(keep[:, first + i], 0.0) / u[i, i]
-                w[:, i:].addr_(errors[:, i], u[i, i:], alpha=-1)
-            weight[:, here.stop :].addmm_(errors, upper[here, here.stop :], alpha=-1)
-        return weight.masked_fill_(~keep, 0.0), keep
+            w, u, keep = weight_CR[here], upper[here, here], keep_CR[here]
+            if choice is not None and free_CR is not None and not choice.of:
+                keep.copy_(_unstructured(w, u, keep, choice, free_CR[here]))
+            errors = torch.empty_like(w)
+            for i in range(len(w)):
+                if choice is not None and free_CR is not None and choice.of and i % choice.of == 0:
+                    group = slice(i, i + choice.of)
+                    keep[group] = _group(w[group], u.diagonal()[group], keep[group], choice, free_CR[here][group])
+                errors[i] = w[i].masked_fill(keep[i], 0.0) / u[i, i]
+                w[i:].addr_(u[i, i:], errors[i], alpha=-1)
+            weight_CR[here.stop :].addmm_(upper[here, here.stop :].T, errors, alpha=-1)
+        keep_RC = keep_CR.T.contiguous()
+        return weight_CR.T.contiguous().masked_fill_(~keep_RC, 0.0), keep_RC
 
     @classmethod
     def examples(cls) -> "list[Obs]":
@@ -59,15 +61,13 @@ class Obs(Update):
         return [cls(), cls(adaptive=False, step=8)]
 
 
-def _group(w: Tensor, u: Tensor, keep: Tensor, choice: Choice, columns: slice, i: int) -> Tensor:
-    free = choice.free_RC[:, columns]
-    saliency = (w / u.diagonal()[i : i + w.shape[1]]).square().masked_fill_(~free, -1.0)
-    return torch.where(free, best_of_groups(saliency, choice.kept, choice.of), keep)
+def _group(w: Tensor, diagonal: Tensor, keep: Tensor, choice: Choice, free: Tensor) -> Tensor:
+    saliency = (w / diagonal[:, None]).square().masked_fill_(~free, -1.0)
+    return torch.where(free, torch.stack(best_of(saliency.unbind(0), choice.kept)), keep)
 
 
-def _unstructured(w: Tensor, u: Tensor, keep: Tensor, choice: Choice, columns: slice) -> Tensor:
-    free = choice.free_RC[:, columns]
-    saliency = (w / u.diagonal()).square()
+def _unstructured(w: Tensor, u: Tensor, keep: Tensor, choice: Choice, free: Tensor) -> Tensor:
+    saliency = (w / u.diagonal()[:, None]).square()
     count = torch.tensor([int(choice.sparsity * w.numel()) - int((~free).sum())], device=w.device).clamp_min_(0)
-    gone = lowest(saliency.reshape(1, -1), free.reshape(1, -1), count).view(w.shape)
+    gone = lowest(saliency.T.reshape(1, -1), free.T.reshape(1, -1), count).view(w.T.shape).T
     return free & ~gone

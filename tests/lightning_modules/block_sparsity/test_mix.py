@@ -5,12 +5,15 @@ import itertools
 import pytest
 import torch
 
-from lightning_modules.block_sparsity.demotion import Ratios, demote
+from lightning_modules.block_sparsity.demotion import Ratios, demote, demote_to
+from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.mix import Mix, best_mix, block_losses, choices
 from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.wanda import Wanda
+from lightning_modules.block_sparsity.sensitivity import output_sensitivity
 from lightning_modules.block_sparsity.tiers import TierMap, most_topk
 from lightning_modules.block_sparsity.updates.obs import Obs
+from lightning_modules.perplexity import next_token_nll
 from tests.lightning_modules.block_sparsity.toy import batches, prune, scored, tiny_llama
 
 CPU = torch.device("cpu")
@@ -28,6 +31,10 @@ def _scores(shape=(16, 32), seed=0):
     )
 
 
+def _ratios(map_rc):
+    return Ratios(*(torch.bincount(map_rc.flatten().long(), minlength=3) / map_rc.numel()).tolist())
+
+
 def _loss_by_hand(block, tier, k):
     kept = block.clone()
     if tier:
@@ -43,26 +50,26 @@ def _loss_by_hand(block, tier, k):
 
 def test_losses_are_the_squares_of_what_goes():
     scores, tiers = _scores(), _tiers()
-    found = block_losses(scored(scores), tiers, (6, 20))
-    whole = float(scores.pow(2).sum())
+    found, whole = block_losses(scored(scores), tiers, (6, 20))
+    assert whole == pytest.approx(float(scores.pow(2).sum()))
     for n, (row, column) in enumerate(itertools.product(range(2), range(4))):
         block = scores[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
         wanted = [0.0, _loss_by_hand(block, 1, 0), _loss_by_hand(block, 2, 6), _loss_by_hand(block, 2, 20)]
-        torch.testing.assert_close(found[n], torch.tensor(wanted) / whole)
+        torch.testing.assert_close(found[n], torch.tensor(wanted))
 
 
 def test_no_other_mix_of_as_few_bytes_loses_less():
     scores, tiers = _scores(), _tiers()
     bits = [packed_bits(one, 8, 6) for one in (Ratios(1, 0, 0), Ratios(0, 1, 0), Ratios(0, 0, 1))]
-    losses = block_losses(scored(scores), tiers, (6,))
+    losses, whole = block_losses(scored(scores), tiers, (6,))
     every = [(sum(bits[t] for t in mix) / 8, sum(float(losses[n, t]) for n, t in enumerate(mix)))
              for mix in itertools.product(range(3), repeat=8)]  # fmt: skip
     for target in (4.0, 8.0, 12.0):
         found = best_mix({"m": scored(scores)}, {"m": tiers}, Mix(target), (6,))
         assert found.bits <= target + 1e-9
         best = min(loss for spent, loss in every if spent <= found.bits + 1e-9)
-        assert found.loss == pytest.approx(best)
-        assert packed_bits(found.ratios["m"], 8, 6) == pytest.approx(found.bits)
+        assert found.loss == pytest.approx(best / whole)
+        assert packed_bits(_ratios(found.maps["m"]), 8, 6) == pytest.approx(found.bits)
         step = max(bits) - min(bits)  # what one block more would take
         assert found.bits > target - step / 8 - 1e-9
 
@@ -75,8 +82,13 @@ def test_all_together_take_from_those_that_lose_least():
         for among in ("matrix", "global")
     )
     assert together.loss < alone.loss
-    assert together.ratios["sharp"].dense < alone.ratios["sharp"].dense
-    assert packed_bits(alone.ratios["flat"], 8, 6) <= 10
+    assert _ratios(together.maps["sharp"]).dense < _ratios(alone.maps["sharp"]).dense
+    assert packed_bits(_ratios(alone.maps["flat"]), 8, 6) <= 10
+    heavy = best_mix(
+        {"sharp": scored(scores["sharp"]).weighted(torch.full((16,), 1e6)), "flat": scored(scores["flat"])},
+        tiers, Mix(10.0, "global"), (6,),
+    )  # fmt: skip
+    assert _ratios(heavy.maps["sharp"]).dense > _ratios(together.maps["sharp"]).dense
 
 
 def test_k_is_the_one_that_loses_least_and_none_is_larger_than_two_of_four():
@@ -95,12 +107,17 @@ def test_a_mix_goes_downwards_only_and_says_when_it_cannot():
     scores, tiers = _scores((64, 64)), {"m": _tiers((64, 64))}
     demote({"m": scored(scores)}, tiers, Ratios(0.4, 0.4, 0.2))
     now = packed_bits(Ratios(*(count / 64 for count in tiers["m"].counts())), 8, 6)
-    lower = best_mix({"m": scored(_scores((64, 64), 5))}, tiers, Mix(now - 1), (6,)).ratios["m"]
-    assert lower.dense <= 26 / 64 and lower.topk >= 13 / 64
-    demote({"m": scored(_scores((64, 64), 5))}, tiers, lower)
-    same = best_mix({"m": scored(scores)}, tiers, Mix(now), (6,)).ratios["m"]
-    assert same == lower  # already smaller than asked for: left as it is
-    assert best_mix({"m": scored(scores)}, tiers, Mix(16.0), (6,)).ratios["m"] == lower
+    lower = best_mix({"m": scored(_scores((64, 64), 5))}, tiers, Mix(now - 1), (6,)).maps["m"]
+    assert (lower >= tiers["m"].map_rc).all() and not torch.equal(lower, tiers["m"].map_rc)
+    kept = tiers["m"].keep_RC.clone()
+    demote_to(scored(_scores((64, 64), 5)), tiers["m"], lower)
+    tiers["m"].check()
+    assert torch.equal(tiers["m"].map_rc, lower) and not (tiers["m"].keep_RC & ~kept).any()
+    same = best_mix({"m": scored(scores)}, tiers, Mix(now), (6,)).maps["m"]
+    assert torch.equal(same, lower)  # already smaller than asked for: left as it is
+    assert torch.equal(best_mix({"m": scored(scores)}, tiers, Mix(16.0), (6,)).maps["m"], lower)
+    with pytest.raises(ValueError, match=r"m: the tiers .* would un-demote"):
+        demote_to(scored(scores), tiers["m"], torch.zeros_like(lower))
     with pytest.raises(ValueError, match=r"no mix of tiers takes only 1 bits per weight: 2\.\d+ is the least"):
         best_mix({"m": scored(scores)}, tiers, Mix(1.0), (6,))
 
@@ -124,3 +141,31 @@ def test_a_model_is_pruned_to_so_many_bits_in_iterations(scope):
         tiers.check()
     with pytest.raises(ValueError, match="cannot have"):
         pruner.set_topk(ks[0] + 1)
+
+
+def test_the_loss_minds_an_output_as_the_square_of_its_gradient():
+    model, text = tiny_llama().double(), batches(2)
+    matrices = linear_layers(model)
+    required = [p.requires_grad for p in model.parameters()]
+    found = output_sensitivity(model, matrices, text, CPU)
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert all(p.grad is None for p in model.parameters())
+    name = "model.layers.1.mlp.gate_proj"
+    for row in (0, 7):
+        wanted = 0.0
+        for batch, b, t in itertools.product(text, range(2), range(12)):
+            y: list[torch.Tensor] = []
+
+            def nudge(_, args, out, b=b, t=t, y=y, row=row):
+                y.append(torch.zeros((), dtype=torch.float64, requires_grad=True))
+                change = torch.zeros_like(out)
+                change[b, t, row] = 1
+                return out + y[-1] * change
+
+            handle = matrices[name].register_forward_hook(nudge)
+            loss = next_token_nll(model(batch["input_ids"]).logits, batch["labels"])[0]
+            handle.remove()
+            wanted += float(torch.autograd.grad(loss, y[0])[0]) ** 2
+        assert float(found[name][row]) == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(ValueError, match="at least one batch"):
+        output_sensitivity(model, matrices, [], CPU)

@@ -1,0 +1,94 @@
+"""Pruning and fine-tuning where every rank has only parts of the matrices, on two gloo ranks."""
+
+import warnings
+from functools import partial
+
+import lightning.pytorch as L
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_modules.block_sparsity import sharded
+from lightning_modules.block_sparsity.pruner import TIERS_FILE
+from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
+from lightning_modules.block_sparsity.updates.obs import Obs
+from strategies import CompressedFSDP, CompressedFSDP2
+from tests.lightning_modules.block_sparsity.runs import SCHEDULE, data_of, fit, module_of
+from tests.lightning_modules.block_sparsity.toy import tiny_llama
+
+ENGINES = {"fsdp1": CompressedFSDP, "fsdp2": CompressedFSDP2}
+
+
+class Pieces(L.Callback):
+    """How many weights and masks this rank holds after the last step."""
+
+    def on_train_end(self, trainer, module):
+        self.weights = sum(sharded.local(m.weight).numel() for m in module.pruner.matrices.values())
+        self.masks = sum(mask.numel() for mask in module.held.values())
+        self.same_shape = all(
+            mask.shape == sharded.local(module.pruner.matrices[name].weight).shape for name, mask in module.held.items()
+        )
+
+
+def _run(dense, folder, cache, engine=None, ckpt=None, **options):
+    """All ranks see the same text, so the mean of their gradients is that of one device to the bit."""
+    module = module_of(dense, folder / "out", schedule=LinearSchedule(**{**SCHEDULE, "iterations": 2}), **options)
+    pieces = Pieces()
+    limits = {"devices": 2, "strategy": ENGINES[engine](), "use_distributed_sampler": False} if engine else {}
+    block = fit(module, cache, folder, steps=2, ckpt=ckpt, callbacks=[pieces], **limits)
+    whole = sum(mask.numel() for mask in module.pruner.keep.values())
+    return block, (pieces.weights, pieces.masks, whole, pieces.same_shape)
+
+
+@pytest.fixture(scope="module")
+def alone(dense, data_cache, tmp_path_factory):
+    data_of(data_cache)
+    folder = tmp_path_factory.mktemp("alone")
+    block, _ = _run(dense, folder, data_cache, update=Obs())
+    return block, folder
+
+
+def _results(folder):
+    return load_file(folder / "out/model.safetensors"), (folder / "out" / TIERS_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_masks_are_cut_like_their_weights_and_all_is_as_on_one_device(
+    engine, alone, dense, data_cache, tmp_path, two_ranks
+):
+    ran = two_ranks.run(partial(_run, update=Obs()), dense, tmp_path, data_cache, engine)
+    block, folder = alone
+    for found, (weights, masks, whole, same_shape) in ran:
+        assert same_shape and weights == masks < whole
+        assert found["matrices"] == block["matrices"]
+        assert [entry["violations"] for entry in found["iterations"]] == [0, 0]
+    assert sum(sizes[0] for _, sizes in ran) == ran[0][1][2]
+    (weights, maps), (expected, expected_maps) = _results(tmp_path), _results(folder)
+    assert maps == expected_maps and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_that_is_resumed_holds_its_masks_again(engine, dense, data_cache, tmp_path, two_ranks):
+    two_ranks.run(partial(_run, pattern="unstructured"), dense, tmp_path / "a", data_cache, engine)
+    ckpt = str(tmp_path / "a/ckpt/epoch=0.ckpt")
+    two_ranks.run(partial(_run, pattern="unstructured"), dense, tmp_path / "b", data_cache, engine, ckpt)
+    (weights, maps), (expected, expected_maps) = _results(tmp_path / "b"), _results(tmp_path / "a")
+    assert maps == expected_maps
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_adapters_need_whole_weights(dense, data_cache, tmp_path):
+    warnings.simplefilter("ignore")
+    module = module_of(dense, tmp_path / "out", finetune="lora")
+    module._trainer = L.Trainer(accelerator="cpu", strategy=CompressedFSDP(), logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="only finetune full runs under FSDP"):
+        module.setup("fit")
+
+
+def test_whole_weights_have_whole_masks():
+    model = tiny_llama()
+    assert not sharded.is_sharded(model)
+    matrices = {"m": model.model.layers[0].self_attn.q_proj}
+    keep = {"m": torch.ones_like(matrices["m"].weight, dtype=torch.bool)}
+    assert torch.equal(sharded.cut_masks(model, matrices, keep)["m"], keep["m"])
