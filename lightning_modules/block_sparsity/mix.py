@@ -32,7 +32,8 @@ class Mix:
     Args:
         bits: Bits per weight of the pruned matrices, packed with 16-bit values.
         among: Who shares them: every matrix for itself ("matrix", "band"), or all ("global").
-        ks: What top-k blocks may keep, to choose from; nothing where that is settled.
+        ks: What top-k blocks may keep, to choose from; nothing where that is settled. Blocks then become top-k only
+            where 2:4 blocks alone are not small enough: errors as large as theirs do more than their squares say.
     """
 
     bits: float
@@ -85,6 +86,9 @@ def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target:
             break  # no mix with this one, nor with a larger one, is that small
         bits = _bits(block, k)
         picked = {name: losses_n[:, [DENSE, MID, TOPK + place]] for name, losses_n in losses.items()}
+        if target.ks and target.bits >= float(bits[MID]):
+            for losses_n in picked.values():
+                losses_n[losses_n[:, MID].isfinite(), TOPK] = torch.inf
         groups = [list(picked)] if target.among == "global" else [[name] for name in picked]
         maps: dict[str, Tensor] = {}
         loss, spent = 0.0, 0.0

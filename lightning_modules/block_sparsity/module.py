@@ -59,7 +59,7 @@ class BlockSparsity(CausalLM):
         score: Importance of a weight; by default Wanda.
         block: Side of a block, a multiple of 4.
         topk: Weights that a top-k block keeps; by default 10, or what the tier maps say; "auto" chooses, with
-            ``target_bits``.
+            ``target_bits``, and has such blocks only where 2:4 blocks alone are not small enough.
         target_bits: Bits per weight of the pruned matrices after the last iteration, packed with 16-bit values: instead
             of the schedule's shares, the mix of tiers that loses least in as many. Iterations before it go as far on
             the way as the schedule does.

@@ -103,6 +103,17 @@ def test_k_is_the_one_that_loses_least_and_none_is_larger_than_two_of_four():
         assert top <= half < packed_bits(Ratios(0, 0, 1), block, most_topk(block) + 1)
 
 
+def test_blocks_become_top_k_of_themselves_only_where_two_of_four_is_too_large():
+    scores, tiers = {"m": scored(_scores((64, 64)))}, {"m": _tiers((64, 64))}
+    half = packed_bits(Ratios(0, 1, 0), 8, 6)
+    ks = choices(8)
+    assert (best_mix(scores, tiers, Mix(half + 1), ks).maps["m"] == 2).any()
+    for among in ("matrix", "global"):
+        found = best_mix(scores, tiers, Mix(half + 1, among, ks), ks)
+        assert not (found.maps["m"] == 2).any() and half < found.bits <= half + 1
+    assert (best_mix(scores, tiers, Mix(half - 1, "matrix", ks), ks).maps["m"] == 2).any()
+
+
 def test_a_mix_goes_downwards_only_and_says_when_it_cannot():
     scores, tiers = _scores((64, 64)), {"m": _tiers((64, 64))}
     demote({"m": scored(scores)}, tiers, Ratios(0.4, 0.4, 0.2))
