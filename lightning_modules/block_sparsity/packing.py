@@ -65,7 +65,8 @@ def pack(weight_RC: Tensor, tiers: TierMap, dtype: torch.dtype) -> dict[str, Ten
     blocks, keep = to_blocks(pad(weight_RC, tiers.block), tiers.block), tiers.keep_rcbb
     mid, kept_mid = blocks[tiers.map_rc == MID].unflatten(-1, (-1, 4)), keep[tiers.map_rc == MID].unflatten(-1, (-1, 4))
     topk, kept_topk = blocks[tiers.map_rc == TOPK].flatten(1), keep[tiers.map_rc == TOPK].flatten(1)
-    pairs, places = _first(kept_mid, 2), _first(kept_topk, tiers.k)
+    beyond = ~tiers.exists_rcbb[tiers.map_rc == TOPK].flatten(1)  # where a block at the edge has fewer than k weights
+    pairs, places = _first(kept_mid, 2), _first(2 * kept_topk.to(torch.uint8) + beyond, tiers.k)
     nibbles = (pairs[..., 0] | pairs[..., 1] << 2).flatten(1)
     parts = {
         "map": pack_map(tiers.map_rc),
@@ -185,7 +186,7 @@ def pack_map(map_rc: Tensor) -> Tensor:
 
 
 def _first(keep: Tensor, count: int) -> Tensor:
-    """Places of the first ``count`` kept entries of the last dimension, ascending; others fill up."""
+    """Places of the first ``count`` kept entries of the last dimension, ascending; then the largest others fill up."""
     return keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
 
 

@@ -75,6 +75,13 @@ class TierMap:
         """The same by blocks, padding included; a view."""
         return to_blocks(self._padded_keep, self.block)
 
+    @property
+    def exists_rcbb(self) -> Tensor:
+        """By blocks, bool, which weights there are: not those that fill up blocks at the edge."""
+        exists = torch.zeros_like(self._padded_keep)
+        exists[: self.shape[0], : self.shape[1]] = True
+        return to_blocks(exists, self.block)
+
     def counts(self) -> tuple[int, int, int]:
         """Blocks in each tier."""
         dense, mid, topk = torch.bincount(self.map_rc.flatten().long(), minlength=3).tolist()
@@ -132,7 +139,7 @@ class TierMap:
         Raises:
             ValueError: Naming the first block that breaks its tier's rule.
         """
-        blocks, exists = self.keep_rcbb, to_blocks(self._exists(), self.block)
+        blocks, exists = self.keep_rcbb, self.exists_rcbb
         if (self.map_rc > TOPK).any():
             raise ValueError(f"{self.name}: the tier map has values other than 0, 1 and 2")
         pairs = (blocks.unflatten(-1, (-1, 4)).sum(-1) <= 2).all(-1).all(-1) | (self.map_rc == DENSE)
@@ -142,11 +149,6 @@ class TierMap:
             row, column = bad[0].tolist()
             tier = NAMES[int(self.map_rc[row, column])]
             raise ValueError(f"{self.name}: the mask of block ({row}, {column}) is not that of a {tier} block")
-
-    def _exists(self) -> Tensor:
-        exists = torch.zeros_like(self._padded_keep)
-        exists[: self.shape[0], : self.shape[1]] = True
-        return exists
 
     def state(self) -> dict[str, Tensor]:
         """Map and mask as small tensors on the CPU: one byte a block, one bit a weight."""
