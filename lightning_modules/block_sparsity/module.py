@@ -207,7 +207,8 @@ class BlockSparsity(CausalLM):
             self.pruner.adopt(read_tiers(folder), str(folder / PACKED_FILE))
         elif tiers_file(self.maps):
             self.pruner.load(self.maps)
-        refuse(violations(self.pruner.matrices, self.pruner.keep), f"in {self.pretrained}")
+        if not any(matrix.weight.is_meta for matrix in self.pruner.matrices.values()):  # ranks have their rows later
+            refuse(violations(self.pruner.matrices, self.pruner.keep), f"in {self.pretrained}")
         return model.train()
 
     def configure_model(self) -> None:
@@ -380,6 +381,7 @@ class BlockSparsity(CausalLM):
         if self._engine() is None:
             self.pruner.to(self.device)
         self._hold()
+        self.check_masks(f"in {self.pretrained}")
         if self.teacher is not None:
             self._teacher = Frozen(load(self.teacher, **self.loading))
             self._teacher.to(self.device)

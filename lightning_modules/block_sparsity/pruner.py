@@ -70,7 +70,9 @@ class Pruner:
         self.matrices = linear_layers(model)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         shapes = {name: (m.out_features, m.in_features) for name, m in self.matrices.items()}
-        tiers = {n: TierMap(n, s, block, k, self.matrices[n].weight.device) for n, s in shapes.items()}
+        homes = {name: m.weight.device for name, m in self.matrices.items()}
+        homes = {n: torch.device("cpu") if home.type == "meta" else home for n, home in homes.items()}  # no weights yet
+        tiers = {name: TierMap(name, shape, block, k, homes[name]) for name, shape in shapes.items()}
         self.tiers = tiers if pattern == "tiers" else {}
         self._masks = {} if self.tiers else {n: t.keep_RC for n, t in tiers.items()}
         self.quantiles: dict[str, list[float]] = {}
