@@ -105,7 +105,7 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     dense = evaluate(folder / "dense", model, folder, held_out)
     figure(records, model, "dense", "the dense model", [dense], dense, COMMAND)
     for name, arm in arms().items():
-        found, tiers = [], {}
+        found, tiers = [], dict[str, Any]()
         for seed in arm.seeds:
             options = (*arm.options, "--seed_everything", str(seed))
             ppl, tiers = measured(folder, model, held_out, f"{name}-{seed}", "prune", PRUNE, seed, options)
@@ -122,8 +122,8 @@ def data(model: Path, folder: Path, evaluated: Path) -> tuple[str, ...]:
 
 def evaluate(place: Path, model: Path, folder: Path, held_out: Mapping[str, Path], pattern: str = "tiers") -> Any:
     """Perplexity on every text, each measured unless it has been."""
-    options = ("--model.pretrained", str(model), "--model.topk", "null", "--model.pattern", pattern)
-    options = (*options, "--model.dtype", "bfloat16")
+    start = ("--model.pretrained", str(model), "--model.dtype", "bfloat16")
+    options = (*start, "--model.topk", "null", "--model.pattern", pattern)
     return {
         name: validated(place / f"on-{name}", PRUNE, *data(model, folder, text), *options)
         for name, text in held_out.items()

@@ -185,12 +185,12 @@ def iteration(device: torch.device, hidden: int, mlp: int, tokens: int) -> dict[
     for rows, columns in ((3 * hidden, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)):
         x = torch.randn(MEASURED_TOKENS, columns, device=device)
         inputs = Inputs(columns, device, moments=True)
-        timed("moments_s", lambda x=x, inputs=inputs: inputs.add(x))
+        timed("moments_s", partial(inputs.add, x))
         weight = torch.randn(rows, columns, device=device)
         tiers = _tiers(weight)
         scores = Scored(weight, Wanda().score, inputs.squares.sqrt())
-        timed("demotion_s", lambda s=scores, t=tiers: demote({"m": s}, {"m": t}, END))
-        timed("update_s", lambda w=weight, t=tiers, i=inputs: Obs().apply(w, t.keep_RC, i.moments))
+        timed("demotion_s", partial(demote, {"m": scores}, {"m": tiers}, END))
+        timed("update_s", partial(Obs().apply, weight, tiers.keep_RC, inputs.moments))
     return {**found, "layer_s": found["moments_s"] * tokens / MEASURED_TOKENS + found["demotion_s"] + found["update_s"]}
 
 

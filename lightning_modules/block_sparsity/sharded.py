@@ -43,8 +43,8 @@ def cut_masks(model: nn.Module, matrices: Mapping[str, nn.Linear], keep: Mapping
         found = {}
         for name, mask in keep.items():
             weight: Any = matrices[name].weight
-            mine = mask.to(weight.device)
-            found[name] = distribute_tensor(mine, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+            here = mask.to(weight.device)
+            found[name] = distribute_tensor(here, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
         return found
     # FSDP1 says nowhere in public how it cuts: have it cut the masks in the weights' place
     whole: Any = model
