@@ -94,7 +94,7 @@ def _tokens(runs: Sequence[Record]) -> list[Row]:
 def _chance(runs: Sequence[Record]) -> float | None:
     """Answers kept by random scores and the chosen schedule, where that was tried."""
     tried = (_newest(runs, "calibration") or {}).get("tried", [])
-    return next((row.get("kept_right") for row in tried if row.get("scorer") == "random"), None)
+    return next((row.get("kept") for row in tried if row.get("scorer") == "random"), None)
 
 
 def _kept(share: float | None, of: int, chance: float | None) -> str:

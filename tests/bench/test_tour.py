@@ -228,7 +228,7 @@ def test_the_table_is_read_off_the_records(tmp_path):
         "cache 2.00 × smaller | prefill 2.00 ×, decode 1.00 × | 2.50 ×, 1.60 ×",
     ]
     asked = [{"scorer": "calibrated", "keep": [0.3], "kept_right": 0.9, "whole_right": 20, "kv_share": 0.5}]
-    tried = [{"scorer": "random", "kept_right": 0.1}]
+    tried = [{"scorer": "random", "kept": 0.1}]
     record.append(tmp_path / "c.jsonl", {"run_name": "c", "calibration": {"tried": tried}, "token_quality": asked})
     row = next(row for row in results.table(tmp_path).rows if "calibrated" in row[0])
     assert row[1:3] == ["90.0 % of 20 right answers stay, by chance 10.0 %", "cache 50.0 % of the unpruned"]
