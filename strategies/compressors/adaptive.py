@@ -58,7 +58,7 @@ class Adaptive(Compressor):
     @classmethod
     def examples(cls) -> list[Self]:
         """See ``Variant.examples``."""
-        return [cls(5.0)]
+        return [cls(8.0)]
 
     def parts(self) -> list[Compressor]:
         """See ``Compressor.parts``."""
@@ -107,7 +107,9 @@ class Adaptive(Compressor):
         size = -(-numel // unit.world_size)
         rows = self._row_bytes(unit, size)
         fitting = [place for place, nbytes in enumerate(rows) if nbytes <= self._allowed(size)]
-        return max(fitting, key=rows.__getitem__) if fitting else rows.index(min(rows))
+        if not fitting:
+            fitting = [place for place, nbytes in enumerate(rows) if nbytes == min(rows)]
+        return max(fitting, key=lambda place: (rows[place], place))
 
     def _allowed(self, size: int) -> float:
         """Bytes that rows of ``size`` elements in all may take."""
