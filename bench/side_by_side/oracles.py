@@ -90,7 +90,8 @@ NMSE: dict[str, float] = {
     "Bidirectional(inner=ErrorFeedback(inner=Int4(block_size=128, stochastic=False), storage='float32'), "
     "back=Int8(block_size=256, stochastic=False))": _INT4,
     "LoCo(inner=None, beta=0.2, reset=512, storage='int8')": _INT4,  # nothing has been lost yet
-    "Adaptive(budget=8.0, every=100, choices=None)": _INT4,  # before anything is measured
+    "Adaptive(budget=8.0, every=100, choices=[Int4(block_size=128, stochastic=False), Int8(block_size=256, "
+    "stochastic=False)])": _INT4,  # before anything is measured
     "Hadamard(inner=Int4(block_size=128, stochastic=False), size=32)": _INT4,  # a Gaussian stays one
     # where all ranks are one node, or each is one, there is one hop
     "TwoHops(inner=Int8(block_size=256, stochastic=False), node_size=64, between=None)": _INT8,
@@ -247,10 +248,7 @@ SENT: dict[str, Formula] = {
     "Bidirectional(inner=ErrorFeedback(inner=Int4(block_size=128, stochastic=False), storage='float32'), "
     f"back={_ONE})": _bits(4, 128),
     "LoCo(inner=None, beta=0.2, reset=512, storage='int8')": _bits(4, 128),
-    "Adaptive(budget=8.0, every=100, choices=None)": lambda s, n: max(
-        [sent for sent in (_bits(1, 256, 8)(s, n), _bits(4, 128)(s, n)) if sent <= s * (n - 1)],
-        default=min(_bits(1, 256, 8)(s, n), _bits(4, 128)(s, n)),
-    ),
+    f"Adaptive(budget=8.0, every=100, choices=[Int4(block_size=128, stochastic=False), {_ONE}])": _bits(4, 128),
     "Hadamard(inner=Int4(block_size=128, stochastic=False), size=32)": (
         lambda s, n: _bits(4, 128)(-(-s // 32) * 32, n)
     ),

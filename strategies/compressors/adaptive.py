@@ -58,7 +58,7 @@ class Adaptive(Compressor):
     @classmethod
     def examples(cls) -> list[Self]:
         """See ``Variant.examples``."""
-        return [cls(8.0)]
+        return [cls(8.0, choices=[Int4(), Int8()])]
 
     def parts(self) -> list[Compressor]:
         """See ``Compressor.parts``."""
