@@ -239,6 +239,7 @@ def report(
     tables: Path | None = None,
     figures: Path | None = None,
     overwrite: bool = False,
+    against: Path | None = None,
 ) -> None:
     """Make one self-contained HTML file of a results file: what was compared, what it cost, how to run it again.
 
@@ -248,10 +249,11 @@ def report(
         tables: Folder for every table of the report as Markdown and CSV.
         figures: Folder for every chart of the report as PNG and SVG.
         overwrite: Replace the two folders also where Pare did not write them.
+        against: Another results file, or a folder of such files, to compare with: what changed beyond noise.
     """
     from bench import report as reports  # drawing takes a second to import, which no other command needs
 
-    print(reports.build(results, output, tables, figures, overwrite))
+    print(reports.build(results, output, tables, figures, overwrite, against))
 
 
 def configuration(results: Path, run: str) -> None:

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import torch
 
 from bench.network.launch import Host, Outcome, StopRequested, run_hosts, stop_signals_raise
 
@@ -177,6 +176,8 @@ def rank_environment(host: int, hosts: int, local: int = 0, ranks: int = 1) -> d
         "NCCL_HOSTID": f"{_PREFIX}-host-{host}",
         "NCCL_IB_DISABLE": "1",
     }
+    import torch  # takes seconds, and reading a rate, which much does, needs none of it
+
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         devices = visible.split(",")

@@ -1,18 +1,23 @@
 """The report: a results file as one page that a person can read, with the numbers behind every drawing.
 
-`evidence.py` sorts records and `groups.py` sums them up over seeds (no drawing); `sections/` decides what is shown, one
-file a section; `drawing.py` and `palette.py` draw; `page.py` and `export.py` write.
+`evidence.py` sorts records and `groups.py` sums them up over seeds (no drawing); `features/` reads off what each of the
+four features saves and costs, and says it in a sentence; `sections/` decides what is shown, one file a section;
+`drawing.py`, `pareto.py` and `palette.py` draw; `columns.py` writes numbers, `provenance.py` says where they come from;
+`page.py` and `export.py` write files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 
+from markupsafe import Markup
+
 from bench.report import export, page
 from bench.report.evidence import Evidence, sort
-from bench.report.sections import SECTIONS
-from bench.report.values import count
+from bench.report.provenance import links
+from bench.report.sections import make
+from bench.report.values import Record, count
 from common.files import check_output
 from common.records import record
 
@@ -38,7 +43,12 @@ def read(results: Path) -> tuple[Evidence, str]:
 
 
 def build(
-    results: Path, output: Path, tables: Path | None = None, figures: Path | None = None, overwrite: bool = False
+    results: Path,
+    output: Path,
+    tables: Path | None = None,
+    figures: Path | None = None,
+    overwrite: bool = False,
+    against: Path | None = None,
 ) -> str:
     """Write the report of a results file; see `python -m bench report --help`.
 
@@ -55,7 +65,10 @@ def build(
         if folder is not None:
             check_output(folder, field, [results], overwrite)
     evidence, names = read(results)
-    sections = [made for make in SECTIONS if (made := make(evidence))]
+    if against is not None:
+        evidence.against, others = read(against)
+        names += f"; compared with {others if others != names else against}"
+    sections = make(evidence)
     if not (evidence.runs or evidence.figures or evidence.failures or evidence.collectives):
         raise ValueError(f"{results}: no records that a report can show: {'; '.join(evidence.problems)}")
     facts = {
@@ -65,7 +78,11 @@ def build(
     }
     if evidence.problems:
         facts["Not understood"] = count(len(evidence.problems), "remark") + ", listed under failures"
-    export.page(output, page.render("Pare report", sections, facts))
+
+    def origins(records: Sequence[Record]) -> Markup:
+        return links(evidence.provenance.numbers(records))
+
+    export.page(output, page.render("Pare report", sections, facts, origins))
     written = export.tables(tables, sections, overwrite) if tables else 0
     written += export.figures(figures, sections, overwrite) if figures else 0
     said = f"{output}: {output.stat().st_size / 1e6:.2f} MB, {', '.join(_counted(evidence))}"

@@ -43,6 +43,7 @@ STYLE: Any = {  # matplotlib names each key in its type
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
 }
 MAX_PANELS = 4
+TITLE_WIDTH = 92  # characters of a heading across a whole chart
 MAX_RUNS = 8  # with charts of their own, in each section
 
 
@@ -91,9 +92,11 @@ def grid(figure: Figure, panels: int, columns: int = 2, **options: Any) -> list[
     return axes[:panels]
 
 
-def panel_size(panels: int, columns: int = 2, height: float = 3.2) -> tuple[float, float]:
-    """Size of a chart with that `grid`."""
-    return 8.0, height * math.ceil(panels / min(columns, panels)) + 0.3
+def panel_size(titles: Sequence[str], columns: int = 2, height: float = 3.0) -> tuple[float, float]:
+    """Size of a chart with a `grid` of panels under these headings."""
+    columns = min(columns, len(titles))
+    each = height + 0.16 * title_lines(titles, columns)
+    return 8.0, each * math.ceil(len(titles) / columns) + 0.3
 
 
 def plain_numbers(axis: Axis) -> None:
@@ -125,23 +128,38 @@ def legend(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
         figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns)
 
 
-def label(text: str, limit: int = 34) -> str:
-    """A label that fits beside an axis, and that matplotlib does not take for mathematics."""
-    short = text if len(text) <= limit else text[: limit - 1] + "…"
-    return short.replace("$", r"\$")
+def label(text: str, width: int = 34) -> str:
+    """A label that fits beside an axis, on as many lines as it takes; matplotlib does not take it for mathematics."""
+    lines = textwrap.wrap(text, width, break_on_hyphens=False) or [text]
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def heading(axes: Axes, text: str, columns: int = 2) -> None:
-    """Title of one of several panels beside each other, on at most three lines as wide as the panel."""
-    lines = textwrap.wrap(text, 92 // columns, max_lines=3, placeholder=" …")
-    axes.set_title(label("\n".join(lines), 300))
+    """Title of one of several panels beside each other, on as many lines as the panel's width takes."""
+    axes.set_title(label(text, TITLE_WIDTH // columns))
+
+
+def title_lines(titles: Sequence[str], columns: int = 2) -> int:
+    """Lines of the longest of those headings."""
+    return max((label(title, TITLE_WIDTH // columns).count("\n") + 1 for title in titles), default=1)
+
+
+def spread_out(lengths: Sequence[int], titles: Sequence[str]) -> list[float]:
+    """Heights in inches of panels below each other with so many bars each, and a title."""
+    lines = [title_lines([title], 1) for title in titles]
+    return [0.4 + 0.15 * line + 0.26 * length for length, line in zip(lengths, lines, strict=True)]
+
+
+def legend_height(labels: int, columns: int = 4) -> float:
+    """Inches that a legend of so many entries takes."""
+    return 0.18 * math.ceil(labels / columns)
 
 
 def left_out(settings: int) -> str:
     """What a chart says when it draws only the first of the settings found; "" when it draws all."""
     if settings <= MAX_PANELS:
         return ""
-    return f"Drawn: the first {MAX_PANELS} of {settings} settings, largest comparison first; the table below has all."
+    return f"Drawn: {MAX_PANELS} of {settings} settings, the largest comparisons; the table below has all."
 
 
 def last_runs(found: int) -> str:

@@ -1,6 +1,7 @@
 """The records of a report by kind, with everything in them that could not be read."""
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ from bench.network import bounds
 from bench.report.groups import Group, group
 from bench.report.link import link_rate
 from bench.report.palette import Colours
+from bench.report.provenance import Provenance
 from bench.report.values import Record, count, text
 from bench.tables import figures
 from common.records import record
@@ -17,6 +19,7 @@ from common.records.schema import OPTIONAL, REQUIRED
 
 Parsed = TypeVar("Parsed")
 _FLAWS = {"run": " without run_name", "figure": " with missing or mistyped fields"}
+_EXPERIMENT = re.compile(r"-m bench experiment (\w+)")
 _RESULTS = ("step_time_ms_p50", "val_ppl", "train_loss", "bytes_compressed_total")
 
 
@@ -30,6 +33,7 @@ class Evidence:
         failures: Records of runs that failed.
         collectives: Records of collective timings.
         problems: What was skipped or not understood, in words.
+        against: The evidence of another results file that this one is compared with; None without.
     """
 
     runs: list[Record] = field(default_factory=list)
@@ -37,6 +41,29 @@ class Evidence:
     failures: list[Record] = field(default_factory=list)
     collectives: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    against: "Evidence | None" = None
+
+    @property
+    def records(self) -> list[Record]:
+        """Everything that is shown."""
+        return [*self.figures, *self.runs, *self.failures, *self.collectives]
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """Where the numbers come from."""
+        return Provenance(self.records)
+
+    @cached_property
+    def experiments(self) -> dict[str, list[Record]]:
+        """Figures by the experiment that measures them, "" where the command names none."""
+        found: dict[str, list[Record]] = defaultdict(list)
+        for one in self.figures:
+            found[experiment(one)].append(one)
+        return dict(found)
+
+    def figures_of(self, name: str) -> list[Record]:
+        """The figures of an experiment."""
+        return self.experiments.get(name, [])
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -47,6 +74,10 @@ class Evidence:
     def colours(self) -> Colours:
         """Colours of all methods."""
         return Colours(one.method for one in self.groups)
+
+    def having(self, *names: str) -> list[Record]:
+        """The runs that have one of these feature blocks."""
+        return [run for run in self.runs if any(run.get(name) is not None for name in names)]
 
     def blocks(self, name: str, parse: Callable[[Any], Parsed]) -> list[tuple[str, Parsed]]:
         """Run name and parsed feature block of every run that has one; a block that cannot be read is a problem.
@@ -67,6 +98,12 @@ class Evidence:
                     f"{run_name(run)}: block {name!r} not understood ({type(error).__name__}: {error})"
                 )
         return found
+
+
+def experiment(figure: Record) -> str:
+    """Name of the experiment that measures a figure; "" where its command names none."""
+    found = _EXPERIMENT.search(figure["command"])
+    return found[1] if found else ""
 
 
 def run_name(run: Record) -> str:
@@ -101,8 +138,16 @@ def sort(records: Iterable[Record], broken: Sequence[str] = ()) -> Evidence:
         kinds += ", …" if len(foreign) > 8 else ""
         evidence.problems.append(f"{foreign.total():,} foreign record(s) skipped, none that a report shows: {kinds}")
     evidence.runs = _annotated(evidence.runs, evidence.problems)
-    evidence.figures = list(figures.latest([{"date": "", **one} for one in found]))
+    evidence.figures = _newest(found)
     return evidence
+
+
+def _newest(found: Sequence[Record]) -> list[Record]:
+    """The newest record of each figure; figures of two experiments are two, whatever they are called."""
+    by_experiment: dict[str, list[Record]] = defaultdict(list)
+    for one in found:
+        by_experiment[experiment(one)].append({"date": "", **one})
+    return [one for some in by_experiment.values() for one in figures.latest(some)]
 
 
 def _annotated(runs: Sequence[Record], problems: list[str]) -> list[Record]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import drawing
+from bench.report.columns import shown
 from bench.report.content import Chart, Section, Sheet
 from bench.report.values import Spread
 from common.files import replacing, write_text
@@ -29,7 +30,7 @@ def tables(folder: Path, sections: Sequence[Section], overwrite: bool = False) -
     blocks = _numbered(sections)
     with replacing(folder, "tables", overwrite=overwrite) as beside:
         for name, title, table in blocks:
-            (beside / f"{name}.md").write_text(f"**{title}**\n\n{table.markdown()}", encoding="utf-8")
+            (beside / f"{name}.md").write_text(f"**{title}**\n\n{shown(table)[0].markdown()}", encoding="utf-8")
             with open(beside / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(plain(table))
     return 2 * len(blocks)

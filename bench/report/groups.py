@@ -13,6 +13,7 @@ from common.tables import NOT_RECORDED
 # Methods that send what they would have sent anyway; the first that ran in a setting is its baseline.
 UNCOMPRESSED = ("none", "native", "none_a2a")
 _METHOD = ("compress_method", "compress_config", "parameter_compress_method", "parameter_compress_config")
+_REPLICAS = ("replica_compress_method", "replica_compress_config", "local_steps")
 
 
 def _model(record: Record) -> str:
@@ -101,13 +102,19 @@ class Group:
         return link_rate(self.records[0])
 
     def where(self, names: Iterable[str]) -> str:
-        """The named parts of the setting as one label."""
-        return ", ".join(_named(name, self.setting[name]) for name in names)
+        """The named parts of the setting as one label; those that were not recorded are left out."""
+        return ", ".join(filter(None, (_named(name, self.setting[name]) for name in names)))
 
 
 def _named(name: str, value: str) -> str:
-    plain = ("model", "data", "engine", "link", "precision", "machine")
-    return value if name in plain and value not in (NOT_RECORDED, "none") else f"{name} {value}"
+    """Such as "2 ranks", "100 Mbit/s" or "batch 4"; "" for what was not recorded."""
+    if value == NOT_RECORDED:
+        return ""
+    if name == "link" and value == "none":
+        return "no link"
+    if name in ("ranks", "replicas", "tokens", "steps"):
+        return f"{value} {name.removesuffix('s') if value == '1' else name}"
+    return value if name in ("model", "data", "engine", "link", "precision", "machine") else f"{name} {value}"
 
 
 def bytes_per_step(record: Record) -> float | None:
@@ -141,12 +148,17 @@ def group(records: Sequence[Record]) -> list[Group]:
 
 
 def _uncompressed(record: Record) -> bool:
-    return record.get("compress_method") in UNCOMPRESSED and record.get("parameter_compress_method") in (None, "none")
+    others = ("parameter_compress_method", "replica_compress_method")
+    plain = record.get("compress_method") in UNCOMPRESSED and all(record.get(n) in (None, "none") for n in others)
+    return plain and not record.get("local_steps")
+
+
+Named = tuple[str, str, str, bool]  # compression of gradients, of parameters, between replicas; whether steps are local
 
 
 def method_labels(records: Sequence[Record]) -> list[str]:
     """Short method names: arguments appear only where the same method ran with others."""
-    variants: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    variants: dict[Named, list[dict[str, str]]] = defaultdict(list)
     split = [_flat_method(record) for record in records]
     for name, arguments in split:
         variants[name].append(arguments)
@@ -157,14 +169,13 @@ def method_labels(records: Sequence[Record]) -> list[str]:
     return [_label(name, arguments, varying[name]) for name, arguments in split]
 
 
-def _flat_method(record: Record) -> tuple[tuple[str, str], dict[str, str]]:
+def _flat_method(record: Record) -> tuple[Named, dict[str, str]]:
     method, config, parameter, parameter_config = (record.get(name) for name in _METHOD)
-    arguments = {
-        f"{prefix}{key}": value
-        for prefix, c in (("", config), ("parameters.", parameter_config))
-        for key, value in _flatten(c)
-    }
-    return (text(method), "" if parameter in (None, "none") else text(parameter)), arguments
+    replica, replica_config, local = (record.get(name) for name in _REPLICAS)
+    configs = {"": config, "parameters.": parameter_config, "replicas.": replica_config, "local.": local}
+    arguments = {f"{prefix}{key}": value for prefix, c in configs.items() for key, value in _flatten(c)}
+    others = ["" if one in (None, "none") else text(one) for one in (parameter, replica)]
+    return (text(method), others[0], others[1], isinstance(local, dict)), arguments
 
 
 def _flatten(config: object, prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -177,10 +188,13 @@ def _flatten(config: object, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _label(name: tuple[str, str], arguments: dict[str, str], varying: Sequence[str]) -> str:
-    method, parameter = name
+def _label(name: Named, arguments: dict[str, str], varying: Sequence[str]) -> str:
+    method, parameter, replica, local = name
     shown = [f"{key.rpartition('.')[2]}={arguments[key]}" for key in varying if key in arguments]
-    return " ".join([method, *shown]) + (f" + {parameter} parameters" if parameter else "")
+    parts = [f"{parameter} parameters"] if parameter else []
+    parts += [f"{replica} between replicas"] if replica else []
+    parts += ["local steps"] if local else []
+    return " + ".join([" ".join([method, *shown]), *parts])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from bench.report.groups import UNCOMPRESSED
 
-# Okabe–Ito (jfly.uni-koeln.de/color), darkened where white needs it; on dark backgrounds the second colour stands in.
+# Okabe–Ito (jfly.uni-koeln.de/color), darkened where white needs it, then colours found one after the other as those
+# farthest (in OKLab, with and without red-green vision) from all before; each with a contrast of 3 to the paper and,
+# on dark backgrounds, with a stand-in chosen alike.
 HUES = {
     "#0072b2": "#5ab4f0",
     "#d55e00": "#ff9447",
@@ -14,6 +16,23 @@ HUES = {
     "#b58900": "#f0c541",
     "#3b9fd1": "#9adcff",
     "#7a4a2b": "#d3a583",
+    "#600090": "#f000fc",
+    "#0000fc": "#546ccc",
+    "#b400fc": "#a80cfc",
+    "#004800": "#9cfc9c",
+    "#fc0c78": "#d80060",
+    "#840048": "#9c6000",
+    "#30486c": "#c0d8a8",
+    "#6c3cd8": "#a86cc0",
+    "#9c78fc": "#007890",
+    "#c0000c": "#e46c84",
+    "#2400b4": "#0090fc",
+    "#fc48cc": "#fc00a8",
+    "#a80084": "#906078",
+    "#482448": "#f0f000",
+    "#cc24c0": "#fc84fc",
+    "#006c54": "#00c000",
+    "#b4849c": "#6c9c00",
 }
 NEUTRAL = {"#6b7280": "#a3abb8"}
 INK = {"#1c2024": "#e6e8eb"}
@@ -42,7 +61,8 @@ class Colours:
     """Colour and marker of every method of a report.
 
     A method starts from the place its name hashes to, so it keeps its colour from report to report unless two methods
-    of one report collide. Uncompressed methods are grey. After seven methods colours repeat with another marker.
+    of one report collide; then the next free one is taken, so that no two of up to 24 methods share a colour. Beyond,
+    colours repeat with another marker. Uncompressed methods are grey, each with a marker of its own.
 
     Args:
         methods: Labels of all methods of the report.
@@ -50,11 +70,12 @@ class Colours:
 
     def __init__(self, methods: Iterable[str]) -> None:
         self._slots: dict[str, int] = {}
+        taken: set[int] = set()
         for name in sorted(set(methods) - set(UNCOMPRESSED)):
             round_, first = len(self._slots) // len(_HUES), zlib.crc32(name.encode())
-            taken = set(self._slots.values())
             slots = (round_ * len(_HUES) + (first + i) % len(_HUES) for i in range(len(_HUES)))
             self._slots[name] = next(slot for slot in slots if slot not in taken)
+            taken.add(self._slots[name])
 
     def colour(self, method: str) -> str:
         """Hexadecimal colour (its light form)."""
@@ -62,6 +83,8 @@ class Colours:
         return GREY if slot is None else _HUES[slot % len(_HUES)]
 
     def marker(self, method: str) -> str:
-        """Matplotlib marker."""
+        """Matplotlib marker; neighbours of one colour's rank have different ones."""
         slot = self._slots.get(method)
-        return "o" if slot is None else _MARKERS[slot // len(_HUES) % len(_MARKERS)]
+        if slot is None:
+            return _MARKERS[UNCOMPRESSED.index(method)] if method in UNCOMPRESSED else "o"
+        return _MARKERS[(slot + slot // len(_HUES)) % len(_MARKERS)]

@@ -123,6 +123,11 @@ def commit(entry: Mapping[str, Any]) -> str:
     return (entry["git_commit"] or "unknown commit")[:10] + (" with local changes" if entry["git_dirty"] else "")
 
 
+def command(entry: Mapping[str, Any]) -> str:
+    """The command that measures a figure again, without the records' file, which has moved since: it has its own."""
+    return str(entry["command"]).partition(" --records ")[0]
+
+
 def origins(entries: Iterable[Mapping[str, Any]]) -> str:
     """Where all of the records were measured: a line for each machine, with commits and days."""
     made: dict[str, dict[str, None]] = defaultdict(dict)
@@ -168,9 +173,7 @@ def render_table(
     if unknown:
         raise ValueError(f"no column {', '.join(unknown)}; there are: {', '.join(makers)}")
     rows = [[makers[name](entry) for name in columns] for entry in chosen]
-    # without the records' file, which has moved since: an experiment knows its own
-    commands = dict.fromkeys(entry["command"].partition(" --records ")[0] for entry in chosen)
-    again = "; ".join(f"`{command}`" for command in commands if command)
+    again = "; ".join(f"`{one}`" for one in dict.fromkeys(map(command, chosen)) if one)
     return (
         Table(columns, rows).markdown() + f"\n{origins(chosen)}" + (f"\nMeasured again by {again}.\n" if again else "")
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "peft", "triton", "numpy")
 # Instruction sets that decide which CPU kernels torch picks; the rest of /proc/cpuinfo is noise here.
@@ -60,6 +59,8 @@ def usable_cores() -> int | None:
 
 def gpus() -> list[dict[str, Any]]:
     """Name, memory (GB, 1e9 bytes) and compute capability of each visible CUDA device."""
+    import torch  # takes seconds, which those who only read records need not wait
+
     if not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -76,6 +77,8 @@ def identity() -> dict[str, Any]:
         cpu, isa, cores_logical, cores_physical, cores_usable, torch_threads, ram_gb (1e9 bytes), gpus, cuda
         (version torch was built for), os. Values the system does not reveal are None.
     """
+    import torch
+
     return {
         "cpu": cpu_name(),
         "isa": isa_flags(),

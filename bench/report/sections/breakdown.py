@@ -22,7 +22,6 @@ _LEAD = (
     "plus bytes over bandwidth, nothing else. A bar that ends left of its mark would be too good to be true."
 )
 _FIELDS = {"encode": "compress_time_ms", "wire": "comm_time_ms_total", "decode": "decompress_time_ms"}
-_MAX_BARS = 14
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,10 @@ class Bar:
     """Step time of one group in ms."""
 
     label: str
-    setting: str
     phases: dict[str, float]
     step: Spread
     bound: float | None
+    records: list[Record]
 
 
 def phases(run: Record) -> dict[str, float] | None:
@@ -51,53 +50,51 @@ def section(evidence: Evidence) -> Section | None:
     """Stacked bars of step time; None when no run timed its communication."""
     found = []
     for panel in panels(evidence.groups):
-        bars = [bar for group in panel.groups if (bar := _bar(group, panel.title))]
+        bars = [bar for group in panel.groups if (bar := _bar(group))]
         if bars:
             found.append((panel.title, bars))
     if not found:
         return None
-    shown = [(title, bars[:_MAX_BARS]) for title, bars in found[: drawing.MAX_PANELS]]
+    shown = found[: drawing.MAX_PANELS]
     headers = ["setting", "method", *(f"{phase} (ms)" for phase in PHASES), "step, mean (ms)", "ideal step (ms)"]
     rows = [
         [title or "all", bar.label, *(bar.phases[phase] for phase in PHASES), bar.step, bar.bound]
         for title, bars in found
         for bar in bars
     ]
-    slowest = max((bar for _, bars in shown for bar in bars), key=lambda bar: bar.step.mean)
+    title, slowest = max(((title, bar) for title, bars in found for bar in bars), key=lambda pair: pair[1].step.mean)
+    where = f" ({title})" if title else ""
     chart = Chart(
         "step-time",
         "Step time by phase",
-        "Stacked bars of mean step time in milliseconds by compute, encode, wire and decode, one bar per method. "
-        f"Slowest: {slowest.label} with {slowest.step.mean:,.0f} ms, of which {slowest.phases['wire']:,.0f} ms wire.",
+        "Stacked bars of mean step time in milliseconds by compute, encode, wire and decode, one bar per method.",
+        f"Slowest: {slowest.label}{where} with {slowest.step.mean:,.0f} ms a step, of which "
+        f"{slowest.phases['wire']:,.0f} ms on the wire.",
         lambda figure: _draw(figure, shown),
         Table(headers, rows),
-        (8.0, 0.9 + sum(0.55 + 0.26 * len(bars) for _, bars in shown)),
-        drawing.left_out(len(found)) or _cut(found),
+        (8.0, 0.9 + sum(drawing.spread_out([len(bars) for _, bars in shown], [title for title, _ in shown]))),
+        drawing.left_out(len(found)),
+        [run for _, bars in found for bar in bars for run in bar.records],
     )
     return Section("step-time", "Where the step time goes", _LEAD, [chart])
 
 
-def _cut(found: Sequence[tuple[str, Sequence[Bar]]]) -> str:
-    longest = max(len(bars) for _, bars in found)
-    return f"Drawn: the first {_MAX_BARS} of {longest} methods; the table has all." if longest > _MAX_BARS else ""
-
-
-def _bar(group: Group, setting: str) -> Bar | None:
+def _bar(group: Group) -> Bar | None:
     parts = [found for run in group.records if (found := phases(run))]
     step = group.spread("step_time_ms_mean")
     if not parts or step is None or not math.isfinite(step.mean):
         return None
     mean = {phase: sum(part[phase] for part in parts) / len(parts) for phase in PHASES}
     bound = group.spread("bound_step_time_ms")
-    return Bar(group.method, setting, mean, step, bound.mean if bound else None)
+    return Bar(group.method, mean, step, bound.mean if bound else None, group.records)
 
 
 def _draw(figure: Figure, shown: Sequence[tuple[str, Sequence[Bar]]]) -> None:
-    heights = [0.55 + 0.26 * len(bars) for _, bars in shown]
+    heights = drawing.spread_out([len(bars) for _, bars in shown], [title for title, _ in shown])
     axes = figure.subplots(len(shown), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0].tolist()
     for one, (title, bars) in zip(axes, shown, strict=True):
         _bars(one, bars)
-        one.set_title(drawing.label(title, 90))
+        drawing.heading(one, title, 1)
     axes[-1].set_xlabel("step time (ms)")
     drawing.legend(figure, axes, columns=6)
 

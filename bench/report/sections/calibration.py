@@ -1,6 +1,6 @@
 """Which layers of a model look up what is asked for, and what calibration made of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
+from bench.report.values import Record
 from common.tables import Table
 
 _LEAD = (
@@ -31,12 +32,13 @@ def section(evidence: Evidence) -> Section | None:
         return None
     blocks: list[Block] = []
     for index, (name, block) in enumerate(found[-drawing.MAX_RUNS :]):
-        blocks += [_chart(index, name, block), _tried(index, name, block)]
+        runs = evidence.having("calibration")
+        blocks += [_chart(index, name, block, runs), _tried(index, name, block, runs)]
     lead = f"{_LEAD} {drawing.last_runs(len(found))}".strip()
     return Section("calibration", "Where a model looks things up", lead, blocks)
 
 
-def _chart(index: int, name: str, block: Mapping[str, Any]) -> Chart:
+def _chart(index: int, name: str, block: Mapping[str, Any], records: Sequence[Record]) -> Chart:
     needed = block["needed"]
     layers = [entry["layer"] for entry in needed]
     best, whole = ([entry[key] for entry in needed] for key in ("share", "all_heads"))
@@ -56,17 +58,20 @@ def _chart(index: int, name: str, block: Mapping[str, Any]) -> Chart:
 
     least = min(needed, key=lambda entry: entry["share"])
     summary = (
-        f"Share of the context needed by layer, 0 to 100 %. Layer {least['layer']} needs least: {least['share']:.0%} "
-        f"with its best heads, {least['all_heads']:.0%} with all. Chosen: after layers {block['layers']}, keep "
-        f"{block['keep']}."
+        "Line chart, layers across, share of the context needed up, 0 to 100 %; with a layer's best heads and all."
+    )
+    verdict = (
+        f"Layer {least['layer']} needs least: {least['share']:.0%} of the context with its best heads, "
+        f"{least['all_heads']:.0%} with all. Chosen: after layers {block['layers']}, keep {block['keep']}."
     )
     data = Table(
         ["layer", "best heads", "needed", "needed by all heads"], [*zip(layers, heads, best, whole, strict=True)]
     )
-    return Chart(f"calibration-{index}", f"Context needed by layer: {name}", summary, draw, data)
+    title = f"Context needed by layer: {name}"
+    return Chart(f"calibration-{index}", title, summary, verdict, draw, data, records=records)
 
 
-def _tried(index: int, name: str, block: Mapping[str, Any]) -> Sheet:
+def _tried(index: int, name: str, block: Mapping[str, Any], records: Sequence[Record]) -> Sheet:
     rows = [
         [row["scorer"], str(row["layers"]), str(row["keep"]), row["bound"], row["right"], row["unpruned"]]
         for row in block["tried"]
@@ -75,6 +80,7 @@ def _tried(index: int, name: str, block: Mapping[str, Any]) -> Sheet:
     note = (
         f"Window {block['window']}, mean over {block['pool']} neighbours. The first with most right answers is chosen."
     )
-    return Sheet(
-        f"calibration-tried-{index}", f"Schedules tried out on further facts: {name}", Table(headers, rows), note
-    )
+    best = max(block["tried"], key=lambda row: row["right"], default=None)
+    said = f"Of {len(rows)} tried, most right answers: {best['right']} of {best['unpruned']}." if best else ""
+    title = f"Schedules tried out on further facts: {name}"
+    return Sheet(f"calibration-tried-{index}", title, Table(headers, rows), note, said, records=records)

@@ -57,14 +57,14 @@ def section(evidence: Evidence) -> Section | None:
             evidence.problems.append(f"collectives of {title}: not understood ({type(error).__name__}: {error})")
             continue
         if points:
-            blocks.append(_chart(index, title, points))
+            blocks.append(_chart(index, title, points, record))
         if record.get("peer_bandwidth"):
             blocks.append(_peers(index, title, record["peer_bandwidth"]))
     lead = f"{_LEAD} {drawing.last_runs(len(evidence.collectives))}".strip()
     return Section("collectives", "Collectives", lead, blocks) if blocks else None
 
 
-def _chart(index: int, title: str, points: list[Point]) -> Chart:
+def _chart(index: int, title: str, points: list[Point], record: Record) -> Chart:
     operations = list(dict.fromkeys(p.operation for p in points))
 
     def draw(figure: Figure) -> None:
@@ -90,17 +90,21 @@ def _chart(index: int, title: str, points: list[Point]) -> Chart:
         f"collectives-{index}",
         f"Time and bandwidth by message size: {title}",
         "Two line charts, message size in bytes across (logarithmic): time in ms, and bandwidth in MB/s, one line per "
-        f"collective. Highest bandwidth: {fastest.operation}, {rate}.",
+        "collective.",
+        f"Highest bandwidth: {fastest.operation}, {rate}.",
         draw,
         Table(
             [*headers, "bandwidth (bytes/s)"],
             [[p.operation, p.message_bytes, p.sent_bytes, p.time_ms, p.time_ms_p90, p.bandwidth] for p in points],
         ),
         (8.0, 3.7),
+        records=[record],
     )
 
 
 def _peers(index: int, title: str, rates: list[list[float]]) -> Sheet:
     rows = [[f"GPU {i}", *(rate / 1e9 for rate in row)] for i, row in enumerate(rates)]
     table = Table(["from \\ to (GB/s)", *(f"GPU {i}" for i in range(len(rows)))], rows)
-    return Sheet(f"peer-copies-{index}", f"Copies between GPUs: {title}", table)
+    fastest = max((rate for row in rates for rate in row), default=0.0)
+    said = f"Fastest: {fastest / 1e9:,.4g} GB/s."
+    return Sheet(f"peer-copies-{index}", f"Copies between GPUs: {title}", table, verdict=said)

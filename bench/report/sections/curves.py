@@ -17,7 +17,6 @@ _LEAD = (
     "Validations made during training, mean over seeds with a band of one standard deviation. Time is training time; "
     "validation is not counted."
 )
-_MAX_LINES = 14
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,15 @@ def _lines(found: Sequence[Panel]) -> list[tuple[str, list[tuple[Group, list[Poi
 
 
 def _targets(groups: Sequence[Group]) -> list[Sheet]:
-    rows = []
+    rows, runs = [], []
     for panel in panels(groups):
         for group in panel.groups:
             targets = {t for run in group.records if (t := number(run, "target_ppl")) is not None}
             fixed = {t for run in group.records if (t := number(run, "fixed_time_s")) is not None}
             if targets or fixed:
-                reached, runs = group.spread("time_to_target_ppl_s"), len(group.records)
-                share = f"{reached.n if reached else 0} of {runs}"
+                runs += group.records
+                reached = group.spread("time_to_target_ppl_s")
+                share = f"{reached.n if reached else 0} of {len(group.records)}"
                 rows.append([panel.title or "all", group.method, sorted(targets) or None, share, reached,
                              sorted(fixed) or None, group.spread("ppl_at_fixed_time")])  # fmt: skip
     headers = [
@@ -89,11 +89,16 @@ def _targets(groups: Sequence[Group]) -> list[Sheet]:
     ]
     title = "Time to a perplexity, and perplexity at a time"
     note = "Times are means over the runs that reached the target; read them with the column that counts those."
-    return [Sheet("time-to-quality", title, Table(headers, rows), note)] if rows else []
+    timed = [row for row in rows if row[4] is not None]
+    said = "No run reached its target."
+    if timed:
+        first = min(timed, key=lambda row: row[4].mean)
+        said = f"First at its target: {first[1]} ({first[0]}) after {first[4]} s."
+    return [Sheet("time-to-quality", title, Table(headers, rows), note, said, records=runs)] if rows else []
 
 
 def _chart(evidence: Evidence, found: Sequence, name: str, axis: str, across: Callable[[Point], float]) -> Chart:
-    shown = [(title, lines[:_MAX_LINES]) for title, lines in found[: drawing.MAX_PANELS]]
+    shown = found[: drawing.MAX_PANELS]
     colours = evidence.colours
 
     def draw(figure: Figure) -> None:
@@ -112,7 +117,7 @@ def _chart(evidence: Evidence, found: Sequence, name: str, axis: str, across: Ca
             drawing.log_axis(one, "y", [p.ppl.mean for _, points in lines for p in points])
             one.set_xlabel(axis)
             one.set_ylabel("validation PPL")
-            drawing.heading(one, title)
+            drawing.heading(one, title, min(2, len(shown)))
         drawing.legend(figure, axes)
 
     rows = [
@@ -121,15 +126,19 @@ def _chart(evidence: Evidence, found: Sequence, name: str, axis: str, across: Ca
         for group, points in lines
         for p in points
     ]
-    width, height = drawing.panel_size(len(shown))
-    ends = ", ".join(f"{group.method} {points[-1].ppl}" for group, points in shown[0][1][:6])
+    width, height = drawing.panel_size([title for title, _ in shown])
+    title, best, ppl = min(
+        ((title, group.method, points[-1].ppl) for title, lines in found for group, points in lines),
+        key=lambda end: end[2].mean,
+    )
     return Chart(
         name,
         f"Validation perplexity by {axis}",
-        f"Line chart, {axis} across, validation perplexity up, one line per method. Last points of "
-        f"{shown[0][0] or 'the only setting'}: {ends}.",
+        f"Line chart, {axis} across, validation perplexity up, one line per method.",
+        f"Lowest at the end: {best}{f' ({title})' if title else ''} with a perplexity of {ppl}.",
         draw,
         Table(["setting", "method", "step", "training time (s)", "validation PPL"], rows),
-        (width, height + 0.18 * math.ceil(len({g.method for _, lines in shown for g, _ in lines}) / 4)),
+        (width, height + drawing.legend_height(len({g.method for _, lines in shown for g, _ in lines}))),
         drawing.left_out(len(found)),
+        [run for _, lines in found for group, _ in lines for run in group.records],
     )

@@ -1,6 +1,6 @@
 """What token pruning costs in quality, against the prefill time that is left: a frontier of scorers for every task."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
-from bench.report.values import number
+from bench.report.values import Record, number
 from common.tables import Table
 
 _LEAD = (
@@ -25,6 +25,10 @@ _COLUMNS = {
     "nll_rise_low": "95 % from",
     "nll_rise_high": "to",
     "accuracy": "accuracy",
+    "right": "right answers (share)",
+    "kept_right": "of the unpruned's (share)",
+    "bound": "FLOP bound (×)",
+    "kv_share": "cache (share)",
     "kept": "left at the end (share)",
     "prefill_share": "prefill time (share)",
 }
@@ -41,6 +45,10 @@ class Point:
     nll_rise_low: float | None
     nll_rise_high: float | None
     accuracy: float | None
+    right: float | None
+    kept_right: float | None
+    bound: float | None
+    kv_share: float | None
     kept: float | None
     prefill_share: float | None
     oracle: bool
@@ -66,37 +74,58 @@ def section(evidence: Evidence) -> Section | None:
         return None
     shown = found[-drawing.MAX_RUNS :]
     blocks: list[Block] = []
+    runs = evidence.having("token_quality")
     for index, (name, points) in enumerate(shown):
         drawn = [p for p in points if p.nll_rise is not None and p.prefill_share is not None and p.keep is not None]
         if drawn:
-            blocks.append(_chart(index, name, drawn))
+            blocks.append(_chart(index, name, drawn, runs))
     rows = [[name, *(getattr(p, field) for field in _COLUMNS)] for name, points in shown for p in points]
     table = Table(["run", *_COLUMNS.values()], rows)
-    blocks.append(Sheet("frontier-table", "What pruning costs", table, drawing.last_runs(len(found))))
+    said = f"{len(rows)} arms, {len({p.scorer for _, points in shown for p in points})} scorers."
+    best = max((p for _, ps in shown for p in ps if p.kept_right is not None and p.scorer != "unpruned"),
+               key=lambda p: p.kept_right or 0.0, default=None)  # fmt: skip
+    if best:
+        said += f" Most answers stay with {best.scorer} on {best.task}: {best.kept_right:.0%}."
+    least = min((p for _, ps in shown for p in ps if _is_method(p)), key=lambda p: p.nll_rise or 0.0, default=None)
+    if least:
+        said += f" The loss rises least with {least.scorer} on {least.task} at keep {least.keep:g}: "
+        said += f"{least.nll_rise:.3g} nats a token."
+    blocks.append(
+        Sheet("frontier-table", "What pruning costs", table, drawing.last_runs(len(found)), said, records=runs)
+    )
     return Section("frontier", "Quality of pruned prompts", _LEAD, blocks)
 
 
-def _chart(index: int, name: str, points: list[Point]) -> Chart:
-    tasks = list(dict.fromkeys(p.task for p in points))[: drawing.MAX_PANELS]
+def _is_method(point: Point) -> bool:
+    return point.keep is not None and point.nll_rise is not None and not point.oracle
+
+
+def _chart(index: int, name: str, points: list[Point], records: Sequence[Record]) -> Chart:
+    every = list(dict.fromkeys(p.task for p in points))
+    tasks = every[: drawing.MAX_PANELS]
 
     def draw(figure: Figure) -> None:
         axes = drawing.grid(figure, len(tasks))
         for one, task in zip(axes, tasks, strict=True):
             _draw(one, [p for p in points if p.task == task])
-            drawing.heading(one, task)
+            drawing.heading(one, task, min(2, len(tasks)))
         drawing.legend(figure, axes)
 
-    best = min(points, key=lambda p: p.nll_rise or 0)
+    methods = [p for p in points if _is_method(p)] or points
+    best = min(methods, key=lambda p: p.nll_rise or 0)
     headers = ["task", "scorer", "keep per stage", "prefill time (share)", "rise of the loss (nats)"]
-    width, height = drawing.panel_size(len(tasks))
+    width, height = drawing.panel_size(tasks)
     return Chart(
         f"frontier-{index}",
         f"Loss against prefill time: {name}",
         "Scatter plot for each task, prefill time as a share of the unpruned model's across, rise of the loss in nats "
-        f"per token up, one colour and marker per scorer. Lowest: {best.scorer} on {best.task} at keep {best.keep:g}.",
+        "per token up, one colour and marker per scorer.",
+        f"Lowest: {best.scorer} on {best.task} at keep {best.keep:g} with {best.nll_rise:.3g} nats a token.",
         draw,
         Table(headers, [[p.task, p.scorer, p.keep, p.prefill_share, p.nll_rise] for p in points]),
-        (width, height + 0.5),
+        (width, height + drawing.legend_height(len({p.scorer for p in points})) + 0.2),
+        drawing.left_out(len(every)),
+        records,
     )
 
 

@@ -1,5 +1,6 @@
 """Prefill time of token pruning against prompt length, beside its FLOP bound."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,14 @@ from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.values import Record, number, text
-from common.tables import Table, percent
+from common.tables import Table
 
 _LEAD = (
     "Time to the first token, all arms interleaved in one process, median and interquartile range. The dashed line of "
     "the same colour is the speed-up that the arithmetic left out would allow; a point above it deserves distrust."
 )
 _VALUES = ("ms_median", "ms_iqr", "speedup", "speedup_spread", "bound", "peak_bytes")
-_LONGEST = ("length (tokens)", "unpruned (ms)", "pruned (ms)", "speed-up (×)", "bound (×)", "overhead of keeping all")
+_LONGEST = ("length (tokens)", "unpruned (ms)", "pruned (ms)", "speed-up (×)", "bound (×)", "cost of keeping all (%)")
 _MEMORY_ARMS = ("baseline", "pruned")
 
 
@@ -90,14 +91,24 @@ def section(evidence: Evidence) -> Section | None:
         rows = [[name, *_longest(prefill)] for name, prefill in found]
         table = Table(["run", *_LONGEST, "remarks"], rows)
         note = drawing.last_runs(len(found))
-        blocks.append(Sheet("prefill", "At each run's longest length", table, note))
+        best = max((p for _, prefill in found for p in prefill.points if p.arm == "pruned" and p.speedup is not None),
+                   key=lambda p: p.speedup or 0.0, default=None)  # fmt: skip
+        said = f"{len(rows)} runs timed it, none with a pruned arm."
+        if best:
+            bound = f", bound {best.bound:.2f} ×" if best.bound is not None else ""
+            said = f"At best {best.speedup:.2f} × as fast, at {best.length:,} tokens{bound}."
+        runs = evidence.having("prefill")
+        blocks.append(Sheet("prefill", "At each run's longest length", table, note, said, records=runs))
     for index, (name, prefill) in enumerate(found[-drawing.MAX_RUNS :]):
         if any(p.speedup is not None for p in prefill.points):
-            blocks.append(_chart(index, name, prefill))
+            blocks.append(_chart(index, name, prefill, evidence.having("prefill")))
     if memory:
         headers = ["run", "memory (bytes)", "unpruned (tokens)", "pruned (tokens)"]
         table = Table(headers, [[name, *row] for name, row in memory])
-        blocks.append(Sheet("prefill-memory", "Longest prompt that fits", table))
+        longest = max((row[2] or 0 for _, row in memory), default=0)
+        said = f"The longest prompt that fits when pruned: {longest:,} tokens."
+        runs = evidence.having("prefill_memory")
+        blocks.append(Sheet("prefill-memory", "Longest prompt that fits", table, verdict=said, records=runs))
     return Section("prefill", "Prefill with pruned tokens", _LEAD, blocks) if blocks else None
 
 
@@ -105,7 +116,7 @@ def _longest(prefill: Prefill) -> list[Any]:
     length = prefill.points[-1].length
     plain, pruned, whole = (prefill.at(length, arm) for arm in ("baseline", "pruned", "keep-1.0"))
     values = [None if pruned is None else getattr(pruned, name) for name in ("ms_median", "speedup", "bound")]
-    overhead = None if whole is None or not whole.speedup else percent(1 / whole.speedup - 1)
+    overhead = None if whole is None or not whole.speedup else 100 * (1 / whole.speedup - 1)
     return [length, None if plain is None else plain.ms_median, *values, overhead, prefill.placed]
 
 
@@ -114,7 +125,7 @@ def _line(points: list[Point], arm: str, field: str) -> tuple[list[int], list[fl
     return [length for length, _ in pairs], [value for _, value in pairs]
 
 
-def _chart(index: int, name: str, prefill: Prefill) -> Chart:
+def _chart(index: int, name: str, prefill: Prefill, records: Sequence[Record]) -> Chart:
     points = prefill.points
     arms = list(dict.fromkeys(p.arm for p in points))
     memory = any(p.peak_bytes is not None for p in points)
@@ -148,9 +159,11 @@ def _chart(index: int, name: str, prefill: Prefill) -> Chart:
         f"prefill-{index}",
         f"Prefill speed-up by prompt length: {name}",
         "Line chart, prompt length in tokens across (logarithmic), speed-up over the unpruned model up, dashed bounds, "
-        f"one colour per arm. Highest: {best.arm} with {best.speedup:.3g} × at {best.length:,} tokens.",
+        "one colour per arm.",
+        f"Highest: {best.arm} with {best.speedup:.3g} × at {best.length:,} tokens.",
         draw,
         Table(headers, [[p.length, p.arm, *(getattr(p, field) for field in _VALUES)] for p in points]),
         (8.0, 3.7),
         prefill.placed,
+        records,
     )

@@ -78,7 +78,8 @@ def _chart(
     def draw(figure: Figure) -> None:
         axes = drawing.grid(figure, len(drawn))
         for one, (title, points) in zip(axes, drawn, strict=True):
-            _draw(one, title, points, colours)
+            _draw(one, points, colours)
+            drawing.heading(one, title, min(2, len(drawn)))
             one.set_xlabel(f"{what} ({unit})")
             one.set_ylabel("validation PPL")
         drawing.legend(figure, axes)
@@ -86,22 +87,29 @@ def _chart(
     return Chart(
         name,
         f"Perplexity against {what}",
-        f"Scatter plot, {what} ({unit}) across, validation perplexity up, one mark per method. On the Pareto front of "
-        f"{drawn[0][0] or 'the only setting'}: {', '.join(p.group.method for p in fronts[0])}.",
+        f"Scatter plot, {what} ({unit}) across, validation perplexity up, one mark per method.",
+        f"On the Pareto front{f' of {drawn[0][0]}' if drawn[0][0] else ''}: "
+        f"{', '.join(p.group.method for p in fronts[0])}.",
         draw,
         Table(["setting", "method", "link", f"{what} ({unit})", "validation PPL", "on the front"], rows),
         _size(drawn),
-        drawing.left_out(len(found)),
+        " ".join(filter(None, (drawing.left_out(len(found)), _of_many(evidence, across)))),
+        [run for _, points in found for p in points for run in p.group.records],
     )
 
 
+def _of_many(evidence: Evidence, across: tuple[str, ...]) -> str:
+    """What a chart says that draws a method once though it ran on several links; "" where none did."""
+    many = any(len(panel.groups) > len(representatives(panel)) for panel in panels(evidence.groups, across))
+    return "A method that ran on several links is drawn once, from the link with most runs." if across and many else ""
+
+
 def _size(drawn: Sequence[tuple[str, list[Point]]]) -> tuple[float, float]:
-    width, height = drawing.panel_size(len(drawn))
-    methods = len({p.group.method for _, points in drawn for p in points})
-    return width, height + 0.18 * math.ceil(methods / 4)
+    width, height = drawing.panel_size([title for title, _ in drawn])
+    return width, height + drawing.legend_height(len({p.group.method for _, points in drawn for p in points}))
 
 
-def _draw(axes: Axes, title: str, points: Sequence[Point], colours: Colours) -> None:
+def _draw(axes: Axes, points: Sequence[Point], colours: Colours) -> None:
     front = pareto(points)
     axes.plot([p.cost.mean for p in front], [p.ppl.mean for p in front], color=TEXT, linewidth=0.9, zorder=1)
     for p in points:
@@ -111,5 +119,4 @@ def _draw(axes: Axes, title: str, points: Sequence[Point], colours: Colours) -> 
             color=colours.colour(method), marker=colours.marker(method), label=drawing.label(method),
         )  # fmt: skip
     drawing.log_axis(axes, "x", [p.cost.mean for p in points])
-    drawing.heading(axes, title)
     axes.margins(0.08)

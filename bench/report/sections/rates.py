@@ -61,27 +61,32 @@ def section(evidence: Evidence) -> Section | None:
             )
             one.set_xlabel("link rate (Mbit/s)")
             one.set_ylabel("speed-up over uncompressed (×)")
-            drawing.heading(one, setting)
+            drawing.heading(one, setting, min(2, len(shown)))
         drawing.legend(figure, axes)
 
     points = [
         [w or "all", m, rate / 1e6, s, g.setting["link"]] for (w, m), line in lines.items() for rate, s, g in line
     ]
     best = max(points, key=lambda row: row[3].mean)
-    width, height = drawing.panel_size(len(shown))
+    width, height = drawing.panel_size(shown)
+    runs = [run for line in lines.values() for *_, group in line for run in group.records]
     chart = Chart(
         "speedup-by-rate",
         "Speed-up against link rate",
         "Line chart, link rate in Mbit/s across (logarithmic), speed-up over the uncompressed run up, one line per "
-        f"method. Highest: {best[1]} with {best[3]} × at {best[2]:g} Mbit/s.",
+        "method.",
+        f"Highest: {best[1]} with {best[3]} × at {best[2]:g} Mbit/s.",
         draw,
         Table(["setting", "method", "link rate (Mbit/s)", "speed-up (×)", "link"], points),
-        (width, height + 0.18 * math.ceil(len({m for _, m in lines}) / 4)),
+        (width, height + drawing.legend_height(len({m for _, m in lines}))),
         drawing.left_out(len(settings)),
+        runs,
     )
     rows = [[where or "all", method, _stop(line)] for (where, method), line in lines.items()]
     table = Table(["setting", "method", "stops paying at"], rows)
-    stops = Sheet("break-even", "Link rate at which a method stops paying", table)
+    pays = sum(line[-1][1].mean > 1 for line in lines.values())
+    said = f"{pays} of {len(lines)} still pay on the fastest link that they were measured on."
+    stops = Sheet("break-even", "Link rate at which a method stops paying", table, verdict=said, records=runs)
     return Section("rates", "When compression pays", _LEAD, [chart, stops])
 
 

@@ -15,7 +15,6 @@ _LEAD = (
     "Bytes a rank sends in one optimizer step, by what they encode, as counted at the collective call: after packing, "
     "with scales and indices, without the network's own headers. The dotted line is an ideal fp32 ring reduction."
 )
-_MAX_BARS = 14
 _FIXED = ("values", "indices", "scales", "tables", "parameters")
 
 
@@ -47,23 +46,27 @@ def section(evidence: Evidence) -> Section | None:
         return None
     every = {role for _, bars in found for _, sizes in bars for role in sizes}
     roles = [*(role for role in _FIXED if role in every), *sorted(every - set(_FIXED))]
-    shown = [(title, bars[:_MAX_BARS]) for title, bars in found[: drawing.MAX_PANELS]]
+    shown = found[: drawing.MAX_PANELS]
     rows = [
         [title or "all", group.method, *(sizes.get(role, 0.0) for role in roles), sum(sizes.values()), _ideal(group)]
         for title, bars in found
         for group, sizes in bars
     ]
     headers = ["setting", "method", *(f"{role} (MB)" for role in roles), "all (MB)", "ideal fp32 ring, gradients (MB)"]
-    least = min((bar for _, bars in shown for bar in bars), key=lambda bar: sum(bar[1].values()))
+    title, least = min(
+        ((title, bar) for title, bars in found for bar in bars if sum(bar[1].values())),
+        key=lambda pair: sum(pair[1][1].values()),
+    )
     chart = Chart(
         "bytes-by-role",
         "Bytes per step by role",
-        f"Stacked bars of megabytes per step and rank by role ({', '.join(roles)}), one bar per method. "
-        f"Fewest: {least[0].method} with {sum(least[1].values()):.3g} MB.",
+        f"Stacked bars of megabytes per step and rank by role ({', '.join(roles)}), one bar per method.",
+        f"Fewest: {least[0].method}{f' ({title})' if title else ''} with {sum(least[1].values()):.3g} MB a step.",
         lambda figure: _draw(figure, shown, roles),
         Table(headers, rows),
-        (8.0, 0.9 + sum(0.55 + 0.26 * len(bars) for _, bars in shown)),
+        (8.0, 0.9 + sum(drawing.spread_out([len(bars) for _, bars in shown], [title for title, _ in shown]))),
         drawing.left_out(len(found)),
+        [run for _, bars in found for group, _ in bars for run in group.records],
     )
     return Section("bytes", "What is sent", _LEAD, [chart])
 
@@ -79,7 +82,7 @@ def _per_step_mb(run: Record, field: str) -> float | None:
 
 
 def _draw(figure: Figure, shown: Sequence, roles: Sequence[str]) -> None:
-    heights = [0.55 + 0.26 * len(bars) for _, bars in shown]
+    heights = drawing.spread_out([len(bars) for _, bars in shown], [title for title, _ in shown])
     axes = figure.subplots(len(shown), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0].tolist()
     for one, (title, bars) in zip(axes, shown, strict=True):
         left = [0.0] * len(bars)
@@ -94,7 +97,7 @@ def _draw(figure: Figure, shown: Sequence, roles: Sequence[str]) -> None:
         one.set_yticks(range(len(bars)), [drawing.label(group.method) for group, _ in bars])
         one.grid(axis="y", visible=False)
         one.invert_yaxis()
-        one.set_title(drawing.label(title, 90))
+        drawing.heading(one, title, 1)
         drawing.plain_numbers(one.xaxis)
     axes[-1].set_xlabel("sent per rank and step (MB)")
     drawing.legend(figure, axes, columns=6)

@@ -39,11 +39,13 @@ def section(evidence: Evidence) -> Section | None:
     names = list(dict.fromkeys(name for run in evidence.runs for name in run if name not in _LONG))
     equal = shared(evidence.runs, names) if len(evidence.runs) > 1 else {}
     rows = [[_label(name), equal[name]] for name in names if equal.get(name) is not None]
-    sheet = Sheet("shared-fields", "Equal in all runs", Table(["field", "value"], rows))
+    said = f"{len(rows)} fields are the same in all {len(evidence.runs)} runs."
+    sheet = Sheet("shared-fields", "Equal in all runs", Table(["field", "value"], rows), verdict=said)
     labels = {name: _label(name) for name in names if name not in equal}
     places = _numbered(evidence.runs, [name for name in _SURROUNDINGS if name in labels])
     table = Table(["name", "recorded"], [[place, shown] for (_, shown), place in places.items()])
-    surroundings = [Sheet("surroundings", "Machines and versions", table)] if places else []
+    said = f"{len(places)} different ones."
+    surroundings = [Sheet("surroundings", "Machines and versions", table, verdict=said)] if places else []
     details = Markup("").join(_detail(run, labels, places) for run in evidence.runs)
     return Section("runs", "Runs", _LEAD, [*([sheet] if rows else []), *surroundings, Markings(details)])
 

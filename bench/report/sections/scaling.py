@@ -12,8 +12,8 @@ from bench.report.content import Chart, Section
 from bench.report.evidence import Evidence
 from bench.report.groups import Group, panels
 from bench.report.palette import TEXT
-from bench.report.values import Spread, ratio
-from common.tables import Table
+from bench.report.values import Record, Spread, ratio
+from common.tables import NOT_RECORDED, Table
 
 _LEAD = (
     "Tokens per second of all ranks together; the batch per rank stays the same, so the work grows with the ranks. "
@@ -29,6 +29,7 @@ class Line:
     setting: str
     method: str
     points: list[tuple[int, Spread]]
+    records: list[Record]
 
     def efficiency(self, index: int) -> Spread | None:
         """Share of perfect scaling at a point."""
@@ -44,19 +45,25 @@ def lines(groups: Sequence[Group]) -> list[Line]:
     found = []
     for wide in panels([g for g in groups if _ranks(g) and g.spread("tokens_per_s")], across=("ranks", "link")):
         methods: dict[str, dict[str, dict[int, Spread]]] = defaultdict(lambda: defaultdict(dict))
+        runs: dict[str, list[Record]] = defaultdict(list)
         for group in wide.groups:
             link = "" if _ranks(group) == 1 else group.setting["link"]
             value = group.spread("tokens_per_s")
             if value and math.isfinite(value.mean):
                 methods[group.method][link][_ranks(group)] = value
+                runs[group.method] += group.records
         for method, links in methods.items():
             single = links.pop("", {})
             found += [
-                Line(", ".join(filter(None, (wide.title, link))), method, sorted({**single, **points}.items()))
+                Line(_title(wide.title, link), method, sorted({**single, **points}.items()), runs[method])
                 for link, points in links.items()
                 if len({**single, **points}) > 1
             ]
     return found
+
+
+def _title(setting: str, link: str) -> str:
+    return ", ".join(filter(None, (setting, "" if link == NOT_RECORDED else "no link" if link == "none" else link)))
 
 
 def _ranks(group: Group) -> int:
@@ -90,7 +97,7 @@ def section(evidence: Evidence) -> Section | None:
             drawing.plain_numbers(one.yaxis)
             one.set_xlabel("ranks")
             one.set_ylabel("throughput (tokens/s)")
-            drawing.heading(one, setting)
+            drawing.heading(one, setting, min(2, len(shown)))
         drawing.legend(figure, axes)
 
     rows = [
@@ -99,15 +106,17 @@ def section(evidence: Evidence) -> Section | None:
         for index, (ranks, value) in enumerate(line.points)
     ]
     best = max(rows, key=lambda row: row[3].mean)
-    width, height = drawing.panel_size(len(shown))
+    width, height = drawing.panel_size(shown)
     chart = Chart(
         "scaling",
         "Throughput against number of ranks",
         "Line chart, number of ranks across, tokens per second up, one line per method, a dotted line for perfect "
-        f"scaling. Highest: {best[1]} with {best[3].mean:,.0f} tokens/s on {best[2]} ranks.",
+        "scaling.",
+        f"Highest: {best[1]} with {best[3].mean:,.0f} tokens/s on {best[2]} ranks.",
         draw,
         Table(["setting", "method", "ranks", "throughput (tokens/s)", "efficiency"], rows),
-        (width, height + 0.18 * math.ceil(len({line.method for line in found}) / 4)),
+        (width, height + drawing.legend_height(1 + len({line.method for line in found}))),
         drawing.left_out(len(settings)),
+        [run for line in found for run in line.records],
     )
     return Section("scaling", "Scaling", _LEAD, [chart])

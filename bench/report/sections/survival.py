@@ -1,6 +1,7 @@
 """Which tokens of a prompt survive pruning, as readable text."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from markupsafe import Markup
 from bench.report import drawing
 from bench.report.content import Block, Markings, Section, Sheet
 from bench.report.evidence import Evidence
+from bench.report.values import Record
 from common.tables import Table
 
 _LEAD = (
@@ -59,7 +61,8 @@ def section(evidence: Evidence) -> Section | None:
         return None
     blocks: list[Block] = []
     for index, (name, survival) in enumerate(found[-drawing.MAX_RUNS :]):
-        blocks += [Markings(_text(name, survival)), _counts(f"survival-{index}", name, survival)]
+        runs = evidence.having("survival")
+        blocks += [Markings(_text(name, survival)), _counts(f"survival-{index}", name, survival, runs)]
     return Section("survival", "Which tokens survive", f"{_LEAD} {drawing.last_runs(len(found))}".strip(), blocks)
 
 
@@ -87,17 +90,18 @@ def _text(name: str, survival: Survival) -> Markup:
     cut = len(survival.tokens) - _MAX_TOKENS
     rest = Markup("<p>{} further tokens are not shown.</p>").format(f"{cut:,}") if cut > 0 else ""
     template = Markup(
-        '<h3>{}</h3><p class="legend"><span class="tok">kept</span> {}</p>'
+        '<h4>{}</h4><p class="legend"><span class="tok">kept</span> {}</p>'
         '<div class="tokens" role="region" tabindex="0" aria-label="Prompt of {} with dropped tokens marked">{}</div>{}'
     )
     return template.format(name, legend, name, Markup("").join(parts), rest)
 
 
-def _counts(anchor: str, name: str, survival: Survival) -> Sheet:
+def _counts(anchor: str, name: str, survival: Survival, records: Sequence[Record]) -> Sheet:
     dropped = Counter(survival.dropped_at)
     left, rows = len(survival.tokens), []
     for stage, layer in enumerate(survival.layers):
         left -= dropped[stage]
-        rows.append([stage + 1, layer, dropped[stage], left, f"{left / max(len(survival.tokens), 1):.1%}"])
-    headers = ["stage", "layer", "dropped", "left", "left of all"]
-    return Sheet(anchor, f"Tokens left after each stage: {name}", Table(headers, rows))
+        rows.append([stage + 1, layer, dropped[stage], left, 100 * left / max(len(survival.tokens), 1)])
+    headers = ["stage", "layer", "dropped", "left", "left of all (%)"]
+    said = f"{left:,} of {len(survival.tokens):,} tokens reach the last layer."
+    return Sheet(anchor, f"Tokens left after each stage: {name}", Table(headers, rows), verdict=said, records=records)

@@ -15,6 +15,7 @@ from PIL import Image
 from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Markings, Section, Sheet
 from bench.report.evidence import Evidence
+from bench.report.values import Record
 from common.tables import Table
 
 _LEAD = (
@@ -91,14 +92,19 @@ def section(evidence: Evidence) -> Section | None:
     if not found:
         return None
     drawn = found[-drawing.MAX_RUNS :]
-    blocks: list[Block] = [Sheet("tiers", "After the last iteration", _ends(found), drawing.last_runs(len(found)))]
+    runs, ends = evidence.having("tiers"), _ends(found)
+    zeros = [row[list(_FIELDS).index("sparsity") + 1] for row in ends.rows]
+    known = [value for value in zeros if value is not None]
+    said = f"{min(known):.1%} to {max(known):.1%} of the weights are zero." if known else "No run ended an iteration."
+    note = drawing.last_runs(len(found))
+    blocks: list[Block] = [Sheet("tiers", "After the last iteration", ends, note, said, records=runs)]
     for index, (name, tiers) in enumerate(drawn):
         if tiers.iterations:
-            blocks.append(_iterations(index, name, tiers.iterations))
+            blocks.append(_iterations(index, name, tiers.iterations, runs))
         if tiers.quantiles:
-            blocks.append(_quantiles(index, name, tiers.quantiles))
+            blocks.append(_quantiles(index, name, tiers.quantiles, runs))
         if tiers.counts:
-            blocks.append(_matrices(index, name, tiers.counts))
+            blocks.append(_matrices(index, name, tiers.counts, runs))
         if tiers.maps:
             blocks.append(Markings(_pictures(name, tiers.maps, _MAP_BYTES // len(drawn))))
     return Section("tiers", "Block sparsity", _LEAD, blocks)
@@ -115,7 +121,7 @@ def _known(rows: Sequence[Sequence[float | None]], column: str) -> list[tuple[fl
     return [(float(x), float(y)) for x, y in pairs if x is not None and y is not None and math.isfinite(y)]
 
 
-def _iterations(index: int, name: str, rows: list[list[float | None]]) -> Chart:
+def _iterations(index: int, name: str, rows: list[list[float | None]], records: Sequence[Record]) -> Chart:
     sparsity, ppl = _known(rows, "sparsity"), _known(rows, "ppl")
 
     def draw(figure: Figure) -> None:
@@ -133,12 +139,12 @@ def _iterations(index: int, name: str, rows: list[list[float | None]]) -> Chart:
     last += f", PPL {ppl[-1][1]:.4g}." if ppl else ", PPL not recorded."
     return Chart(
         f"tiers-{index}", f"Sparsity and perplexity by iteration: {name}",
-        f"Two line charts over {len(rows)} iterations: sparsity in percent, and perplexity. {last}",
-        draw, Table(_HEADERS, rows), (8.0, 2.9),
+        f"Two line charts over {len(rows)} iterations: sparsity in percent, and perplexity.", last,
+        draw, Table(_HEADERS, rows), (8.0, 2.9), records=records,
     )  # fmt: skip
 
 
-def _quantiles(index: int, name: str, quantiles: dict[str, list[float]]) -> Chart:
+def _quantiles(index: int, name: str, quantiles: dict[str, list[float]], records: Sequence[Record]) -> Chart:
     tiers, values = list(quantiles), list(quantiles.values())
 
     def draw(figure: Figure) -> None:
@@ -158,14 +164,16 @@ def _quantiles(index: int, name: str, quantiles: dict[str, list[float]]) -> Char
 
     return Chart(
         f"tier-scores-{index}", f"Block scores by tier: {name}",
-        "Box plot of block scores, one box per tier: minimum, quartiles, maximum. Medians: "
-        + ", ".join(f"{tier} {v[2]:.3g}" for tier, v in quantiles.items()) + ".",
+        "Box plot of block scores, one box per tier: minimum, quartiles, maximum.",
+        "Medians: " + ", ".join(f"{tier} {v[2]:.3g}" for tier, v in quantiles.items()) + ".",
         draw, Table(["tier", "minimum", "25 %", "median", "75 %", "maximum"], [[t, *v] for t, v in quantiles.items()]),
-        (8.0, 1.0 + 0.45 * len(tiers)),
+        (8.0, 1.0 + 0.45 * len(tiers)), records=records,
     )  # fmt: skip
 
 
-def _matrices(index: int, name: str, counts: Sequence[tuple[str, tuple[int, int, int]]]) -> Chart:
+def _matrices(
+    index: int, name: str, counts: Sequence[tuple[str, tuple[int, int, int]]], records: Sequence[Record]
+) -> Chart:
     shares = [[count / sum(row) for count in row] for _, row in counts]
 
     def draw(figure: Figure) -> None:
@@ -184,9 +192,9 @@ def _matrices(index: int, name: str, counts: Sequence[tuple[str, tuple[int, int,
     least = min(zip(shares, counts, strict=True), key=lambda one: one[0][0])
     return Chart(
         f"tier-matrices-{index}", f"Tiers of each matrix: {name}",
-        f"Stacked bars, one for each of {len(counts)} matrices: share of its blocks in each tier. Fewest dense blocks: "
-        f"{least[1][0]}, {least[0][0]:.0%}.",
-        draw, Table(["matrix", *_NAMES], [[matrix, *row] for matrix, row in counts]), (8.0, 2.9),
+        f"Stacked bars, one for each of {len(counts)} matrices: share of its blocks in each tier.",
+        f"Fewest dense blocks: {least[1][0]}, {least[0][0]:.0%}.",
+        draw, Table(["matrix", *_NAMES], [[matrix, *row] for matrix, row in counts]), (8.0, 2.9), records=records,
     )  # fmt: skip
 
 
@@ -213,7 +221,7 @@ def _pictures(name: str, maps: Sequence[TierMap], limit: int) -> Markup:
         limit -= len(pictures[-1])
     cut = len(maps) - len(pictures)
     rest = Markup("<p>{} further matrices are not drawn.</p>").format(cut) if cut > 0 else ""
-    template = Markup('<h3>Tier of each block: {}</h3><p class="legend">{}</p><div class="maps">{}</div>{}')
+    template = Markup('<h4>Tier of each block: {}</h4><p class="legend">{}</p><div class="maps">{}</div>{}')
     return template.format(name, legend, Markup("").join(pictures), rest)
 
 

@@ -22,13 +22,14 @@ def section(evidence: Evidence) -> Section | None:
             for f in evidence.failures
         ]
         headers = ["run", "exit status", "succeeded another time", "date", "command", "error"]
-        blocks.append(Sheet("failures", "Failed runs", Table(headers, rows)))
+        said = f"{sum(row[2] for row in rows)} of {len(rows)} succeeded another time."
+        blocks.append(Sheet("failures", "Failed runs", Table(headers, rows), verdict=said, records=evidence.failures))
     if evidence.problems:
         shown = evidence.problems[:_MAX_PROBLEMS]
         items = Markup("").join(Markup("<li>{}</li>").format(problem) for problem in shown)
         more = len(evidence.problems) - len(shown)
         items += Markup("<li>and {} more</li>").format(more) if more else ""
-        blocks.append(Markings(Markup("<h3>Not understood in the records</h3>\n<ul>{}</ul>").format(items)))
+        blocks.append(Markings(Markup("<h4>Not understood in the records</h4>\n<ul>{}</ul>").format(items)))
     lead = f"{count(len(evidence.failures), 'failed run')}, {count(len(evidence.problems), 'remark')} on the records."
     return Section("trouble", "Failures and skipped lines", lead, blocks)
 

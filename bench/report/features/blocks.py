@@ -1,0 +1,92 @@
+"""Block sparsity: share of the weights that are zero against perplexity, and the speed of packed weights."""
+
+import re
+from collections import defaultdict
+
+from bench.report.evidence import Evidence, run_name
+from bench.report.features.base import Axis, Case, Feature, Point, Speed
+from bench.report.values import Record, number, text
+
+_ZEROS = re.compile(r"([\d.]+) % (?:zeros|of the weights zero)")
+_HALF = {"two-four": 50.0}  # told in words: half of the weights zero
+
+
+def _cases(evidence: Evidence) -> list[Case]:
+    found: dict[str, list[Point]] = defaultdict(list)
+    for one in evidence.figures_of("block_peers"):
+        zeros, arm = number(one, "details.tiers.sparsity"), text(one["details"].get("arm"))
+        if zeros is not None:
+            trained = "fine-tuned alike" if arm.startswith("tuned-") else "nothing trained"
+            found[_title(one, trained)] += _point(arm.removeprefix("tuned-"), 100 * zeros, number(one, "value"), one)
+    for one in evidence.figures_of("real_model"):
+        arm = one["details"].get("arm")
+        told = _ZEROS.search(one["what"])
+        zeros = _HALF.get(arm, float(told[1]) if told else None)
+        if zeros is not None and arm != "structured-25":
+            found[_title(one, "nothing trained")] += _point(text(arm), zeros, number(one, "value"), one)
+    for one in evidence.figures_of("block_quality"):
+        ratio, told = number(one, "details.over_dense"), _ZEROS.findall(one["what"])
+        name = one["figure"].removeprefix("block-ppl-")
+        if ratio is not None and told and name != "dense":
+            found["Llama of 8 M parameters, fine-tuned alike"] += _point(name, float(told[-1]), ratio, one)
+    for run in evidence.runs:
+        for point in _run(evidence, run):
+            found[f"{text(run.get('model'))}, these runs"].append(point)
+    return [Case(title, points) for title, points in found.items()]
+
+
+def _title(one: Record, trained: str) -> str:
+    return f"{text(one['details'].get('model'))}, {text(one['details'].get('text'))}, {trained}"
+
+
+def _point(name: str, zeros: float, ratio: float | None, one: Record) -> list[Point]:
+    if ratio is None:
+        return []
+    spread = (number(one, "spread") or 0.0) if one["unit"] == "×" else 0.0
+    return [Point(name, zeros, ratio, (spread, spread), name.startswith("magnitude"), (one,))]
+
+
+def _run(evidence: Evidence, run: Record) -> list[Point]:
+    """The end of a run with tiers, where a run without them says what the dense model's perplexity is."""
+    tiers = run.get("tiers")
+    zeros, ppl = number(run, "tiers.sparsity"), number(run, "val_ppl")
+    if not isinstance(tiers, dict) or zeros is None or ppl is None:
+        return []
+    same = ("model", "dataset", "max_length", "model_parameters")
+    dense = [
+        other
+        for other in evidence.runs
+        if not other.get("tiers") and other.get("val_ppl") and all(other.get(n) == run.get(n) for n in same)
+    ]
+    if not dense:
+        return []
+    return [Point(run_name(run), 100 * zeros, ppl / dense[-1]["val_ppl"], records=(run, dense[-1]))]
+
+
+def _speeds(evidence: Evidence) -> list[Speed]:
+    found = []
+    for one in evidence.figures_of("block_speed"):
+        value = number(one, "value")
+        if one["figure"].startswith("product-") and value is not None:
+            what = one["what"].partition(" zeros")[0] + " zeros"
+            key = one["figure"].removeprefix("product-").rpartition("-")[0]
+            found.append(Speed(what, key, value, number(one, "details.bound"), (one,)))
+    return found
+
+
+def _said(point: Point) -> str:
+    return f"With {point.saving:.0f} % zeros perplexity is {point.quality:.2f} × the dense model's"
+
+
+FEATURE = Feature(
+    "block_sparsity",
+    "Block sparsity",
+    "Weights go in 16×16 blocks: dense, two of four, or the largest few.",
+    Axis("weights that are zero (%)", "zeros (%)", 0.0),
+    Axis("perplexity, times the dense model's", "perplexity (× dense)", 1.0, -1),
+    1.1,
+    "perplexity within 1.1 × the dense model's",
+    _cases,
+    _speeds,
+    _said,
+)
