@@ -57,7 +57,7 @@ def written(table: Table, units: str | None = None) -> list[Column]:
         table: Raw values.
         units: Header of a column; decimals are then shared by the rows that agree in it.
     """
-    by = list(table.headers).index(units) if units in table.headers else None
+    by = list(table.headers).index(units) if units is not None and units in table.headers else None
     kinds = ["" if by is None else cell(row[by]) for row in table.rows]
     return [_column(header, [row[i] for row in table.rows], kinds) for i, header in enumerate(table.headers)]
 

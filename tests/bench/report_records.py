@@ -96,6 +96,12 @@ INFERENCE = {
     "rows": [{"phase": "prefill", "batch": 1, "dense_ms": 30.0, "pruned_ms": 20.0, "speedup": 1.5, "flop_bound": 1.6,
               "byte_bound": 1.4, "suspicious": False}],
 }  # fmt: skip
+LADDER = {
+    "rungs": [
+        {"rung": "dense", "nll_rise": 0.0, "right": 0.9, "prefill_speedup": 1.0, "prefill_bound": 1.0},
+        {"rung": "tokens", "nll_rise": 0.31, "right": 0.6, "prefill_speedup": 1.75, "prefill_bound": 1.9},
+    ]
+}
 PREFILL_MEMORY = {
     "limit_bytes": 8_000_000_000,
     "arms": [{"arm": "baseline", "longest": 12_288, "probes": []}, {"arm": "pruned", "longest": 20_480, "probes": []}],

@@ -24,6 +24,8 @@ _LONG |= {
     "structure",
     "inference",
     "tiers",
+    "calibration",
+    "ladder",
 }  # shown elsewhere
 _SURROUNDINGS = ("machine", "versions")  # long, and the same in many runs
 _DETAIL = Markup(

@@ -1,0 +1,131 @@
+"""How the report writes tables and verdicts, apart from the page: what readers found wrong once, as kinds."""
+
+import math
+
+import pytest
+
+from bench.report import columns, page, palette
+from bench.report.content import LONG, Sheet
+from bench.report.drawing import label
+from bench.report.evidence import sort
+from bench.report.features import blocks, gradients, structure, tokens
+from bench.report.features.base import Case, Point, Speed, verdict
+from bench.report.groups import UNCOMPRESSED
+from bench.report.provenance import ranges
+from bench.report.sections import breakdown, comparison
+from bench.report.values import Spread
+from common.tables import NOT_RECORDED, Table
+from tests.bench import report_records as synthetic
+
+
+def figure(name, value, experiment, what="w", **fields):
+    command = f"python -m bench experiment {experiment} --records x.jsonl"
+    made = {"kind": "figure", "figure": name, "what": what, "value": value, "unit": "×", "target": "report",
+            "reached": None, "spread": None, "command": command, "details": {}}  # fmt: skip
+    return {**made, **fields}
+
+
+def test_numbers_of_a_column_share_their_decimals_and_stand_right():
+    table = Table(["what", "ms", "n"], [["a", 3693.4, 1], ["b", Spread(0.52, 0.031, 3), 12], ["c", None, 3]])
+    what, ms, n = columns.written(table)
+    assert [cell.text for cell in ms.cells] == ["3,693.4", "0.5", NOT_RECORDED] and ms.numeric and not what.numeric
+    assert [cell.text for cell in n.cells] == ["1", "12", "3"]
+    assert " class=n>ms</th>" in page.table(table, "t") and '<td class="missing n">' in page.table(table, "t")
+    assert columns.decimals([1e-9, 2e-9]) is None and columns.decimals([math.inf]) == 0
+    assert (
+        columns.number(1e-7, 2) == "< 0.01" and columns.number(-1e-7, 2) == "> -0.01" and columns.number(0, 2) == "0.00"
+    )
+
+
+def test_decimals_are_shared_by_the_rows_of_one_unit():
+    table = Table(["what", "measured", "unit"], [["a", 0.123, "s"], ["b", 12_000.5, "MB"], ["c", 0.4, "s"]])
+    assert [cell.text for cell in columns.written(table, "unit")[1].cells] == ["0.123", "12,000", "0.400"]
+
+
+def test_columns_of_nothing_are_left_out_and_named():
+    table = Table(["what", "a", "b", "c"], [["x", None, "", 1], ["y", NOT_RECORDED, "", 2]])
+    kept, missing = columns.shown(table)
+    assert list(kept.headers) == ["what", "c"] and missing == ["a"]
+    assert "Not recorded in any row: a." in page.scrolled(table, "t")
+
+
+def test_a_long_table_needs_a_verdict():
+    rows = [[str(i), i] for i in range(LONG + 1)]
+    with pytest.raises(ValueError, match="needs a verdict"):
+        Sheet("s", "S", Table(["a", "b"], rows))
+    assert Sheet("s", "S", Table(["a", "b"], rows), verdict="All is well.").verdict
+
+
+def test_every_method_is_drawn_and_has_a_colour_of_its_own():
+    names = [f"method {i}" for i in range(22)] + ["int8", "int4"]
+    colours = palette.Colours([*names, *UNCOMPRESSED])
+    assert len({colours.colour(name) for name in names}) == len(names)
+    assert len({colours.marker(name) for name in UNCOMPRESSED}) == len(UNCOMPRESSED)
+    base = synthetic.varied(12)[-1]  # of two ranks or more would do as well: what counts is that it is timed
+    runs = [{**base, "compress_method": f"m{i}"} for i in range(25)]
+    evidence = sort(runs)
+    chart = breakdown.section(evidence).blocks[0]
+    assert len(chart.data.rows) == 25 and not chart.note and chart.size[1] > 25 * 0.26
+
+
+def test_labels_and_titles_are_wrapped_never_cut():
+    words = "gpt2 4.24 M, CompressedFSDP FULL_SHARD, 2 ranks, 100 Mbit/s, 12 steps, another machine with a long name"
+    assert label(words, 30).replace("\n", " ") == words and max(map(len, label(words, 30).split("\n"))) <= 30
+
+
+def test_a_setting_that_was_not_recorded_is_not_told():
+    runs = [{**synthetic.template(), "replicas": n, "seed": n or 0, "link_rate": None} for n in (None, 2)]
+    labels = [one.where(["replicas", "ranks"]) for one in sort(runs).groups]
+    assert labels == ["2 ranks", "2 replicas, 2 ranks"]
+
+
+def test_the_verdict_is_the_largest_saving_that_keeps_the_quality():
+    points = [Point("weak", 1.5, 99.0), Point("good", 2.0, 96.0), Point("bold", 3.0, 60.0),
+              Point("random", 2.05, 12.0, control=True), Point("worse", 1.9, 95.5)]  # fmt: skip
+    case = Case("model, needles", points)
+    said = verdict(tokens.FEATURE, [case], [Speed("reading", "m", 1.9, 2.0), Speed("reading", "m", 9.0, 2.0)])
+    assert said.claim == "At 2.0 × prefill 96 % of the answers stay." and "random: 12" in said.detail
+    assert "1.90 × as fast (bound 2.00 ×)" in said.speed and "1 measurement above the bound left out" in said.speed
+    assert [p.name for p in tokens.FEATURE.front(points)] == ["weak", "good", "bold"]
+    bad = verdict(tokens.FEATURE, [Case("m, t", points[2:4])], [])
+    assert bad.claim.startswith("No measured way keeps 95 % of the answers: at 3.0 ×") and "No record" in bad.speed
+
+
+def test_records_of_every_experiment_become_points():
+    asked = {"model": "m", "task": "needles", "arm": "calibrated-2", "scorer": "calibrated-2", "kept_right": 0.96,
+             "kept_right_low": 0.9, "kept_right_high": 0.99, "bound": 2.0}  # fmt: skip
+    peers = {"model": "m", "text": "novel", "arm": "pare", "removed": 0.25}
+    sparse = {"model": "m", "text": "novel", "arm": "2:4-wanda", "tiers": {"sparsity": 0.5}}
+    evidence = sort([
+        figure("needles-calibrated-2", 96.0, "token_answers", details=asked),
+        figure("pare-25-novel", 1.4, "structured_peers", details=peers),
+        figure("2:4-wanda-novel", 2.5, "block_peers", details=sparse),
+        figure("quality-int8", 0.3, "method_quality", details={"bits_per_element": 8.0}),
+        figure("gain-100mbit", 14.0, "local_steps", details={"network": "100mbit"}),
+        figure("step-a-over-b", 2.6, "two_levels", "step: `a` over `b`"),
+    ])  # fmt: skip
+    found = {one.name: one.cases(evidence)[0].points[0] for one in (gradients.FEATURE, tokens.FEATURE,
+             structure.FEATURE, blocks.FEATURE)}  # fmt: skip
+    values = {name: (point.saving, point.quality) for name, point in found.items()}
+    assert values == {"gradient_compression": (4.0, 0.3), "token_pruning": (2.0, 96.0),
+                      "structured_pruning": (25.0, 1.4), "block_sparsity": (50.0, 2.5)}  # fmt: skip
+    assert [speed.value for speed in gradients.FEATURE.speeds(evidence)] == [14.0, 2.6]
+
+
+def test_two_files_are_compared_figure_by_figure_and_run_by_run():
+    runs = [{**run, "step_time_ms_p50": 100.0} for run in synthetic.varied(36)[33:]]
+    old = sort([figure("f", 2.0, "e", reached=True), figure("gone", 1.0, "e"), *runs])
+    new = sort([figure("f", 1.0, "e", reached=False), *({**run, "step_time_ms_p50": 50.0} for run in runs)])
+    new.against = old
+    figures, pairs, only = comparison.section(new).blocks
+    assert figures.table.rows[0][4:] == [-50.0, True, "target now missed"] and "1 now miss" in figures.verdict
+    steps = [row for row in pairs.table.rows if row[1] == "step time (ms)"]
+    assert [row[4] for row in steps] == [-50.0] * len(steps) and steps
+    assert [row[1] for row in only.table.rows] == ["the other file"]
+    assert comparison.section(old) is None
+
+
+def test_figures_of_two_experiments_are_two_whatever_they_are_called():
+    evidence = sort([figure("f", 1.0, "one"), figure("f", 2.0, "two"), figure("f", 3.0, "two")])
+    assert sorted(one["value"] for one in evidence.figures) == [1.0, 3.0]
+    assert evidence.provenance.numbers(evidence.figures) == [1, 2] and ranges([1, 2, 3, 7]) == [(1, 3), (7, 7)]
