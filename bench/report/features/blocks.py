@@ -25,10 +25,10 @@ def _cases(evidence: Evidence) -> list[Case]:
         if zeros is not None and arm != "structured-25":
             found[_title(one, "nothing trained")] += _point(text(arm), zeros, number(one, "value"), one)
     for one in evidence.figures_of("block_quality"):
-        ratio, told = number(one, "details.over_dense"), _ZEROS.findall(one["what"])
+        ratio, shares = number(one, "details.over_dense"), _ZEROS.findall(one["what"])
         name = one["figure"].removeprefix("block-ppl-")
-        if ratio is not None and told and name != "dense":
-            found["Llama of 8 M parameters, fine-tuned alike"] += _point(name, float(told[-1]), ratio, one)
+        if ratio is not None and shares and name != "dense":
+            found["Llama of 8 M parameters, fine-tuned alike"] += _point(name, float(shares[-1]), ratio, one)
     for run in evidence.runs:
         for point in _run(evidence, run):
             found[f"{text(run.get('model'))}, these runs"].append(point)

@@ -30,11 +30,11 @@ def _cases(evidence: Evidence) -> list[Case]:
         details, ppl, dense = one["details"], number(one, "value"), number(one, "details.dense_ppl")
         if dense and ppl is not None and "importance" in details:
             name = f"{text(details['importance'])} {text(details.get('allocation'))}".replace("`", "")
-            share = float(text(details.get("budget")).rstrip("%")) / 100
+            budget = float(text(details.get("budget")).rstrip("%")) / 100
             title = "Llama of 8 M parameters, every importance, " + (
                 "nothing trained" if details.get("when") == "before" else "a short recovery"
             )
-            found[title] += _point(name, share, ppl / dense, one)
+            found[title] += _point(name, budget, ppl / dense, one)
     for run in evidence.runs:
         for title, point in _run(run):
             found[title].append(point)

@@ -22,7 +22,7 @@ def section(evidence: Evidence) -> Section | None:
             for f in evidence.failures
         ]
         headers = ["run", "exit status", "succeeded another time", "date", "command", "error"]
-        said = f"{sum(row[2] for row in rows)} of {len(rows)} succeeded another time."
+        said = f"{sum(row[2] is True for row in rows)} of {len(rows)} succeeded another time."
         blocks.append(Sheet("failures", "Failed runs", Table(headers, rows), verdict=said, records=evidence.failures))
     if evidence.problems:
         shown = evidence.problems[:_MAX_PROBLEMS]
