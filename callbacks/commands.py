@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from callbacks.model_card import HFExport
 from callbacks.run_folders import check_apart, check_callbacks, to_continue
 from callbacks.run_record import RunRecord
 from callbacks.survival import show, survival
+from common.records import record
 from lightning_modules import generation
 from lightning_modules.loading import Dtype, check_vocabulary, load, load_tokenizer
 from lightning_modules.token_pruning.prefill import PromptPruner
@@ -28,6 +30,15 @@ _LIGHTNING = ("fit", "validate", "test", "predict", "prepare", "generate")  # wh
 
 class PareTrainer(Trainer):
     """Lightning's Trainer with Pare's own commands."""
+
+    _found: dict[str, Any] | None = None
+
+    def result(self) -> dict[str, Any]:
+        """What the command found, in types of JSON: its record, else what it said, else what Lightning measured."""
+        written = [c.record for c in self.callbacks if isinstance(c, RunRecord) and c.record is not None]
+        metrics = {name: float(value) for name, value in self.callback_metrics.items()}
+        found: dict[str, Any] = record.as_json(written[-1] if written else self._found or metrics)
+        return found
 
     def check(
         self,
@@ -53,6 +64,7 @@ class PareTrainer(Trainer):
             ValueError: A value, a file or a budget is impossible; the message names it.
         """
         self.check_arguments(command, model, datamodule, ckpt_path)
+        self._found = {"command": command}
         print(f"{command}: nothing is wrong with this configuration")
 
     def check_arguments(
@@ -98,8 +110,9 @@ class PareTrainer(Trainer):
         started = time.monotonic()
         datamodule.prepare_data()
         datamodule.setup("fit")
+        self._found = datamodule.describe()
         print(f"data ready in {time.monotonic() - started:.2f} s")
-        print("\n".join(f"{name}: {value}" for name, value in datamodule.describe().items()))
+        print("\n".join(f"{name}: {value}" for name, value in self._found.items()))
 
     def prune(self, model: LightningModule, datamodule: LightningDataModule, dry_run: bool = False) -> None:
         """Prune the model once, in this process, and save it where its configuration says.
@@ -156,6 +169,7 @@ class PareTrainer(Trainer):
         self._record(model, datamodule, method(datamodule, self.strategy.root_device, **options))
 
     def _record(self, model: LightningModule, datamodule: LightningDataModule | None, fields: Any) -> None:
+        self._found = fields
         for callback in self.callbacks:
             if fields and isinstance(callback, RunRecord):
                 callback.write(self, model, datamodule, fields)
@@ -184,9 +198,10 @@ class PareTrainer(Trainer):
         What the model's own generation configuration says of sampling and lengths does not count.
 
         Args:
-            model: Unused; the exported model is loaded.
+            model: Says by default what to load: its ``output``, or its ``base`` where it calibrates.
             datamodule: Its ``tokenizer`` is taken where the model's folder has none.
-            model_dir: Hugging Face folder, GGUF file or hub name; by default where the config's HFExport wrote.
+            model_dir: Hugging Face folder, GGUF file or hub name; by default where the config's HFExport wrote, else
+                the result of its `prune`, else the model of its `calibrate`.
             prompt: What to continue; none opens the loop.
             temperature: 0 takes the likeliest token; higher is more varied.
             top_p: Sample from the smallest set of tokens with this probability.
@@ -203,12 +218,12 @@ class PareTrainer(Trainer):
 
         Raises:
             FileNotFoundError: No such pruner.
-            ValueError: No ``model_dir``, and a config without HFExport; survival without pruning or without a prompt; a
-                pruner beside a scorer or schedule.
+            ValueError: No ``model_dir``, and a config that writes no model; survival without pruning, or without a
+                prompt; a pruner beside a scorer or schedule.
         """
-        exported = next((str(c.dirpath.resolve()) for c in self.callbacks if isinstance(c, HFExport)), None)
-        if model_dir is None and exported is None:
-            raise ValueError("nothing to load: give --model_dir, or a config with an HFExport callback")
+        model_dir = model_dir or _written(self.callbacks, model)
+        if model_dir is None:
+            raise ValueError("nothing to load: give --model_dir, or a config that writes a model")
         if pruner is not None and (scorer or schedule):
             raise ValueError("pruner has its own scorer and schedule: leave these out")
         if show_survival and ((scorer or pruner) is None or prompt is None):
@@ -216,11 +231,10 @@ class PareTrainer(Trainer):
         options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         options |= {"top_k": top_k, "repetition_penalty": repetition_penalty}
         generation.sampling(temperature, top_p, top_k)  # refuses what is out of range before anything is loaded
-        folder = model_dir or str(exported)
-        tokenizer = load_tokenizer(folder, datamodule)
+        tokenizer = load_tokenizer(model_dir, datamodule)
         pruning = PromptPruner(scorer, schedule) if scorer is not None else None
         pruning = PromptPruner.from_file(pruner) if pruner is not None else pruning
-        loaded: Any = load(folder, dtype, attention, supported=pruning.check if pruning is not None else None)
+        loaded: Any = load(model_dir, dtype, attention, supported=pruning.check if pruning is not None else None)
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         check_vocabulary(loaded, tokenizer)
         if tokenizer.chat_template is not None and not chat:
@@ -230,8 +244,17 @@ class PareTrainer(Trainer):
                 generation.repl(loaded, tokenizer, chat, **options)
             else:
                 asked = [{"role": "user", "content": prompt}] if chat else prompt
-                generation.stream(loaded, tokenizer, asked, **options)
+                self._found = {"prompt": prompt, "text": generation.stream(loaded, tokenizer, asked, **options)}
         if show_survival and run is not None:
             fields = survival(run, tokenizer)
             self._record(model, datamodule, {"survival": fields})
             show(fields)
+
+
+def _written(callbacks: Sequence[Any], model: LightningModule) -> str | None:
+    """The model that a configuration leaves: what was trained, pruned, or calibrated for."""
+    exported = [str(c.dirpath.resolve()) for c in callbacks if isinstance(c, HFExport)]
+    if exported:
+        return exported[0]
+    left: Any = getattr(model, "base" if hasattr(model, "calibrate") else "output", None)
+    return None if left is None else str(left)

@@ -46,6 +46,7 @@ class Stopped(SystemExit):
     def __init__(self, signum: int) -> None:
         super().__init__(0 if _started_by_a_rank() else 128 + signum)
         self.signum = signum
+        self.told = f"stopped by {signal.Signals(signum).name}"
 
 
 @contextmanager

@@ -28,6 +28,18 @@ _NOISE = re.compile(
 )
 
 
+class Refused(SystemExit):
+    """Arguments or a configuration were refused; status 2.
+
+    Attributes:
+        told: What is wrong with them.
+    """
+
+    def __init__(self, told: str) -> None:
+        super().__init__(2)
+        self.told = told
+
+
 class Parser(LightningArgumentParser):
     """Says in one line what is wrong, and lists the known classes where one is misspelt."""
 
@@ -39,7 +51,7 @@ class Parser(LightningArgumentParser):
         program = parser.prog.replace(" [options]", "")
         told = explain(message, program.split()[-1]) + moved.hint(sys.argv)
         print(f"error: {told}\nhelp: {program} --help", file=sys.stderr)
-        self.exit(2)
+        raise Refused(told)
 
 
 @contextlib.contextmanager

@@ -7,14 +7,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from common.progress import LOG_EVERY_S, duration, in_ci
+from common.progress import LOG_EVERY_S, duration, unwatched
 
 
 class Progress(RichProgressBar):
     """Lightning's rich bar with its ETA on a terminal; elsewhere one line with ETA every half minute; quiet in CI."""
 
     def __init__(self) -> None:
-        interactive = sys.stdout.isatty() and not in_ci()
+        interactive = sys.stdout.isatty() and not unwatched()
         super().__init__(refresh_rate=1 if interactive else 0)
         self._interactive = interactive
         self._started = self._said = self._train_started = 0.0
@@ -47,7 +47,7 @@ class Progress(RichProgressBar):
     def _due(self, trainer: Trainer) -> bool:
         """Whether it is time for a line."""
         now = time.monotonic()
-        if self._interactive or in_ci() or not trainer.is_global_zero or now - self._said < LOG_EVERY_S:
+        if self._interactive or unwatched() or not trainer.is_global_zero or now - self._said < LOG_EVERY_S:
             return False
         self._said = now
         return True

@@ -1,12 +1,16 @@
 """What a command prints: nothing that no user can act on, and nothing that could fail it."""
 
 import contextlib
+import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+from common.progress import QUIET
 
 
 class _Steady:
@@ -79,3 +83,81 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends are registered)")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks transformers by its old name
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
+
+
+@contextlib.contextmanager
+def one_object(command: str) -> Iterator[dict[str, Any]]:
+    """Within the block standard output is standard error, also for processes started there; then one JSON object.
+
+    It has ``command``, ``status`` (the exit status), ``result`` (what the block put there, values of JSON) and
+    ``error`` (null, or what went wrong). Of several ranks the first prints it.
+
+    Args:
+        command: Name of what is run.
+    """
+    answer: dict[str, Any] = {"command": command, "status": 0, "result": None, "error": None}
+    try:
+        with _standard_output(sys.stderr):
+            yield answer
+    except BaseException as error:
+        answer["status"], answer["error"] = _status(error), _told(error)
+        raise
+    finally:
+        if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+            print(json.dumps(answer, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+@contextlib.contextmanager
+def silent(on: bool = True, stdout: bool = True) -> Iterator[None]:
+    """Within the block no progress is shown, also by processes started there; warnings and errors are.
+
+    Args:
+        on: Whether to do anything.
+        stdout: Whether standard output goes nowhere, too.
+    """
+    if not on:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    loggers.append(logging.getLogger("lightning.pytorch.utilities.rank_zero"))
+    levels = [logger.level for logger in loggers]
+    os.environ[QUIET] = "1"
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with open(os.devnull, "w") as nowhere, _standard_output(nowhere) if stdout else contextlib.nullcontext():
+            yield
+    finally:
+        del os.environ[QUIET]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _standard_output(stream: Any) -> Iterator[None]:
+    """Within the block, standard output is another file: to this program, libraries in C, and child processes."""
+    sys.stdout.flush()
+    kept, before = os.dup(1), sys.stdout
+    os.dup2(stream.fileno(), 1)
+    sys.stdout = stream
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = before
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    code = error.code if isinstance(error, SystemExit) else 1
+    return code if isinstance(code, int) else int(code is not None)
+
+
+def _told(error: BaseException) -> str | None:
+    told = getattr(error, "told", None)
+    if told is not None or (isinstance(error, SystemExit) and isinstance(error.code, int | None)):
+        return told
+    return f"{type(error).__name__}: {error}"

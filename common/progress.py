@@ -11,16 +11,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOG_EVERY_S = 30.0
+QUIET = "PARE_QUIET"  # set by `--quiet`, for this process and those that it starts
 
 
-def in_ci() -> bool:
-    """Whether this is a job of a continuous integration, whose log wants no progress."""
-    return os.environ.get("CI", "").lower() in ("1", "true")
+def unwatched() -> bool:
+    """Whether nobody wants progress: the log of a continuous integration, or a command told to be quiet."""
+    return os.environ.get("CI", "").lower() in ("1", "true") or bool(os.environ.get(QUIET))
 
 
 def interactive() -> bool:
-    """Whether somebody watches: standard error is a terminal and this is no CI job."""
-    return sys.stderr.isatty() and not in_ci()
+    """Whether somebody watches: standard error is a terminal, and progress is wanted."""
+    return sys.stderr.isatty() and not unwatched()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -46,9 +46,11 @@ class Ranks:
             for rank in range(world_size)
         ]
 
+    def start(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Future[Any]]:
+        return [pool.submit(fn, *args, **kwargs) for pool in self._pools]
+
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        futures = [pool.submit(fn, *args, **kwargs) for pool in self._pools]
-        return [future.result() for future in futures]
+        return [future.result() for future in self.start(fn, *args, **kwargs)]
 
     def close(self) -> None:
         for pool in self._pools:

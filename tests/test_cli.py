@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.command_line import LONG, REPRODUCIBLE, TINY, losses
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
@@ -34,20 +35,6 @@ COMMANDS = {
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
     if (command := re.search(r"# run: .*?main\.py (.*)", path.read_text()))
 }
-# A model and corpus so small that starting Python is most of the time.
-TINY = [
-    *("--config", str(ROOT / "configs/pretraining/gpt2_tiny.yaml")),
-    *(
-        "--model.config",
-        "{n_layer: 2, n_embd: 32, n_head: 2}",
-        "--data.sources",
-        "[topics]",
-        "--data.vocab_size",
-        "300",
-    ),
-    *("--data.block_size", "16", "--data.batch_size", "2", "--data.max_val_blocks", "9"),
-    *("--model.warmup_steps", "3", "--trainer.val_check_interval", "6"),
-]
 
 
 def _parse(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -217,11 +204,6 @@ def test_a_last_checkpoint_that_is_not_there_is_an_error_before_any_work(tmp_pat
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-# MKL promises the same bits in another process only under this setting. Without it one run in about fifty of this
-# tiny model was seen to differ from the others by the last bit of a loss.
-REPRODUCIBLE = {"MKL_CBWR": "AVX2,STRICT"}
-
-
 def _start(folder: Path, *arguments: str, command: str = "fit", **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), command, *TINY, *arguments],
@@ -241,14 +223,6 @@ def _run(folder: Path, *arguments: str, command: str = "fit", expect: int | None
     return output
 
 
-def _losses(folder: Path) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for log in sorted(folder.glob("runs/gpt2_tiny/csv/version_*/metrics.csv")):
-        with open(log, newline="") as file:
-            found |= {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
-    return found
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """One run to the end: accumulation 2, dropout on, a Hugging Face folder exported."""
@@ -256,9 +230,6 @@ def trained(tmp_path_factory) -> Path:
     export = ["--trainer.callbacks+=HFExport", "--trainer.callbacks.dirpath", "runs/model"]
     (folder / "output.txt").write_text(_run(folder, *LONG, *export))
     return folder
-
-
-LONG = ["--trainer.max_steps", "12", "--trainer.accumulate_grad_batches", "2", "--trainer.strategy.compressor", "Int8"]
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prune", "verify", "export"])
@@ -328,7 +299,7 @@ def _after_steps(folder: Path, steps: int, *arguments: str) -> subprocess.Popen:
     """A run that has logged so many steps and goes on."""
     process = _start(folder, *arguments)
     deadline = time.monotonic() + 120
-    while process.poll() is None and len(_losses(folder)) < steps and time.monotonic() < deadline:
+    while process.poll() is None and len(losses(folder)) < steps and time.monotonic() < deadline:
         time.sleep(0.05)
     return process
 
@@ -340,13 +311,13 @@ def _interrupt(folder: Path, *arguments: str) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "continue with --ckpt_path" in output
-    assert 4 <= len(_losses(folder)) < 12
+    assert 4 <= len(losses(folder)) < 12
 
 
 def test_interrupted_run_resumes_bit_for_bit(trained, tmp_path):
     _interrupt(tmp_path, *LONG)
     _run(tmp_path, *LONG, "--ckpt_path", "last")
-    assert _losses(tmp_path) == _losses(trained)
+    assert losses(tmp_path) == losses(trained)
 
 
 def test_checkpoint_of_another_model_or_tokenizer_is_refused(trained):

@@ -1,4 +1,7 @@
-"""The other engines as a user types them: one argument on the command line, everything else unchanged."""
+"""The other engines as a user types them: one argument on the command line, everything else unchanged.
+
+Their ranks stay up between commands; `test_cli` has Lightning start them, and one that dies.
+"""
 
 import csv
 import json
@@ -8,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_cli import LONG, TINY, _interrupt, _losses, _parse, _run
+from tests.command_line import LONG, TINY, Commands, losses
+from tests.test_cli import _parse
 
 ENGINES = ["CompressedFSDP2", "CompressedDDP"]
 
@@ -22,16 +26,23 @@ def test_the_engine_is_one_argument(engine, capsys):
     assert strategy["init_args"]["compressor"]["class_path"].endswith("NoCompression")  # kept from the configuration
 
 
+@pytest.fixture(scope="module")
+def commands():
+    ranks = Commands()
+    yield ranks
+    ranks.close()
+
+
 def _switched(engine: str) -> list[str]:
     return ["--trainer.strategy.class_path", engine, *LONG]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def trained(request, tmp_path_factory) -> tuple[str, Path]:
+def trained(request, tmp_path_factory, commands) -> tuple[str, Path]:
     """One run to the end with an engine: accumulation 2, dropout on, a Hugging Face folder exported."""
     folder = tmp_path_factory.mktemp(request.param)
     export = ["--trainer.callbacks+=HFExport", "--trainer.callbacks.dirpath", "runs/model"]
-    (folder / "output.txt").write_text(_run(folder, *_switched(request.param), *export))
+    (folder / "output.txt").write_text(commands.run(folder, "fit", *_switched(request.param), *export))
     return request.param, folder
 
 
@@ -61,25 +72,26 @@ def _val_loss(output: str) -> float:
     return float(re.search(r"val/loss\W+([\d.]+)", output)[1])
 
 
-def test_checkpoint_and_export_score_as_recorded(trained):
+def test_checkpoint_and_export_score_as_recorded(trained, commands):
     engine, folder = trained
     recorded = json.loads((folder / "runs/results.jsonl").read_text())["val_loss"]
     last = ["--ckpt_path", "runs/gpt2_tiny/checkpoints/last.ckpt"]
-    assert _val_loss(_run(folder, *_switched(engine), *last, command="validate")) == pytest.approx(recorded, rel=1e-5)
-    alone = ["--model.pretrained", "runs/model", "--trainer.devices", "1"]
-    assert _val_loss(_run(folder, *_switched(engine), *alone, command="validate")) == pytest.approx(recorded, rel=1e-5)
+    exported = ["--model.pretrained", "runs/model"]
+    for of in (last, exported):
+        said = commands.run(folder, "validate", *_switched(engine), *of)
+        assert _val_loss(said) == pytest.approx(recorded, rel=1e-5)
 
 
-def test_interrupted_run_resumes_bit_for_bit(trained, tmp_path):
+def test_interrupted_run_resumes_bit_for_bit(trained, tmp_path, commands):
     engine, folder = trained
-    _interrupt(tmp_path, *_switched(engine))
-    _run(tmp_path, *_switched(engine), "--ckpt_path", "last")
-    assert _losses(tmp_path) == _losses(folder)
+    commands.interrupt(tmp_path, *_switched(engine))
+    commands.run(tmp_path, "fit", *_switched(engine), "--ckpt_path", "last")
+    assert losses(tmp_path) == losses(folder)
 
 
-def test_parameters_are_compressed_by_one_argument(tmp_path):
+def test_parameters_are_compressed_by_one_argument(tmp_path, commands):
     coded = ["--trainer.strategy.parameter_compressor", "Int8", "--trainer.max_steps", "7"]
-    _run(tmp_path, *_switched("CompressedFSDP2"), *coded)
+    commands.run(tmp_path, "fit", *_switched("CompressedFSDP2"), *coded)
     fields = json.loads((tmp_path / "runs/results.jsonl").read_text())
     assert fields["parameter_compress_method"] == "int8"
     # 2 micro-batches, each gathering blocks twice and the root once, at 1 + 4/256 bytes an element and padding
@@ -94,14 +106,14 @@ LOCAL = [
 ]
 
 
-def test_local_steps_are_recorded_and_resume_bit_for_bit_in_the_middle_of_a_round(tmp_path):
+def test_local_steps_are_recorded_and_resume_bit_for_bit_in_the_middle_of_a_round(tmp_path, commands):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
-    _run(whole, *_switched("CompressedDiLoCo"), *LOCAL)
-    _interrupt(stopped, *_switched("CompressedDiLoCo"), *LOCAL)
-    _run(stopped, *_switched("CompressedDiLoCo"), *LOCAL, "--ckpt_path", "last")
-    assert _losses(stopped) == _losses(whole)
+    commands.run(whole, "fit", *_switched("CompressedDiLoCo"), *LOCAL)
+    commands.interrupt(stopped, *_switched("CompressedDiLoCo"), *LOCAL)
+    commands.run(stopped, "fit", *_switched("CompressedDiLoCo"), *LOCAL, "--ckpt_path", "last")
+    assert losses(stopped) == losses(whole)
     fields, again = (json.loads((folder / "runs/results.jsonl").read_text()) for folder in (whole, stopped))
     assert fields["strategy"] == "CompressedDiLoCo" and fields["local_steps"]["every"] == 4
     assert fields["compression_ratio"] > 12 and fields["val_loss"] == again["val_loss"]

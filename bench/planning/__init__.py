@@ -10,8 +10,10 @@ from typing import Any
 
 from bench.network import link as links
 from bench.planning.absent import Backend, Planned, planned
+from callbacks.command_line import PareCLI, started
+from callbacks.graceful_stop import stoppable
+from common.output import quiet, steady
 from common.tables import Table
-from main import PareCLI, run
 
 _LAUNCHED = {"world_size": ("WORLD_SIZE", "SLURM_NTASKS"), "node_size": ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")}
 
@@ -80,7 +82,9 @@ def plan(
     shape = {"world_size": world_size, "node_size": node_size}
     reading = type("Planning", (_Planned,), shape)  # the command line makes the object itself
     with contextlib.redirect_stdout(io.StringIO()):
-        cli = run(reading, ["check", "--config", str(config), *command])
+        quiet()
+        with steady(), stoppable():
+            cli = started(reading, ["check", "--config", str(config), *command])
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     trainer.datamodule = data
     if data is not None and getattr(module, "pretrained", None) is None:

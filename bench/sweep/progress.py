@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from bench.sweep.plan import Run
-from common.progress import duration, in_ci, interactive
+from common.progress import duration, interactive, unwatched
 from common.tables import Table
 
 _SHOWN = 12  # last finished runs in the live table
@@ -55,7 +55,7 @@ class SweepProgress:
         self.pending = list(pending)
         self.before = list(before)
         self.finished: list[Mapping[str, Any]] = []
-        self._lines = not in_ci() and not sys.stderr.isatty()
+        self._lines = not unwatched() and not sys.stderr.isatty()
         self._live = Live(self, console=Console(stderr=True), refresh_per_second=1) if interactive() else None
         self._began = time.monotonic()
 

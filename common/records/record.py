@@ -113,6 +113,15 @@ def _from_json(value: Any, name: str = "") -> Any:
     return value
 
 
+def as_json(value: Any) -> Any:
+    """A copy of a record, or a part of one, in strict-JSON types, as `append` writes it.
+
+    Raises:
+        TypeError: It holds something that JSON cannot.
+    """
+    return _to_json(value)
+
+
 def append(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Append a record as one line, durably, while other processes may do the same.
 

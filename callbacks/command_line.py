@@ -1,0 +1,93 @@
+"""The command line behind `main.py`: LightningCLI with Pare's commands, and the forms in which it answers."""
+
+import sys
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+
+import callbacks
+import lightning_modules  # noqa: F401 - imported classes are known by their short names
+import strategies  # noqa: F401
+from callbacks.commands import PareTrainer
+from callbacks.control import TunesControls
+from callbacks.graceful_stop import stoppable
+from callbacks.parser import Parser, explained
+from common.front.screens import COMMANDS
+from common.output import one_object, quiet, silent, steady
+
+# What `common.front` answers.
+_WITHOUT = ("init", "completion")
+
+
+class PareCLI(TunesControls):
+    """LightningCLI with more subcommands; configurations choose every class."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """See ``LightningCLI.subcommands``."""
+        known = LightningCLI.subcommands()
+        own = [name for name in COMMANDS if name not in known and name not in _WITHOUT]
+        return known | {command: {"model", "datamodule"} for command in own}
+
+    def instantiate_classes(self) -> None:
+        """See ``LightningCLI.instantiate_classes``; what a class refuses is an error of the command line."""
+        with explained(self.parser):
+            super().instantiate_classes()
+
+    def check_arguments(self) -> None:
+        """See ``PareTrainer.check_arguments``."""
+        chosen = self.config_init[self.subcommand]
+        with explained(self.parser):
+            parts = (self.model, self.datamodule)
+            ckpt_path = self.trainer.check_arguments(str(self.subcommand), *parts, chosen.get("ckpt_path"))
+            if "ckpt_path" in chosen:
+                chosen["ckpt_path"] = ckpt_path
+
+    before_validate = before_test = before_predict = check_arguments
+    before_prune = before_calibrate = before_verify = before_export = before_evaluate = check_arguments
+
+    def check(self, **arguments: Any) -> None:
+        """See ``PareTrainer.check``."""
+        with explained(self.parser):
+            self.trainer.check(**arguments)
+
+
+def run(arguments: list[str]) -> None:
+    """Run a command.
+
+    Args:
+        arguments: What follows the program's name. ``--json`` and ``--quiet``, wherever they stand, say how it answers;
+            they are for this process alone, not for ranks that it starts.
+    """
+    forms = {form: form in arguments for form in ("--json", "--quiet")}
+    arguments = [word for word in arguments if word not in forms]
+    # Lightning starts further ranks with what it finds here
+    sys.argv = [sys.argv[0], *arguments]
+    quiet()
+    with steady(), stoppable():
+        if forms["--json"]:
+            with one_object(arguments[0]) as answer, silent(forms["--quiet"]):
+                answer["result"] = started().trainer.result()
+        else:
+            # what `generate` prints is what was asked for
+            with silent(forms["--quiet"], stdout=arguments[:1] != ["generate"]):
+                started()
+
+
+def started(cls: type[PareCLI] = PareCLI, arguments: list[str] | None = None) -> PareCLI:
+    """The command line at its end, in a process that is ``steady`` and ``stoppable``.
+
+    Args:
+        cls: Another kind of it.
+        arguments: In place of the process's own.
+    """
+    return cls(
+        args=arguments,
+        trainer_class=PareTrainer,
+        parser_class=Parser,
+        save_config_callback=callbacks.LogConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"callbacks": [callbacks.Progress(), callbacks.GracefulStop(), callbacks.RunFolders()]},
+        auto_configure_optimizers=False,
+        seed_everything_default=1234,
+    )
