@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bench import experiments
 from bench import memory as estimates
+from bench.gpu import gpu
 from bench.network import bounds as limits
 from bench.network import link as links
 from bench.network.collectives_command import collectives
@@ -370,6 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         trace,
         link,
         experiment,
+        gpu,
         sweep,
         collectives,
         bounds,

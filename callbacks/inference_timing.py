@@ -83,7 +83,7 @@ class InferenceTiming(Measurement):
         turns = [(batch, phase) for batch in self.batch_sizes for phase in ("prefill", "decode")]
         with progress.stage("Inference timing", len(turns), "measurements") as done:
             for batch, phase in turns:
-                row = self._measure(models, phase, batch)
+                row = self.measure(models, phase, batch)
                 self.rows.append({"phase": phase, "batch": batch, **row})
                 done(len(self.rows))
                 rank_zero_info(
@@ -92,7 +92,14 @@ class InferenceTiming(Measurement):
                 )
 
     @torch.no_grad()
-    def _measure(self, models: dict[str, Any], phase: str, batch: int) -> dict[str, Any]:
+    def measure(self, models: dict[str, Any], phase: str, batch: int) -> dict[str, Any]:
+        """Time "dense" and "pruned" in turns: a row of the record's block ``inference``.
+
+        Args:
+            models: Both, on one device.
+            phase: "prefill" or "decode".
+            batch: Prompts at once.
+        """
         vocabulary = min(model.config.vocab_size for model in models.values())
         device = next(iter(models.values())).device
         ids = torch.randint(vocabulary, (batch, self.prompt_tokens), generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
+# Files that take longest come first, so that no worker of pytest-xdist is left alone with one at the end.
+LONG = (
+    "tests/bench/test_fault_injection.py",
+    "tests/bench/sweep/test_sweep.py",
+    "tests/test_cli.py",
+    "tests/test_cli_engines.py",
+    "tests/bench/network",
+    "tests/test_families.py",
+    "tests/lightning_modules/data",
+    "tests/strategies",
+    "tests/callbacks",
+)
 
 # Property tests. "ci": few examples, the same on every run. "long": many, new ones on every run
 # (HYPOTHESIS_PROFILE=long pytest -m hypothesis). Examples are never timed: the machine may be busy.
@@ -22,6 +34,14 @@ _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_
 settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True, suppress_health_check=_SLOW)
 settings.register_profile("long", max_examples=2000, deadline=None, database=None, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
+        return next((number for number, name in enumerate(LONG) if path.startswith(name)), len(LONG))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What tests of Triton kernels share: an interpreter in a process of its own, and what kernels compile to for sm_90."""
+"""What tests of Triton kernels share: an interpreter in a process of its own, and what kernels compile to."""
 
 import multiprocessing
 import os
@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
+
 
 @contextmanager
 def interpreting() -> Iterator[Callable[..., Any]]:
@@ -25,9 +27,9 @@ def interpreting() -> Iterator[Callable[..., Any]]:
 
 
 def compiled(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any]
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any], sm: int = 90
 ) -> tuple[list[str], int]:
-    """Instructions of a kernel for sm_90, but for padding, and the registers of a thread.
+    """Instructions of a kernel for an architecture, but for padding, and the registers of a thread.
 
     Pointers and whole numbers called "…stride", "inputs" or "outputs" are taken to be multiples of 16. Raises if it
     spills registers.
@@ -44,7 +46,7 @@ def compiled(
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
+    built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()

@@ -7,6 +7,7 @@ A comment in a document is the recipe; what stands between it and the next `<!--
     <!-- table: compare profile.jsonl fields=world_size,tokens_per_s -->
     <!-- table: memory llama-1b llama-8b ranks=1,8 engine=fsdp -->
     <!-- table: records pretraining.jsonl profile.jsonl -->
+    <!-- table: figures gpu.jsonl only=gpu-* absent="not run yet" -->: what stands there until there is such a file
     … and in a sentence: <!-- figure: pretraining.jsonl int8-quality digits=2 -->-0.14 %<!-- end -->
 
 `python -m bench table` writes them anew; `python -m bench table --check` says which differ from their records.
@@ -101,7 +102,11 @@ def _table(folder: Path, words: list[str], options: Mapping[str, str]) -> str:
     return _TABLES[words[0]](folder, *words[1:], **options)
 
 
-def _figures(folder: Path, file: str, only: str | None = None, columns: str | None = None) -> str:
+def _figures(
+    folder: Path, file: str, only: str | None = None, columns: str | None = None, absent: str | None = None
+) -> str:
+    if absent is not None and not (folder / file).exists():
+        return absent
     return figures.render_table(_read(folder, file), _list(only), _list(columns) or figures.COLUMNS)
 
 

@@ -1,0 +1,165 @@
+"""Acceptance of a machine with GPUs: every check in a process of its own, results in one file that can be sent back.
+
+`python -m bench gpu` takes at most 12 minutes on one GPU and needs no network. A check is a file of `bench/gpu/checks`;
+one that fails, hangs or is killed leaves a record that says so, and stops nothing else.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import checks
+from bench.gpu.setting import PREFIX, TINY_PREFIX
+from bench.network.process import Measured, run_measured
+from bench.tables import documents, figures
+from common.progress import duration
+from common.records import record
+
+COMMAND = "python -m bench gpu"
+RECORDS = "gpu.jsonl"  # in docs/results/records, once folded
+
+
+def gpu(
+    results: Path = Path("runs/gpu.jsonl"),
+    only: str | None = None,
+    device: str = "cuda",
+    tiny: bool = False,
+    fold: Path | None = None,
+) -> int:
+    """Check a machine with GPUs: every feature right, every kernel fast, against what the hardware allows.
+
+    Takes at most 12 minutes on one GPU and needs no network. The exit status is 1 when a check failed.
+
+    Args:
+        results: Where records go, one line each: the file to send back.
+        only: Names of checks, separated by commas; all without.
+        device: "cuda"; "cpu" with --tiny tries the checks themselves, and says nothing about speed.
+        tiny: Smallest sizes.
+        fold: Add the records of this file, from whatever machine, to docs/results in place of checking anything.
+    """
+    if fold is not None:
+        return _fold(fold)
+    count = torch.cuda.device_count() if device == "cuda" and torch.cuda.is_available() else 0
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device: cuda or cpu, got {device}")
+    if device == "cuda" and not count:
+        raise ValueError("no GPU: torch sees no CUDA device here; --device cpu --tiny tries the checks without one")
+    if device == "cpu" and not tiny:
+        raise ValueError("device: without --tiny the checks need a GPU's speed and memory")
+    began, failed = time.monotonic(), []
+    for name in chosen(only, count or 1):
+        print(f"{name}: {checks.says(name)}", file=sys.stderr, flush=True)
+        if not check(name, results, device, tiny):
+            failed.append(name)
+    print(f"{duration(time.monotonic() - began)}; {results}; failed: {', '.join(failed) or 'none'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def chosen(only: str | None, gpus: int) -> list[str]:
+    """Names of the checks to make, in order.
+
+    Args:
+        only: Those that are asked for, separated by commas.
+        gpus: How many GPUs there are.
+
+    Raises:
+        ValueError: There is no such check, or too few GPUs for it.
+    """
+    known = checks.names()
+    if only is None:
+        return [name for name in known if gpus >= checks.load(name).GPUS]
+    for name in only.split(","):
+        if name not in known:
+            raise ValueError(f"only: there is no check {name}; there are: {', '.join(known)}")
+        if gpus < checks.load(name).GPUS:
+            raise ValueError(f"only: {name} needs {checks.load(name).GPUS} GPUs, here are {gpus}")
+    return only.split(",")
+
+
+def check(name: str, results: Path, device: str, tiny: bool) -> bool:
+    """Make one check and append its records; whether it ended well and reached its targets.
+
+    Args:
+        name: Its file in ``bench/gpu/checks``.
+        results: Where its figures go, as they come, and one that says how the check ended.
+        device: "cuda" or "cpu".
+        tiny: Smallest sizes.
+    """
+    limit, prefix, well = checks.load(name).LIMIT_S, TINY_PREFIX if tiny else PREFIX, True
+    with tempfile.TemporaryDirectory() as folder:
+        lines, log = Path(folder) / "found.jsonl", Path(folder) / "output.log"
+        arguments = [name, str(lines), device, *(["--tiny"] if tiny else [])]
+        ended = run_measured(
+            [*child(), *arguments], {"HF_HUB_OFFLINE": "1"}, cwd=documents.ROOT, timeout=limit, log=log
+        )
+        for found in _found(lines):
+            well = well and found["reached"] is not False
+            figures.append(results, **(found | {"figure": f"{prefix}-{name}-{found['figure']}"}), command=COMMAND)
+            print(f"  {found['what']}: {found['value']} {found['unit']}", file=sys.stderr, flush=True)
+    problem = _problem(ended, limit)
+    figures.append(
+        results,
+        figure=f"{prefix}-{name}",
+        what=f"{checks.says(name)}" + (f": {problem}" if problem else ""),
+        value=ended.wall_s,
+        unit="s",
+        target=f"ends well within {limit:.0f} s",
+        reached=problem is None,
+        command=COMMAND,
+        details={"output": ended.output if problem else "", "exit_status": ended.returncode, "device": device},
+    )
+    if problem:
+        print(f"  failed: {problem}", file=sys.stderr, flush=True)
+    return well and problem is None
+
+
+def child() -> list[str]:
+    """The program that makes one check."""
+    return [sys.executable, "-m", "bench.gpu.child"]
+
+
+def _found(lines: Path) -> Iterator[dict[str, Any]]:
+    """Figures that a check wrote before it ended, however it did; a line torn by a kill is none."""
+    for line in lines.read_text("utf-8").splitlines() if lines.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _problem(ended: Measured, limit: float) -> str | None:
+    if ended.timed_out:
+        return f"not done in {limit:.0f} s"
+    if ended.returncode < 0:
+        return f"killed by signal {-ended.returncode}"
+    if ended.returncode:
+        said = [line for line in ended.output.strip().splitlines() if line.strip()]
+        return said[-1][:300] if said else f"exit status {ended.returncode}"
+    return None
+
+
+def _fold(file: Path) -> int:
+    """Add a machine's records to those that the pages of results are made from.
+
+    Raises:
+        ValueError: Nothing in the file is of a GPU, or a line is broken.
+    """
+    found, broken = record.read(file)
+    if broken:
+        raise ValueError(f"{file}: broken line {', '.join(map(str, broken))}")
+    mine = [one for one in found if str(one.get("figure", "")).startswith(f"{PREFIX}-")]
+    if not mine:
+        raise ValueError(f"{file} has no records of {COMMAND} on a GPU")
+    into = documents.ROOT / documents.RECORDS / RECORDS
+    known = record.read(into)[0] if into.exists() else []
+    new = [one for one in mine if one not in known]
+    for one in new:
+        record.append(into, one)
+    print(f"{len(new)} records added to {into}; now: python -m bench table", file=sys.stderr)
+    return 0

@@ -1,0 +1,157 @@
+"""The acceptance run without a GPU: how it runs checks, and every check in its tiny form."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from bench import gpu
+from bench.__main__ import main
+from bench.gpu import checks, models, training
+from bench.gpu.setting import Setting, at_least, at_most
+from bench.tables import documents
+from common.records import record
+from tests.conftest import ROOT
+
+TINY = Setting(torch.device("cpu"), True)
+APART = {"memory", "engines", "engines_of_two"}  # those that need a process of their own
+# In place of bench.gpu.child: one figure, then what its name says.
+STAND_IN = """
+import json, os, signal, sys, time
+name, lines = sys.argv[1:3]
+figure = dict(figure="it", what="a figure", value=1.0, unit="", target="report", reached=None, spread=None, details={})
+if name == "misses": figure |= dict(target="more", reached=False)
+open(lines, "w").write(json.dumps(figure) + "\\n" + ('{"figure": "torn' if name == "killed" else ""))
+if name == "fails": sys.exit("out of luck")
+if name == "hangs": time.sleep(300)
+if name == "killed": os.kill(os.getpid(), signal.SIGKILL)
+"""
+ENDS = {
+    "fails": "out of luck",
+    "good": None,
+    "hangs": "not done in 2 s",
+    "killed": "killed by signal 9",
+    "misses": None,
+    "wide": None,
+}
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    modules = {
+        name: SimpleNamespace(__doc__=f"Stand-in that {name}.", LIMIT_S=2.0 if name == "hangs" else 60.0, GPUS=1)
+        for name in ENDS
+    }
+    modules["wide"].GPUS = 2
+    monkeypatch.setattr(checks, "names", lambda: sorted(modules))
+    monkeypatch.setattr(checks, "load", modules.__getitem__)
+    monkeypatch.setattr(gpu, "child", lambda: [sys.executable, "-c", STAND_IN])
+
+
+def test_a_check_that_fails_hangs_or_is_killed_is_a_record_and_stops_nothing(stand_ins, tmp_path):
+    results = tmp_path / "gpu.jsonl"
+    assert main(["gpu", "--results", str(results), "--device", "cpu", "--tiny"]) == 1
+    found = {one["figure"]: one for one in record.read(results)[0]}
+    assert found.keys() == {f"tiny-{name}{end}" for name in ENDS if name != "wide" for end in ("", "-it")}
+    for name, why in ENDS.items():
+        if name != "wide":
+            ended = found[f"tiny-{name}"]
+            assert ended["reached"] is (why is None) and (why or "") in ended["what"] and ended["machine"]
+    assert main(["gpu", "--results", str(results), "--device", "cpu", "--tiny", "--only", "good"]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused_by_name(capsys, tmp_path):
+    results = ["--results", str(tmp_path / "gpu.jsonl")]
+    assert main(["gpu", *results]) == 1 and "no GPU" in capsys.readouterr().err
+    assert main(["gpu", *results, "--device", "cpu"]) == 1 and "--tiny" in capsys.readouterr().err
+    asked = ["--device", "cpu", "--tiny", "--only"]
+    assert main(["gpu", *results, *asked, "nothing"]) == 1 and "no check nothing" in capsys.readouterr().err
+    assert main(["gpu", *results, *asked, "engines_of_two"]) == 1 and "needs 2 GPUs" in capsys.readouterr().err
+    assert not (tmp_path / "gpu.jsonl").exists()
+
+
+def test_checks_for_one_gpu_have_12_minutes_together():
+    known = {name: checks.load(name) for name in checks.names()}
+    assert sum(module.LIMIT_S for module in known.values() if module.GPUS == 1) <= 720
+    assert all(checks.says(name) and callable(module.run) for name, module in known.items())
+    speeds = [name.endswith("_speed") for name in known]
+    assert speeds == sorted(speeds)
+
+
+@pytest.mark.parametrize("name", [name for name in checks.names() if name not in APART])
+def test_every_check_runs_in_its_tiny_form(name):
+    try:
+        found = list(checks.load(name).run(TINY))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert found and json.dumps(found)
+    if not name.endswith("_speed"):
+        assert not [one for one in found if one["reached"] is False], found
+
+
+def test_a_check_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks.load("memory"), "LIMIT_S", 280.0)  # this machine may be busy
+    results = tmp_path / "gpu.jsonl"
+    assert gpu.check("memory", results, "cpu", True)
+    names = [one["figure"] for one in record.read(results)[0]]
+    assert names == ["tiny-memory-filled-1", "tiny-memory-filled-2", "tiny-memory-product", "tiny-memory"]
+
+
+def test_engines_say_what_they_measured_or_why_they_failed(monkeypatch):
+    told = {"steps": 12, "val_loss": 5.0, "grad_rel_error": 0.5}
+    asked = []
+
+    def fit(folder, config, *arguments):
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise RuntimeError("exit status 1 of main.py\nno NCCL")
+        return SimpleNamespace(record=told | ({} if len(asked) == 2 else {"grad_rel_error": 0.01}))
+
+    monkeypatch.setattr(training, "fit", fit)
+    found = list(training.train_all(Setting(torch.device("cuda")), 2))
+    assert [one["reached"] for one in found] == [False, False, True, True] and "no NCCL" in found[0]["what"]
+    assert all("--trainer.devices=2" in arguments and "--trainer.accelerator=cuda" in arguments for arguments in asked)
+
+
+def test_targets_are_missed_by_nan():
+    assert at_most("a", "b", 1.0, 1.0)["reached"] and not at_most("a", "b", float("nan"), 1.0)["reached"]
+    assert at_least("a", "b", 1.0, 1.0)["reached"] and not at_least("a", "b", float("nan"), 1.0)["reached"]
+
+
+def test_models_made_on_a_device_know_their_positions():
+    config = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    made, usual = models.on_device(config, TINY), AutoModelForCausalLM.from_config(config).eval()
+    usual.load_state_dict(made.state_dict())
+    ids = torch.randint(64, (1, 40))
+    assert torch.equal(made(ids).logits, usual(ids).logits) and made(ids).logits.isfinite().all()
+
+
+def test_folding_takes_what_a_gpu_measured_once(stand_ins, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    folder = tmp_path / documents.RECORDS
+    folder.mkdir(parents=True)
+    assert (
+        "Not run yet" in (ROOT / "docs/results/gpu.md").read_text() or (ROOT / documents.RECORDS / "gpu.jsonl").exists()
+    )
+    page = '<!-- table: figures gpu.jsonl only=gpu-* absent="not run yet" -->\n\n<!-- end -->'
+    assert "not run yet" in documents.render(page, folder).replace('absent="not run yet"', "")
+    gpu.check("good", tmp_path / "tiny.jsonl", "cpu", True)
+    assert main(["gpu", "--fold", str(tmp_path / "tiny.jsonl")]) == 1 and "no records" in capsys.readouterr().err
+    gpu.check("good", tmp_path / "sent.jsonl", "cuda", False)
+    for _ in range(2):
+        assert main(["gpu", "--fold", str(tmp_path / "sent.jsonl")]) == 0
+    assert len(record.read(folder / "gpu.jsonl")[0]) == 2
+    assert "a figure" in documents.render(page, folder)
