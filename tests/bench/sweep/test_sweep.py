@@ -202,7 +202,7 @@ def test_impossible_arguments_are_found_without_running():
 def test_a_real_sweep(tmp_path):
     results, smoke = tmp_path / "smoke.jsonl", yaml.safe_load((ROOT / "configs/bench/smoke.yaml").read_text())
     smoke["axes"]["network"]["local"]["world_size"] = 1  # a rank less to start
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(smoke))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(smoke, sort_keys=False))
     arguments = ["sweep", "--config", str(tmp_path / "sweep.yaml"), f"--results={results}"]
     arguments += ["--only", "local/none,100mbit/int8", "--", "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
     assert main(arguments) == 0
