@@ -98,8 +98,7 @@ def peaks(work: Workload, kept: Sequence[LayerPlan], importance: Any, compensati
         "score": whole + importance.memory(work),
         "slice": whole + layers,
         "verify": whole + max(with_slice, dense),
-        # hidden states, and what a layer adds to them
-        "compensate": whole + layers + compensation.memory(widest, work.hidden, 2 * work.states),
+        "compensate": whole + layers + compensation.memory(widest, work.hidden, work.states),
     }
 
 

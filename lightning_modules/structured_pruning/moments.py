@@ -1,4 +1,4 @@
-"""What a least-squares problem has to know of calibration text: sums over tokens, in float64.
+"""What a least-squares problem has to know of calibration text: weighted sums over tokens, in float64.
 
 Shape legend: n tokens, K inputs of a matrix, H its outputs.
 """
@@ -27,15 +27,15 @@ class Moments:
     """Sums over tokens of what a matrix is given, x ``[K]``, and of what it should give, y ``[H]``; float64.
 
     Attributes:
-        tokens: How many tokens.
-        x: Σ x ``[K]``.
-        y: Σ y ``[H]``.
-        xx: Σ x xᵀ ``[K, K]``.
-        xy: Σ x yᵀ ``[K, H]``.
-        yy: Σ ‖y‖², 0-d.
+        weight: Σ w, w being the tokens' weights: how many tokens, where each counts as one.
+        x: Σ w x ``[K]``.
+        y: Σ w y ``[H]``.
+        xx: Σ w x xᵀ ``[K, K]``.
+        xy: Σ w x yᵀ ``[K, H]``.
+        yy: Σ w ‖y‖², 0-d.
     """
 
-    tokens: int
+    weight: float
     x: Tensor
     y: Tensor
     xx: Tensor
@@ -46,17 +46,19 @@ class Moments:
     def none(cls, inputs: int, outputs: int, device: torch.device) -> "Moments":
         """Of no tokens."""
         shapes = ((inputs,), (outputs,), (inputs, inputs), (inputs, outputs), ())
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
-    def add(self, x_nK: Tensor, y_nH: Tensor) -> None:
-        """Count some tokens, multiplied in float32 and added up in float64."""
+    def add(self, x_nK: Tensor, y_nH: Tensor, weight_n: Tensor) -> None:
+        """Count some tokens by their weights, multiplied in float32 and added up in float64."""
+        weight_n1 = weight_n.float()[:, None]
         x, y = x_nK.float(), y_nH.float()
-        self.tokens += len(x)
-        self.x += x.sum(0, dtype=torch.float64)
-        self.y += y.sum(0, dtype=torch.float64)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += y.double().square().sum()
+        weighted = x * weight_n1
+        self.weight += float(weight_n1.sum(dtype=torch.float64))
+        self.x += weighted.sum(0, dtype=torch.float64)
+        self.y += (y * weight_n1).sum(0, dtype=torch.float64)
+        self.xx += weighted.T @ x
+        self.xy += weighted.T @ y
+        self.yy += (y.double().square() * weight_n1).sum()
 
     def __add__(self, other: "Moments") -> "Moments":
         """Of the tokens of both."""
@@ -68,7 +70,7 @@ class Moments:
 
     def _with(self, other: "Moments", sign: int) -> "Moments":
         return Moments(
-            self.tokens + sign * other.tokens,
+            self.weight + sign * other.weight,
             torch.add(self.x, other.x, alpha=sign),
             torch.add(self.y, other.y, alpha=sign),
             torch.add(self.xx, other.xx, alpha=sign),
@@ -77,9 +79,9 @@ class Moments:
         )
 
     def error(self, matrix: Matrix) -> float:
-        """Σ ‖y − weight x − bias‖²."""
+        """Σ w ‖y − weight x − bias‖²."""
         weight, bias = matrix
         total = self.yy - 2 * (weight.T * self.xy).sum() + ((weight @ self.xx) * weight).sum()
         if bias is not None:
-            total = total + self.tokens * (bias @ bias) + 2 * bias @ (weight @ self.x - self.y)
+            total = total + self.weight * (bias @ bias) + 2 * bias @ (weight @ self.x - self.y)
         return max(float(total), 0.0)

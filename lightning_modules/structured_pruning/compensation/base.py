@@ -1,6 +1,6 @@
 """What a compensation is.
 
-Shape legend: K kept inputs of a matrix, H its outputs.
+Shape legend: B sequences, T tokens, K kept inputs of a matrix, H its outputs.
 """
 
 import functools
@@ -9,8 +9,13 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from common.variants import Variant
+from lightning_modules.structured_pruning.learning import Learned, Row
 from lightning_modules.structured_pruning.memory import DOUBLE
 from lightning_modules.structured_pruning.moments import Matrix, Moments
 
@@ -41,6 +46,10 @@ class Compensation(Variant, ABC):
     Args:
         folds: Parts of the calibration blocks, each of which is held out once.
         bias: Add an output bias to ``o_proj`` and ``down_proj`` where the model has none. Only Llama's class knows one.
+        follow: Lead to the hidden states of the dense model; otherwise to what the whole layer makes of the sliced
+            model's. A layer then makes up for those before it, too.
+        relative: Tokens count by 1 / mean square of the hidden state that a layer should lead to: what the next norm
+            makes of an error. Otherwise all alike, so that the few tokens of massive activations decide.
 
     Raises:
         ValueError: Fewer than 2 folds.
@@ -48,11 +57,23 @@ class Compensation(Variant, ABC):
 
     refits = True
     """Whether there is anything to do."""
+    learns = False
+    """Whether a layer's MLP learns afterwards, see ``learn``."""
 
-    def __init__(self, folds: int = 4, bias: bool = False) -> None:
+    def __init__(self, folds: int = 4, bias: bool = False, follow: bool = False, relative: bool = False) -> None:
         if folds < 2:
             raise ValueError(f"compensation: folds must be at least 2, got {folds}")
         self.folds, self.bias = folds, bias
+        self.follow, self.relative = follow, relative
+
+    def weights(self, hidden_BTH: Tensor) -> Tensor:
+        """What each token counts, ``[B, T]``, by the hidden states that a layer should lead to."""
+        squares = hidden_BTH.float().square().mean(-1)
+        return (
+            squares.clamp_min(torch.finfo(squares.dtype).tiny).reciprocal()
+            if self.relative
+            else squares.new_ones(squares.shape)
+        )
 
     @property
     def settings(self) -> Sequence[float | None]:
@@ -69,11 +90,12 @@ class Compensation(Variant, ABC):
         Args:
             inputs: Of the widest matrix.
             outputs: Of it.
-            states: Bytes of hidden states, and of what a layer adds to them.
+            states: Bytes of one hidden state for every calibration token.
         """
         # moments of each fold, of all and of the rest, and what solving copies
         moments = (self.folds + 5) * inputs**2 + (self.folds + 8) * inputs * outputs
-        return self.refits * (states + DOUBLE * moments)
+        # hidden states, those of the dense model, and what a layer should add to them
+        return self.refits * ((2 + self.follow) * states + DOUBLE * moments)
 
     @abstractmethod
     def solve(self, matrix: Matrix, moments: Moments, setting: float | None) -> Matrix:
@@ -84,6 +106,10 @@ class Compensation(Variant, ABC):
             moments: Of what it is given and what it should give.
             setting: One of ``settings``.
         """
+
+    def learn(self, mlp: Any, rows: Sequence[Row]) -> Learned:
+        """Change all matrices of a layer's MLP, in place; asked for where a compensation ``learns``."""
+        raise NotImplementedError
 
     def fit(self, matrix: Matrix, folds: Sequence[Moments]) -> Fit:
         """Choose a setting by cross-validation, and fit to all text.

@@ -16,4 +16,4 @@ class Bias(Compensation):
 
     def solve(self, matrix: Matrix, moments: Moments, setting: float | None) -> Matrix:
         """See ``Compensation.solve``."""
-        return Matrix(matrix.weight, (moments.y - matrix.weight @ moments.x) / moments.tokens)
+        return Matrix(matrix.weight, (moments.y - matrix.weight @ moments.x) / moments.weight)

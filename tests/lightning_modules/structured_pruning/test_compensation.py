@@ -35,13 +35,14 @@ FIXED = 1.0  # the only damping, so that nothing is chosen
 
 
 def _seen(model, batch, layer: int) -> dict[str, torch.Tensor]:
-    """Tokens' inputs of a layer's o_proj and down_proj, and outputs of its attention and MLP, in a run of the model."""
+    """What tokens give a layer, its o_proj and its down_proj, and what its attention and MLP give, in a run."""
     block, found = model.model.layers[layer], {}
 
     def keep(name, values):
         found[name] = values.detach().double().flatten(0, -2)
 
     hooks = [
+        block.input_layernorm.register_forward_pre_hook(lambda m, a: keep("hidden", a[0])),
         block.self_attn.o_proj.register_forward_pre_hook(lambda m, a: keep("heads", a[0])),
         block.mlp.down_proj.register_forward_pre_hook(lambda m, a: keep("channels", a[0])),
         block.self_attn.register_forward_hook(lambda m, a, out: keep("attention", out[0])),
@@ -54,53 +55,67 @@ def _seen(model, batch, layer: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def _damped(x, y, weight, bias, damping):
-    """Σ ‖y − W x − b‖² + λ ‖W − weight‖² at its least, from stacked rows: no normal equations."""
-    means = (x.mean(0), y.mean(0)) if bias is not None else (torch.zeros(()), torch.zeros(()))
-    x_, y_ = x - means[0], y - means[1]
+def _damped(x, y, weight, bias, damping, counts):
+    """Σ w ‖y − W x − b‖² + λ ‖W − weight‖² at its least, from stacked rows: no normal equations."""
+    means = [(counts * part).sum(0) / counts.sum() if bias is not None else torch.zeros(()) for part in (x, y)]
+    x_, y_ = ((part - mean) * counts.sqrt() for part, mean in zip((x, y), means, strict=True))
     scale = (damping * x_.square().sum(0).mean()).sqrt()
     rows = torch.cat([x_, scale * torch.eye(x.shape[1], dtype=torch.float64)])
     fitted = torch.linalg.lstsq(rows, torch.cat([y_, scale * weight.T])).solution.T
     return fitted, None if bias is None else means[1] - fitted @ means[0]
 
 
-def _slowly(dense, plan, text, damping):
-    """Refit by running whole models: what a layer should give, the dense layer in its place says."""
+def _slowly(dense, plan, text, damping, follow, relative, left):
+    """Refit by running whole models: the dense one says what a layer should lead to, or its layer in that place.
+
+    ``left`` are layers and matrices that stay as they are, because cross-validation refused.
+    """
     sliced = slice_model(dense, plan).double()
     whole = copy.deepcopy(dense).double()
     kept = [i for i, layer in enumerate(plan.layers) if not layer.dropped]
+    cut = False
     for new, (old, after) in enumerate(zip(kept, [*kept[1:], len(plan.layers)], strict=True)):
         block, shape = sliced.model.layers[new], shape_of(dense.model.layers[old])
         fewer = len(plan.layers[old].groups) < shape.groups
-        if not fewer and len(plan.layers[old].channels) == shape.channels and after == old + 1:
+        if not fewer and len(plan.layers[old].channels) == shape.channels and after == old + 1 and not (follow and cut):
             continue
-        mixed = copy.deepcopy(sliced)
-        mixed.model.layers = torch.nn.ModuleList([*sliced.model.layers[:new], *whole.model.layers[old:after]])
-        mixed.config.num_hidden_layers = len(mixed.model.layers)
-        wanted = [[_seen(mixed, b, new + i) for i in range(after - old)] for b in text]
-        linears = (("o_proj", block.self_attn.o_proj), ("down_proj", block.mlp.down_proj))
-        for name, linear in linears[0 if fewer else 1 :]:
+        model, first = whole, old
+        if not follow:
+            model, first = copy.deepcopy(sliced), new
+            model.model.layers = torch.nn.ModuleList([*sliced.model.layers[:new], *whole.model.layers[old:after]])
+            model.config.num_hidden_layers = len(model.model.layers)
+        seen, last = ([_seen(model, b, i) for b in text] for i in (first, first + after - old - 1))
+        goals = (
+            torch.cat([one["hidden"] + one["attention"] for one in seen]),
+            torch.cat([one["hidden"] + one["attention"] + one["mlp"] for one in last]),
+        )
+        counts = 1 / goals[1].square().mean(1, keepdim=True) if relative else torch.ones(len(goals[1]), 1)
+        linears = (("heads", block.self_attn.o_proj), ("channels", block.mlp.down_proj))
+        for name, linear in linears[0 if fewer or (follow and cut) else 1 :]:
             given = [_seen(sliced, b, new) for b in text]
-            x = torch.cat([seen["heads" if name == "o_proj" else "channels"] for seen in given])
-            y = torch.cat([seen[0]["attention"] for seen in wanted])
-            if name == "down_proj":
-                y = torch.cat([sum(s["attention"] + s["mlp"] for s in seen) for seen in wanted])
-                y = y - torch.cat([seen["attention"] for seen in given])
-            weight, bias = _damped(x, y, linear.weight.detach(), linear.bias, damping)
+            x, before, attention = (torch.cat([one[k] for one in given]) for k in (name, "hidden", "attention"))
+            y = goals[0] - before if name == "heads" else goals[1] - before - attention
+            if (old, name) in left:
+                continue
+            weight, bias = _damped(x, y, linear.weight.detach(), linear.bias, damping, counts.double())
             linear.weight.data = weight
             if bias is not None:
                 linear.bias.data = bias
+        cut = True
     return sliced
 
 
 @pytest.mark.parametrize("kept", [KEPT, DROPPED], ids=["parts", "a whole layer"])
 @pytest.mark.parametrize(("name", "fields"), MODELS, ids=NAMES)
-def test_every_layer_is_the_least_squares_solution_of_its_inputs_and_outputs(name, fields, kept):
-    dense, text = tiny(name, torch.float64, **fields), batches(20)
+@pytest.mark.parametrize(("follow", "relative"), [(True, True), (False, False)], ids=["dense", "layer"])
+def test_every_layer_is_the_least_squares_solution_of_its_inputs_and_outputs(name, fields, kept, follow, relative):
+    dense, text = tiny(name, torch.float64, **fields), batches(5, 8)
     plan = plan_for(dense, kept)
-    wanted = _slowly(dense, plan, text, FIXED)
     found = slice_model(dense, plan)
-    refit(dense, found, plan, text, LeastSquares(damping=[FIXED]))
+    fits = refit(dense, found, plan, text, LeastSquares(damping=[FIXED], follow=follow, relative=relative)).fits
+    names = {"self_attn.o_proj": "heads", "mlp.down_proj": "channels"}
+    left = {(fit["layer"], names[fit["matrix"]]) for fit in fits if fit["setting"] is None}
+    wanted = _slowly(dense, plan, text, FIXED, follow, relative, left)
     changed = 0
     for (parameter, one), other in zip(found.named_parameters(), wanted.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5, msg=lambda text, p=parameter: f"{p}: {text}")
@@ -129,7 +144,7 @@ def _problem(tokens=400, inputs=12, outputs=5, noise=0.1, seed=0):
 def _moments(x, y, count=1) -> list[Moments]:
     found = [Moments.none(x.shape[1], y.shape[1], CPU) for _ in range(count)]
     for i, part in enumerate(found):
-        part.add(x[i::count], y[i::count])
+        part.add(x[i::count], y[i::count], x.new_ones(len(x[i::count])))
     return found
 
 
@@ -142,7 +157,7 @@ def test_moments_know_the_error_of_any_matrix():
     first, second = _moments(x, y, 2)
     assert (first + second).error(matrix) == pytest.approx(whole.error(matrix), rel=1e-6)
     assert (whole - first).error(matrix) == pytest.approx(second.error(matrix), rel=1e-5)
-    assert (first + second).tokens == 400 and (whole - first).tokens == 200
+    assert (first + second).weight == 400 and (whole - first).weight == 200
 
 
 def test_least_squares_is_nearest_among_neighbours_with_and_without_bias():
@@ -210,6 +225,19 @@ def test_every_compensation_lowers_errors_and_changes_nothing_but_what_it_names(
     assert model_hash(bare) == model_hash(sliced)
     assert all(p.grad is None for p in sliced.parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in [*sliced.modules(), *dense.modules()])
+
+
+def test_a_token_that_weighs_twice_is_as_two():
+    x, y, matrix = _problem()
+    weights = 1.0 + (torch.arange(400) % 3 == 0)
+    twice = weights == 2
+    weighted, repeated = Moments.none(12, 5, CPU), Moments.none(12, 5, CPU)
+    weighted.add(x, y, weights)
+    repeated.add(torch.cat([x, x[twice]]), torch.cat([y, y[twice]]), torch.ones(400 + int(twice.sum())))
+    for name in ("x", "y", "xx", "xy", "yy"):
+        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-5, atol=1e-4)
+    assert weighted.weight == repeated.weight
+    assert weighted.error(matrix) == pytest.approx(repeated.error(matrix), rel=1e-5)
 
 
 @pytest.mark.parametrize("compensation", [LeastSquares(damping=[1e-8, 1e-4]), Rotation()], ids=lambda c: c.name)
