@@ -330,7 +330,8 @@ class StructuredPruning(CausalLM):
         return replace(self.layout, multiple=channel_multiple(whole.shapes, self.multiple))
 
     def _planner(self, model: Any, batches: list[dict[str, Tensor]], layout: Layout) -> Planner:
-        return Planner(model, self.base, batches, self.importance, layout, self.cache, stage, self.probe_blocks)
+        measured = (self.importance, layout, self.cache, stage, self.probe_blocks, self.compensation)
+        return Planner(model, self.base, batches, *measured)
 
     def _structure(
         self, whole: ModelShape, plan: PruningPlan, datamodule: LightningDataModule, measured: dict[str, Any]

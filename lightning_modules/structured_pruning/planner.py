@@ -4,10 +4,10 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from common.files import replacing_file, write_text
 from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning import layer_damage
 from lightning_modules.structured_pruning.block_influence import block_influence
+from lightning_modules.structured_pruning.compensation import Compensation
+from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.free import check_free, free_parts
 from lightning_modules.structured_pruning.importance import Importance, LayerScores
 from lightning_modules.structured_pruning.importance.base import Keep, best, checked
@@ -28,8 +30,13 @@ from lightning_modules.structured_pruning.layout import AUTO, Layout
 from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash, settings_hash, tensors_hash, text_hash
+from lightning_modules.structured_pruning.refitting import amount, check_tokens, most_inputs, refit
+from lightning_modules.structured_pruning.slicing import slice_model
 from lightning_modules.structured_pruning.stock import group_step
-from lightning_modules.structured_pruning.trials import Candidate, Space, check_stock
+from lightning_modules.structured_pruning.trials import MOST_CONTENDERS, Candidate, Space, check_stock
+
+_REFIT_TOKENS = 3  # for one that determines the widest matrix, in refits of trials
+_REFIT_PASSES = 3.0  # of the dense model, and of the sliced one for two matrices and once more
 
 
 class Stage(Protocol):
@@ -55,6 +62,7 @@ class Planner:
         cache: Folder for damages, scores and trials of all models.
         stage: Shows progress.
         probe_blocks: Rows of the calibration text that whole layers and shapes are tried on.
+        compensation: What follows slicing; shapes are tried after a quick form of it.
     """
 
     model: Any
@@ -65,6 +73,7 @@ class Planner:
     cache: Path
     stage: Stage
     probe_blocks: int = 4
+    compensation: Compensation = field(default_factory=Unchanged)
 
     def __post_init__(self) -> None:
         self.score_seconds: float | None = None  # None: not measured in this process
@@ -115,16 +124,18 @@ class Planner:
         space = Space(config, self.shapes, layout, self._worthless, target)
         count = space.most_trials()
         if count > 1:
+            count += MOST_CONTENDERS if self._refit_rows else 0
             _ = self.scores, self._worthless() if max(space.drop_counts()) else []  # each shows a stage of its own
         with self.stage("Trying shapes", count, "shapes") if count > 1 else nullcontext(_silent) as done:
             numbers = itertools.count(1)
 
-            def loss(candidate: Candidate) -> float:
-                found = self._tried(candidate)
+            def counted(candidate: Candidate, loss: Callable[[Candidate], float]) -> float:
+                found = loss(candidate)
                 done(next(numbers))
                 return found
 
-            best, trials = space.search(loss)
+            refitted = partial(counted, loss=self._refitted) if self._refit_rows else None
+            best, trials = space.search(partial(counted, loss=self._tried), refitted)
         kept, rest = space.rest(best.dropped)
         share = None if layout.attention_share == AUTO else layout.attention_share
         decoder = sum(s.parameters for s in self.shapes)
@@ -168,7 +179,10 @@ class Planner:
         if self.importance.rescores:
             found["again, layer by layer"] = tokens["all"] * self.importance.passes * count
         if trials > 1:
-            found["shapes"] = float(tokens["probes"] * (trials if any(found.values()) else self._untried(space)))
+            most = (trials, MOST_CONTENDERS if self._refit_rows else 0)
+            new, again = most if any(found.values()) else self._untried(space)
+            refits = _REFIT_PASSES * _tokens(self._refit_rows) + tokens["probes"]
+            found["shapes"] = float(new * tokens["probes"] + again * refits)
         return {what: passes for what, passes in found.items() if passes}
 
     @cached_property
@@ -201,31 +215,74 @@ class Planner:
         path, key = self._trials_path, self._key(candidate)
         known = _read_losses(path)
         if key not in known:
-            gone, keep = set(candidate.dropped), Keep(candidate.groups, candidate.channels)
-            layers = [
-                LayerPlan([], []) if i in gone else self._chosen(self.scores[i], keep, shape.n_rep)
-                for i, shape in enumerate(self.shapes)
-            ]
-            plan = PruningPlan(layers, [[s.groups, s.channels] for s in self.shapes], self.base, self.hash)
-            with masked(self.model, plan):
+            with masked(self.model, self._shaped(candidate)):
                 known[key] = mean_nll(self.model, self.probes)
             _write_losses(path, known)
         return known[key]
 
-    def _untried(self, space: Space) -> int:
-        """How many shapes of a search have still to be tried, damages being known."""
-        known, missing = _read_losses(self._trials_path), list[Candidate]()
+    @cached_property
+    def _refit_rows(self) -> list[dict[str, Tensor]]:
+        """Rows that follow the probes, for quick refits; none where nothing is refitted, or the text is too little."""
+        if not self.compensation.refits or not self.batches:
+            return []
+        quick = self.compensation.quick()
+        widest, hidden = most_inputs(self.shapes), self.model.config.hidden_size
+        tokens = _REFIT_TOKENS * quick.fewest_tokens(widest, hidden)
+        found, seen, left = list[dict[str, Tensor]](), 0, max(tokens, 1)
+        for batch in self.batches:
+            rows = len(batch["input_ids"])
+            first = min(max(self.probe_blocks - seen, 0), rows)
+            count = min(rows - first, math.ceil(left / batch["input_ids"].shape[1]))
+            if count > 0 and left > 0:
+                found.append({name: part[first : first + count] for name, part in batch.items()})
+                left -= found[-1]["input_ids"].numel()
+            seen += rows
+        try:
+            check_tokens(quick, widest, hidden, *amount(found))
+        except ValueError:
+            return []
+        return found
 
-        def loss(candidate: Candidate) -> float:
-            if self._key(candidate) not in known:
-                missing.append(candidate)
-            return known.get(self._key(candidate), math.inf)
+    def _refitted(self, candidate: Candidate) -> float:
+        """Loss of the model in a shape after a quick refit on other text than it is tried on; measured once."""
+        path, key = self._trials_path, self._refit_key(candidate)
+        known = _read_losses(path)
+        if key not in known:
+            plan = self._shaped(candidate)
+            sliced = slice_model(self.model, plan)
+            refit(self.model, sliced, plan, self._refit_rows, self.compensation.quick())
+            known[key] = mean_nll(sliced, self.probes)
+            _write_losses(path, known)
+        return known[key]
 
-        space.search(loss)
-        return len(missing)
+    def _shaped(self, candidate: Candidate) -> PruningPlan:
+        """The plan for a shape."""
+        gone, keep = set(candidate.dropped), Keep(candidate.groups, candidate.channels)
+        layers = [
+            LayerPlan([], []) if i in gone else self._chosen(self.scores[i], keep, shape.n_rep)
+            for i, shape in enumerate(self.shapes)
+        ]
+        return PruningPlan(layers, [[s.groups, s.channels] for s in self.shapes], self.base, self.hash)
+
+    def _untried(self, space: Space) -> tuple[int, int]:
+        """How many shapes of a search have still to be tried, and refitted, damages being known."""
+        known = _read_losses(self._trials_path)
+        missing, unfitted = list[Candidate](), list[Candidate]()
+
+        def loss(candidate: Candidate, key: Callable[[Candidate], str], new: list[Candidate]) -> float:
+            if key(candidate) not in known:
+                new.append(candidate)
+            return known.get(key(candidate), math.inf)
+
+        refitted = partial(loss, key=self._refit_key, new=unfitted) if self._refit_rows else None
+        space.search(partial(loss, key=self._key, new=missing), refitted)
+        return len(missing), len(unfitted)
 
     def _key(self, candidate: Candidate) -> str:
         return settings_hash([self.importance.name, self.importance.config(), self.text, asdict(candidate)])
+
+    def _refit_key(self, candidate: Candidate) -> str:
+        return settings_hash([self._key(candidate), self.compensation.quick().describe(), text_hash(self._refit_rows)])
 
     @cached_property
     def scores(self) -> list[LayerScores]:

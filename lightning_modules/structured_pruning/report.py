@@ -88,15 +88,17 @@ def table(base: str, fields: dict[str, Any]) -> Table:
 
 
 def trials_table(trials: Sequence[dict[str, Any]]) -> Table:
-    """Shapes that were tried, and their losses; the best is marked."""
-    shown = Table(title="shapes that remove the budget, tried by masks", title_style="")
-    for column in ("groups", "channels", "layers dropped", "loss, nats a token", ""):
+    """Shapes that were tried, and their losses; the best is marked: after a refit, where any was tried so."""
+    shown = Table(title="shapes that remove the budget, nats a token, tried by masks", title_style="")
+    for column in ("groups", "channels", "layers dropped", "by masks", "refitted", ""):
         shown.add_column(column, justify="left" if column in ("layers dropped", "") else "right")
-    least = min(trial["loss"] for trial in trials)
+    by = "refitted" if any(trial.get("refitted") is not None for trial in trials) else "loss"
+    least = min(trial[by] for trial in trials if trial[by] is not None)
     for trial in trials:
         dropped = ", ".join(map(str, trial["dropped"])) or "none"
-        best = "best" if trial["loss"] == least else ""
-        shown.add_row(str(trial["groups"]), str(trial["channels"]), dropped, f"{trial['loss']:.4f}", best)
+        again = trial.get("refitted")
+        cells = (f"{trial['loss']:.4f}", "" if again is None else f"{again:.4f}", "best" * (trial[by] == least))
+        shown.add_row(str(trial["groups"]), str(trial["channels"]), dropped, *cells)
     return shown
 
 

@@ -1,11 +1,12 @@
 """Which stock shape costs least: a few that all remove the target are tried on a little text.
 
 Every trial removes the same number of parameters: so many layers whole, so many groups of every other layer, and the
-rest from the MLPs, to the very channel, so that no trial is flattered by rounding.
+rest from the MLPs, to the very channel, so that no trial is flattered by rounding. All are tried by masks. A refit
+makes up for channels far more than for whole layers, so what may be best is then sliced, refitted and tried again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_modules.structured_pruning.free import check_dropped
@@ -22,6 +23,8 @@ from lightning_modules.structured_pruning.stock import (
 )
 
 _SHARES = (0.0, 0.5, 1.0, 1.5)  # of the rate at which parameters go: what of the groups is tried to go
+_LEAST = 2  # so many of the least losses by masks are tried again after a refit
+MOST_CONTENDERS = _LEAST + 1
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,23 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and its loss, in nats per token."""
+    """A candidate and its losses in nats per token: by masks, and after a refit where it was tried so."""
 
     candidate: Candidate
     loss: float
+    refitted: float | None = None
 
     def fields(self) -> dict[str, Any]:
         """For plans and records."""
-        return {**asdict(self.candidate), "dropped": list(self.candidate.dropped), "loss": self.loss}
+        own = {"dropped": list(self.candidate.dropped), "loss": self.loss, "refitted": self.refitted}
+        return {**asdict(self.candidate), **own}
+
+
+def contenders(trials: Sequence[Trial]) -> list[Candidate]:
+    """What is worth a refit: the least losses by masks, and the most groups of the most layers, which comes first."""
+    ordered = sorted(trials, key=lambda trial: trial.loss)
+    least = [trial.candidate for trial in ordered[:_LEAST]]
+    return list(dict.fromkeys([trials[0].candidate, *least]))
 
 
 class Space:
@@ -117,7 +129,9 @@ class Space:
         others = [len(self.group_counts(tuple(self.layout.droppable(self.shapes)[:n]))) - 1 for n in drops]
         return len(drops) + max(others[0], 0) + (max(0, *others[1:]) if len(drops) > 1 else 0)
 
-    def search(self, loss: Callable[[Candidate], float]) -> tuple[Candidate, list[Trial]]:
+    def search(
+        self, loss: Callable[[Candidate], float], refitted: Callable[[Candidate], float] | None = None
+    ) -> tuple[Candidate, list[Trial]]:
         """The candidate of least loss.
 
         First every number of dropped layers with the most groups, then fewer groups: with the fewest dropped layers,
@@ -125,6 +139,7 @@ class Space:
 
         Args:
             loss: Loss of the model in a candidate's shape; not asked where there is only one candidate.
+            refitted: The same after a refit, asked of contenders; None where that is not what follows.
 
         Returns:
             The best candidate, in channels of ``layout.multiple``, and what was tried.
@@ -143,6 +158,11 @@ class Space:
             best = tried(self.candidate(groups[0], dropped) for dropped, groups in counts.items())
             for dropped in dict.fromkeys((fewest, best.dropped)):
                 best = tried(self.candidate(groups, dropped) for groups in counts[dropped][1:])
+        again = contenders(trials) if refitted and trials else []
+        if refitted and len(again) > 1:
+            losses = {candidate: refitted(candidate) for candidate in again}
+            trials = [replace(trial, refitted=losses.get(trial.candidate)) for trial in trials]
+            best = min(losses, key=losses.__getitem__)
         return self.candidate(best.groups, best.dropped, self.layout.multiple), trials
 
 

@@ -97,6 +97,10 @@ class Compensation(Variant, ABC):
         # hidden states, those of the dense model, and what a layer should add to them
         return self.refits * ((2 + self.follow) * states + DOUBLE * moments)
 
+    def quick(self) -> "Compensation":
+        """What costs little and says of two shapes which will be better after this one."""
+        return self
+
     @abstractmethod
     def solve(self, matrix: Matrix, moments: Moments, setting: float | None) -> Matrix:
         """The matrix that suits these moments.

@@ -45,6 +45,11 @@ class LeastSquares(Compensation):
         """See ``Compensation.settings``."""
         return self.damping
 
+    def quick(self) -> "LeastSquares":
+        """See ``Compensation.quick``: one damping, and nothing to choose."""
+        middle = sorted(self.damping)[len(self.damping) // 2]
+        return LeastSquares((middle,), 2, self.bias, self.follow, self.relative)
+
     def fewest_tokens(self, inputs: int, outputs: int) -> int:
         """See ``Compensation.fewest_tokens``: as many as there are inputs."""
         return inputs

@@ -13,19 +13,22 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from common.progress import stage
 from lightning_modules.loading import load
 from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
+from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
 from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.export import pad_to_stock, padded_parameters
 from lightning_modules.structured_pruning.footprint import parameters_of
 from lightning_modules.structured_pruning.free import free_parts
+from lightning_modules.structured_pruning.importance.refitted import Refitted
 from lightning_modules.structured_pruning.layers import LayerShape, decoder_layers, shape_of
 from lightning_modules.structured_pruning.layout import Layout
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import LayerPlan
-from lightning_modules.structured_pruning.planner import check_possible
+from lightning_modules.structured_pruning.planner import Planner, check_possible
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
 from lightning_modules.structured_pruning.stock import group_step, groups_for_share, possible_groups, uniform_parts
@@ -371,6 +374,44 @@ def test_a_trial_is_the_loss_of_the_sliced_model_and_is_made_once(make, data, tm
     kept.write_text(kept.read_text().replace(".", ".1", 1))
     module.prune(data, CPU)
     assert len(asked) == 2 * len(trials)
+
+
+def test_shapes_are_judged_after_a_refit_on_other_text_than_they_are_tried_on(tmp_path, monkeypatch):
+    """Every channel has a twin, whose part the other can take over once it is refitted; a layer does very little."""
+    from lightning_modules.structured_pruning import planner
+
+    model = tiny(dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                matrix.weight[24:] = matrix.weight[:24]
+        model.model.layers[2].self_attn.o_proj.weight *= 0.1
+        model.model.layers[2].mlp.down_proj.weight *= 0.1
+    text = model.generate(ids(16)[:, :3], max_new_tokens=29, do_sample=False)
+    rows = [{"input_ids": row, "labels": row} for row in text.split(2)]
+    target = round(0.25 * sum(shape.parameters for shape in _shapes(model)))
+    seen = []
+    refitted_on = planner.refit
+    monkeypatch.setattr(planner, "refit", lambda *given: seen.append(given[3]) or refitted_on(*given))
+
+    def trials(compensation) -> tuple[list[dict], list[int]]:
+        given = (model, "toy", rows, Refitted(by_loss=False), Layout(multiple=1), tmp_path, stage, 3, compensation)
+        plan = Planner(*given).plan(target, {})
+        assert not Planner(*given).work(target)
+        return plan.settings["trials"], plan.settings["dropped"]
+
+    masked, dropped = trials(Unchanged())
+    assert dropped == [2] and not seen and {trial["refitted"] for trial in masked} == {None}
+    again, dropped = trials(LeastSquares(damping=[1e-6]))
+    assert dropped == [] and [trial["loss"] for trial in again] == [trial["loss"] for trial in masked]
+    losses = {tuple(trial["dropped"]): trial["refitted"] for trial in again if trial["refitted"] is not None}
+    assert losses[()] < losses[(2,)] and 2 <= len(losses) <= 3
+    assert len(seen) == len(losses) and {sum(len(b["input_ids"]) for b in text) for text in seen} == {5}
+    first = seen[0][0]["input_ids"]
+    assert torch.equal(first, rows[1]["input_ids"][1:]), "the probes are other rows"
+    assert trials(LeastSquares(damping=[1e-6])) == (again, []) and len(seen) == len(losses), "measured once"
+    few = Planner(model, "toy", rows[:2], Refitted(), Layout(), tmp_path, stage, 3, LeastSquares())
+    assert {trial["refitted"] for trial in few.plan(target, {}).settings["trials"]} == {None}
 
 
 @pytest.mark.parametrize("drop_by", ["damage", "block_influence"])
