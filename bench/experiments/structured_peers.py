@@ -1,72 +1,128 @@
-"""Ways to remove parts of a pretrained model at one size: perplexity on texts not calibrated on, nothing trained.
+"""Ways to remove parts of a pretrained model at one size: perplexity on texts not calibrated on.
 
 Each text is cut in two: the first halves are the mixture that every arm calibrates on, the second halves are evaluated.
 The seed draws the blocks of the mixture. Published methods run by their own settings, as far as one model class can
-hold their result. Killed, it goes on.
+hold their result, and once more with Pare's refit; some arms are then recovered alike, by a few steps of low-rank
+adapters on the calibration text, beside the dense model tuned alike. Chance is in the calibration text and in
+``Random``: arms that are compared run with three seeds, variations with one.
+
+A seed is measured in a process of its own, in which the model is loaded once and parts are scored once for all budgets
+and arms. Killed, it goes on with what is missing:
+
+python -m bench.experiments.structured_peers --model FOLDER --train calibration.json --texts NAME=FILE,NAME=FILE
 """
 
+import argparse
+import copy
 import json
-import shutil
+import math
+import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
+import torch
 
-from bench.experiments.runs import claim, halves, once, validated
+from bench.experiments.runs import claim, halves, json_lines, say
 from bench.tables import figures
-from common.files import write_text
+from common.progress import stage
+from common.randomness import run_seed
+from lightning_modules.data.text import TextCorpus
+from lightning_modules.loading import load
+from lightning_modules.perplexity import validation_perplexity
+from lightning_modules.structured_pruning.allocation.uniform import Uniform
+from lightning_modules.structured_pruning.budget import channel_multiple
+from lightning_modules.structured_pruning.compensation import Compensation
+from lightning_modules.structured_pruning.compensation.bias import Bias
+from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
+from lightning_modules.structured_pruning.compensation.reconstruction import Reconstruction
+from lightning_modules.structured_pruning.compensation.rotation import Rotation
+from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
+from lightning_modules.structured_pruning.importance import Importance
+from lightning_modules.structured_pruning.importance.fluctuation import Fluctuation
+from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
+from lightning_modules.structured_pruning.importance.magnitude import Magnitude
+from lightning_modules.structured_pruning.importance.random import Random
+from lightning_modules.structured_pruning.importance.refitted import Refitted
+from lightning_modules.structured_pruning.importance.weight_taylor import WeightTaylor
+from lightning_modules.structured_pruning.layers import family
+from lightning_modules.structured_pruning.layout import DropBy, Layout
+from lightning_modules.structured_pruning.model_shape import ModelShape
+from lightning_modules.structured_pruning.planner import Planner
+from lightning_modules.structured_pruning.refitting import compensate
+from lightning_modules.structured_pruning.rounds import short_recovery
+from lightning_modules.structured_pruning.slicing import slice_model
 
 RECORDS = "structured_peers.jsonl"
 COMMAND = "python -m bench experiment structured_peers --model FOLDER --texts NAME=FILE,NAME=FILE"
-CONFIG = "configs/structured_pruning/prune.yaml"
 BLOCK, CALIBRATION_BLOCKS, EVALUATION_BLOCKS = 512, 32, 16
 BUDGETS = {0.10: 1.10, 0.25: 1.30, 0.50: 2.0}  # share of the decoder, and perplexity over dense to reach
 SEEDS = (1, 2, 3)
 FIRST, LAST = 4, 3  # layers that LLM-Pruner leaves whole
+RECOVERY_STEPS, RECOVERY_RATE = 16, 1e-3
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class _Arm:
+class Arm:
     """A way to prune.
 
     Attributes:
         what: In words.
-        arguments: Of `prune`.
-        depth: Whole layers alone go, as many as fit the budget.
-        seeded: Whether the result depends on calibration text or chance; others run once.
+        importance: Made for a seed.
+        compensation: What follows slicing.
+        drop_by: Whole layers alone go, in this order, as many as fit the budget; None for parts of layers.
+        uniform: The same rate in the middle layers, by LLM-Pruner's protocol, in a free shape.
+        seeds: With how many seeds it runs.
+        recovered: Whether it is recovered, with the first seed.
+        peer: Whether the default is to be better than it.
     """
 
     what: str
-    arguments: tuple[str, ...] = ()
-    depth: bool = False
-    seeded: bool = True
+    importance: Callable[[int], Importance] = lambda seed: GateTaylor()
+    compensation: Compensation = Unchanged()  # noqa: RUF009 - it has no state
+    drop_by: DropBy | None = None
+    uniform: bool = False
+    seeds: int = 3
+    recovered: bool = True
+    peer: bool = True
 
 
-_PLAIN = ("--model.compensation", "Unchanged")
-_FREE = ("--model.shape", "free", *_PLAIN)
+def _varied(what: str, **changed: Any) -> Arm:
+    """The default with something else."""
+    return Arm(what, **({"compensation": LeastSquares(), "seeds": 1, "recovered": False, "peer": False} | changed))
+
+
+def _refitted(arm: Arm) -> Arm:
+    """A published way, refitted as the default is."""
+    given = (arm.importance, LeastSquares(), arm.drop_by, arm.uniform)
+    return Arm(f"{arm.what}, refitted as Pare's", *given, seeds=1, recovered=False)
+
+
+PEERS = {
+    "flap": Arm("FLAP: fluctuation, mean outputs as biases", lambda seed: Fluctuation(), Bias()),
+    "llm-pruner": Arm(
+        "LLM-Pruner: |weight · gradient|, the same rate in the middle layers", lambda seed: WeightTaylor(), uniform=True
+    ),
+    "shortgpt": Arm("ShortGPT: layers of least influence", drop_by="block_influence"),
+    "shortened-llama": Arm("Shortened LLaMA: layers of least damage", drop_by="damage"),
+    "magnitude": Arm("size of weights", lambda seed: Magnitude(), seeds=1),
+    "random": Arm("chance", lambda seed: Random(seed)),
+}
 ARMS = {
-    "pare": _Arm("the default: shape tried, gates' importance, refitted"),
-    "pare-refitted-scores": _Arm("the same, importance after refitting", ("--model.importance", "Refitted")),
-    "pare-unrefitted": _Arm("the default without refitting", _PLAIN),
-    "pare-rotation": _Arm("the default, refitted by a rotation (RCPU)", ("--model.compensation", "Rotation")),
-    "flap": _Arm(
-        "FLAP: fluctuation, mean outputs as biases",
-        ("--model.importance", "Fluctuation", "--model.compensation", "Bias"),
+    "pare": _varied("the default: shape tried, gates' importance, refitted", seeds=3, recovered=True),
+    "pare-unrefitted": _varied("the default without refitting", compensation=Unchanged(), seeds=3, recovered=True),
+    "pare-learned": _varied("the default, whose MLPs then learn what is missing", compensation=Reconstruction()),
+    "pare-layerwise": _varied(
+        "the default, each layer refitted to the whole one", compensation=LeastSquares(follow=False, relative=False)
     ),
-    "llm-pruner": _Arm(
-        "LLM-Pruner: |weight · gradient|, the same rate in the middle layers",
-        ("--model.importance", "WeightTaylor", "--model.allocation", "Uniform", *_FREE),
-    ),
-    "shortgpt": _Arm(
-        "ShortGPT: layers of least influence", ("--model.drop_by", "block_influence", *_PLAIN), depth=True
-    ),
-    "shortened-llama": _Arm(
-        "Shortened LLaMA: layers of least damage", ("--model.drop_by", "damage", *_PLAIN), depth=True
-    ),
-    "magnitude": _Arm("size of weights", ("--model.importance", "Magnitude", *_PLAIN)),
-    "random": _Arm("chance", ("--model.importance", "Random", *_PLAIN)),
+    "pare-all-alike": _varied("the default, all tokens weighed alike", compensation=LeastSquares(relative=False)),
+    "pare-refitted-scores": _varied("the default, importance after refitting", importance=lambda seed: Refitted()),
+    "pare-rotation": _varied("the default, refitted by a rotation (RCPU)", compensation=Rotation()),
+    **PEERS,
+    **{f"{name}-refitted": _refitted(arm) for name, arm in PEERS.items()},
 }
 
 
@@ -83,95 +139,127 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
         ValueError: A text too short to be cut in two, or a folder that ``claim`` refuses.
     """
     commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
-    mixture = folder / "calibration.json"
     evaluated = halves(folder, texts)
-    layers = AutoConfig.from_pretrained(str(model)).num_hidden_layers
-    data = {name: _data(model, mixture, path) for name, path in evaluated.items()}
-    for budget in BUDGETS:
-        for name, arm in ARMS.items():
-            found = [
-                _measured(folder, model, name, arm, layers, budget, seed, data)
-                for seed in (SEEDS if arm.seeded else SEEDS[:1])
-            ]
-            for text in data:
-                _append(records, model, name, arm, budget, text, [one[text] for one in found], commit)
+    found = [line for seed in SEEDS for line in _lines(folder, model, evaluated, seed)]
+    for text in texts:
+        for budget, most in BUDGETS.items():
+            for name, arm in ARMS.items():
+                lines = [one for one in found if (one["arm"], one["budget"]) == (name, budget)]
+                target = most if name == "pare" else None
+                _append(records, model, name, arm, budget, text, lines, "before", found, target, commit)
+                if arm.recovered:
+                    _append(records, model, name, arm, budget, text, lines, "after", found, None, commit)
+            _margin(records, budget, text, found, commit)
 
 
-def _data(model: Path, mixture: Path, evaluated: Path) -> tuple[str, ...]:
-    files = ("--data", "TextCorpus", "--data.train", str(mixture))
-    shape = ("--data.block_size", str(BLOCK), "--data.batch_size", "2", "--data.max_val_blocks", str(EVALUATION_BLOCKS))
-    return (*files, "--data.val", str(evaluated), "--data.tokenizer", str(model), *shape)
+def _lines(folder: Path, model: Path, texts: Mapping[str, Path], seed: int) -> Iterator[dict[str, Any]]:
+    """The cells of one seed: those of before, then what is missing, as they come."""
+    kept = folder / f"seed-{seed}.jsonl"
+    known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    yield from known
+    if len(known) == len(_wanted(seed)):
+        return
+    given = ["--model", str(model), "--train", str(folder / "calibration.json"), "--seed", str(seed)]
+    given += ["--texts", ",".join(f"{name}={path}" for name, path in texts.items())]
+    given += ["--cache", str(folder / "cache"), "--kept", str(kept)]
+    for line in json_lines(__name__, *given, log=folder / f"seed-{seed}.log"):
+        with open(kept, "a") as file:
+            file.write(f"{json.dumps(line)}\n")
+        shown = ", ".join(f"{text} {value:.1f}" for text, value in line["ppl"].items())
+        say(f"seed {seed}, {line['arm']}, {line['budget']:.0%}: {shown}")
+        yield line
 
 
-def _measured(
-    folder: Path,
-    model: Path,
-    name: str,
-    arm: _Arm,
-    layers: int,
-    budget: float,
-    seed: int,
-    data: dict[str, tuple[str, ...]],
-) -> dict[str, dict[str, float]]:
-    """Perplexities before and after, and parameters that went as a share of the decoder's, by text; measured once."""
-    place = folder / f"{name}-{100 * budget:g}-{seed}"
-    left = place / "found.json"
-    if left.is_file():
-        known: dict[str, dict[str, float]] = json.loads(left.read_text())
-        return known
-    given = ["--model.base", str(model), "--model.output", str(place / "model"), "--seed_everything", str(seed)]
-    given += [
-        "--model.dtype",
-        "bfloat16",
-        "--model.calibration_blocks",
-        str(CALIBRATION_BLOCKS),
-        "--model.cache_dir",
-        str(folder / "cache"),
-    ]
-    given += [*arm.arguments]
-    if arm.depth:
-        count = int(budget * layers)
-        given += ["--model.drop_layers", str(count), "--model.budget", repr(count / layers)]
+def _wanted(seed: int) -> list[tuple[str, float]]:
+    """Arms and budgets of a seed; the dense model first."""
+    arms = [name for name, arm in ARMS.items() if seed in SEEDS[: arm.seeds]]
+    return [(DENSE, 0.0), *((name, budget) for budget in BUDGETS for name in arms)]
+
+
+def cell(
+    model: Any, base: str, data: Mapping[str, Any], arm: Arm | None, budget: float, seed: int, cache: Path
+) -> dict[str, Any]:
+    """One way to prune, measured.
+
+    Args:
+        model: The dense model; not changed.
+        base: Its folder.
+        data: DataModules by name of the text they evaluate on, all with the same calibration text, set up.
+        arm: The way; None leaves the model whole.
+        budget: Share of the decoder to remove.
+        seed: Of what is drawn.
+        cache: Folder for damages, scores and trials.
+
+    Returns:
+        ``removed``, the share that went; ``ppl`` by text; ``recovered``, the same after a short recovery, or None.
+    """
+    batches = next(iter(data.values())).calibration(CALIBRATION_BLOCKS, run_seed())
+    decoder = sum(p.numel() for p in model.model.layers.parameters())
+    if arm is None:
+        made = copy.deepcopy(model)
     else:
-        given += ["--model.budget", str(budget)]
-    if name == "llm-pruner":
-        whole = [*range(FIRST), *range(layers - LAST, layers)]
-        given += ["--model.protect_layers", json.dumps(whole)]
-    first, *others = data
-    done = once(place / first, "prune", CONFIG, *data[first], *given)
-    structure = done["structure"]
-    gone = structure["decoder_parameters_after"] / structure["decoder_parameters_before"]
-    found = {first: {"before": structure["ppl_before"], "after": structure["ppl_after"]}}
-    for text in others:
-        dense = validated(
-            folder / f"dense-{text}", CONFIG, *data[text], "--model.base", str(model), "--model.output", str(model)
-        )
-        pruned = validated(place / text, CONFIG, *data[text], *given)
-        found[text] = {"before": dense, "after": pruned}
-    measured = {text: {**both, "removed": 1 - gone} for text, both in found.items()}
-    write_text(left, json.dumps(measured))
-    shutil.rmtree(place / "model")  # ninety models are more than most disks hold
-    return measured
+        count = math.floor(budget * len(model.model.layers)) if arm.drop_by else None
+        layout = _layout(model, arm, count)
+        importance = arm.importance(seed)
+        planner = Planner(model, base, batches, importance, layout, cache, stage, compensation=arm.compensation)
+        target = budget * decoder if count is None else decoder * count // len(model.model.layers)
+        plan = planner.plan(round(target), {})
+        made = slice_model(model, plan)
+        compensate(model, made, plan, batches, arm.compensation)
+    left = sum(p.numel() for p in made.model.layers.parameters())
+    found = {
+        "removed": 1 - left / decoder,
+        "ppl": {name: validation_perplexity(made, one) for name, one in data.items()},
+    }
+    recovered = None
+    if (arm is None or arm.recovered) and seed == SEEDS[0]:
+        torch.manual_seed(seed)  # the adapters' first values
+        with stage("Recovery", RECOVERY_STEPS, "steps") as done:
+            tuned, _ = short_recovery(made, batches, RECOVERY_STEPS, RECOVERY_RATE, done)
+        recovered = {name: validation_perplexity(tuned, one) for name, one in data.items()}
+    return {**found, "recovered": recovered}
+
+
+def _layout(model: Any, arm: Arm, count: int | None) -> Layout:
+    """What an arm asks of a plan; ``count`` layers go whole, or what it finds."""
+    shape = ModelShape.of(model, model.dtype.itemsize)
+    multiple, layers = channel_multiple(shape.shapes, None), len(shape.shapes)
+    if arm.uniform:
+        whole = (*range(FIRST), *range(layers - LAST, layers))
+        return Layout("free", Uniform(), protect_layers=whole, multiple=multiple)
+    if count is not None:
+        return Layout(drop_layers=count, drop_by=arm.drop_by or "damage", multiple=multiple)
+    return Layout(multiple=multiple)
+
+
+def _ratios(lines: Sequence[dict[str, Any]], text: str, when: str, found: Sequence[dict[str, Any]]) -> list[float]:
+    """Perplexities of an arm over the dense model's, left alone or tuned alike, one a seed."""
+    field = {"before": "ppl", "after": "recovered"}[when]
+    dense = next(one for one in found if one["arm"] == DENSE and one[field])[field][text]
+    return [one[field][text] / dense for one in lines if one[field]]
 
 
 def _append(
     records: Path,
     model: Path,
     name: str,
-    arm: _Arm,
+    arm: Arm,
     budget: float,
     text: str,
-    found: list[dict[str, float]],
+    lines: Sequence[dict[str, Any]],
+    when: str,
+    found: Sequence[dict[str, Any]],
+    most: float | None,
     commit: str | None,
 ) -> None:
-    ratios = [one["after"] / one["before"] for one in found]
-    most = BUDGETS[budget] if name == "pare" else None
-    removed = statistics.mean(one["removed"] for one in found)
+    ratios = _ratios(lines, text, when, found)
+    removed = statistics.mean(one["removed"] for one in lines)
+    tuned = f"after {RECOVERY_STEPS} steps of adapters, over the dense model tuned alike"
+    compared = "nothing trained, over the dense model" if when == "before" else tuned
     figures.append(
         records,
-        figure=f"{name}-{100 * budget:g}-{text}",
-        what=f"{arm.what}; {removed:.1%} of the decoder removed, nothing trained: perplexity on {text} over the dense "
-        f"model's ({found[0]['before']:.1f})",
+        figure=f"{name}-{100 * budget:g}-{text}-{when}",
+        what=f"{arm.what}; {removed:.1%} of the decoder removed: perplexity on {text}, {compared}",
         value=statistics.mean(ratios),
         spread=statistics.stdev(ratios) if len(ratios) > 1 else None,
         unit="×",
@@ -183,9 +271,69 @@ def _append(
             "arm": name,
             "budget": f"{budget:.0%}",
             "text": text,
+            "when": when,
             "removed": removed,
             "ratios": ratios,
-            "dense_ppl": found[0]["before"],
             "measured_at": commit,
         },
     )
+
+
+def _margin(records: Path, budget: float, text: str, found: Sequence[dict[str, Any]], commit: str | None) -> None:
+    """How far the best published way is behind the default, and whether that is more than their spread."""
+    ratios = {
+        name: _ratios([one for one in found if (one["arm"], one["budget"]) == (name, budget)], text, "before", found)
+        for name, arm in ARMS.items()
+        if name == "pare" or name in PEERS
+    }
+    own = ratios.pop("pare")
+    best = min(ratios, key=lambda name: statistics.mean(ratios[name]))
+    ahead = statistics.mean(ratios[best]) - statistics.mean(own)
+    spread = sum(statistics.stdev(values) if len(values) > 1 else 0.0 for values in (own, ratios[best]))
+    figures.append(
+        records,
+        figure=f"margin-{100 * budget:g}-{text}",
+        what=f"{best}, the best published way, over the default: perplexity on {text}, {budget:.0%} of the decoder "
+        "removed, nothing trained",
+        value=statistics.mean(ratios[best]) / statistics.mean(own),
+        unit="×",
+        target="above 1 × by more than the spread of both",
+        reached=ahead > spread,
+        command=COMMAND,
+        details={"ahead": ahead, "spread": spread, "best": best, "measured_at": commit},
+    )
+
+
+def main() -> None:
+    """Print a line for every cell of a seed that is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "train", "texts", "cache", "kept"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--seed", type=int, required=True, help="of the choice of calibration text")
+    options = parser.parse_args()
+    os.environ["PL_GLOBAL_SEED"] = str(options.seed)  # what `run_seed` reads: decides the order of the text
+    model = load(options.model, "bfloat16", supported=family)
+    data = {name: _data(options.model, options.train, path) for name, path in _pairs(options.texts)}
+    kept = Path(options.kept)
+    known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(line["arm"], line["budget"]) for line in known}
+    for name, budget in _wanted(options.seed):
+        if (name, budget) not in done:
+            measured = cell(model, options.model, data, ARMS.get(name), budget, options.seed, Path(options.cache))
+            print(json.dumps({"arm": name, "budget": budget, "seed": options.seed, **measured}), flush=True)
+
+
+def _pairs(texts: str) -> list[list[str]]:
+    return [one.split("=", 1) for one in texts.split(",")]
+
+
+def _data(model: str, train: str, evaluated: str) -> TextCorpus:
+    sizes: dict[str, Any] = {"block_size": BLOCK, "batch_size": 2, "max_val_blocks": EVALUATION_BLOCKS}
+    data = TextCorpus(train, evaluated, tokenizer=model, **sizes)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+if __name__ == "__main__":
+    main()

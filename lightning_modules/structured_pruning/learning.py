@@ -66,7 +66,8 @@ def learn(mlp: Any, rows: Sequence[Row], steps: int, learning_rate: float, rows_
                 group["lr"] = learning_rate * _rate(step, steps)
             current = {name: part.to(original[name].dtype) for name, part in found.items()}
             optimizer.zero_grad()
-            _error_share(mlp, current, chosen).backward()
+            error, energy = _error(mlp, current, chosen)
+            (error / energy).backward()
             optimizer.step()
     learned = {name: part.detach().to(original[name].dtype) for name, part in found.items()}
     after = _share(mlp, learned, held_out)
@@ -85,12 +86,14 @@ def _rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _share(mlp: Any, parameters: dict[str, Tensor], rows: Sequence[Row]) -> float:
-    return float(_error_share(mlp, parameters, rows))
+    """Error of rows held out, one at a time."""
+    errors, energies = zip(*(map(float, _error(mlp, parameters, [row])) for row in rows), strict=True)
+    return float(sum(errors) / (sum(energies) or 1.0))
 
 
-def _error_share(mlp: Any, parameters: dict[str, Tensor], rows: Sequence[Row]) -> Tensor:
-    """Σ w ‖wanted − given‖² over Σ w ‖wanted‖²."""
-    found = functional_call(mlp, parameters, (torch.cat([row.given for row in rows]),))
-    wanted, weights = torch.cat([row.wanted for row in rows]), torch.cat([row.weights for row in rows])
-    squares = (found.float() - wanted.float()).square().sum(-1)
-    return (weights * squares).sum() / (weights * wanted.float().square().sum(-1)).sum()
+def _error(mlp: Any, parameters: dict[str, Tensor], rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Σ w ‖wanted − given‖² and Σ w ‖wanted‖²."""
+    given, wanted, weights = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    found, wanted = functional_call(mlp, parameters, (given,)).float(), wanted.float()
+    errors, energies = ((weights * part.square().sum(-1)).sum() for part in (found - wanted, wanted))
+    return errors, energies

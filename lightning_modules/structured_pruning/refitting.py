@@ -188,6 +188,7 @@ def _refit_layer(
         folds.count(moments, batch, given[0], total.float() - attended_now[0].float(), weights[batch])
     yield _fitted("mlp.down_proj", down, compensation, moments)
     if compensation.learns:
+        moments = []  # they are large
         yield _learned(layer, added, streams.sliced, weights, folds, compensation)
 
 

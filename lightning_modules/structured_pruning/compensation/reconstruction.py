@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
 from lightning_modules.structured_pruning.learning import Learned, Row, learn
+from lightning_modules.structured_pruning.memory import SINGLE
 
 
 class Reconstruction(LeastSquares):
@@ -49,3 +50,8 @@ class Reconstruction(LeastSquares):
     def learn(self, mlp: Any, rows: Sequence[Row]) -> Learned:
         """See ``Compensation.learn``."""
         return learn(mlp, rows, self.steps, self.learning_rate, self.rows)
+
+    def memory(self, inputs: int, outputs: int, states: int) -> int:
+        """See ``Compensation.memory``: the refit; or what an MLP is given and should give, and Adam's three copies."""
+        copies = 6 * SINGLE * 3 * inputs * outputs  # with gradients, and the matrices before and during a step
+        return max(super().memory(inputs, outputs, states), (4 + self.follow) * states + copies)

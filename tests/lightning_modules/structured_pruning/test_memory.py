@@ -8,6 +8,7 @@ import torch
 from common.measure.memory import peak_bytes
 from lightning_modules.loading import load
 from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
+from lightning_modules.structured_pruning.compensation.reconstruction import Reconstruction
 from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.importance.activation import Activation
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
@@ -65,6 +66,17 @@ def test_every_step_takes_what_arithmetic_says(dtype, vocabulary, tmp_path):
         expected = peaks(work, KEPT, importance, LeastSquares())
         for step, taken in measured.items():
             assert expected[step] == pytest.approx(taken, rel=0.1), (step, importance, expected[step] / taken)
+
+
+def test_learning_takes_what_arithmetic_says_where_there_is_much_text():
+    model, text = _model(torch.float32, 500), 20 * _text()
+    plan = plan_for(model, KEPT)
+    sliced = slice_model(model, plan)
+    learning = Reconstruction(steps=2, rows=1, damping=[1.0], folds=2)
+    measured = peak_bytes(lambda: refit(model, sliced, plan, text, learning), CPU)
+    states = len(text) * ROWS * TOKENS * model.config.hidden_size * 4
+    assert learning.memory(320, 192, states) == pytest.approx(measured, rel=0.1)
+    assert learning.memory(320, 192, states) > 1.1 * LeastSquares(damping=[1.0], folds=2).memory(320, 192, states)
 
 
 def test_what_is_not_done_takes_nothing():

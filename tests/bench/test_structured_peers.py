@@ -1,0 +1,93 @@
+"""Cells of the comparison with published ways, on a model of four layers, and what is made of them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.experiments import structured_peers as peers
+from lightning_modules.perplexity import mean_nll, perplexity
+from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
+from lightning_modules.structured_pruning.importance.magnitude import Magnitude
+from tests.lightning_modules.structured_pruning import toy
+
+
+@pytest.fixture
+def data(monkeypatch):
+    monkeypatch.setattr(peers, "CALIBRATION_BLOCKS", 8)
+    monkeypatch.setattr(peers, "RECOVERY_STEPS", 2)
+    text = toy.batches(4)
+    one = SimpleNamespace(calibration=lambda count, seed: text, val_dataloader=lambda: toy.batches(1), block_size=20)
+    return {"a": one, "b": SimpleNamespace(**(vars(one) | {"val_dataloader": lambda: toy.batches(2)[1:]}))}
+
+
+# peft 0.21 still asks transformers by the old name
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_cells_leave_the_model_alone_and_remove_what_they_say(data, tmp_path):
+    model = toy.tiny()
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+
+    def cell(arm, budget=0.25, seed=1):
+        return peers.cell(model, "toy", data, arm, budget, seed, tmp_path)
+
+    dense = cell(None, 0.0)
+    text = toy.batches(2)
+    wanted = {"a": perplexity(mean_nll(model, text[:1])), "b": perplexity(mean_nll(model, text[1:]))}
+    assert dense["removed"] == 0 and dense["ppl"] == pytest.approx(wanted)
+    assert dense["recovered"].keys() == wanted.keys() and dense["recovered"] != dense["ppl"]
+    layer = cell(peers.PEERS["shortgpt"])
+    assert layer["removed"] == 0.25 and layer["recovered"]
+    for arm in (peers.ARMS["pare"], peers.Arm("", lambda seed: Magnitude(), LeastSquares(), seeds=1)):
+        found = cell(arm, seed=2)
+        assert found["removed"] == pytest.approx(0.25, abs=0.03) and found["recovered"] is None
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_path, monkeypatch):
+    """The process is stood in for; what it is asked, and what is made of its lines, is real."""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"text": "x"}] * 4))
+    (tmp_path / "model").mkdir()
+    asked, appended = [], []
+
+    def lines(module, *given, log):
+        seed = int(given[given.index("--seed") + 1])
+        asked.append(seed)
+        kept = tmp_path / f"work/seed-{seed}.jsonl"
+        there = len(kept.read_text().splitlines()) if kept.exists() else 0
+        for arm, budget in peers._wanted(seed)[there:]:
+            if len(asked) == 1 and (arm, budget) == ("pare", 0.25):
+                raise RuntimeError("killed")
+            ppl = 10.0 if arm == peers.DENSE else {"pare": 11.0, "flap": 12.0 + seed / 100}.get(arm, 13.0)
+            recovered = (
+                {"one": ppl / 2, "two": ppl}
+                if seed == 1 and (arm == peers.DENSE or peers.ARMS[arm].recovered)
+                else None
+            )
+            yield {
+                "arm": arm,
+                "budget": budget,
+                "seed": seed,
+                "removed": budget,
+                "ppl": {"one": ppl, "two": ppl},
+                "recovered": recovered,
+            }
+
+    monkeypatch.setattr(peers, "json_lines", lines)
+    monkeypatch.setattr(peers.figures, "append", lambda path, **figure: appended.append(figure))
+    texts = {name: tmp_path / f"{name}.json" for name in ("one", "two")}
+    with pytest.raises(RuntimeError, match="killed"):
+        peers.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path / "model", texts)
+    assert not appended
+    peers.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path / "model", texts)
+    assert asked == [1, 1, 2, 3]
+    found = {figure["figure"]: figure for figure in appended}
+    assert len(found) == len(appended)
+    pare = found["pare-25-one-before"]
+    assert pare["value"] == pytest.approx(1.1) and pare["reached"] and pare["target"] == "≤ 1.3 ×"
+    assert found["pare-25-one-after"]["value"] == pytest.approx(1.1) and found["pare-25-one-after"]["reached"] is None
+    assert "pare-learned-25-one-after" not in found and len(found["flap-50-two-before"]["details"]["ratios"]) == 3
+    margin = found["margin-50-two"]
+    assert margin["details"]["best"] == "flap" and margin["reached"] and margin["value"] == pytest.approx(12.02 / 11)
+    assert len(peers._wanted(1)) == 1 + 3 * len(peers.ARMS) > len(peers._wanted(2))
