@@ -77,7 +77,6 @@ class Arm:
         uniform: The same rate in the middle layers, by LLM-Pruner's protocol, in a free shape.
         seeds: With how many seeds it runs.
         recovered: Whether it is recovered, with the first seed.
-        peer: Whether the default is to be better than it.
     """
 
     what: str
@@ -87,12 +86,12 @@ class Arm:
     uniform: bool = False
     seeds: int = 3
     recovered: bool = True
-    peer: bool = True
 
 
-def _varied(what: str, **changed: Any) -> Arm:
-    """The default with something else."""
-    return Arm(what, **({"compensation": LeastSquares(), "seeds": 1, "recovered": False, "peer": False} | changed))
+def _varied(what: str, compensation: Compensation | None = None, scored: Importance | None = None) -> Arm:
+    """The default with something else; it runs once."""
+    importance = scored or GateTaylor()
+    return Arm(what, lambda seed: importance, compensation or LeastSquares(), seeds=1, recovered=False)
 
 
 def _refitted(arm: Arm) -> Arm:
@@ -112,15 +111,13 @@ PEERS = {
     "random": Arm("chance", lambda seed: Random(seed)),
 }
 ARMS = {
-    "pare": _varied("the default: shape tried, gates' importance, refitted", seeds=3, recovered=True),
-    "pare-unrefitted": _varied("the default without refitting", compensation=Unchanged(), seeds=3, recovered=True),
-    "pare-learned": _varied("the default, whose MLPs then learn what is missing", compensation=Reconstruction()),
-    "pare-layerwise": _varied(
-        "the default, each layer refitted to the whole one", compensation=LeastSquares(follow=False, relative=False)
-    ),
-    "pare-all-alike": _varied("the default, all tokens weighed alike", compensation=LeastSquares(relative=False)),
-    "pare-refitted-scores": _varied("the default, importance after refitting", importance=lambda seed: Refitted()),
-    "pare-rotation": _varied("the default, refitted by a rotation (RCPU)", compensation=Rotation()),
+    "pare": Arm("the default: shape tried, gates' importance, refitted", compensation=LeastSquares()),
+    "pare-unrefitted": Arm("the default without refitting"),
+    "pare-learned": _varied("the default, whose MLPs then learn what is missing", Reconstruction()),
+    "pare-layerwise": _varied("the default, each layer refitted to the whole one", LeastSquares(follow=False)),
+    "pare-all-alike": _varied("the default, all tokens weighed alike", LeastSquares(relative=False)),
+    "pare-refitted-scores": _varied("the default, importance after refitting", scored=Refitted()),
+    "pare-rotation": _varied("the default, refitted by a rotation (RCPU)", Rotation()),
     **PEERS,
     **{f"{name}-refitted": _refitted(arm) for name, arm in PEERS.items()},
 }
