@@ -32,7 +32,7 @@ class LeastSquares(Compensation):
         damping: Sequence[float] = (1e-3, 1e-1, 1.0, 10.0),
         folds: int = 4,
         bias: bool = False,
-        follow: bool = True,
+        follow: bool = False,
         relative: bool = True,
     ) -> None:
         super().__init__(folds, bias, follow, relative)
