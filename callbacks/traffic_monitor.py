@@ -63,7 +63,8 @@ class TrafficMonitor(Measurement):
         compressors = (getattr(trainer.strategy, name, None) for name in ("compressor", "parameter_compressor"))
         counting = any(compressor is not None for compressor in compressors)
         self._traffic = trainer.strategy.traffic if counting else None
-        self._units = trainer.strategy.units if counting else []
+        if counting:
+            self._meet_units(trainer)  # a run resumed behind its last step sees no batch
         folder = trainer.log_dir  # a collective: every rank must ask
         if self._traffic is not None and trainer.is_global_zero and folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -110,13 +111,16 @@ class TrafficMonitor(Measurement):
             self._nic_end = self._read_nic()
         for name, value in fidelity.items():
             self._samples[name].append(value)
-        self._units = trainer.strategy.units
-        self._keeping = [*self._units, *trainer.strategy.keepers]
+        self._meet_units(trainer)
         if sampled and (residual := residuals.norm(self._units)) is not None:
             fidelity["residual_norm"] = residual.item()
         if trainer.is_global_zero:
             self._log(trainer, pl_module, step, fidelity)
         self._totals["monitor_ms"] += (time.perf_counter() - began) * 1e3
+
+    def _meet_units(self, trainer: Trainer) -> None:
+        self._units = trainer.strategy.units
+        self._keeping = [*self._units, *trainer.strategy.keepers]
 
     def _read_nic(self) -> tuple[int, int]:
         """Bytes and packets that the interface has sent since it came up."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.tensor import DTensor
 
 
 def free_port() -> int:
@@ -36,6 +38,18 @@ def _join(rank: int, world_size: int, port: int) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 
 
+def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`fn(…)`; then end the groups that it made: each keeps threads that look for news all the time."""
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        for group in list(c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+        # DTensor remembers how it split over a mesh; a mesh of a later call may carry the same groups' names
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+
+
 class Ranks:
     """`run(fn, …)` calls fn on every rank at the same time and returns the results in rank order."""
 
@@ -47,7 +61,7 @@ class Ranks:
         ]
 
     def start(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Future[Any]]:
-        return [pool.submit(fn, *args, **kwargs) for pool in self._pools]
+        return [pool.submit(_call, fn, *args, **kwargs) for pool in self._pools]
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         return [future.result() for future in self.start(fn, *args, **kwargs)]

@@ -23,7 +23,7 @@ def commands(monkeypatch):
     """What is run, in place of running it."""
     asked = []
 
-    def run(folder, command, config, *arguments):
+    def run(folder, command, config, *arguments, prefix=()):
         asked.append((folder.name, command, config.rpartition("/")[2], arguments))
         ladder = [DENSE, _rung("structure"), _rung("tokens", kv_bytes=20, nll=2.7)]
         record.append(
