@@ -1,5 +1,6 @@
 """Bits where they matter: each unit's codec chosen by its measured error, so that all units keep to a byte budget."""
 
+import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -52,7 +53,8 @@ class Adaptive(Compressor):
         self.unbiased = all(codec.unbiased for codec in self._codecs)
         self.contractive = all(codec.contractive for codec in self._codecs)
         self._units: dict[str, Unit] = {}
-        self._errors: dict[str, list[float]] = {}  # of the measurement under way
+        self._errors: dict[str, Tensor] = {}  # of the measurement under way, on their device until all are there
+        self._read: dict[str, tuple[Tensor, int]] = {}  # choices as numbers, beside the state that they are read from
         self._rows: dict[tuple[int, str], list[int]] = {}
 
     @classmethod
@@ -101,9 +103,12 @@ class Adaptive(Compressor):
         codec.reduce_scatter(grad, output, unit, sent)
 
     def _choice(self, unit: Unit, numel: int) -> int:
-        """The place of a unit's codec."""
-        if _CHOICE in unit.state:
-            return int(unit.state[_CHOICE])
+        """The place of a unit's codec; read from the state only when that is new, as after a resume."""
+        kept = unit.state.get(_CHOICE)
+        if kept is not None:
+            if unit.name not in self._read or self._read[unit.name][0] is not kept:
+                self._read[unit.name] = kept, int(kept)
+            return self._read[unit.name][1]
         size = -(-numel // unit.world_size)
         rows = self._row_bytes(unit, size)
         fitting = [place for place, nbytes in enumerate(rows) if nbytes <= self._allowed(size)]
@@ -130,7 +135,7 @@ class Adaptive(Compressor):
             own = torch.stack([self._error(codec, chunks, unit) for codec in self._codecs]).double()
         every = torch.empty(unit.world_size * own.numel(), dtype=own.dtype, device=own.device)
         transport.all_gather(own, every, unit, "tables")
-        self._errors[unit.name] = every.view(unit.world_size, -1).sum(0).tolist()
+        self._errors[unit.name] = every.view(unit.world_size, -1).sum(0)
         if self._errors.keys() >= self._units.keys():
             self._choose()
 
@@ -143,13 +148,14 @@ class Adaptive(Compressor):
 
     def _choose(self) -> None:
         names = sorted(self._units)
-        errors, self._errors = [self._errors[name] for name in names], {}
+        errors, self._errors = torch.stack([self._errors[name] for name in names]).tolist(), {}  # the only wait
         sizes = [-(-self._units[name].numel // self._units[name].world_size) for name in names]
         rows = [self._row_bytes(self._units[name], size) for name, size in zip(names, sizes, strict=True)]
-        if not torch.tensor(errors).isfinite().all():
+        if not all(math.isfinite(error) for row in errors for error in row):
             return  # a step that is skipped
         for name, place in zip(names, least_error(errors, rows, self._allowed(sum(sizes))), strict=True):
             self._units[name].state[_CHOICE] = torch.tensor(place)
+            self._read[name] = self._units[name].state[_CHOICE], place
 
 
 def least_error(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: float) -> list[int]:

@@ -52,6 +52,38 @@ def test_bits_go_where_the_error_is_and_keep_to_the_budget(two_ranks):
     assert measured == 2 * 3 * 8 and sent[1] == sent[2] == sent[3]
 
 
+def _waits():
+    """Reads of tensors by the host in each of six steps, the fourth with choices that a resume has brought."""
+    reads, steps = [], []
+    method = Adaptive(6.0, 2, [OneBit(), Int4(), Int8()])
+    units = [Unit(name, [], _SIZE, dist.group.WORLD, Traffic()) for name in ("a", "b", "c")]
+    method.meet(units)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "__int__", "__float__", "__bool__"):
+            plain = getattr(torch.Tensor, name)
+
+            def counted(tensor, plain=plain):
+                reads.append(tensor)
+                return plain(tensor)
+
+            patch.setattr(torch.Tensor, name, counted)
+        for step in range(6):
+            for unit in units:
+                if step == 3:
+                    unit.state["choice"] = torch.tensor(1)
+                unit.step = step
+                method.reduce_scatter(torch.randn(_SIZE), torch.empty(_SIZE // 2), unit)
+            steps.append((len(reads), method.chosen()))
+            reads.clear()
+    return steps
+
+
+def test_the_host_waits_once_a_measurement_and_once_for_what_a_resume_brings(two_ranks):
+    for steps in two_ranks.run(_waits):
+        assert [reads for reads, _ in steps] == [1, 0, 1, 3, 1, 0]
+        assert set(steps[3][1].values()) == {"int4"}  # not what was chosen before
+
+
 def _fit(**options):
     return fit(ErrorFeedback(Adaptive(12.0, 2, CHOICES)), **options)
 
