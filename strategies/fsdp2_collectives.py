@@ -176,6 +176,7 @@ class DifferenceAllGather(EncodedAllGather):
             self._keep(known)
         elif known is None or own is not self._own:  # it goes on
             known = self._exact(own.to(dtype))
+            self._known, self._own = known, own  # known from now on: gathered whole once, not until the next step
             self._at = self.version() if self.kept.state["current"].item() else -1
         if self._at != self.version():
             self._update(known)

@@ -1,10 +1,12 @@
 """Parameters on their way under FSDP2: compressed from the master weights, and counted; on gloo ranks."""
 
+import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader, TensorDataset
 
 from strategies import CompressedFSDP2
 from strategies.compressors.bf16 import BF16
@@ -15,7 +17,7 @@ from strategies.compressors.none import NoCompression
 from strategies.fsdp2_collectives import EncodedAllGather
 from strategies.fsdp2_units import sharded_modules
 from strategies.traffic import Traffic
-from tests.strategies.engines import Net, fit
+from tests.strategies.engines import Module, Net, fit, rows
 from tests.strategies.reductions import make_unit
 
 
@@ -114,6 +116,47 @@ def test_differences_go_on_bit_for_bit(kind, two_ranks, tmp_path):
     for rank, resumed in enumerate(two_ranks.run(_differences, ckpt_path=path, steps=4, state_dict_type=kind)):
         assert resumed["losses"] == through[rank]["losses"][2:]
         assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in through[rank]["weights"].items())
+
+
+def _after_validation(folder=None, ckpt_path=None):
+    """Three steps with a validation after each; saved where one has just gathered the weights, of the second step."""
+    module, checked = Module(), [torch.zeros(4, 5)]
+    module.validation_step = lambda batch, batch_idx: module.net(batch).sum()
+    strategy = CompressedFSDP2(NoCompression(), Hadamard(Int4(32), 8), True)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    sent = []
+
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            sent.append(strategy.traffic.take().parameter_bytes())
+
+        def on_validation_end(self, trainer, *args):
+            if folder is not None and trainer.global_step == 2:
+                trainer.save_checkpoint(folder)
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy=strategy,
+        max_steps=4,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=[Saving()],
+        **quiet,
+    )
+    loader = DataLoader(TensorDataset(rows(dist.get_rank())), batch_size=4)
+    trainer.fit(module, loader, checked, ckpt_path=ckpt_path)
+    return module.losses, sent
+
+
+def test_what_is_known_after_a_resume_stays_known(two_ranks, tmp_path):
+    path = str(tmp_path / "middle.ckpt")
+    whole = two_ranks.run(_after_validation, folder=path)
+    for rank, (losses, sent) in enumerate(two_ranks.run(_after_validation, ckpt_path=path)):
+        assert losses == whole[rank][0][2:]
+        # weights gathered whole once, for forward and backward; differences alone from the next step on
+        assert sent == [4 * (40 + 2 * 112), whole[rank][1][3]]
 
 
 def test_differences_go_on_with_other_ranks_from_exact_weights(two_ranks, three_ranks, tmp_path):
