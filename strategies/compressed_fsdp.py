@@ -151,6 +151,8 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             device_id=self.root_device,
             **options,
         )
+        if self._built is not None:
+            self._built.forget()
         lightning_fsdp._setup_activation_checkpointing(root, self._activation_checkpointing_kwargs)
         return root
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 from unittest import mock
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -208,14 +209,14 @@ class ShardedStart(TorchDispatchMode):
                             "own; build the model whole (--trainer.strategy.start whole)"
                         )
                     own.copy_(kept.rows)
-        self._forget()
+        self.forget()
 
     def fill_whole(self, device: torch.device, group: dist.ProcessGroup | None) -> Callable[[nn.Module], None]:
         """What gives a module's own parameters, whole, to FSDP1, which then cuts them: ranks gather their rows.
 
         A parameter that several modules share is the same for all of them.
         """
-        made: dict[int, nn.Parameter] = {}
+        made: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()  # until FSDP1 has cut it, and no longer
 
         def fill(module: nn.Module) -> None:
             for name, empty in list(module.named_parameters(recurse=False)):
@@ -223,13 +224,14 @@ class ShardedStart(TorchDispatchMode):
                     continue
                 if id(empty) not in made:
                     kept = self._kept[module, name]
-                    whole = nn.Parameter(_gathered(kept, self.ranks, group).to(device), empty.requires_grad)
+                    whole = nn.Parameter(_gathered(kept, self.ranks, group, device), empty.requires_grad)
                     made[id(empty)] = whole
                 nn.Module.register_parameter(module, name, made[id(empty)])
 
         return fill
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Free what was kept: the model has it."""
         self._kept.clear()
         self._stored.clear()
 
@@ -239,9 +241,10 @@ class ShardedStart(TorchDispatchMode):
         return sum(rows.rows.nbytes for rows in self._stored.values())
 
 
-def _gathered(kept: _Rows, ranks: int, group: dist.ProcessGroup | None) -> Tensor:
+def _gathered(kept: _Rows, ranks: int, group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
+    """The whole parameter on ``device``, which is where the group's backend can send from."""
     size = -(-kept.shape[0] // ranks)
-    own = kept.rows.new_zeros(size, *kept.shape[1:])
+    own = torch.zeros(size, *kept.shape[1:], dtype=kept.rows.dtype, device=device)
     own[: kept.rows.shape[0]] = kept.rows
     every = [torch.empty_like(own) for _ in range(ranks)]
     dist.all_gather(every, own, group=group)

@@ -1,5 +1,7 @@
 """Models built with this rank's rows alone are those that are built whole, bit for bit; on gloo ranks."""
 
+import weakref
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -78,6 +80,7 @@ def _fit(engine, kind, folder=None, steps=2, start="sharded", **options):
     else:
         weights = {n: whole(p.detach()).clone() for n, p in module.model.named_parameters()}
     buffers = {n: b.clone() for n, b in module.model.named_buffers()}
+    module.seen["left"] = 0 if strategy._built is None else strategy._built.held
     return module.seen, weights, buffers
 
 
@@ -88,6 +91,7 @@ def test_random_weights_are_those_of_a_whole_start(engine, kind, three_ranks):
     for (seen, weights, buffers), (other, expected, kept) in zip(sharded, started_whole, strict=True):
         assert seen["devices"] == {"meta"} and other["devices"] == {"cpu"}
         assert 0 < seen["share"] < 0.6 and seen["next"] == other["next"]
+        assert seen["left"] == 0  # once the engine has the model
         assert weights.keys() == expected.keys() and buffers.keys() == kept.keys()
         assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
         assert all(torch.equal(buffer, kept[name]) for name, buffer in buffers.items())
@@ -146,6 +150,19 @@ def test_rows_are_those_of_the_whole_tensor():
             origin = expected.embedding if name == "weight" else expected
             assert torch.equal(rows, getattr(origin, name)[rank * size : (rank + 1) * size])
             assert getattr(part, name).device.type == "meta"
+
+
+def test_whole_parameters_are_gathered_where_the_engine_is_and_held_by_their_modules_alone(monkeypatch):
+    gathered = []
+    monkeypatch.setattr(dist, "all_gather", lambda every, own, group: gathered.extend([*every, own]))
+    start, module = _built(lambda: nn.Linear(4, 7))
+    fill = start.fill_whole(torch.device("meta"), None)  # any device that is not the rows' own
+    fill(module)
+    assert {tensor.device.type for tensor in gathered} == {module.weight.device.type} == {"meta"}
+    assert module.weight.shape == (7, 4) and gathered[0].shape == (3, 4)
+    held = weakref.ref(module.weight)
+    del module.weight  # as FSDP1 does when it has put a unit together
+    assert held() is None
 
 
 def test_values_that_need_all_of_a_parameter_are_refused_with_the_fix():
