@@ -121,6 +121,16 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         with fitting(self.loaded_from):
             super().load_model_state_dict(checkpoint, strict)
 
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See ``Strategy.backward``; what went wrong in the thread that reduces is raised as what it is."""
+        try:
+            return super().backward(*args, **kwargs)
+        except RuntimeError:
+            failure = self.model.failure if isinstance(self.model, FixedBuckets) else None
+            if failure is None:
+                raise
+            raise failure from None
+
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole (averaged) gradient, on device; call between backward and the optimizer step."""

@@ -34,7 +34,13 @@ class FixedBuckets(DistributedDataParallel):
         module: The module to train.
         device_ids: As for ``DistributedDataParallel``.
         bucket_cap_mb: Size of a bucket in MiB.
+
+    Attributes:
+        failure: What went wrong first in a thread that reduces. DDP, which waits for it, says "Unable to cast … to
+            Tensor" and not what kind of error it is.
     """
+
+    failure: Exception | None = None
 
     def __init__(self, module: nn.Module, device_ids: list[int] | None, bucket_cap_mb: int) -> None:
         super().__init__(module, device_ids=device_ids, bucket_cap_mb=bucket_cap_mb, **KEEP_BUFFERS)
@@ -127,8 +133,9 @@ def install_hook(
         try:
             with torch.no_grad():
                 reduce(unit, grad)
-        except Exception as error:  # raised where DDP waits
-            future.set_exception(error)
+        except Exception as error:
+            model.failure = model.failure or error
+            future.set_exception(error)  # ends the backward pass where DDP waits
         else:
             future.set_result(grad)
 
