@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.model_card import HFExport
 from callbacks.run_folders import check_apart, check_callbacks, to_continue
@@ -16,7 +17,7 @@ from callbacks.run_record import RunRecord
 from callbacks.survival import show, survival
 from common.records import record
 from lightning_modules import generation
-from lightning_modules.loading import Dtype, check_vocabulary, load, load_tokenizer
+from lightning_modules.loading import Dtype, check_vocabulary, is_slow, load, load_tokenizer
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
@@ -103,6 +104,12 @@ class PareTrainer(Trainer):
                 refuse(command, datamodule)
         check_callbacks(self.callbacks, command, model, datamodule)
         check_apart(self, command, model)
+        halves = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.precision).partition("-")[0])
+        if halves is not None and is_slow(halves):
+            rank_zero_info(
+                f"trainer.precision {self.precision}: this processor has no instructions for it and may take tens of "
+                "times as long as in float32 (--trainer.precision 32-true)"
+            )
         return ckpt_path
 
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
@@ -209,7 +216,8 @@ class PareTrainer(Trainer):
             top_k: Sample from this many likeliest tokens; 0 from all.
             repetition_penalty: Scores of tokens that are there already are divided by this; 1 is none.
             chat: The prompt is a message to a chat model: the tokenizer's chat template renders it.
-            dtype: What weights are loaded as; "auto" is what they are on disk.
+            dtype: What weights are loaded as; "auto" is what they are on disk, "fast" the same but
+                float32 on processors without instructions for 16 bits.
             attention: Attention kernel, as transformers names it; None takes transformers' choice.
             scorer: Prune the prompt: which tokens to keep.
             schedule: After which layers and how many; by default 70 % each at 4/28, 7/28, … of the model's depth.

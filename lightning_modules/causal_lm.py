@@ -36,7 +36,8 @@ class CausalLM(L.LightningModule):
         warmup_steps: Optimizer steps of linear warm-up.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         compile: Compile every transformer block with ``torch.compile``.
-        dtype: What the weights of a model that is read are loaded as; "auto" is what they are on disk.
+        dtype: What the weights of a model that is read are loaded as; "auto" is what they are on disk, "fast" the same
+            but float32 on processors without instructions for 16 bits.
         attention: Attention kernel, as transformers names it: "sdpa", "eager", "flash_attention_2", …; None takes
             transformers' choice.
     """

@@ -25,11 +25,13 @@ from transformers.utils import logging as transformers_logging
 from common.files import recover
 from common.manifest import check_manifest
 from common.processes import first_on_node
+from common.records.machine import isa_flags
 
 GgufConfig: Any = getattr(transformers, "GgufConfig", None)  # before there was one, transformers always expanded
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""What weights become in memory; "auto" is what they are on disk."""
+Dtype = Literal["auto", "fast", "float32", "bfloat16", "float16"]
+"""What weights become in memory; "auto" is what they are on disk, "fast" the same but float32 on processors without
+instructions for 16 bits, which take some thirty times as long in them."""
 
 Reader = Callable[[Path, "Dtype | torch.dtype", "str | None"], PreTrainedModel]
 """Reads a folder's model as this dtype and with this attention."""
@@ -92,9 +94,10 @@ def load(
     config = load_config(path)
     if supported is not None:
         supported(config)
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = dtype_of(dtype, config.dtype)
     if torch.get_default_device().type == "meta":  # only counted
-        kind = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return AutoModelForCausalLM.from_config(config, **({} if kind is None else {"dtype": kind})).eval()
+        return AutoModelForCausalLM.from_config(config, **({} if dtype == "auto" else {"dtype": dtype})).eval()
     source = _locate(path)
     folder = Path(source.name)
     if source.local and not source.options:
@@ -133,6 +136,26 @@ def load(
         )
     model.name_or_path = source.path
     return model.eval()
+
+
+def dtype_of(name: Dtype, stored: Any) -> torch.dtype:
+    """What a name means for weights that are ``stored`` on disk; None, where nothing says, is float32."""
+    if name not in ("auto", "fast"):
+        found: torch.dtype = getattr(torch, name)
+        return found
+    stored = stored if isinstance(stored, torch.dtype) else torch.float32
+    return torch.float32 if name == "fast" and is_slow(stored) else stored
+
+
+_INSTRUCTIONS = {torch.bfloat16: {"avx512_bf16", "amx_bf16"}, torch.float16: {"avx512_fp16", "amx_fp16"}}
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether there is neither an accelerator nor an instruction for a type of 16 bits; of Arm that is not known."""
+    if dtype not in _INSTRUCTIONS or torch.accelerator.is_available():
+        return False
+    flags = set(isa_flags())
+    return "avx2" in flags and not flags & _INSTRUCTIONS[dtype]
 
 
 def load_config(path: str | Path) -> PretrainedConfig:

@@ -122,7 +122,7 @@ def data(model: Path, folder: Path, evaluated: Path) -> tuple[str, ...]:
 
 def evaluate(place: Path, model: Path, folder: Path, held_out: Mapping[str, Path], pattern: str = "tiers") -> Any:
     """Perplexity on every text, each measured unless it has been."""
-    start = ("--model.pretrained", str(model), "--model.dtype", "bfloat16")
+    start = ("--model.pretrained", str(model), "--model.dtype", "fast")
     options = (*start, "--model.topk", "null", "--model.pattern", pattern)
     return {
         name: validated(place / f"on-{name}", PRUNE, *data(model, folder, text), *options)

@@ -10,13 +10,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from bench.experiments.runs import claim, say
 from bench.tables import figures
 from callbacks.survival import survival
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from lightning_modules.generation import own_config
+from lightning_modules.loading import load
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.scorers.random import Random
@@ -102,7 +103,7 @@ def run(records: Path, folder: Path, model: Path, pruner: Path) -> None:
     """
     claim(folder, model, pruner)
     tokenizer = AutoTokenizer.from_pretrained(str(model))
-    loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.bfloat16).eval()
+    loaded = load(model, "fast")
     calibrated = PromptPruner.from_file(pruner)
     pruners = {"pruned": calibrated, "random": PromptPruner(Random(), calibrated.schedule)}
     rows = plan(loaded, tokenizer, pruners, observations(STEPS))

@@ -67,7 +67,7 @@ def _needs(folder: Path, model: Path, text: Path) -> dict[str, dict[str, list[fl
     """Share of each prompt that must stay, by kind of question and scorer; measured once."""
     file = folder / "needs.json"
     if not file.exists():
-        tokenizer, loaded = load_tokenizer(model), load(str(model), dtype="bfloat16")
+        tokenizer, loaded = load_tokenizer(model), load(str(model), dtype="fast")
         documents = [document_text(one, where) for one, where, _ in read_records([text])]
         prompts = {
             "planted": plant(documents, tokenizer, LENGTHS, COUNT, split="test", distractors=DISTRACTORS),

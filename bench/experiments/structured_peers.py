@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True, help="of the choice of calibration text")
     options = parser.parse_args()
     os.environ["PL_GLOBAL_SEED"] = str(options.seed)  # what `run_seed` reads: decides the order of the text
-    model = load(options.model, "bfloat16", supported=family)
+    model = load(options.model, "fast", supported=family)
     data = {name: _data(options.model, options.train, path) for name, path in _pairs(options.texts)}
     kept = Path(options.kept)
     known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []

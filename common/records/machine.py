@@ -14,7 +14,10 @@ import psutil
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "peft", "triton", "numpy")
 # Instruction sets that decide which CPU kernels torch picks; the rest of /proc/cpuinfo is noise here.
-ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve")
+ISA_FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_fp16", "amx_int8", "asimd", "sve"),
+)
 
 
 def version(package: str) -> str | None:

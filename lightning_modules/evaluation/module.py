@@ -38,7 +38,8 @@ class TaskEvaluation(L.LightningModule):
         chat: Put prompts into the tokenizer's chat template.
         batch_size: Prompts computed together.
         run_code: Allow tasks that execute what the model writes.
-        dtype: What weights are loaded as; "auto" is what they are on disk.
+        dtype: What weights are loaded as; "auto" is what they are on disk, "fast" the same but
+            float32 on processors without instructions for 16 bits.
         attention: Attention kernel, as transformers names it; None takes transformers' choice.
         quantization: Weights of the decoder's linear layers in so many bits, by torchao (the extra ``quant``).
 

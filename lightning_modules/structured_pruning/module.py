@@ -20,7 +20,7 @@ from common.progress import stage
 from common.randomness import run_seed
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.data.cache import cache_root
-from lightning_modules.loading import Dtype, check_vocabulary, load, load_config, load_on_meta, load_tokenizer
+from lightning_modules.loading import Dtype, check_vocabulary, dtype_of, load, load_config, load_on_meta, load_tokenizer
 from lightning_modules.perplexity import validation_perplexity
 from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
@@ -241,9 +241,7 @@ class StructuredPruning(CausalLM):
 
     def _weights_dtype(self) -> torch.dtype:
         """What weights are loaded as."""
-        name = self.loading["dtype"]
-        stored: Any = load_config(self.base).dtype if name == "auto" else getattr(torch, name)
-        return stored or torch.float32
+        return dtype_of(self.loading["dtype"], load_config(self.base).dtype)
 
     def prune(self, datamodule: LightningDataModule, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
         """Make and save the pruned model; fields of the run record.

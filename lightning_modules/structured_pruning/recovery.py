@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.files import check_output, inputs_of, replacing
 from lightning_modules.causal_lm import CausalLM
-from lightning_modules.loading import check_vocabulary, load, load_config
+from lightning_modules.loading import check_vocabulary, dtype_of, load, load_config
 from lightning_modules.structured_pruning import adapter as adapters
 from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
@@ -178,8 +178,7 @@ class LoraRecovery(CausalLM):
 
     def _convert(self, model: Any) -> None:
         """Make the weights what they would be loaded as; buffers are in float32 either way."""
-        name = self.loading["dtype"]
-        model.config.dtype = self._stored() if name == "auto" else getattr(torch, name)
+        model.config.dtype = dtype_of(self.loading["dtype"], self._stored())
         for weight in model.parameters():
             weight.data = weight.data.to(model.config.dtype)
 

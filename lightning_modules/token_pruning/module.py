@@ -1,7 +1,7 @@
 """Stage 2: train the scorers inside the real model, whose weights stay as they are."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -16,7 +16,7 @@ from lightning_modules.batches import logits as logits_of
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import check_vocabulary, load, load_config
+from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.token_pruning import losses
 from lightning_modules.token_pruning.anatomy import check_supported, input_device, layer_devices
@@ -65,7 +65,8 @@ class TokenPruning(L.LightningModule):
         device_map: For ``validate``: how to spread the base model over devices, as transformers takes it: "auto",
             "balanced", or a device, "cpu" or "disk" for each part by name. None puts all of it on the rank's device.
         offload_folder: For parts that ``device_map`` places on "disk".
-        dtype: What the base model's weights are loaded as; "auto" is what they are on disk. Scorers are float32.
+        dtype: What the base model's weights are loaded as; "auto" is what they are on disk, "fast" the same but
+            float32 on processors without instructions for 16 bits. Scorers are float32.
         attention: Attention kernel of the base model: "sdpa" or "eager"; None takes transformers' choice.
         overwrite: Let ``output`` replace a folder that Pare did not write.
 
@@ -96,7 +97,7 @@ class TokenPruning(L.LightningModule):
         warmup_steps: int = 20,
         device_map: dict[str, int | str] | str | None = None,
         offload_folder: str | None = None,
-        dtype: Literal["auto", "float32", "bfloat16"] = "float32",
+        dtype: Dtype = "float32",
         attention: str | None = None,
         overwrite: bool = False,
     ) -> None:

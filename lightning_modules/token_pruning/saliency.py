@@ -34,7 +34,8 @@ class TokenSaliency(L.LightningModule):
         target: What is measured.
         num_samples: Stop after so many samples, all ranks together.
         response: Tokens at the end of a block of plain text that count as response.
-        dtype: What the model's weights are loaded as; "auto" is what they are on disk.
+        dtype: What the model's weights are loaded as; "auto" is what they are on disk, "fast" the same but
+            float32 on processors without instructions for 16 bits.
         attention: Attention kernel, as transformers names it; None takes transformers' choice.
 
     Raises:

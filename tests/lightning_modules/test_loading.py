@@ -11,6 +11,7 @@ import torch
 
 from common import manifest
 from common.manifest import DamagedError
+from lightning_modules import loading
 from lightning_modules.block_sparsity.packed_model import write_packed
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.data.tokenizer import load_tokenizer as data_tokenizer
@@ -40,6 +41,22 @@ def test_dtype_and_attention_reach_the_model(folder):
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager" and not model.training
     tiny(dtype=torch.float16).save_pretrained(folder)
     assert load(folder).dtype == torch.float32 and load(folder, "auto").dtype == torch.float16
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [
+    (["avx2", "avx512_bf16"], torch.bfloat16),
+    (["avx2", "avx512f"], torch.float32),
+    (["asimd"], torch.bfloat16),
+])  # fmt: skip
+def test_fast_is_what_the_processor_has_instructions_for(flags, wanted, folder, monkeypatch):
+    monkeypatch.setattr(loading, "isa_flags", lambda: flags)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    tiny(dtype=torch.bfloat16).save_pretrained(folder)
+    assert load(folder, "fast").dtype == wanted and load(folder, "auto").dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert load(folder, "fast").dtype == wanted
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert load(folder, "fast").dtype == torch.bfloat16
 
 
 def test_pruned_and_packed_folders_load_like_any_other(tmp_path, tokenizer):
@@ -110,7 +127,7 @@ def test_what_is_not_there_is_said_with_what_to_do(tmp_path, folder, monkeypatch
         load(tmp_path)
     with pytest.raises(ValueError, match=r"config\.json is a file: give the folder"):
         load(folder / "config.json")
-    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32.*int8"):
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, fast, float32.*int8"):
         load(folder, "int8")
     with pytest.raises(ValueError, match="attention 'flush'"):
         load(folder, attention="flush")

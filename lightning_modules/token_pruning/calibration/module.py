@@ -67,7 +67,8 @@ class TokenCalibration(L.LightningModule):
         overwrite: Replace a folder at ``output`` that Pare did not write.
         cache_dir: Folder for what was measured, from which a killed run goes on. Default: $PARE_CACHE, or
             ~/.cache/pare.
-        dtype: What the model's weights are loaded as; "auto" is what they are on disk.
+        dtype: What the model's weights are loaded as; "auto" is what they are on disk, "fast" the same but
+            float32 on processors without instructions for 16 bits.
         attention: Attention kernel, as transformers names it; None takes transformers' choice.
 
     Raises:
@@ -90,7 +91,7 @@ class TokenCalibration(L.LightningModule):
         seed: int = 0,
         overwrite: bool = False,
         cache_dir: str | None = None,
-        dtype: Dtype = "auto",
+        dtype: Dtype = "fast",
         attention: str | None = None,
     ) -> None:
         super().__init__()

@@ -53,7 +53,8 @@ class TokenQuality(L.LightningModule):
         suffix: Tokens of the suffix in blocks of plain text.
         longbench: LongBench-style file with ``context``, ``input`` and ``answers``.
         max_prompt: Longest prompt of that file, in tokens.
-        dtype: What the model's weights are loaded as; "auto" is what they are on disk.
+        dtype: What the model's weights are loaded as; "auto" is what they are on disk, "fast" the same but
+            float32 on processors without instructions for 16 bits.
         attention: Attention kernel, as transformers names it; None takes transformers' choice.
         schedules: Whole schedules to compare, in place of ``schedule`` with each of ``keep``.
         pruners: Folders that `calibrate` wrote, compared beside these.
