@@ -1,46 +1,41 @@
-"""What each way of making a model cheaper costs today on a pretrained chat model, beside the dense model.
+"""What each way of making a model cheaper costs a pretrained chat model, by the commands that are recommended for it.
 
-Small samples, so read ratios, not digits. Each text is cut in two: the first half is calibrated on (a mixture of all
-texts), the second evaluated on. Nothing is trained. Runs that are finished in a `--folder` are not repeated.
+Each text is cut in two: the first half is calibrated on (a mixture of all texts), the second evaluated on; facts are
+asked about the second half of the first text. Nothing is trained. Samples are small, so read ratios, not digits. Runs
+that are finished in a `--folder` are not repeated. About an hour and a half on one core for a model of 135 M
+parameters.
 
 The records of this repository are of one model: figures of another go to a file of their own (`--records`).
 """
 
 import json
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from bench.experiments.runs import claim, halves, once, validated
 from bench.tables import figures
 from common.records import record
-from lightning_modules.loading import load_tokenizer
-from lightning_modules.token_pruning.quality.tasks import longbench_windows
+from lightning_modules.token_pruning.pruning_file import read as read_pruner
+from lightning_modules.token_pruning.quality.measure import proportion
+from lightning_modules.token_pruning.schedule import Schedule
 
 RECORDS = "real_model.jsonl"
 COMMAND = "python -m bench experiment real_model --model FOLDER --texts NAME=FILE,NAME=FILE"
-BLOCK, CALIBRATION_BLOCKS, EVALUATION_BLOCKS = 512, 4, 16
+BLOCK, CALIBRATION_BLOCKS, EVALUATION_BLOCKS = 512, 16, 16
 STRUCTURED, BLOCKS = "configs/structured_pruning/prune.yaml", "configs/block_sparsity/oneshot.yaml"
-QUALITY = "configs/token_pruning/quality.yaml"
-SCHEDULE: dict[str, Any] = {"layers": [4, 7, 10], "keep": 0.7}
-LENGTH, REPEATS = 1024, 5
-LONGEST_PROMPT = 4096
+CALIBRATE, PREFILL = "configs/token_pruning/calibrate.yaml", "configs/token_pruning/calibrated.yaml"
+ANSWERS = "configs/token_pruning/answers.yaml"
+SPEEDUP, FACTS, NEEDLES, LENGTHS = 2.0, 48, 64, [600, 1200]
+TIMED, REPEATS = [1024, 2048], 5
+SHARES = {"two-four": (0, 1, 0), "three-tiers": (0.35, 0.45, 0.2)}  # of dense, 2:4 and top-k blocks
+LAST_ROW_BITS = 9.85  # bits per weight of these three tiers, packed
 WHAT = {
-    "structured-25": "a quarter of the decoder's parameters removed as whole heads and channels",
-    "two-four": "2:4 in every linear layer, half of the weights zero",
-    "three-tiers": "three tiers of 16×16 blocks, 41.7 % of the weights zero",
+    "structured-25": "a quarter of the decoder's parameters removed as whole channels and heads, refitted",
+    "two-four": "2:4 in every linear layer, half of the weights zero, the others updated",
+    "three-tiers": "three tiers of 16×16 blocks, 41.7 % of the weights zero, the others updated",
+    "mix": f"the mix of dense, 2:4 and top-k blocks that loses least in {LAST_ROW_BITS} bits per weight, as many as "
+    "these three tiers take",
 }
-# facts that a passage of a text does not hold, and how to ask for each
-NEEDLES = [
-    ("The password of the harbour office is marigold.", "What is the password of the harbour office?", "marigold"),
-    ("The code of the blue safe is 7294.", "What is the code of the blue safe?", "7294"),
-    ("The dog of the lighthouse keeper is called Bramble.", "What is the lighthouse keeper's dog called?", "Bramble"),
-    ("The night train to Lisbon leaves from platform 12.", "From which platform does it leave?", "platform 12"),
-    ("The secret ingredient of the soup is tarragon.", "What is the secret ingredient of the soup?", "tarragon"),
-    ("The key to the attic lies under the copper kettle.", "Where is the key?", "under the copper kettle"),
-]
-DEPTHS = (0.25, 0.6)
 
 
 def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> None:
@@ -50,15 +45,22 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
         records: File that the figures are appended to.
         folder: Working folder.
         model: Hugging Face folder of a chat model with grouped queries.
-        texts: Texts by name.
+        texts: Texts by name; the first should hold 150,000 tokens.
 
     Raises:
         ValueError: A text too short to be cut in two, records of another model, or a folder that ``claim`` refuses.
     """
     _check_records(records, model)
     commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
-    held_out = halves(folder, texts)
-    options = {name: _data(folder, model, path) for name, path in held_out.items()}
+    options = {name: _data(folder, model, path) for name, path in halves(folder, texts).items()}
+    _weights(records, folder, model, options, commit)
+    _tokens(records, folder, model, next(iter(options.values())), commit)
+
+
+def _weights(
+    records: Path, folder: Path, model: Path, options: Mapping[str, tuple[str, ...]], commit: str | None
+) -> None:
+    """What pruned weights cost in perplexity on every text."""
     first, *others = options
     pruned = {arm: folder / arm / "model" for arm in WHAT}
     structured = ("--model.base", str(model), "--model.output", str(pruned["structured-25"]))
@@ -67,22 +69,31 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     done = once(folder / "structured-25/prune", "prune", STRUCTURED, *options[first], *structured, *calibration)
     dense = {first: done["structure"]["ppl_before"]}
     ppl = {"structured-25": {first: done["val_ppl"]}}
-    for arm, (kept, mid, topk) in {"two-four": (0, 1, 0), "three-tiers": (0.35, 0.45, 0.2)}.items():
-        shares = {"iterations": 1, "dense": kept, "mid_2_4": mid, "topk": topk}
-        schedule = ("--model.schedule", json.dumps({"class_path": "LinearSchedule", "init_args": shares}))
-        blocks = ("--model.pretrained", str(model), "--model.output", str(pruned[arm]))
-        done = once(folder / arm / "prune", "prune", BLOCKS, *options[first], *blocks, *calibration, *schedule)
+    for arm in WHAT:
+        if arm == "structured-25":
+            continue
+        blocks = ("--model.pretrained", str(model), "--model.output", str(pruned[arm]), *_blocks(arm))
+        done = once(folder / arm / "prune", "prune", BLOCKS, *options[first], *blocks, *calibration)
         ppl[arm] = {first: done["val_ppl"]}
     for name in others:
         dense[name] = validated(folder / "dense" / name, BLOCKS, *options[name], "--model.pretrained", str(model))
         ppl["structured-25"][name] = validated(folder / "structured-25" / name, STRUCTURED, *options[name], *structured)
-        for arm in ("two-four", "three-tiers"):
-            place = ("--model.pretrained", str(pruned[arm]))
-            ppl[arm][name] = validated(folder / arm / name, BLOCKS, *options[name], *place)
+        for arm in WHAT:
+            if arm != "structured-25":
+                place = ("--model.pretrained", str(pruned[arm]))
+                ppl[arm][name] = validated(folder / arm / name, BLOCKS, *options[name], *place)
     for arm, what in WHAT.items():
         for name in options:
             _perplexity(records, model, arm, what, name, dense[name], ppl[arm][name], commit)
-    _tokens(records, folder, model, options[first], held_out[first], commit)
+
+
+def _blocks(arm: str) -> tuple[str, ...]:
+    """Options of a way to prune blocks."""
+    if arm == "mix":
+        return ("--model.target_bits", str(LAST_ROW_BITS), "--model.topk", "auto", "--model.scope", "global")
+    kept, mid, topk = SHARES[arm]
+    shares = {"iterations": 1, "dense": kept, "mid_2_4": mid, "topk": topk}
+    return ("--model.schedule", json.dumps({"class_path": "LinearSchedule", "init_args": shares}))
 
 
 def _check_records(records: Path, model: Path) -> None:
@@ -128,79 +139,54 @@ def _perplexity(
     )
 
 
-def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], text: Path, commit: str | None) -> None:
-    """Speed of pruned prefill with a scorer that is not trained, and which tokens of planted answers are left."""
-    timed = {
-        "class_path": "PrefillTiming",
-        "init_args": {
-            "scorer": {"class_path": "LastWindow"},
-            "schedule": {"class_path": "lightning_modules.token_pruning.schedule.Schedule", "init_args": SCHEDULE},
-            "lengths": [LENGTH],
-            "repeats": REPEATS,
-            "warmup": 1,
-        },
-    }
-    arguments = (*data, "--model.pretrained", str(model), "--trainer.limit_val_batches", "1")
-    done = once(folder / "prefill", "validate", BLOCKS, *arguments, "--trainer.callbacks+", json.dumps(timed))
-    arm = next(arm for arm in done["prefill"]["arms"] if arm["arm"] == "pruned")
-    recipe = f"`LastWindow`, after layers {SCHEDULE['layers']}, keep {SCHEDULE['keep']} each"
-    figures.append(
-        records,
-        figure=f"prefill-{LENGTH}",
-        what=f"prefill of {LENGTH:,} tokens, {recipe}: speed-up (bound by FLOPs {arm['bound']:.2f}×)",
-        value=arm["speedup"],
-        spread=arm["speedup_spread"],
-        unit="×",
-        target="report",
-        reached=None,
-        command=COMMAND,
-        details={"model": model.name, "measured_at": commit, **arm},
-    )
-    needles = folder / "needles.json"
-    samples = _needles(json.loads(text.read_text())[0]["text"])
-    needles.write_text(json.dumps(samples))
-    length = _median_length(needles, load_tokenizer(model))
-    asked = ["--model.tasks", '["longbench"]', "--model.longbench", str(needles), "--model.windows", str(len(samples))]
-    asked += ["--model.max_prompt", str(LONGEST_PROMPT)]
-    asked += ["--model.keep", json.dumps([SCHEDULE["keep"]])]
-    scorers = json.dumps([{"class_path": "LastWindow"}, {"class_path": "Random"}])
-    schedule = ("--model.schedule.init_args.layers", json.dumps(SCHEDULE["layers"]))
-    arguments = (*data, "--model.base", str(model), *asked, "--model.scorers", scorers, *schedule)
-    rows = once(folder / "needles", "verify", QUALITY, *arguments)["token_quality"]
-    whole = next(row for row in rows if row["keep"] is None)
-    for row in rows:
-        if row["keep"] is None:
+def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], commit: str | None) -> None:
+    """Speed of calibrated prefill, and which answers to planted facts it keeps, chance beside it."""
+    pruner, cache = folder / "calibrated", ("--model.cache_dir", str(folder / "cache"))
+    asked = ("--model.base", str(model), "--model.output", str(pruner), "--model.speedup", str(SPEEDUP))
+    asked += ("--model.facts", str(FACTS), "--model.lengths", str(LENGTHS), *cache)
+    once(folder / "calibrate", "calibrate", CALIBRATE, *data, *asked)
+    schedule = read_pruner(pruner)[1]
+    recipe = f"calibrated for {SPEEDUP:g}× (after layers {schedule.layers}, keep {schedule.keep})"
+    details = {"model": model.name, "measured_at": commit, "schedule": schedule.arguments()}
+
+    timed = ("--trainer.callbacks.pruner", str(pruner), "--trainer.callbacks.lengths", str(TIMED))
+    timed += ("--trainer.callbacks.repeats", str(REPEATS), "--model.pretrained", str(model))
+    for arm in once(folder / "prefill", "validate", PREFILL, *data, *timed)["prefill"]["arms"]:
+        if arm["arm"] != "pruned":
             continue
         figures.append(
             records,
-            figure=f"needles-{row['scorer']}",
-            what=f"tokens of {len(samples)} answers planted in prompts of {length} tokens (median) that the pruned "
-            f"model ranks first, of those that the unpruned one does ({100 * whole['accuracy']:.0f} %); "
-            f"`{row['scorer']}`, the same schedule",
-            value=100 * row["accuracy"] / whole["accuracy"],
-            # half of its 95 % interval; that of the unpruned model, which is the same in all rows, is not in it
-            spread=100 * (row["accuracy_high"] - row["accuracy_low"]) / 2 / whole["accuracy"],
+            figure=f"prefill-{arm['length']}",
+            what=f"prefill of {arm['length']:,} tokens, {recipe}: speed-up (bound by FLOPs {arm['bound']:.2f}×)",
+            value=arm["speedup"],
+            spread=arm["speedup_spread"],
+            unit="×",
+            target="report",
+            reached=None,
+            command=COMMAND,
+            details={**details, **arm},
+        )
+
+    random = {"class_path": f"{Schedule.__module__}.{Schedule.__name__}", "init_args": schedule.arguments()}
+    questions = ("--model.base", str(model), "--model.windows", str(NEEDLES), "--model.lengths", str(LENGTHS))
+    questions += ("--model.pruners", json.dumps([str(pruner)]), "--model.schedules", json.dumps([random]))
+    questions += ("--model.scorers", json.dumps([{"class_path": "Random"}]), "--model.peers", "[]")
+    questions += ("--model.known_only", "true", "--model.answers", str(folder / "answers.jsonl"))
+    rows = once(folder / "needles", "verify", ANSWERS, *data, *questions)["token_quality"]
+    known = rows[0]["whole_right"]
+    for row in rows[1:]:
+        _, low, high = proportion(round(row["kept_right"] * known), known)
+        figures.append(
+            records,
+            figure="needles-calibrated" if row["scorer"] == pruner.name else f"needles-{row['scorer']}",
+            what=f"of {known} right answers of the unpruned model to {rows[0]['samples']} facts planted in prompts of "
+            f"up to {LENGTHS[-1]:,} tokens, those that stay right; {recipe}, "
+            + ("its heads" if row["scorer"] == pruner.name else "tokens kept by chance"),
+            value=100 * row["kept_right"],
+            spread=50 * (high - low),
             unit="%",
             target="report",
             reached=None,
             command=COMMAND,
-            details={"model": model.name, "measured_at": commit, "prompt_tokens": length, "unpruned": whole, **row},
+            details={**details, **row},
         )
-
-
-def _median_length(samples: Path, tokenizer: Any) -> int:
-    """Tokens of a prompt, as the task makes it of a sample."""
-    windows = longbench_windows(samples, tokenizer, LONGEST_PROMPT)
-    return round(statistics.median(window.prompt.shape[1] for window in windows))
-
-
-def _needles(text: str) -> list[dict[str, Any]]:
-    """Each fact at each depth of a passage, as LongBench writes its samples."""
-    sentences = text[:2800].split(". ")
-    samples = []
-    for fact, question, answer in NEEDLES:
-        for depth in DEPTHS:
-            place = int(depth * len(sentences))
-            context = ". ".join([*sentences[:place], fact.rstrip("."), *sentences[place:]])
-            samples.append({"context": context, "input": f"{question} Answer:", "answers": [answer]})
-    return samples

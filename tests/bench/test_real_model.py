@@ -1,12 +1,10 @@
-"""Calibration text is not evaluated on, answers stand in their prompts, and what is finished is not run again."""
+"""Calibration text is not evaluated on, and what is finished is not run again."""
 
 import json
 
 import pytest
 
 from bench.experiments import real_model, runs
-from lightning_modules.data.tokenizer import train_bpe
-from lightning_modules.token_pruning.quality.tasks import longbench_windows
 
 
 def test_texts_are_cut_in_two(tmp_path):
@@ -19,22 +17,6 @@ def test_texts_are_cut_in_two(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b"}))
     with pytest.raises(ValueError, match=r"b\.jsonl: too short"):
         runs.halves(tmp_path, {"two": tmp_path / "b.jsonl"})
-
-
-def test_needles_stand_in_their_context_at_both_depths():
-    samples = real_model._needles("Nothing happened here. " * 100)
-    assert len(samples) == 2 * len(real_model.NEEDLES)
-    for sample in samples:
-        assert sample["answers"][0] in sample["context"] and sample["answers"][0] not in sample["input"]
-    places = [sample["context"].index(sample["answers"][0]) / len(sample["context"]) for sample in samples]
-    assert max(places[::2]) < 0.4 < min(places[1::2])
-
-
-def test_the_length_of_a_prompt_is_measured(tmp_path):
-    tokenizer = train_bpe(["nothing happened here. "] * 50, 270)
-    (tmp_path / "n.json").write_text(json.dumps(real_model._needles("Nothing happened here. " * 100)))
-    lengths = [w.prompt.numel() for w in longbench_windows(tmp_path / "n.json", tokenizer, 4096)]
-    assert min(lengths) <= real_model._median_length(tmp_path / "n.json", tokenizer) <= max(lengths)
 
 
 def test_figures_of_another_model_do_not_replace_those_of_the_records(tmp_path):

@@ -83,6 +83,7 @@ def compare(
     lengths: Sequence[int],
     arms: Sequence[Candidate],
     answers: Answers,
+    known_only: bool = False,
 ) -> list[dict[str, Any]]:
     """Put every prompt to every arm, one at a time.
 
@@ -94,9 +95,13 @@ def compare(
         lengths: Longest prompts of each class in the map.
         arms: The first is the unpruned model.
         answers: Where they are kept.
+        known_only: Put what the unpruned model answers wrongly to no other arm: nothing can be kept of it.
 
     Returns:
         A row for every arm, see `summarise`.
+
+    Raises:
+        ValueError: ``known_only``, and it answers nothing rightly.
     """
     cost = Cost.of(model)
     results: list[list[Result]] = [[] for _ in arms]
@@ -104,11 +109,15 @@ def compare(
         for number, asked in enumerate(prompts):
             whole = False
             for place, arm in enumerate(arms):
+                if known_only and arm.pruner is not None and not whole:
+                    continue
                 found = answers.of(model, tokenizer, asked, arm)
                 right = is_right(asked, found.text)
                 whole = right if arm.pruner is None else whole
                 results[place].append(Result(asked, right, whole, found.cached, arm.bound(cost, len(asked.ids))))
                 show(number * len(arms) + place + 1)
+    if not all(results):
+        raise ValueError(f"known_only: the unpruned model answers none of the {len(prompts)} prompts of {task} rightly")
     return [summarise(task, arm, found, lengths) for arm, found in zip(arms, results, strict=True)]
 
 

@@ -64,6 +64,8 @@ class TokenQuality(L.LightningModule):
         max_new_tokens: Longest free answer, in tokens.
         seed: Of facts, passages and questions.
         answers: File that free answers are appended to as they come; what it holds is not asked again.
+        known_only: In tasks that ask, put what the unpruned model answers wrongly to no arm: where it knows little,
+            most of the time goes into answers of which nothing can be kept.
         peers: Published ways to read or to keep less of a prompt, put beside the scorers in tasks that ask. They read
             one prompt at a time and sit out the others.
 
@@ -93,6 +95,7 @@ class TokenQuality(L.LightningModule):
         max_new_tokens: int = 24,
         seed: int = 0,
         answers: str = "runs/answers.jsonl",
+        known_only: bool = False,
         peers: list[Peer] = [],  # noqa: B006
     ) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ class TokenQuality(L.LightningModule):
         self.base, self.scorers, self.tasks, self.windows, self.suffix = base, scorers, tasks, windows, suffix
         self.lengths, self.prefix, self.distractors = lengths, prefix, distractors
         self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.answers = answers
+        self.answers, self.known_only = answers, known_only
         self.longbench, self.max_prompt = Path(longbench or "").expanduser(), max_prompt
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
@@ -212,7 +215,7 @@ class TokenQuality(L.LightningModule):
             prompts = find_questions(texts, data.tokenizer, self.lengths, self.windows, self.seed)
         arms = [arm for arm in self.arms if not arm.oracle]
         answers = asking.Answers(Path(self.answers), self.model, self.max_new_tokens)
-        return asking.compare(task, self.model, data.tokenizer, prompts, self.lengths, arms, answers)
+        return asking.compare(task, self.model, data.tokenizer, prompts, self.lengths, arms, answers, self.known_only)
 
     def _batches(self, task: Task, data: Any) -> Iterator[Window]:
         """Windows of a task until there are enough."""

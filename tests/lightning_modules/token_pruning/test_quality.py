@@ -185,12 +185,13 @@ def prompts(count=8):
     return made
 
 
-def compared(monkeypatch, path, right, arms, asked=None, model=None):
+def compared(monkeypatch, path, right, arms, asked=None, model=None, known_only=False):
     script = Scripted(right)
     monkeypatch.setattr(asking, "answer_in_full", script)
     model = model or shared("llama")
     answers = asking.Answers(path, model, 24)
-    return asking.compare("needles", model, None, asked or prompts(), [40, 60], arms, answers), script
+    rows = asking.compare("needles", model, None, asked or prompts(), [40, 60], arms, answers, known_only)
+    return rows, script
 
 
 ARMS = [UNPRUNED, *of_schedules([SCHEDULE], [Random(), Recency()])]
@@ -224,6 +225,18 @@ def test_kept_answers_are_those_that_the_unpruned_model_had_right(monkeypatch, t
 def test_a_model_that_knows_nothing_keeps_nothing(monkeypatch, tmp_path):
     rows, _ = compared(monkeypatch, tmp_path / "a", lambda name, asked: False, ARMS)
     assert all(row["kept_right"] is None and row["whole_right"] == 0 for row in rows)
+
+
+def test_what_the_unpruned_model_does_not_know_may_be_asked_of_it_alone(monkeypatch, tmp_path):
+    def right(name, asked):
+        return int(asked.answer[1:]) in {"unpruned": range(6), "random": range(3, 8), "recency": ()}[name]
+
+    rows, script = compared(monkeypatch, tmp_path / "a", right, ARMS, known_only=True)
+    assert len(script.asked) == 8 + 2 * 6 and [row["samples"] for row in rows] == [8, 6, 6]
+    assert [row["kept_right"] for row in rows] == [1.0, 3 / 6, 0]
+    assert [row["right"] for row in rows] == [6 / 8, 3 / 6, 0]
+    with pytest.raises(ValueError, match=r"known_only: .* none of the 8"):
+        compared(monkeypatch, tmp_path / "b", lambda *_: False, ARMS, known_only=True)
 
 
 def test_a_run_that_was_killed_asks_only_what_is_not_answered(monkeypatch, tmp_path):
