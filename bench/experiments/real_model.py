@@ -142,14 +142,21 @@ def _perplexity(
 def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], commit: str | None) -> None:
     """Speed of calibrated prefill, and which answers to planted facts it keeps, chance beside it."""
     pruner, cache = folder / "calibrated", ("--model.cache_dir", str(folder / "cache"))
-    asked = ("--model.base", str(model), "--model.output", str(pruner), "--model.speedup", str(SPEEDUP))
+    asked: tuple[str, ...] = (
+        "--model.base",
+        str(model),
+        "--model.output",
+        str(pruner),
+        "--model.speedup",
+        str(SPEEDUP),
+    )
     asked += ("--model.facts", str(FACTS), "--model.lengths", str(LENGTHS), *cache)
     once(folder / "calibrate", "calibrate", CALIBRATE, *data, *asked)
     schedule = read_pruner(pruner)[1]
     recipe = f"calibrated for {SPEEDUP:g}× (after layers {schedule.layers}, keep {schedule.keep})"
     details = {"model": model.name, "measured_at": commit, "schedule": schedule.arguments()}
 
-    timed = ("--trainer.callbacks.pruner", str(pruner), "--trainer.callbacks.lengths", str(TIMED))
+    timed: tuple[str, ...] = ("--trainer.callbacks.pruner", str(pruner), "--trainer.callbacks.lengths", str(TIMED))
     timed += ("--trainer.callbacks.repeats", str(REPEATS), "--model.pretrained", str(model))
     for arm in once(folder / "prefill", "validate", PREFILL, *data, *timed)["prefill"]["arms"]:
         if arm["arm"] != "pruned":
@@ -168,7 +175,14 @@ def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], com
         )
 
     random = {"class_path": f"{Schedule.__module__}.{Schedule.__name__}", "init_args": schedule.arguments()}
-    questions = ("--model.base", str(model), "--model.windows", str(NEEDLES), "--model.lengths", str(LENGTHS))
+    questions: tuple[str, ...] = (
+        "--model.base",
+        str(model),
+        "--model.windows",
+        str(NEEDLES),
+        "--model.lengths",
+        str(LENGTHS),
+    )
     questions += ("--model.pruners", json.dumps([str(pruner)]), "--model.schedules", json.dumps([random]))
     questions += ("--model.scorers", json.dumps([{"class_path": "Random"}]), "--model.peers", "[]")
     questions += ("--model.known_only", "true", "--model.answers", str(folder / "answers.jsonl"))
