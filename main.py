@@ -9,6 +9,7 @@ Without arguments, and with `--help`, it shows them on one screen; `COMMAND --he
 import sys
 
 from common import front
+from common.output import quiet
 
 
 def main() -> None:
@@ -16,6 +17,7 @@ def main() -> None:
     answer = front.answer(sys.argv[1:])
     if isinstance(answer, int):
         sys.exit(answer)
+    quiet()
     from callbacks.command_line import run  # imports torch and Lightning, which takes seconds
 
     run(answer)

@@ -13,7 +13,7 @@ from callbacks.control import TunesControls
 from callbacks.graceful_stop import stoppable
 from callbacks.parser import Parser, explained
 from common.front.screens import COMMANDS
-from common.output import one_object, quiet, silent, steady
+from common.output import one_object, silent, steady
 
 # What `common.front` answers.
 _WITHOUT = ("init", "completion")
@@ -63,7 +63,6 @@ def run(arguments: list[str]) -> None:
     arguments = [word for word in arguments if word not in forms]
     # Lightning starts further ranks with what it finds here
     sys.argv = [sys.argv[0], *arguments]
-    quiet()
     with steady(), stoppable():
         if forms["--json"]:
             with one_object(arguments[0]) as answer, silent(forms["--quiet"]):
