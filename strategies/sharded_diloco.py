@@ -50,7 +50,7 @@ class ShardedDiLoCo(LocalTraining, CompressedFSDP2):
         timeout: How long a rank waits for the others in a collective.
 
     Raises:
-        ValueError: As for both; ``replicas`` is less than 2.
+        ValueError: As for both; ``replicas`` is less than 2; before training, if the module's optimization is manual.
     """
 
     strategy_name = "sharded_diloco"
@@ -104,6 +104,21 @@ class ShardedDiLoCo(LocalTraining, CompressedFSDP2):
 
     def _between_replicas(self) -> Compressor | None:
         return self.replica_compressor
+
+    def setup(self, trainer: Any) -> None:
+        """See ``LocalTraining.setup``.
+
+        Raises:
+            ValueError: The module steps by itself: it would go on, in the same training step, with parameters that
+                were gathered before the meeting.
+        """
+        module: Any = self.lightning_module
+        if trainer.state.fn == TrainerFn.FITTING and not module.automatic_optimization:
+            raise ValueError(
+                f"{type(module).__name__} has automatic_optimization=False, and ShardedDiLoCo meets between training "
+                "steps alone: use CompressedFSDP2, or CompressedDiLoCo, or let Lightning optimize"
+            )
+        super().setup(trainer)
 
     def _install(self, model: nn.Module) -> None:
         """As ``CompressedFSDP2``; and all replicas begin with the weights of the first."""

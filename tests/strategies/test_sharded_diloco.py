@@ -64,6 +64,15 @@ def _refusal(**options):
     return "accepted"
 
 
+def _refusal_of_manual():
+    class Manual(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    return _refusal(module=Manual())
+
+
 def test_what_cannot_work_is_refused_by_name(four_ranks):
     with pytest.raises(ValueError, match="replicas must be at least 2"):
         ShardedDiLoCo(1)
@@ -73,3 +82,5 @@ def test_what_cannot_work_is_refused_by_name(four_ranks):
         ShardedDiLoCo(2, sync_every=0)
     for said in four_ranks.run(_refusal, precision="16-mixed"):
         assert "16-mixed" in said
+    for said in four_ranks.run(_refusal_of_manual):
+        assert said.startswith("Manual has automatic_optimization=False") and "CompressedFSDP2" in said
