@@ -221,10 +221,12 @@ def count_replica_all_reduce(unit: Unit, replicas: dist.ProcessGroup) -> Callabl
         replicas: Ranks with copies of the same shard.
     """
 
+    between = replace(unit, group=replicas, level="inter")
+
     def count(shard: Tensor) -> None:
         ideal = 2 * transport.ring_bytes(4 * shard.numel(), replicas.size())
         unit.traffic.baseline(unit.name, ideal, ideal * shard.element_size() / 4)
         unit.traffic.called(unit.name, "all_reduce")
-        unit.traffic.sent(unit.name, "all_reduce", "values", round(ideal * shard.element_size() / 4), "inter")
+        transport.count(between, "all_reduce", "values", round(ideal * shard.element_size() / 4))
 
     return count

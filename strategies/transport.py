@@ -38,7 +38,7 @@ def reduce_scatter_mean(grad: Tensor, output: Tensor, unit: Unit) -> None:
     output.div_(unit.world_size)
     unit.traffic.called(unit.name, "reduce_scatter")
     nbytes = round(factor * ring_bytes(grad.nbytes, unit.world_size))
-    _count(unit, "reduce_scatter", "values", nbytes)
+    count(unit, "reduce_scatter", "values", nbytes)
 
 
 def all_reduce_mean(grad: Tensor, unit: Unit) -> None:
@@ -47,7 +47,7 @@ def all_reduce_mean(grad: Tensor, unit: Unit) -> None:
         dist.all_reduce(grad, group=unit.group)
     grad.div_(unit.world_size)
     unit.traffic.called(unit.name, "all_reduce")
-    _count(unit, "all_reduce", "values", round(2 * ring_bytes(grad.nbytes, unit.world_size)))
+    count(unit, "all_reduce", "values", round(2 * ring_bytes(grad.nbytes, unit.world_size)))
 
 
 def all_gather(shard: Tensor, output: Tensor, unit: Unit, role: str = "values") -> None:
@@ -55,7 +55,7 @@ def all_gather(shard: Tensor, output: Tensor, unit: Unit, role: str = "values") 
     with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather"):
         _all_gather(output, shard, group=unit.group)
     unit.traffic.called(unit.name, "all_gather")
-    _count(unit, "all_gather", role, shard.nbytes * (unit.world_size - 1))
+    count(unit, "all_gather", role, shard.nbytes * (unit.world_size - 1))
 
 
 def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
         _exchange(received, buffer, unit.group)
     unit.traffic.called(unit.name, "all_to_all")
     for role, (_, width) in spans.items():
-        _count(unit, "all_to_all", role, _padded(width) * (n - 1))
+        count(unit, "all_to_all", role, _padded(width) * (n - 1))
     return {role: _like(payload[role], received[:, first : first + width]) for role, (first, width) in spans.items()}
 
 
@@ -90,7 +90,7 @@ def gather_parameters(shard: Tensor, output: Tensor, unit: Unit, async_op: bool 
         work = _all_gather(output, shard, group=unit.group, async_op=async_op)
     unit.traffic.gathers(output.numel(), unit.world_size)
     unit.traffic.called(unit.name, "all_gather")
-    _count(unit, "all_gather", "parameters", shard.nbytes * (unit.world_size - 1))
+    count(unit, "all_gather", "parameters", shard.nbytes * (unit.world_size - 1))
     return work
 
 
@@ -112,7 +112,7 @@ def gather_encoded(payload: dict[str, Tensor], unit: Unit, parameters: bool = Fa
     unit.traffic.called(unit.name, "all_gather")
     for role, (_, width) in spans.items():
         sent = _padded(width) * (unit.world_size - 1)
-        _count(unit, "all_gather", f"parameters.{role}" if parameters else role, sent)
+        count(unit, "all_gather", f"parameters.{role}" if parameters else role, sent)
     return {role: _like(payload[role], gathered[:, first : first + width]) for role, (first, width) in spans.items()}
 
 
@@ -121,7 +121,8 @@ def row_bytes(payload: dict[str, Tensor]) -> int:
     return sum(_padded(part.nbytes // part.shape[0]) for part in payload.values())
 
 
-def _count(unit: Unit, collective: str, role: str, nbytes: int) -> None:
+def count(unit: Unit, collective: str, role: str, nbytes: int) -> None:
+    """Count ``nbytes`` that leave this rank for others of ``unit.group``."""
     unit.traffic.sent(unit.name, collective, role, nbytes, unit.level)
 
 

@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
 
@@ -114,7 +114,9 @@ def planned(
             module.trainer = trainer
             module.configure_model()
         module.to("meta")
-        return _Count(trainer, module, node_size).all()
+        count = _Count(trainer, module, node_size)
+        with mock.patch.object(transport, "count", count.note):
+            return count.all()
 
 
 @contextmanager
@@ -140,6 +142,11 @@ class _Count:
         trained = sum(p.numel() for p in whole if p.requires_grad)
         self.found = Planned(sum(p.numel() for p in whole), trained)
         self.units: list[Unit] = []
+        self._noted: list[tuple[dist.ProcessGroup | None, str, str, int]] = []
+
+    def note(self, unit: Unit, collective: str, role: str, nbytes: int) -> None:
+        """See ``transport.count``: with the group, since a method may reduce among groups of its own."""
+        self._noted.append((unit.group, collective, role, nbytes))
 
     def all(self) -> Planned:
         """Count everything."""
@@ -199,8 +206,6 @@ class _Count:
         parts = max(sum(piece.unit.numel for piece in fragment.pieces) for fragment in outer.fragments)
         self.found.held["common weights and their velocity"] = 2.0 * weights
         self.found.held["pseudo-gradients"] = float(_FP32 * parts)
-        for unit in outer.units:
-            unit.traffic = engine.traffic
         every = engine.meetings.every
         self._reduce(outer.units, lambda unit, grad: engine._reduce_progress(unit, grad, 1), share=1 / every)
 
@@ -231,21 +236,20 @@ class _Count:
             twice = engine.sharding_strategy == ShardingStrategy.FULL_SHARD and sharded.module is not model
             within = engine.backward_within if twice else None
             times = 1 if differences else self.batches * (2 if twice and within is None else 1)
-            self._take([sharded.gathered], times=times)
+            self._take(times)
             if within is not None:
                 near = dist.new_group(range(within))
                 gather(torch.empty(numel, dtype=shard.dtype, device="meta"), shard.new_empty(numel // within), near)
-                self._take([replace(sharded.gathered, group=near)], times=self.batches)
+                self._take(self.batches)
                 held["parameters within a node"] += shard.element_size() * numel / within
             if differences:  # the model as all know it, and this rank's part of that for checkpoints
                 held["parameters as all know them"] += shard.element_size() * (numel + numel // ranks)
             gathered.append((numel * width, sharded.unit.numel * _FP32 if sharded.unit is not None else 0))
             if sharded.unit is not None and sharded.replicas is not None:
                 unit = by_name[sharded.unit.name]
-                between = replace(unit, name=f"{unit.name} between replicas", group=sharded.replicas, state={})
                 whole = torch.empty(unit.numel // unit.world_size, dtype=torch.float32, device="meta")
-                count_replica_all_reduce(between, sharded.replicas)(whole)
-                self._take([between])
+                count_replica_all_reduce(unit, sharded.replicas)(whole)
+                self._take()
         self._gathered(gathered)
         inside = [unit for unit in engine.units if unit.level != "inter"]
 
@@ -280,7 +284,7 @@ class _Count:
                 whole = torch.empty(unit.numel, dtype=dtype, device="meta")
                 transport.gather_parameters(whole[: unit.numel // ranks], whole, unit)
                 twice = engine.sharding_strategy == ShardingStrategy.FULL_SHARD and unit.name != "root"
-                self._take([unit], times=self.batches * (2 if twice else 1))
+                self._take(self.batches * (2 if twice else 1))
                 gathered.append((whole.nbytes, _FP32 * unit.numel if is_trained else 0))
             self._gathered(gathered)
 
@@ -332,23 +336,23 @@ class _Count:
         known = {unit.name: unit for unit in self.units}
         for same in alike.values():
             for _ in range(2):  # a method may send more when it begins
-                self.engine.traffic.take()
+                self._noted.clear()
                 grad = torch.empty(same[0].numel, dtype=torch.float32, device="meta")
                 reduce(same[0], grad)
             between = known.get(f"{same[0].name} between replicas")
-            self._take([same[0], *([between] if between is not None else [])], times=len(same) * share)
+            self._take(len(same) * share)
             for unit in same[1:]:
                 unit.state = same[0].state
                 if between is not None:
                     known[f"{unit.name} between replicas"].state = between.state
 
-    def _take(self, units: list[Unit], times: float = 1) -> None:
-        """Add what has just been counted."""
-        groups = {unit.name: unit.group for unit in units}
-        for (name, collective, role), nbytes in self.engine.traffic.take().sent.items():
+    def _take(self, times: float = 1) -> None:
+        """Add what has just been noted."""
+        for group, collective, role, nbytes in self._noted:
             kind = "parameters" if role.partition(".")[0] == "parameters" else "gradients"
             self.found.sent[kind] += times * nbytes
-            self.found.inter[kind] += times * nbytes * leaving(groups[name], collective, self.node_size)
+            self.found.inter[kind] += times * nbytes * leaving(group, collective, self.node_size)
+        self._noted.clear()
 
 
 def leaving(group: dist.ProcessGroup | None, collective: str, node_size: int) -> float:
