@@ -89,6 +89,8 @@ def sweep(
     if dry_run:
         _list(runs, finished, list(finished.values()), emulated=obstacle is None)
         return 0
+    if pending and launcher != "process":
+        jobs.refuse_submitted(cluster, launcher)
     _refuse_impossible(pending, emulated=obstacle is None)
     results.parent.mkdir(parents=True, exist_ok=True)
     # two sweeps at once would make the same runs and disturb each other's times

@@ -6,6 +6,7 @@ jobs go on; the same command finds them again by the number that it has noted, a
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from common.files import write_text
 
 Launcher = Literal["process", "slurm", "local"]
 _POLL_S = 1.0
+_OF_A_RUN = ("name", "nodes", "tasks_per_node", "timeout_min")  # parameters of submitit's executor
 
 
 def check(runs: Sequence[Run], launcher: Launcher, ranks_per_node: int) -> None:
@@ -37,6 +39,27 @@ def check(runs: Sequence[Run], launcher: Launcher, ranks_per_node: int) -> None:
             raise ValueError(f"{run.name}: SLURM starts as many tasks as there are ranks: give world_size")
         if run.world_size is not None and run.world_size % min(run.world_size, ranks_per_node):
             raise ValueError(f"{run.name}: world_size {run.world_size} does not fill nodes of {ranks_per_node} ranks")
+
+
+def refuse_submitted(options: Mapping[str, Any], launcher: Launcher) -> None:
+    """Refuse what submitit would refuse of every run, or in the middle of submitting them.
+
+    Raises:
+        ValueError: There is no such cluster here, or a parameter is unknown, of the wrong type, or a run's to say.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            executor = _executors()(folder=folder, cluster=launcher)
+        except RuntimeError as error:
+            raise ValueError(f"launcher={launcher}: {error}") from error
+        for name, value in options.items():
+            if name in _OF_A_RUN:
+                raise ValueError(f"cluster.{name}: the sweep says this of each run itself; leave it out")
+            try:
+                executor.update_parameters(**{name: value})
+            except (NameError, AssertionError, TypeError, ValueError) as error:
+                problem = str(error).partition("\n")[0] or type(error).__name__
+                raise ValueError(f"cluster.{name}={value!r}: {problem}") from error
 
 
 def run_jobs(

@@ -1,6 +1,7 @@
 """Sweeps whose runs are jobs, through submitit's local executor and stand-in commands."""
 
 import json
+import shutil
 
 import pytest
 
@@ -40,6 +41,34 @@ def test_jobs_that_go_on_are_found_again(start, tmp_path):  # noqa: F811
     ((found, ended, folder),) = cluster.run_jobs([run], work, 100, "local", {}, 8)  # submits nothing
     assert found == run and ended.exit_status == 0 and ended.last_lines == "through" and folder == work / run.key
     assert json.loads((work / "jobs.json").read_text()) == {}
+
+
+@pytest.mark.parametrize(
+    ("cluster_", "said"),
+    [
+        ("{cpus_per_task: many}", "cluster.cpus_per_task='many': "),
+        ("{slurm_partitions: gpu}", "cluster.slurm_partitions='gpu': Unknown argument 'partitions'"),
+        ("{gpus: 8}", "cluster.gpus=8: "),
+        ("{nodes: 2}", "cluster.nodes: the sweep says this of each run itself"),
+    ],
+)
+def test_parameters_that_submitit_refuses_are_named_before_a_run_is_submitted(
+    start,  # noqa: F811
+    tmp_path,
+    capsys,
+    cluster_,
+    said,
+):
+    status, records, ran = start(["a"], "--launcher", "local", "--cluster", cluster_)
+    assert status == 1 and not records and not ran and not (tmp_path / "results.runs").exists()
+    assert said in capsys.readouterr().err
+    assert start(["a"], "--launcher", "local", "--cluster", cluster_, "--dry_run")[0] == 0
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="this is a cluster")
+def test_a_cluster_that_is_not_there_is_refused(start, capsys):  # noqa: F811
+    status, _, ran = start(["a"], "--launcher", "slurm", arguments={"world_size": 2})
+    assert status == 1 and not ran and "launcher=slurm: " in capsys.readouterr().err
 
 
 def _stop(seconds):
