@@ -37,17 +37,12 @@ from lightning_modules.structured_pruning.layout import AUTO, DropBy, Layout, Sh
 from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.memory import Workload, peaks
 from lightning_modules.structured_pruning.model_shape import ModelShape
+from lightning_modules.structured_pruning.needs import check_request, most_inputs
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.planner import Planner, check_possible
 from lightning_modules.structured_pruning.provenance import model_hash
-from lightning_modules.structured_pruning.refitting import (
-    check_refitted,
-    check_request,
-    compensate,
-    most_inputs,
-    put_refitted,
-    refitted_hashes,
-)
+from lightning_modules.structured_pruning.refitted import check_refitted, put_refitted, refitted_hashes
+from lightning_modules.structured_pruning.refitting import compensate
 from lightning_modules.structured_pruning.rounds import Round, composed, load_rounds, recovered, short_recovery
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.search import largest_share

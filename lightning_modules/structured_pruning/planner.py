@@ -28,9 +28,10 @@ from lightning_modules.structured_pruning.layer_damage import LayerDamage
 from lightning_modules.structured_pruning.layers import LayerShape, decoder_layers, shape_of
 from lightning_modules.structured_pruning.layout import AUTO, Layout
 from lightning_modules.structured_pruning.masking import masked
+from lightning_modules.structured_pruning.needs import amount, check_tokens, most_inputs
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
 from lightning_modules.structured_pruning.provenance import model_hash, settings_hash, tensors_hash, text_hash
-from lightning_modules.structured_pruning.refitting import amount, check_tokens, most_inputs, refit
+from lightning_modules.structured_pruning.refitting import refit
 from lightning_modules.structured_pruning.slicing import slice_model
 from lightning_modules.structured_pruning.stock import group_step
 from lightning_modules.structured_pruning.trials import MOST_CONTENDERS, Candidate, Space, check_stock
@@ -227,16 +228,18 @@ class Planner:
             return []
         quick = self.compensation.quick()
         widest, hidden = most_inputs(self.shapes), self.model.config.hidden_size
-        tokens = _REFIT_TOKENS * quick.fewest_tokens(widest, hidden)
-        found, seen, left = list[dict[str, Tensor]](), 0, max(tokens, 1)
+        wanted = _REFIT_TOKENS * quick.fewest_tokens(widest, hidden)
+        found, tried = list[dict[str, Tensor]](), self.probe_blocks
         for batch in self.batches:
-            rows = len(batch["input_ids"])
-            first = min(max(self.probe_blocks - seen, 0), rows)
-            count = min(rows - first, math.ceil(left / batch["input_ids"].shape[1]))
-            if count > 0 and left > 0:
-                found.append({name: part[first : first + count] for name, part in batch.items()})
-                left -= found[-1]["input_ids"].numel()
-            seen += rows
+            tokens, rows = amount(found)
+            if tokens >= wanted and rows >= quick.folds:
+                break
+            size, length = batch["input_ids"].shape
+            first = min(tried, size)
+            tried -= first
+            last = first + max(math.ceil((wanted - tokens) / length), quick.folds - rows)
+            if first < size:
+                found.append({name: part[first:last] for name, part in batch.items()})
         try:
             check_tokens(quick, widest, hidden, *amount(found))
         except ValueError:

@@ -10,8 +10,7 @@ both, what one layer should add to them, and the moments of one matrix.
 Shape legend: B sequences, T tokens, n tokens without padding, H hidden size, K kept inputs of a matrix.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,13 +23,11 @@ from lightning_modules.batches import Batch, tokens_of
 from lightning_modules.stream import LayerInputs
 from lightning_modules.structured_pruning import learning
 from lightning_modules.structured_pruning.compensation import Compensation
-from lightning_modules.structured_pruning.layers import ATTENTION, MLP, LayerShape, decoder_layers, family, shape_of
+from lightning_modules.structured_pruning.layers import decoder_layers, shape_of
 from lightning_modules.structured_pruning.moments import Matrix, Moments
+from lightning_modules.structured_pruning.needs import add_output_biases, amount, check_tokens, most_inputs
 from lightning_modules.structured_pruning.plan import PruningPlan
-from lightning_modules.structured_pruning.provenance import tensors_hash
-
-SETTING = "compensation"
-"""Where a plan's settings say what was refitted: ``described``."""
+from lightning_modules.structured_pruning.refitted import SETTING, hashes_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,11 @@ def compensate(
     Raises:
         ValueError: The text is too little, or the architecture has no output biases.
     """
-    found = refit(dense, sliced, plan, batches, compensation) if compensation.refits else Refit({}, [])
+    found = Refit({}, [])
+    if compensation.refits:
+        kept = sum(not layer.dropped for layer in plan.layers)
+        with stage(f"Compensation by {compensation.name}", kept, "layers") as done:
+            found = refit(dense, sliced, plan, batches, compensation, done)
     described = {
         "name": compensation.name,
         **compensation.config(),
@@ -87,8 +88,9 @@ def refit(
     plan: PruningPlan,
     batches: Sequence[Batch],
     compensation: Compensation,
+    done: Callable[[int], None] = lambda layers: None,
 ) -> Refit:
-    """See ``compensate``."""
+    """See ``compensate``; ``done`` is told how many layers are, for progress."""
     names = {name for name, _ in sliced.named_parameters()}
     kept = [i for i, layer in enumerate(plan.layers) if not layer.dropped]
     shapes = [shape_of(layer) for layer in decoder_layers(sliced)]
@@ -98,14 +100,13 @@ def refit(
     changed = {name for name, _ in sliced.named_parameters()} - names
     streams, folds = _Streams.of(dense, sliced, batches, compensation), _Folds(batches, compensation.folds)
     fits: list[dict[str, Any]] = []
-    with stage(f"Compensation by {compensation.name}", len(kept), "layers") as done:
-        for new, (old, after) in enumerate(zip(kept, [*kept[1:], len(plan.layers)], strict=True)):
-            layer = decoder_layers(sliced)[new]
-            for fit in _refit_layer(layer, decoder_layers(dense)[old:after], streams, folds, compensation):
-                fits.append({"layer": old, **fit._asdict()})
-                changed |= {f"model.layers.{new}.{name}" for name in fits[-1].pop("changed")}
-            streams.sliced.advance(layer)
-            done(new + 1)
+    for new, (old, after) in enumerate(zip(kept, [*kept[1:], len(plan.layers)], strict=True)):
+        layer = decoder_layers(sliced)[new]
+        for fit in _refit_layer(layer, decoder_layers(dense)[old:after], streams, folds, compensation):
+            fits.append({"layer": old, **fit._asdict()})
+            changed |= {f"model.layers.{new}.{name}" for name in fits[-1].pop("changed")}
+        streams.sliced.advance(layer)
+        done(new + 1)
     return Refit({n: p.detach().cpu().clone() for n, p in sliced.named_parameters() if n in changed}, fits)
 
 
@@ -328,154 +329,3 @@ class _Folds:
             x_nK, y_nH, w_n1 = (tokens_of(part[i : i + 1], one) for part in (x_BTK, y_BTH, w_BT1))
             found.append(learning.Row(x_nK, y_nH, w_n1[:, 0]))
         return found
-
-
-def check_request(compensation: Compensation, config: Any, inputs: int, tokens: float, rows: int) -> None:
-    """Refuse what no calibration text can make possible, see ``check_tokens`` and ``check_biases``.
-
-    Args:
-        compensation: What is to be fitted.
-        config: The model's configuration.
-        inputs: Of the widest matrix that will be left, at least.
-        tokens: Of the text, at most; infinite where that is not known.
-        rows: Blocks of it.
-
-    Raises:
-        ValueError: The message says what is possible.
-    """
-    if compensation.bias:
-        check_biases(config)
-    check_tokens(compensation, inputs, config.hidden_size, tokens, rows)
-
-
-def amount(batches: Sequence[Batch]) -> tuple[int, int]:
-    """Tokens without padding, and rows."""
-    masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches)
-    return sum(int(mask.sum()) for mask in masks), sum(len(batch["input_ids"]) for batch in batches)
-
-
-def most_inputs(shapes: Sequence[LayerShape], removed: int = 0) -> int:
-    """Inputs of the widest ``o_proj`` or ``down_proj``; at least, once so many parameters will have been removed."""
-    heads = [(s.groups * s.n_rep * s.head_dim, s.groups * s.group_parameters) for s in shapes]
-    channels = [(s.channels, s.channels * s.channel_parameters) for s in shapes]
-    if not removed:
-        return max(width for width, _ in heads + channels)
-    # All that goes may come from one kind; what is left of that is widest nowhere less than on average.
-    bounds = []
-    for kind in (heads, channels):
-        price = sum(parameters / width for width, parameters in kind)
-        bounds.append((sum(parameters for _, parameters in kind) - removed) / price)
-    return math.ceil(max(bounds))
-
-
-def check_tokens(compensation: Compensation, inputs: int, outputs: int, tokens: float, rows: int) -> None:
-    """Refuse calibration text that leaves a matrix undetermined while a part of the text is held out.
-
-    Args:
-        compensation: What is to be fitted.
-        inputs: Of the widest matrix.
-        outputs: Of it.
-        tokens: Of the text, without padding.
-        rows: Blocks or samples of the text.
-
-    Raises:
-        ValueError: The message says how many tokens and blocks are needed.
-    """
-    folds = compensation.folds
-    needed = math.ceil(compensation.fewest_tokens(inputs, outputs) * folds / (folds - 1))
-    if not compensation.refits or (tokens >= needed and rows >= folds):
-        return
-    blocks = max(folds, math.ceil(needed * rows / max(tokens, 1)))
-    raise ValueError(
-        f"compensation: {compensation.name} of matrices with {inputs:,} inputs needs {needed:,} tokens of calibration "
-        f"text in {folds} blocks or more, as one part in {folds} is held out, and there are {tokens:,} in {rows}; set "
-        f"calibration_blocks to at least {blocks}, or compensation to Unchanged"
-    )
-
-
-def add_output_biases(model: Any) -> None:
-    """Give ``o_proj`` and ``down_proj`` of a Llama a bias of zeros, and so, as its class wants it, all projections.
-
-    Raises:
-        ValueError: The architecture's class has no such biases.
-    """
-    check_biases(model.config)
-    config = model.config
-    for field, names, part in (("attention_bias", ATTENTION, "self_attn"), ("mlp_bias", MLP, "mlp")):
-        if getattr(config, field):
-            continue
-        setattr(config, field, True)
-        for layer in decoder_layers(model):
-            for linear in (getattr(getattr(layer, part), name) for name in names):
-                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-
-
-def check_biases(config: Any) -> None:
-    """Refuse an architecture whose class has no output biases.
-
-    Raises:
-        ValueError: It is not Llama.
-    """
-    if family(config) != "llama":
-        raise ValueError(
-            f"compensation: {family(config)} has no bias on o_proj and down_proj; use LeastSquares without bias, or "
-            "Rotation"
-        )
-
-
-@torch.no_grad()
-def put_refitted(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put what a compensation has changed into a slice that is as it was then; its weights change.
-
-    Raises:
-        ValueError: The tensors are not of this model.
-    """
-    if tensors.keys() - dict(model.named_parameters()).keys():
-        add_output_biases(model)
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ValueError(f"compensation: the refitted {name} does not fit this model; prune the model again")
-        parameters[name].copy_(tensor)
-
-
-def hashes_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """A hash of each tensor, by its name."""
-    return {name: tensors_hash({name: tensor}) for name, tensor in tensors.items()}
-
-
-def refitted_hashes(plan: PruningPlan) -> dict[str, str]:
-    """What a plan says of the tensors that were refitted after slicing by it; empty where none were."""
-    hashes: dict[str, str] = plan.settings.get(SETTING, {}).get("tensors", {})
-    return hashes
-
-
-def check_refitted(sliced: Any, refitted: Any, plan: PruningPlan, rounding: bool = False) -> None:
-    """Refuse a model that differs from a slice in more than what its compensation has changed.
-
-    Args:
-        sliced: The slice, which need not have been compensated.
-        refitted: The compensated model.
-        plan: Its plan, which says what the compensation has changed.
-        rounding: Adapters were merged again to make the slice, which another processor may round otherwise.
-
-    Raises:
-        ValueError: The message names a tensor that was changed later.
-    """
-    slice_state, state, hashes = sliced.state_dict(), refitted.state_dict(), refitted_hashes(plan)
-    for name in sorted(slice_state.keys() | state.keys()):
-        if name in hashes:
-            same = name in state and hashes_of({name: state[name]}) == {name: hashes[name]}
-            what = "is not what the compensation has made"
-        else:
-            same = name in state and name in slice_state and _same(state[name], slice_state[name], rounding)
-            what = "is not that of the slice"
-        if not same:
-            raise ValueError(f"verify: {name} {what}: weights were changed after pruning, or model.dtype is another")
-
-
-def _same(one: Tensor, other: Tensor, rounding: bool) -> bool:
-    other = other.to(one)
-    if one.shape != other.shape or not rounding:
-        return torch.equal(one, other)
-    return bool((one - other).abs().max() <= 4 * torch.finfo(one.dtype).eps * other.abs().max())

@@ -21,7 +21,7 @@ from lightning_modules.structured_pruning.adapter import adapter_weights, attach
 from lightning_modules.structured_pruning.evaluation import backward
 from lightning_modules.structured_pruning.layers import ATTENTION, MLP
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
-from lightning_modules.structured_pruning.refitting import hashes_of, refitted_hashes
+from lightning_modules.structured_pruning.refitted import hashes_of, refitted_hashes
 
 FOLDER = "rounds"
 _RANK = 8

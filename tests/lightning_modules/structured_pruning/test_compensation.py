@@ -13,17 +13,11 @@ from lightning_modules.structured_pruning.compensation.rotation import Rotation
 from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.layers import shape_of
 from lightning_modules.structured_pruning.moments import Matrix, Moments
+from lightning_modules.structured_pruning.needs import amount, check_tokens, most_inputs
 from lightning_modules.structured_pruning.plan import LayerPlan
 from lightning_modules.structured_pruning.provenance import model_hash
-from lightning_modules.structured_pruning.refitting import (
-    amount,
-    check_refitted,
-    check_tokens,
-    compensate,
-    most_inputs,
-    put_refitted,
-    refit,
-)
+from lightning_modules.structured_pruning.refitted import check_refitted, put_refitted
+from lightning_modules.structured_pruning.refitting import compensate, refit
 from lightning_modules.structured_pruning.slicing import slice_model
 from tests.lightning_modules.structured_pruning.toy import DROPPED, KEPT, batches, plan_for, tiny, two_samples
 

@@ -18,7 +18,9 @@ from lightning_modules.loading import load
 from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
+from lightning_modules.structured_pruning.compensation.bias import Bias
 from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
+from lightning_modules.structured_pruning.compensation.rotation import Rotation
 from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.export import pad_to_stock, padded_parameters
 from lightning_modules.structured_pruning.footprint import parameters_of
@@ -378,8 +380,9 @@ def test_a_trial_is_the_loss_of_the_sliced_model_and_is_made_once(make, data, tm
 
 def test_shapes_are_judged_after_a_refit_on_other_text_than_they_are_tried_on(tmp_path, monkeypatch):
     """Every channel has a twin, whose part the other can take over once it is refitted; a layer does very little."""
-    from lightning_modules.structured_pruning import planner
+    from lightning_modules.structured_pruning import planner, refitting
 
+    monkeypatch.setattr(refitting, "stage", None)  # one within that of the trials would write over its bar
     model = tiny(dtype=torch.float64)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -412,6 +415,22 @@ def test_shapes_are_judged_after_a_refit_on_other_text_than_they_are_tried_on(tm
     assert trials(LeastSquares(damping=[1e-6])) == (again, []) and len(seen) == len(losses), "measured once"
     few = Planner(model, "toy", rows[:2], Refitted(), Layout(), tmp_path, stage, 3, LeastSquares())
     assert {trial["refitted"] for trial in few.plan(target, {}).settings["trials"]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("compensation", "rows", "padded"), [(Bias(), 4, 4), (LeastSquares(), 8, 15), (Rotation(folds=6), 6, 10)]
+)
+def test_a_quick_refit_has_the_rows_that_are_held_out_in_turn_and_the_tokens_that_it_needs(
+    compensation, rows, padded, tmp_path
+):
+    text = batches(10)
+    ids = torch.cat([batch["input_ids"] for batch in text])
+    for expected in (rows, padded):
+        planner = Planner(tiny(), "toy", text, Refitted(), Layout(), tmp_path, stage, 3, compensation)
+        found = torch.cat([batch["input_ids"] for batch in planner._refit_rows])
+        assert torch.equal(found, ids[3 : 3 + expected])
+        for batch in text:  # half of it for the second time
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"]).index_fill_(1, torch.arange(10), 0)
 
 
 @pytest.mark.parametrize("drop_by", ["damage", "block_influence"])
