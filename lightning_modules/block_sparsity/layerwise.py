@@ -20,7 +20,7 @@ from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.inputs import Inputs, collecting
 from lightning_modules.block_sparsity.layer_files import LayerFiles
 from lightning_modules.block_sparsity.masks import mask_weights
-from lightning_modules.block_sparsity.mix import Mix, best_mix
+from lightning_modules.block_sparsity.mix import Mix, best_mix, in_bands
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.block_sparsity.reconstruction import Reconstruction, reconstruct
 from lightning_modules.block_sparsity.scored import Scored
@@ -207,7 +207,9 @@ def _targets(
             f"{found.bits:.3f} bits per weight: top-k blocks of {found.k} weights; "
             f"{100 * found.loss:.2f} % of the squared scores go"
         )
-        return {name: _ratios(one) if pruner.scope == "band" else one for name, one in found.maps.items()}
+        if pruner.scope == "band":
+            return {name: in_bands(one, pruner.block, found.k) for name, one in found.maps.items()}
+        return dict(found.maps)
     if not pruner.tiers or pruner.scope != "global":
         return dict.fromkeys(pruner.matrices, target)
     tiers = copy.deepcopy(pruner.tiers)

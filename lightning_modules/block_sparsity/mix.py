@@ -9,8 +9,10 @@ asked for.
 Shape legend: b side of a block; n blocks; K numbers of weights that are tried for top-k blocks.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -56,6 +58,28 @@ class Found:
     maps: dict[str, Tensor]
     loss: float
     bits: float
+
+
+def in_bands(map_rc: Tensor, block: int, k: int) -> Ratios:
+    """The shares that all rows of blocks can have alike, next to a map's and in no more bits.
+
+    Args:
+        map_rc: A tier map.
+        block: Side of a block.
+        k: Weights that top-k blocks keep.
+    """
+    columns = map_rc.shape[1]
+
+    def shares(dense: int, topk: int) -> Ratios:
+        return Ratios(dense / columns, (columns - dense - topk) / columns, topk / columns)
+
+    def bits(ratios: Ratios) -> float:
+        return packed_bits(ratios, block, k)
+
+    wanted = Ratios(*(float((map_rc == tier).float().mean()) for tier in (DENSE, MID, TOPK)))
+    places = [{math.floor(n + 1e-4), math.ceil(n - 1e-4)} for n in (wanted.dense * columns, wanted.topk * columns)]
+    near = [shares(dense, topk) for dense, topk in product(*places) if dense + topk <= columns]
+    return max((one for one in near if bits(one) <= bits(wanted) + 1e-3), key=bits)  # dense down and top-k up is one
 
 
 def choices(block: int) -> tuple[int, ...]:

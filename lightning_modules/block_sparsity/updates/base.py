@@ -20,7 +20,7 @@ class Choice:
         free_RC: bool; for groups, True or False for the whole of one.
         kept: How many weights of every group of neighbours in a row stay.
         of: Size of a group.
-        sparsity: Instead of groups: share of the free weights that go.
+        sparsity: Instead of groups: share of all weights that are gone afterwards, those of before included.
     """
 
     free_RC: Tensor
