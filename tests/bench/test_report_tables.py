@@ -112,6 +112,42 @@ def test_records_of_every_experiment_become_points():
     assert [speed.value for speed in gradients.FEATURE.speeds(evidence)] == [14.0, 2.6]
 
 
+def test_answers_of_a_real_model_are_points_chance_beside_them():
+    row = {"model": "m", "task": "needles", "kept_right": 0.96, "bound": 2.0}
+    evidence = sort([
+        figure("needles-calibrated", 96.0, "real_model", details={**row, "scorer": "calibrated"}),
+        figure("needles-random", 30.0, "real_model", details={**row, "scorer": "random", "kept_right": 0.3}),
+    ])  # fmt: skip
+    (case,) = tokens.FEATURE.cases(evidence)
+    assert case.title == "m, needles"
+    assert [(p.name, p.quality, p.control) for p in case.points] == [
+        ("calibrated", 96.0, False),
+        ("random", 30.0, True),
+    ]
+
+
+def test_what_was_tuned_is_not_compared_with_what_was_not():
+    peers = {"model": "m", "text": "novel", "arm": "pare", "removed": 0.25}
+    sparse = {"model": "m", "text": "novel", "tiers": {"sparsity": 0.5}}
+    tuned = {**sparse, "arm": "tuned-2:4", "tuned_tokens": 56_320}
+    evidence = sort([
+        figure("pare-25-novel-before", 1.4, "structured_peers", spread=0.1, details={**peers, "when": "before"}),
+        figure("pare-25-novel-after", 1.2, "structured_peers", details={**peers, "when": "after"}),
+        figure("2:4-novel", 2.5, "block_peers", details={**sparse, "arm": "2:4-magnitude"}),
+        figure("tuned-2:4-novel", 1.3, "block_tuning", details=tuned),
+        figure("million-2:4-novel", 1.2, "block_million", details={**tuned, "arm": "million-2:4", "tuned_tokens": 1e6}),
+    ])  # fmt: skip
+    found = {one.title: one.points for feature in (structure, blocks) for one in feature.FEATURE.cases(evidence)}
+    assert {title: (point.name, point.quality, point.control) for title, (point,) in found.items()} == {
+        "m, novel, nothing trained": ("2:4-magnitude", 2.5, True),
+        "m, novel, recovered alike": ("pare", 1.2, False),
+        "m, novel, fine-tuned alike on 56,320 tokens": ("2:4", 1.3, False),
+        "m, novel, fine-tuned alike on 1,000,000 tokens": ("2:4", 1.2, False),
+    }
+    before = structure.FEATURE.cases(evidence)[0].points[0]
+    assert (before.saving, before.quality, before.error) == (25.0, 1.4, (0.1, 0.1))
+
+
 def test_two_files_are_compared_figure_by_figure_and_run_by_run():
     runs = [{**run, "step_time_ms_p50": 100.0} for run in synthetic.varied(36)[33:]]
     old = sort([figure("f", 2.0, "e", reached=True), figure("gone", 1.0, "e"), *runs])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bench.report.evidence import Evidence
-from bench.report.values import Record, count
+from bench.report.values import Record, count, number
 
 _NOISE = 1.1
 
@@ -29,6 +29,22 @@ class Point:
     error: tuple[float, float] = (0.0, 0.0)
     control: bool = False
     records: tuple[Record, ...] = ()
+
+
+def of_figure(name: str, saving: float, over_dense: float | None, figure: Record, control: str) -> list[Point]:
+    """The point of a figure that is a perplexity over the dense model's; none without that.
+
+    Args:
+        name: Of the method.
+        saving: See ``Point``.
+        over_dense: How many times the dense model's.
+        figure: Its spread counts where it is of the same unit.
+        control: What the names of controls have in them.
+    """
+    if over_dense is None:
+        return []
+    spread = (number(figure, "spread") or 0.0) if figure["unit"] == "×" else 0.0
+    return [Point(name, saving, over_dense, (spread, spread), control in name.lower(), (figure,))]
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,14 @@ class Axis:
     header: str
     plain: float
     better: int = 1
+
+
+OVER_DENSE = (
+    Axis("perplexity, times the dense model's", "perplexity (× dense)", 1.0, -1),
+    1.1,
+    "perplexity within 1.1 × the dense model's",
+)
+"""Quality as perplexity over the dense model's: ``Feature.quality``, ``tolerable`` and ``rule``."""
 
 
 @dataclass(frozen=True)

@@ -4,31 +4,37 @@ import re
 from collections import defaultdict
 
 from bench.report.evidence import Evidence, run_name
-from bench.report.features.base import Axis, Case, Feature, Point, Speed
+from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure
 from bench.report.values import Record, number, text
 
 _ZEROS = re.compile(r"([\d.]+) % (?:zeros|of the weights zero)")
+_PERPLEXITIES = ("block_peers", "block_tuning", "block_million")
+_CONTROL = "magnitude"
 _HALF = {"two-four": 50.0}  # told in words: half of the weights zero
 
 
 def _cases(evidence: Evidence) -> list[Case]:
     found: dict[str, list[Point]] = defaultdict(list)
-    for one in evidence.figures_of("block_peers"):
+    for one in (one for name in _PERPLEXITIES for one in evidence.figures_of(name)):
         zeros, arm = number(one, "details.tiers.sparsity"), text(one["details"].get("arm"))
         if zeros is not None:
-            trained = "fine-tuned alike" if arm.startswith("tuned-") else "nothing trained"
-            found[_title(one, trained)] += _point(arm.removeprefix("tuned-"), 100 * zeros, number(one, "value"), one)
+            tokens = number(one, "details.tuned_tokens")
+            trained = f"fine-tuned alike on {tokens:,.0f} tokens" if tokens else "nothing trained"
+            name = arm.partition("-")[2] if tokens else arm
+            found[_title(one, trained)] += of_figure(name, 100 * zeros, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("real_model"):
         arm = one["details"].get("arm")
         told = _ZEROS.search(one["what"])
         zeros = _HALF.get(arm, float(told[1]) if told else None)
         if zeros is not None and arm != "structured-25":
-            found[_title(one, "nothing trained")] += _point(text(arm), zeros, number(one, "value"), one)
+            found[_title(one, "nothing trained")] += of_figure(text(arm), zeros, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("block_quality"):
         ratio, shares = number(one, "details.over_dense"), _ZEROS.findall(one["what"])
         name = one["figure"].removeprefix("block-ppl-")
         if ratio is not None and shares and name != "dense":
-            found["Llama of 8 M parameters, fine-tuned alike"] += _point(name, float(shares[-1]), ratio, one)
+            found["Llama of 8 M parameters, fine-tuned alike"] += of_figure(
+                name, float(shares[-1]), ratio, one, _CONTROL
+            )
     for run in evidence.runs:
         for point in _run(evidence, run):
             found[f"{text(run.get('model'))}, these runs"].append(point)
@@ -37,13 +43,6 @@ def _cases(evidence: Evidence) -> list[Case]:
 
 def _title(one: Record, trained: str) -> str:
     return f"{text(one['details'].get('model'))}, {text(one['details'].get('text'))}, {trained}"
-
-
-def _point(name: str, zeros: float, ratio: float | None, one: Record) -> list[Point]:
-    if ratio is None:
-        return []
-    spread = (number(one, "spread") or 0.0) if one["unit"] == "×" else 0.0
-    return [Point(name, zeros, ratio, (spread, spread), name.startswith("magnitude"), (one,))]
 
 
 def _run(evidence: Evidence, run: Record) -> list[Point]:
@@ -68,7 +67,7 @@ def _speeds(evidence: Evidence) -> list[Speed]:
     for one in evidence.figures_of("block_speed"):
         value = number(one, "value")
         if one["figure"].startswith("product-") and value is not None:
-            what = one["what"].partition(" zeros")[0] + " zeros"
+            what = one["what"].partition(" over ")[0].rstrip(",")
             key = one["figure"].removeprefix("product-").rpartition("-")[0]
             found.append(Speed(what, key, value, number(one, "details.bound"), (one,)))
     return found
@@ -83,9 +82,7 @@ FEATURE = Feature(
     "Block sparsity",
     "Weights go in 16×16 blocks: dense, two of four, or the largest few.",
     Axis("weights that are zero (%)", "zeros (%)", 0.0),
-    Axis("perplexity, times the dense model's", "perplexity (× dense)", 1.0, -1),
-    1.1,
-    "perplexity within 1.1 × the dense model's",
+    *OVER_DENSE,
     _cases,
     _speeds,
     _said,

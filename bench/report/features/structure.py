@@ -4,10 +4,11 @@ import re
 from collections import defaultdict
 
 from bench.report.evidence import Evidence, run_name
-from bench.report.features.base import Axis, Case, Feature, Point, Speed
+from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure
 from bench.report.values import Record, number, text
 
 _SHARE = re.compile(r"(\d+)\s*% of the decoder")
+_CONTROL = "random"
 
 
 def _cases(evidence: Evidence) -> list[Case]:
@@ -15,37 +16,31 @@ def _cases(evidence: Evidence) -> list[Case]:
     for one in evidence.figures_of("structured_peers"):
         details, removed = one["details"], number(one, "details.removed")
         if removed is not None:
-            title = f"{text(details.get('model'))}, {text(details.get('text'))}, nothing trained"
-            found[title] += _point(text(details.get("arm")), removed, number(one, "value"), one)
+            trained = "recovered alike" if details.get("when") == "after" else "nothing trained"
+            title = f"{text(details.get('model'))}, {text(details.get('text'))}, {trained}"
+            found[title] += of_figure(text(details.get("arm")), 100 * removed, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("real_model"):
         if one["details"].get("arm") == "structured-25":
             title = f"{text(one['details'].get('model'))}, {text(one['details'].get('text'))}, nothing trained"
-            found[title] += _point("default", 0.25, number(one, "value"), one)
+            found[title] += of_figure("default", 25.0, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("structured_recovery"):
         share, when = _SHARE.search(one["what"]), one["figure"].split("-")[1]
         if share and when in ("before", "after"):
             title = "Llama of 8 M parameters, " + ("nothing trained" if when == "before" else "recovered")
-            found[title] += _point("default", int(share[1]) / 100, number(one, "value"), one)
+            found[title] += of_figure("default", float(share[1]), number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("structured_ablation"):
         details, ppl, dense = one["details"], number(one, "value"), number(one, "details.dense_ppl")
         if dense and ppl is not None and "importance" in details:
             name = f"{text(details['importance'])} {text(details.get('allocation'))}".replace("`", "")
-            budget = float(text(details.get("budget")).rstrip("%")) / 100
+            budget = float(text(details.get("budget")).rstrip("%"))
             title = "Llama of 8 M parameters, every importance, " + (
                 "nothing trained" if details.get("when") == "before" else "a short recovery"
             )
-            found[title] += _point(name, budget, ppl / dense, one)
+            found[title] += of_figure(name, budget, ppl / dense, one, _CONTROL)
     for run in evidence.runs:
         for title, point in _run(run):
             found[title].append(point)
     return [Case(title, points) for title, points in found.items()]
-
-
-def _point(name: str, share: float, ratio: float | None, one: Record) -> list[Point]:
-    if ratio is None:
-        return []
-    spread = (number(one, "spread") or 0.0) if one["unit"] == "×" else 0.0
-    return [Point(name, 100 * share, ratio, (spread, spread), name.lower().startswith("random"), (one,))]
 
 
 def _run(run: Record) -> list[tuple[str, Point]]:
@@ -93,9 +88,7 @@ FEATURE = Feature(
     "Structured pruning",
     "Whole attention heads, channels and layers go; what is left is a smaller model.",
     Axis("decoder parameters removed (%)", "removed (%)", 0.0),
-    Axis("perplexity, times the dense model's", "perplexity (× dense)", 1.0, -1),
-    1.1,
-    "perplexity within 1.1 × the dense model's",
+    *OVER_DENSE,
     _cases,
     _speeds,
     _said,

@@ -19,6 +19,8 @@ def _cases(evidence: Evidence) -> list[Case]:
             found[f"{text(details.get('model'))}, {text(details.get('task'))}"].append(point)
     for one in evidence.figures_of("real_model"):
         details = one["details"]
+        if "kept_right" in details and (point := _asked(text(details.get("scorer")), details, one)):
+            found[f"{text(details.get('model'))}, {text(details.get('task'))}"].append(point)
         if isinstance(details.get("unpruned"), Mapping) and (point := _read(details, details["unpruned"], one)):
             found[f"{text(details.get('model'))}, tokens of planted answers"].append(point)
     for run in evidence.runs:
