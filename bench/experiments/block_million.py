@@ -12,16 +12,6 @@ LIMIT = 1.25  # times the dense model's perplexity
 
 
 def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> None:
-    """Measure and append the figures.
-
-    Args:
-        records: File that the figures are appended to.
-        folder: Working folder.
-        model: Hugging Face folder.
-        texts: Texts by name.
-
-    Raises:
-        ValueError: A text too short to be cut in two, or a folder that ``claim`` refuses.
-    """
+    """Measure and append the figures. Arguments and errors as for ``block_peers.run``."""
     chosen = {name: ARMS[name] for name in ("dense", "mix-oneshot")}
     tune(records, folder, model, texts, chosen, TOKENS, SEEDS, COMMAND, "million", {"mix-oneshot": LIMIT})

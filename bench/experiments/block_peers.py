@@ -153,8 +153,8 @@ def measured(
     base = (*base, "--model.calibration_seed", str(seed), "--model.calibration_blocks", str(CALIBRATION_BLOCKS))
     done = once(place / "run", command, config, *base, *options)
     found = evaluate(place, place / "model", folder, held_out, pattern)
-    shutil.rmtree(place / "model", ignore_errors=True)  # half a gigabyte, and measured
-    shutil.rmtree(place / "run/checkpoints", ignore_errors=True)
+    for large in (place / "model", *(place / "run/runs").glob("*/checkpoints")):  # gigabytes, and measured
+        shutil.rmtree(large, ignore_errors=True)
     say(f"{name}: " + ", ".join(f"{text} {ppl:.2f}" for text, ppl in found.items()))
     tiers: dict[str, Any] = done["tiers"]
     return found, tiers
@@ -169,7 +169,9 @@ def figure(
     dense: Mapping[str, float],
     command: str,
     tiers: Mapping[str, Any] | None = None,
-    **more: Any,
+    calibration_blocks: int = CALIBRATION_BLOCKS,
+    tuned_tokens: int = 0,
+    limit: float | None = None,
 ) -> None:
     """One figure a text: mean over the seeds of the perplexity over the dense model's.
 
@@ -182,9 +184,10 @@ def figure(
         dense: The dense model's.
         command: What measures them again.
         tiers: What was recorded of the tiers, of the last seed.
-        **more: Further arguments of ``figures.append``, such as a target, and ``tuned_tokens``.
+        calibration_blocks: Blocks of text that it was pruned on.
+        tuned_tokens: Tokens that it was tuned on.
+        limit: What the ratio should not exceed.
     """
-    tuned, limit = more.pop("tuned_tokens", 0), more.pop("limit", None)
     ends = {} if tiers is None else {**tiers["iterations"][-1], "sparsity": tiers["sparsity"]}
     for text, reference in dense.items():
         values = [ppl[text] for ppl in found]
@@ -206,9 +209,9 @@ def figure(
                 "text": text,
                 "ppl": values,
                 "dense_ppl": reference,
-                "calibration_tokens": BLOCK * CALIBRATION_BLOCKS,
+                "calibration_tokens": BLOCK * calibration_blocks,
                 "evaluated_tokens": BLOCK * EVALUATION_BLOCKS,
-                "tuned_tokens": tuned,
+                "tuned_tokens": tuned_tokens,
                 "tiers": ends or None,
             },
         )

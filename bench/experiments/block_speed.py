@@ -123,7 +123,7 @@ def _append_products(records: Path, product: dict[str, Any]) -> None:
             target="report",
             reached=None,
             command=COMMAND,
-            details={"device": product["device"], "dense_ms": product["dense_ms"], "speed": product["speed"]},
+            details={n: product[n] for n in ("device", "dense_ms", "speed")} | {"arm": arm, "bound": bound},
         )
 
 
@@ -181,16 +181,17 @@ def iteration(device: torch.device, hidden: int, mlp: int, tokens: int) -> dict[
         found[step] += time.perf_counter() - start
         return result
 
-    # queries, keys and values; the attention's output; gate and up; down: what sees the same inputs is one matrix here
-    for rows, columns in ((3 * hidden, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)):
+    # queries, keys and values; the attention's output; gate and up; down: what sees the same inputs shares their sums
+    for matrices, rows, columns in ((3, hidden, hidden), (1, hidden, hidden), (2, mlp, hidden), (1, hidden, mlp)):
         x = torch.randn(MEASURED_TOKENS, columns, device=device)
         inputs = Inputs(columns, device, moments=True)
         timed("moments_s", partial(inputs.add, x))
-        weight = torch.randn(rows, columns, device=device)
-        tiers = _tiers(weight)
-        scores = Scored(weight, Wanda().score, inputs.squares.sqrt())
-        timed("demotion_s", partial(demote, {"m": scores}, {"m": tiers}, END))
-        timed("update_s", partial(Obs().apply, weight, tiers.keep_RC, inputs.moments))
+        for _ in range(matrices):
+            weight = torch.randn(rows, columns, device=device)
+            tiers = _tiers(weight)
+            scores = Scored(weight, Wanda().score, inputs.squares.sqrt())
+            timed("demotion_s", partial(demote, {"m": scores}, {"m": tiers}, END))
+            timed("update_s", partial(Obs().apply, weight, tiers.keep_RC, inputs.moments))
     return {**found, "layer_s": found["moments_s"] * tokens / MEASURED_TOKENS + found["demotion_s"] + found["update_s"]}
 
 

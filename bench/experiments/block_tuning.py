@@ -7,13 +7,14 @@ tiers and the dense model: about as long. Texts, halves and resumption are as in
 text.
 """
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.experiments.block_peers import BATCH, BLOCK, LAST_ROW_BITS, METHODS, SCHEDULE, figure, measured, mix
-from bench.experiments.runs import ROOT, claim, halves
+from bench.experiments.runs import ROOT, claim, halves, losses
 from bench.tables import figures
 
 RECORDS = "block_peers.jsonl"
@@ -50,20 +51,10 @@ ARMS = {
 
 
 def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> None:
-    """Measure and append the figures.
-
-    Args:
-        records: File that the figures are appended to.
-        folder: Working folder.
-        model: Hugging Face folder.
-        texts: Texts by name.
-
-    Raises:
-        ValueError: A text too short to be cut in two, or a folder that ``claim`` refuses.
-    """
-    found = tune(records, folder, model, texts, ARMS, TOKENS, SEEDS, COMMAND, "tuned")
+    """Measure and append the figures. Arguments and errors as for ``block_peers.run``."""
+    found, tuned = tune(records, folder, model, texts, ARMS, TOKENS, SEEDS, COMMAND, "tuned")
     for kind in ("tiers", "mix"):
-        _progress(records, kind, found[f"{kind}-progressive"], found[f"{kind}-oneshot"])
+        _progress(records, kind, found[f"{kind}-progressive"], found[f"{kind}-oneshot"], tuned)
 
 
 def tune(
@@ -77,8 +68,8 @@ def tune(
     command: str,
     prefix: str,
     limits: Mapping[str, float] | None = None,
-) -> dict[str, list[dict[str, float]]]:
-    """Tune some arms, the first of which is the dense model; their perplexities by text, one a seed.
+) -> tuple[dict[str, list[dict[str, float]]], int]:
+    """Tune some arms, the first of which is the dense model.
 
     Args:
         records: File that the figures are appended to.
@@ -86,17 +77,20 @@ def tune(
         model: Hugging Face folder.
         texts: Texts by name.
         chosen: The arms.
-        tokens: How many each is tuned on.
+        tokens: How many each is tuned on at most: all iterations have equally many whole steps.
         seeds: Of calibration text and order.
         command: What measures them again.
         prefix: What their figures' names begin with.
         limits: What a perplexity over that of the dense model should not exceed, by arm.
+
+    Returns:
+        Perplexities by arm and text, one a seed; and the tokens that each was tuned on.
     """
     asked = {"texts": {name: str(path) for name, path in texts.items()}, "tokens": tokens}
     claim(folder, model, *texts.values(), model=model.name, **asked)
     held_out = halves(folder, texts)
     found: dict[str, list[dict[str, float]]] = {}
-    dense: dict[str, float] = {}
+    dense, tuned = dict[str, float](), 0
     for name, arm in chosen.items():
         tiers: dict[str, Any] = {}
         found[name] = []
@@ -106,25 +100,27 @@ def tune(
             options = (*arm.options, *_tuning(place, arm.rows, tokens, model), "--seed_everything", str(seed))
             ppl, tiers = measured(folder, model, held_out, place.name, "fit", FIT, seed, options)
             found[name].append(ppl)
+            tuned = BLOCK * BATCH * len(losses(place / "run"))
         if not dense:
             dense = {text: sum(ppl[text] for ppl in found[name]) / len(seeds) for text in held_out}
-        what = f"{arm.what}, {tokens:,} tokens of fine-tuning, the dense model tuned alike"
-        limit = {} if limits is None or name not in limits else {"limit": limits[name]}
-        more: dict[str, Any] = {"tuned_tokens": tokens, **limit}
-        figure(records, model, f"{prefix}-{name}", what, found[name], dense, command, tiers, **more)
-    return found
+        what = f"{arm.what}, {tuned:,} tokens of fine-tuning, the dense model tuned alike"
+        sizes = {"calibration_blocks": TUNING_CALIBRATION_BLOCKS, "tuned_tokens": tuned}
+        limit = (limits or {}).get(name)
+        figure(records, model, f"{prefix}-{name}", what, found[name], dense, command, tiers, **sizes, limit=limit)
+    return found, tuned
 
 
-def _progress(records: Path, kind: str, progressive: list[dict[str, float]], oneshot: list[dict[str, float]]) -> None:
+def _progress(
+    records: Path, kind: str, progressive: list[dict[str, float]], oneshot: list[dict[str, float]], tokens: int
+) -> None:
     """Five iterations over one at equal tokens, seed by seed."""
     for text in progressive[0]:
         ratios = [a[text] / b[text] for a, b in zip(progressive, oneshot, strict=True)]
-        mean = sum(ratios) / len(ratios)
-        spread = (sum((ratio - mean) ** 2 for ratio in ratios) / max(len(ratios) - 1, 1)) ** 0.5
+        mean, spread = statistics.mean(ratios), statistics.stdev(ratios)
         figures.append(
             records,
             figure=f"progressive-{kind}-{text}",
-            what=f"{kind}: five iterations over one, {TOKENS:,} tokens each, perplexity on {text}",
+            what=f"{kind}: five iterations over one, {tokens:,} tokens each, perplexity on {text}",
             value=mean,
             spread=spread,
             unit="×",
@@ -152,4 +148,5 @@ def _tuning(place: Path, rows: str, tokens: int, model: Path) -> tuple[str, ...]
         *("--model.teacher", str(model), "--model.distill_weight", "0.5"),
         *("--model.calibration_blocks", str(TUNING_CALIBRATION_BLOCKS)),
         *("--model.learning_rate", str(LEARNING_RATE), "--model.warmup_steps", str(WARMUP)),
+        *("--ckpt_path", "auto"),  # goes on where it was killed
     )

@@ -6,7 +6,7 @@ not run again.
 import sys
 from pathlib import Path
 
-from bench.experiments.runs import once
+from bench.experiments.runs import claim, once
 from bench.tables import figures
 
 RECORDS = "compression.jsonl"
@@ -20,7 +20,12 @@ _ARGUMENTS = [
 
 
 def run(records: Path, folder: Path) -> None:
-    """Run either way with codes and without, and append the figures."""
+    """Run either way with codes and without, and append the figures.
+
+    Raises:
+        ValueError: A folder that ``claim`` refuses.
+    """
+    claim(folder)
     link = [sys.executable, "-m", "bench", "link", "--rate", _RATE, "--"]
     for method in ("NoCompression", "Int8"):
         found = {}

@@ -19,7 +19,7 @@ from lightning_modules.data.readers import document_text, read_records
 
 ROOT = Path(__file__).parents[2]
 BOOKS = ROOT.parent / "shared/data/books"
-_PERPLEXITY = re.compile(r"val/ppl\s+│\s+([\d.]+)")
+_PERPLEXITY = re.compile(r"val/ppl\s+│\s+(\S+)")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def halves(folder: Path, texts: Mapping[str, Path]) -> dict[str, Path]:
         if len(documents) < 2:
             raise ValueError(f"{path}: too short to be cut in two")
         first += documents[: len(documents) // 2]
-        second[name] = folder / f"{name}.json"
+        second[name] = folder / f"evaluated-{name}.json"
         second[name].write_text(json.dumps([{"text": text} for text in documents[len(documents) // 2 :]]))
     (folder / "calibration.json").write_text(json.dumps([{"text": text} for text in first]))
     return second

@@ -6,10 +6,8 @@ hold their result, and once more with Pare's refit; some arms are then recovered
 adapters on the calibration text, beside the dense model tuned alike. Chance is in the calibration text and in
 ``Random``: arms that are compared run with three seeds, variations with one.
 
-A seed is measured in a process of its own, in which the model is loaded once and parts are scored once for all budgets
-and arms. Killed, it goes on with what is missing:
-
-python -m bench.experiments.structured_peers --model FOLDER --train calibration.json --texts NAME=FILE,NAME=FILE
+A seed is measured in a process of its own (``main``), in which the model is loaded once and parts are scored once for
+all budgets and arms. Killed, it goes on with what is missing.
 """
 
 import argparse
@@ -113,8 +111,10 @@ PEERS = {
 ARMS = {
     "pare": Arm("the default: shape tried, gates' importance, refitted", compensation=LeastSquares()),
     "pare-unrefitted": Arm("the default without refitting"),
-    "pare-learned": _varied("the default, whose MLPs then learn what is missing", Reconstruction()),
-    "pare-layerwise": _varied("the default, each layer refitted to the whole one", LeastSquares(follow=False)),
+    "pare-following": _varied("the default, refitted to the dense model's states", LeastSquares(follow=True)),
+    "pare-learned": _varied(
+        "the default, refitted to the dense model's states, and MLPs then learn what is missing", Reconstruction()
+    ),
     "pare-all-alike": _varied("the default, all tokens weighed alike", LeastSquares(relative=False)),
     "pare-refitted-scores": _varied("the default, importance after refitting", scored=Refitted()),
     "pare-rotation": _varied("the default, refitted by a rotation (RCPU)", Rotation()),

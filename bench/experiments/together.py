@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import claim, halves, once, run_main
+from bench.experiments.runs import claim, halves, once
 from bench.tables import figures
 from common.records import record
 from lightning_modules.loading import load_config
@@ -48,7 +48,8 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     """
     # torchao is asked for and left out where it is missing: the ladder then has a rung less
     bits = importlib.util.find_spec("torchao") is not None
-    commit = claim(folder, model, *texts.values(), model=model.name, bits=bits)
+    order = [(name, str(path)) for name, path in texts.items()]  # the first is measured on
+    commit = claim(folder, model, *texts.values(), model=model.name, texts=order, bits=bits)
     data = _data(folder, model, next(iter(halves(folder, texts).values())))
     found = _measured(folder, model, data, _made(folder, model, data), bits)
     known = record.read(records)[0] if records.exists() else []
@@ -97,12 +98,8 @@ def _measured(
     given["schedule"] = {"class_path": named, "init_args": {"layers": schedule.layers, "keep": schedule.keep}}
     given |= {"weights": "int8"} if bits else {}
     arguments = [part for name, value in given.items() for part in (f"--trainer.callbacks.{name}", json.dumps(value))]
-    results = folder / "together/runs/results.jsonl"
-    if not results.exists():
-        config = "configs/evaluation/together.yaml"
-        run_main(folder / "together", "validate", config, "--model.pretrained", str(model), *data, *arguments)
-    found: dict[str, Any] = record.read(results)[0][-1]
-    return found
+    config, pretrained = "configs/evaluation/together.yaml", ("--model.pretrained", str(model))
+    return once(folder / "together", "validate", config, *pretrained, *data, *arguments)
 
 
 def _figures(records: Path, model: Path, dense: Any, before: Any, rung: Any, commit: str | None) -> None:

@@ -21,9 +21,12 @@ def run(records: Path, folder: Path, model: Path | None = None) -> None:
 
     Raises:
         RuntimeError: A step failed; the message says where its output is.
+        ValueError: The folder has a tour, which would only go on.
     """
     option = [] if model is None else ["--model", str(model)]
     place = folder / "tour"
+    if place.exists():
+        raise ValueError(f"{place}: a tour was here, and would only go on: give another --folder")
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, PARE_CACHE=cache, PYTHONPATH=str(ROOT)):
         began = time.monotonic()
         command = [sys.executable, "-m", "bench", "tour", "--folder", str(place), *option]

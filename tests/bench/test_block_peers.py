@@ -22,6 +22,7 @@ def stood_in(tmp_path, monkeypatch):
         asked[place.parent.name] = (command, config, dict(zip(arguments[::2], arguments[1::2], strict=True)))
         (place.parent / "model").mkdir()
         (place.parent / "model/weights").write_text("half a gigabyte")
+        (place / "runs/block_sparsity/checkpoints").mkdir(parents=True)
         return {"tiers": {"iterations": [{"dense": 0.5}], "sparsity": 0.4}}
 
     def validated(place, config, *arguments):
@@ -32,6 +33,7 @@ def stood_in(tmp_path, monkeypatch):
 
     monkeypatch.setattr(peers, "once", once)
     monkeypatch.setattr(peers, "validated", validated)
+    monkeypatch.setattr(block_tuning, "losses", lambda place: dict.fromkeys(range(55), 1.0))
     monkeypatch.setattr(peers.figures, "append", lambda records, **figure: appended.append(figure))
     (tmp_path / "chat").mkdir()
     texts = {}
@@ -45,7 +47,7 @@ def test_arms_are_asked_for_by_seed_and_their_models_go(stood_in):
     places, asked, appended = stood_in
     peers.run(*places)
     assert len(asked) == sum(len(arm.seeds) for arm in peers.arms().values())
-    assert not list(places[1].glob("*/model"))
+    assert not list(places[1].glob("*/model")) and not list(places[1].rglob("checkpoints"))
     for name, (command, _, options) in asked.items():
         assert command == "prune" and options["--model.calibration_seed"] == options["--seed_everything"] == name[-1]
     _, _, wanda = asked["2:4-wanda-1"]
@@ -76,6 +78,10 @@ def test_all_ways_of_tuning_have_as_many_epochs_and_tokens(stood_in):
     found = {figure["figure"]: (figure["value"], figure["reached"]) for figure in appended}
     assert found["tuned-dense-wiki"] == (1, None) and found["tuned-2:4-books"] == (2, None)
     assert found["progressive-mix-wiki"] == (pytest.approx(0.6), True)
+    told = next(figure for figure in appended if figure["figure"] == "tuned-2:4-books")
+    assert told["details"]["tuned_tokens"] == 55 * 1024 and "56,320 tokens" in told["what"], "those of its log"
+    calibrated = {options["--model.calibration_blocks"] for _, _, options in asked.values()}
+    assert calibrated == {str(told["details"]["calibration_tokens"] // peers.BLOCK)} == {"16"}
 
 
 def test_a_million_tokens_are_held_to_their_limit(stood_in):
@@ -84,7 +90,7 @@ def test_a_million_tokens_are_held_to_their_limit(stood_in):
     assert set(asked) == {"million-dense-1", "million-mix-oneshot-1"}
     found = {figure["figure"]: figure for figure in appended}
     judged = found["million-mix-oneshot-books"]
-    assert judged["value"] == 2 and judged["reached"] is False and judged["details"]["tuned_tokens"] == 1_000_000
+    assert judged["value"] == 2 and judged["reached"] is False and judged["details"]["tuned_tokens"] == 56_320
     assert found["million-dense-books"]["reached"] is None
 
 

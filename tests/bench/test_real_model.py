@@ -1,6 +1,7 @@
 """Calibration text is not evaluated on, and what is finished is not run again."""
 
 import json
+import math
 
 import pytest
 
@@ -10,10 +11,11 @@ from bench.experiments import real_model, runs
 def test_texts_are_cut_in_two(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": f"a{i}"} for i in range(5)]))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"b{i}"}) + "\n" for i in range(2)))
-    second = runs.halves(tmp_path, {"one": tmp_path / "a.json", "two": tmp_path / "b.jsonl"})
+    second = runs.halves(tmp_path, {"asked": tmp_path / "a.json", "calibration": tmp_path / "b.jsonl"})
     read = {name: [line["text"] for line in json.loads(path.read_text())] for name, path in second.items()}
     first = [line["text"] for line in json.loads((tmp_path / "calibration.json").read_text())]
-    assert first == ["a0", "a1", "b0"] and read == {"one": ["a2", "a3", "a4"], "two": ["b1"]}
+    assert first == ["a0", "a1", "b0"] and read == {"asked": ["a2", "a3", "a4"], "calibration": ["b1"]}
+    assert not (tmp_path / "asked.json").exists(), "what a folder is of: see runs.claim"
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b"}))
     with pytest.raises(ValueError, match=r"b\.jsonl: too short"):
         runs.halves(tmp_path, {"two": tmp_path / "b.jsonl"})
@@ -43,3 +45,5 @@ def test_a_validation_is_read_or_run_once(tmp_path, monkeypatch):
     for _ in range(2):
         assert runs.validated(tmp_path / "dense/one", "a.yaml", "--x", "1") == 33.115451
     assert asked == [("validate", "a.yaml", "--x", "1")]
+    (tmp_path / "dense/one/output.log").write_text("│   val/ppl   │  inf │\n")
+    assert runs.validated(tmp_path / "dense/one", "a.yaml") == math.inf

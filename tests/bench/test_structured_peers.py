@@ -91,3 +91,11 @@ def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_p
     margin = found["margin-50-two"]
     assert margin["details"]["best"] == "flap" and margin["reached"] and margin["value"] == pytest.approx(12.02 / 11)
     assert len(peers._wanted(1)) == 1 + 3 * len(peers.ARMS) > len(peers._wanted(2))
+
+
+def test_no_two_arms_are_one():
+    made = [
+        (arm.importance(1).describe(), arm.compensation.describe(), arm.drop_by, arm.uniform)
+        for arm in peers.ARMS.values()
+    ]
+    assert all(one not in made[:i] for i, one in enumerate(made))

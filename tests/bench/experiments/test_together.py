@@ -31,7 +31,6 @@ def commands(monkeypatch):
         )
         return 1.0
 
-    monkeypatch.setattr(together, "run_main", run)
     monkeypatch.setattr("bench.experiments.runs.run_main", run)
     monkeypatch.setattr(together, "load_config", lambda path: type("Config", (), {"num_hidden_layers": 30}))
     return asked
@@ -71,3 +70,14 @@ def test_each_step_works_on_the_one_before_and_its_part_is_told(tmp_path, comman
     assert "the step itself +0.200" in figures["together-tokens-loss"]["what"]
     assert figures["together-structure-facts"]["value"] == 60
     assert "before the step 80%" in figures["together-structure-facts"]["what"]
+
+
+def test_another_text_first_is_another_experiment(tmp_path, commands):
+    (tmp_path / "model").mkdir()
+    texts = {}
+    for name in ("one", "two"):
+        texts[name] = tmp_path / f"{name}.json"
+        texts[name].write_text(json.dumps([{"text": name}] * 2))
+    together.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path / "model", texts)
+    with pytest.raises(ValueError, match=r"another state \(arguments\)"):
+        together.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path / "model", dict(reversed(texts.items())))
