@@ -26,8 +26,9 @@ from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality import measure
 from lightning_modules.token_pruning.quality.answers import answer, is_right
+from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.planted import plant
-from lightning_modules.token_pruning.quality.tasks import suffix_windows
+from lightning_modules.token_pruning.quality.tasks import Window, suffix_windows
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
 
@@ -62,7 +63,7 @@ class Ladder(Measurement):
 
     Every rung has the one before it inside, so the difference between the two is what it contributes. All rungs answer
     the same samples and take turns where they are timed. Loss is that of the end of a text after its beginning was
-    read, which pruned prompts change, too. All models are in memory at once.
+    read, which pruned prompts change, too. Each model is loaded once, and all are in memory at once.
 
     Args:
         dense: Hugging Face folder, GGUF file or hub name of the model that all began with; by default the module's
@@ -170,20 +171,29 @@ class Ladder(Measurement):
             raise ValueError(f"Ladder measures one process, not {trainer.world_size}: set trainer.devices to 1")
         self.rungs = self.rungs or list(self._made(pl_module))
         data: Any = trainer.datamodule
-        models = {rung.name: self._load(rung, trainer) for rung in self.rungs}
+        models = self._loaded(trainer)
         check_vocabulary(models[DENSE], data.tokenizer)
+        windows, asked = self._windows(data), self._asked(data)
         whole: measure.Arm | None = None
         for rung in self.rungs:
-            model, arm = models[rung.name], self._losses(rung, models[rung.name], data)
+            model, arm = models[rung.name], self._losses(rung, models[rung.name], windows)
             whole = whole or arm
             found = measure.summarise("suffix", rung.name, None, arm, whole)
             row: dict[str, Any] = {"rung": rung.name, "model": rung.folder, "weights": rung.weights}
             row |= {name: found[name] for name in ("samples", "nll", "nll_rise", "nll_rise_low", "nll_rise_high")}
-            row |= self._answers(rung, model, data) | _sizes(rung, model)
+            row |= self._answers(rung, model, data.tokenizer, asked) | _sizes(rung, model)
             self.rows.append(row)
             rank_zero_info(f"{rung.name}: loss {row['nll']:.4f} nats ({row['nll_rise']:+.4f})")
         self._time(models, validation_text(trainer, self.prompt_tokens))
         Console().print(*tables(self.rows))
+
+    def _loaded(self, trainer: Trainer) -> dict[str, Any]:
+        """Every rung's model by the rung's name; a rung that only reads differently has the same one as before."""
+        once: dict[tuple[str, Format | None], Any] = {}
+        for rung in self.rungs:
+            if (rung.folder, rung.weights) not in once:
+                once[rung.folder, rung.weights] = self._load(rung, trainer)
+        return {rung.name: once[rung.folder, rung.weights] for rung in self.rungs}
 
     def _load(self, rung: Rung, trainer: Trainer) -> Any:
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
@@ -194,29 +204,41 @@ class Ladder(Measurement):
 
     # ---- quality --------------------------------------------------------------------------------------------------
 
-    def _losses(self, rung: Rung, model: Any, data: Any) -> measure.Arm:
-        arm, left = measure.Arm(), self.windows
-        with stage(f"Texts with {rung.name}", self.windows, "texts") as show:
-            for batch in data.val_dataloader():
-                window = suffix_windows(batch["input_ids"][:left].to(model.device), self.suffix)
-                measure.read(model, window, rung.pruner, arm)
-                left -= len(window.prompt)
-                show(self.windows - left)
-                if left <= 0:
-                    break
-        if not arm.nll:
+    def _windows(self, data: Any) -> list[Window]:
+        """The texts that all rungs read."""
+        found: list[Window] = []
+        left = self.windows
+        for batch in data.val_dataloader():
+            found.append(suffix_windows(batch["input_ids"][:left], self.suffix))
+            left -= len(found[-1].prompt)
+            if left <= 0:
+                break
+        if not found:
             raise ValueError(f"no validation text in {data.name}")
+        return found
+
+    def _losses(self, rung: Rung, model: Any, windows: list[Window]) -> measure.Arm:
+        arm = measure.Arm()
+        with stage(f"Texts with {rung.name}", self.windows, "texts") as show:
+            for window in windows:
+                measure.read(model, Window(*(part.to(model.device) for part in window)), rung.pruner, arm)
+                show(len(arm.nll))
         return arm
 
-    def _answers(self, rung: Rung, model: Any, data: Any) -> dict[str, Any]:
+    def _asked(self, data: Any) -> list[Asked]:
+        """The prompts that all rungs answer."""
         if not self.facts:
-            return {}
+            return []
         texts = [text for split, text in data.documents() if split == "val"]
-        asked = plant(texts, data.tokenizer, self.lengths, self.facts, split="test")
+        return plant(texts, data.tokenizer, self.lengths, self.facts, split="test")
+
+    def _answers(self, rung: Rung, model: Any, tokenizer: Any, asked: list[Asked]) -> dict[str, Any]:
+        if not asked:
+            return {}
         right = 0
         with stage(f"Facts with {rung.name}", len(asked), "answers") as show:
             for number, one in enumerate(asked, 1):
-                right += is_right(one, answer(model, data.tokenizer, one, rung.pruner, self.max_new_tokens))
+                right += is_right(one, answer(model, tokenizer, one, rung.pruner, self.max_new_tokens))
                 show(number)
         share, low, high = measure.proportion(right, len(asked))
         return {"asked": len(asked), "right": share, "right_low": low, "right_high": high}

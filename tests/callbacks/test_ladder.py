@@ -12,6 +12,7 @@ from callbacks.ladder import tables
 from lightning_modules import Pretraining
 from lightning_modules.loading import load
 from lightning_modules.structured_pruning.saving import save
+from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from tests.lightning_modules.data.toy import Toy
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A dense and a narrower model, and the record of their ladder."""
+    """A dense and a narrower model, the record of their ladder, and what was loaded and made for it."""
     folder = tmp_path_factory.mktemp("ladder")
     data = Toy(cache_dir=str(folder / "cache"))
     data.prepare_data()
@@ -36,17 +37,37 @@ def written(tmp_path_factory):
     ladder = Ladder(
         models={"structure": str(folder / "narrow")}, scorer=LastWindow(window=2),
         schedule=Schedule(layers=[0, 1], keep=0.5, sinks=1, tail=0.0, min_tail=2),
-        windows=3, suffix=4, prompt_tokens=32, new_tokens=2, repeats=3,
+        windows=3, suffix=4, facts=2, lengths=[20], max_new_tokens=2, prompt_tokens=32, new_tokens=2, repeats=3,
     )  # fmt: skip
+    made = []
+
+    def loaded(path, *rest):
+        made.append(path)
+        return load(path, *rest)
+
+    def planted(texts, tokenizer, lengths, count, split):
+        made.append(split)  # the toy's tokenizer says no such things in so few tokens
+        ids = torch.arange(1, 1 + lengths[0])
+        return [Asked(ids, ids < 0, "nothing", "code", 0.5)] * count
+
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     callbacks = [ladder, RunRecord(str(folder / "r.jsonl"), "ladder")]
     trainer = L.Trainer(accelerator="cpu", limit_val_batches=1, callbacks=callbacks, **quiet)
-    trainer.validate(Pretraining(pretrained=str(folder / "dense")), data, verbose=False)
-    return folder, json.loads((folder / "r.jsonl").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("callbacks.ladder.load", loaded)
+        patch.setattr("callbacks.ladder.plant", planted)
+        trainer.validate(Pretraining(pretrained=str(folder / "dense")), data, verbose=False)
+    return folder, json.loads((folder / "r.jsonl").read_text()), made
+
+
+def test_models_are_loaded_and_prompts_made_once_for_all_rungs(written):
+    folder, record, made = written
+    assert made == [str(folder / "dense"), str(folder / "narrow"), "test"]
+    assert [row["asked"] for row in record["ladder"]["rungs"]] == [2, 2, 2]
 
 
 def test_each_rung_has_the_one_before_inside(written):
-    folder, record = written
+    folder, record, _ = written
     rows = record["ladder"]["rungs"]
     assert [row["rung"] for row in rows] == ["dense", "structure", "tokens"]
     assert [row["model"] for row in rows] == [str(folder / name) for name in ("dense", "narrow", "narrow")]
@@ -60,7 +81,7 @@ def test_each_rung_has_the_one_before_inside(written):
 
 
 def test_bounds_follow_from_what_is_left(written):
-    _, record = written
+    _, record, _ = written
     rows = record["ladder"]["rungs"]
     assert rows[0]["prefill_bound"] == rows[0]["decode_bound"] == rows[0]["prefill_speedup"] == 1
     assert 1 < rows[1]["prefill_bound"] < rows[2]["prefill_bound"]
@@ -74,7 +95,7 @@ def test_bounds_follow_from_what_is_left(written):
 
 
 def test_impossible_ladders_are_refused(written):
-    folder, _ = written
+    folder, _, _ = written
     with pytest.raises(ValueError, match="nothing to add up"):
         Ladder()
     with pytest.raises(ValueError, match="tokens names another rung"):
