@@ -100,7 +100,7 @@ def tune(
             options = (*arm.options, *_tuning(place, arm.rows, tokens, model), "--seed_everything", str(seed))
             ppl, tiers = measured(folder, model, held_out, place.name, "fit", FIT, seed, options)
             found[name].append(ppl)
-            tuned = BLOCK * BATCH * len(losses(place / "run"))
+            tuned = BLOCK * BATCH * (1 + max(losses(place / "run")))  # a killed run has not logged all of its steps
         if not dense:
             dense = {text: sum(ppl[text] for ppl in found[name]) / len(seeds) for text in held_out}
         what = f"{arm.what}, {tuned:,} tokens of fine-tuning, the dense model tuned alike"

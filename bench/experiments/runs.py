@@ -155,12 +155,18 @@ def once(folder: Path, command: str, config: str, *arguments: str, prefix: Seque
 
 
 def validated(folder: Path, config: str, *arguments: str) -> float:
-    """The perplexity that `main.py validate` says, run unless it has been."""
+    """The perplexity that `main.py validate` says, run unless it has been.
+
+    Raises:
+        RuntimeError: It failed, or said none.
+    """
     log = folder / "output.log"
     if not log.exists() or not (said := _PERPLEXITY.findall(log.read_text())):
         took = run_main(folder, "validate", config, *arguments)
         say(f"{folder.parent.name}/{folder.name}: {took:.0f} s")
         said = _PERPLEXITY.findall(log.read_text())
+    if not said:
+        raise RuntimeError(f"{log}: the validation says no val/ppl")
     return float(said[-1])
 
 

@@ -38,7 +38,7 @@ class Refit:
         tensors: Changed and added parameters by their names in the sliced model, in its dtype, on the CPU.
         fits: One entry a matrix: ``layer`` (of the model before), ``matrix``, ``setting``, and the error that slicing
             has ``left`` and that is there once it is ``refitted``, as shares of what the matrix should give; the latter
-            on text that was held out.
+            on text that was held out. Of an MLP that learns (``mlp``) what its refit has left, and what learning has.
     """
 
     tensors: dict[str, Tensor]

@@ -33,7 +33,7 @@ def stood_in(tmp_path, monkeypatch):
 
     monkeypatch.setattr(peers, "once", once)
     monkeypatch.setattr(peers, "validated", validated)
-    monkeypatch.setattr(block_tuning, "losses", lambda place: dict.fromkeys(range(55), 1.0))
+    monkeypatch.setattr(block_tuning, "losses", lambda place: dict.fromkeys(range(20, 55), 1.0))
     monkeypatch.setattr(peers.figures, "append", lambda records, **figure: appended.append(figure))
     (tmp_path / "chat").mkdir()
     texts = {}

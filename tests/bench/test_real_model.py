@@ -47,3 +47,7 @@ def test_a_validation_is_read_or_run_once(tmp_path, monkeypatch):
     assert asked == [("validate", "a.yaml", "--x", "1")]
     (tmp_path / "dense/one/output.log").write_text("│   val/ppl   │  inf │\n")
     assert runs.validated(tmp_path / "dense/one", "a.yaml") == math.inf
+    (tmp_path / "dense/one/output.log").write_text("")
+    monkeypatch.setattr(runs, "run_main", lambda *given: 1.0)
+    with pytest.raises(RuntimeError, match=r"output\.log: the validation says no val/ppl"):
+        runs.validated(tmp_path / "dense/one", "a.yaml")
