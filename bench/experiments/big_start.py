@@ -36,7 +36,7 @@ def run(records: Path, folder: Path) -> None:
             value=peak,
             unit="GB",
             target=f"≤ {_GB:g} GB" if start == "sharded" else "report",
-            reached=peak is not None and peak <= _GB if start == "sharded" else None,
+            reached=None if peak is None or start != "sharded" else peak <= _GB,
             command=_COMMAND,
             details={"seconds": done.wall_s, "memory": done.memory_kind, "exit": done.returncode},
         )
