@@ -29,7 +29,7 @@ def read(results: Path) -> tuple[Evidence, str]:
         FileNotFoundError: There is no such file.
         ValueError: There is no record in it.
     """
-    files = sorted(results.glob("*.jsonl")) if results.is_dir() else [results]
+    files = _files(results)
     found: list[dict] = []
     broken: list[str] = []
     for path in files:
@@ -40,6 +40,10 @@ def read(results: Path) -> tuple[Evidence, str]:
         why = f" ({'; '.join(broken)})" if broken else ""
         raise ValueError(f"{results}: no records to report{why}; runs append theirs through the RunRecord callback")
     return sort(found, broken), ", ".join(path.name for path in files)
+
+
+def _files(results: Path) -> list[Path]:
+    return sorted(results.glob("*.jsonl")) if results.is_dir() else [results]
 
 
 def build(
@@ -58,12 +62,13 @@ def build(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: There is no record in it, or none that this report knows; or a folder holds what Pare did not write;
-            or two of the destinations are one, or one lies inside the other.
+            or two of the destinations are one, or one lies inside the other, or is what is read.
     """
     _check_apart({"output": output, "tables": tables, "figures": figures})
+    _check_not_read(output, {"results": results, "against": against})
     for field, folder in (("tables", tables), ("figures", figures)):
         if folder is not None:
-            check_output(folder, field, [results], overwrite)
+            check_output(folder, field, [results, against], overwrite)
     evidence, names = read(results)
     if against is not None:
         evidence.against, others = read(against)
@@ -97,6 +102,17 @@ def _check_apart(destinations: Mapping[str, Path | None]) -> None:
             raise ValueError(
                 f"{field} ({path}) and {other} ({there}) are one, or one lies inside the other; keep them apart"
             )
+
+
+def _check_not_read(output: Path, sources: Mapping[str, Path | None]) -> None:
+    """Refuse to write the page over records that it is made from."""
+    for field, source in sources.items():
+        for file in _files(source.expanduser()) if source is not None else []:
+            if file.resolve() == output.expanduser().resolve():
+                raise ValueError(
+                    f"output ({output}) is {file}, whose records are read ({field}): the page would replace them; "
+                    "choose another file for it"
+                )
 
 
 def _counted(evidence: Evidence) -> list[str]:

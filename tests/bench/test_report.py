@@ -273,3 +273,21 @@ def test_destinations_that_would_replace_each_other_are_refused(output, tables, 
     with pytest.raises(ValueError, match="keep them apart"):
         build(tmp_path / "none.jsonl", tmp_path / output, **given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("results", "against", "output", "field"), [
+    ("a.jsonl", None, "a.jsonl", "results"),
+    ("a.jsonl", "b.jsonl", "b.jsonl", "against"),
+    ("a.jsonl", None, "link.html", "results"),
+    (".", None, "b.jsonl", "results"),
+])  # fmt: skip
+def test_records_that_are_read_are_never_written_over(results, against, output, field, tmp_path, capsys):
+    for name in ("a.jsonl", "b.jsonl"):
+        synthetic.write(tmp_path / name, [synthetic.template()])
+    (tmp_path / "link.html").symlink_to("a.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    options = ["--against", str(tmp_path / against)] if against else []
+    assert main(["report", str(tmp_path / results), "-o", str(tmp_path / output), *options]) == 1
+    said = capsys.readouterr().err
+    assert f"output ({tmp_path / output}) is {tmp_path}/" in said and f"read ({field})" in said
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
