@@ -269,6 +269,7 @@ def _append(
             "budget": f"{budget:.0%}",
             "text": text,
             "when": when,
+            "recovery": {"steps": RECOVERY_STEPS, "rate": RECOVERY_RATE} if when == "after" else None,
             "removed": removed,
             "ratios": ratios,
             "measured_at": commit,

@@ -72,6 +72,7 @@ def build(
     evidence, names = read(results)
     if against is not None:
         evidence.against, others = read(against)
+        evidence.problems += [f"the other file: {problem}" for problem in evidence.against.problems]
         names += f"; compared with {others if others != names else against}"
     sections = make(evidence)
     if not (evidence.runs or evidence.figures or evidence.failures or evidence.collectives):

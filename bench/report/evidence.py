@@ -142,12 +142,18 @@ def sort(records: Iterable[Record], broken: Sequence[str] = ()) -> Evidence:
     return evidence
 
 
+def measured_on(figure: Record) -> str:
+    """The model that a figure is of; "" where it does not say."""
+    model = (figure.get("details") or {}).get("model")
+    return text(model) if model is not None else ""
+
+
 def _newest(found: Sequence[Record]) -> list[Record]:
-    """The newest record of each figure; figures of two experiments are two, whatever they are called."""
-    by_experiment: dict[str, list[Record]] = defaultdict(list)
+    """The newest record of each figure; those of two experiments or models are two, whatever they are called."""
+    apart: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for one in found:
-        by_experiment[experiment(one)].append({"date": "", **one})
-    return [one for some in by_experiment.values() for one in figures.latest(some)]
+        apart[experiment(one), measured_on(one)].append({"date": "", **one})
+    return [one for some in apart.values() for one in figures.latest(some)]
 
 
 def _annotated(runs: Sequence[Record], problems: list[str]) -> list[Record]:

@@ -28,14 +28,15 @@ def _engine(record: Record) -> str:
     )
 
 
-def _machine(record: Record) -> str:
-    machine = record.get("machine")
-    if not isinstance(machine, dict):
+def machine(record: Record) -> str:
+    """The hardware that a record was made on."""
+    found = record.get("machine")
+    if not isinstance(found, dict):
         return NOT_RECORDED
-    gpus = machine.get("gpus")
+    gpus = found.get("gpus")
     names = [str(gpu.get("name")) for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
     hardware = [f"{len(names)} × {' / '.join(sorted(set(names)))}"] if names else []
-    return ", ".join([*hardware, text(machine.get("cpu")), f"{text(machine.get('cores_usable'))} cores"])
+    return ", ".join([*hardware, text(found.get("cpu")), f"{text(found.get('cores_usable'))} cores"])
 
 
 # What must be equal for two runs to be compared; the names are table headers.
@@ -51,7 +52,7 @@ SETTING: dict[str, Callable[[Record], str]] = {
     "accumulated": lambda r: text(r.get("accumulate_grad_batches")),
     "precision": lambda r: text(r.get("precision")),
     "steps": lambda r: text(r.get("steps")),
-    "machine": _machine,
+    "machine": machine,
 }
 
 

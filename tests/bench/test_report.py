@@ -68,8 +68,10 @@ def whole(tmp_path_factory):
     ]  # fmt: skip
     figure = {"kind": "figure", "figure": "f", "what": "Speed & size", "value": 2.0, "unit": "×", "target": "≥ 1 ×",
               "reached": True, "spread": None, "command": "python -m x", "details": {}}  # fmt: skip
+    sparse = {**figure, "figure": "2:4-novel", "command": "python -m bench experiment block_peers", "reached": None,
+              "details": {"model": "m", "text": "novel", "arm": "2:4", "tiers": {"sparsity": 0.5}}}  # fmt: skip
     failure = {"kind": "failure", "run_name": "topk/x", "error": "line 1\nValueError: <b>no</b>", "exit_status": 1}
-    records = [*synthetic.varied(165), *features, figure, failure, synthetic.COLLECTIVES, {"kind": "alien"}]
+    records = [*synthetic.varied(165), *features, figure, sparse, failure, synthetic.COLLECTIVES, {"kind": "alien"}]
     page, text = report(
         folder, records, '{"torn":', "[1]", options=("--tables", folder / "tables", "--figures", folder / "figures")
     )

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench.report import columns, page, palette
+from bench.report import build, columns, page, palette
 from bench.report.content import LONG, Sheet
 from bench.report.drawing import label
 from bench.report.evidence import sort
@@ -128,11 +128,15 @@ def test_answers_of_a_real_model_are_points_chance_beside_them():
 
 def test_what_was_tuned_is_not_compared_with_what_was_not():
     peers = {"model": "m", "text": "novel", "arm": "pare", "removed": 0.25}
+    after = {**peers, "when": "after"}
+    short, long = ({"recovery": {"steps": steps, "rate": 1e-3}} for steps in (16, 64))
     sparse = {"model": "m", "text": "novel", "tiers": {"sparsity": 0.5}}
     tuned = {**sparse, "arm": "tuned-2:4", "tuned_tokens": 56_320}
     evidence = sort([
         figure("pare-25-novel-before", 1.4, "structured_peers", spread=0.1, details={**peers, "when": "before"}),
-        figure("pare-25-novel-after", 1.2, "structured_peers", details={**peers, "when": "after"}),
+        figure("pare-25-novel-after", 1.2, "structured_peers", details={**after, **short}),
+        figure("flap-25-novel-after", 1.1, "structured_peers", details={**after, **long, "arm": "flap"}),
+        figure("old-25-novel-after", 1.0, "structured_peers", details={**after, "arm": "old"}),
         figure("2:4-novel", 2.5, "block_peers", details={**sparse, "arm": "2:4-magnitude"}),
         figure("tuned-2:4-novel", 1.3, "block_tuning", details=tuned),
         figure("million-2:4-novel", 1.2, "block_million", details={**tuned, "arm": "million-2:4", "tuned_tokens": 1e6}),
@@ -140,7 +144,9 @@ def test_what_was_tuned_is_not_compared_with_what_was_not():
     found = {one.title: one.points for feature in (structure, blocks) for one in feature.FEATURE.cases(evidence)}
     assert {title: (point.name, point.quality, point.control) for title, (point,) in found.items()} == {
         "m, novel, nothing trained": ("2:4-magnitude", 2.5, True),
-        "m, novel, recovered alike": ("pare", 1.2, False),
+        "m, novel, recovered alike: rate 0.001 and steps 16": ("pare", 1.2, False),
+        "m, novel, recovered alike: rate 0.001 and steps 64": ("flap", 1.1, False),
+        "m, novel, recovered (how is not recorded)": ("old", 1.0, False),
         "m, novel, fine-tuned alike on 56,320 tokens": ("2:4", 1.3, False),
         "m, novel, fine-tuned alike on 1,000,000 tokens": ("2:4", 1.2, False),
     }
@@ -148,17 +154,59 @@ def test_what_was_tuned_is_not_compared_with_what_was_not():
     assert (before.saving, before.quality, before.error) == (25.0, 1.4, (0.1, 0.1))
 
 
+def test_mere_runs_are_no_verdict_on_blocks():
+    run = {**synthetic.template(), "val_ppl": 30.0}
+    evidence = sort([run, {**run, "tiers": {**synthetic.TIERS, "sparsity": 0.4}, "val_ppl": 33.0}])
+    assert blocks.FEATURE.cases(evidence) == []
+
+
+def _compared(new, old):
+    new.against = old
+    return comparison.section(new)
+
+
 def test_two_files_are_compared_figure_by_figure_and_run_by_run():
     runs = [{**run, "step_time_ms_p50": 100.0} for run in synthetic.varied(36)[33:]]
-    old = sort([figure("f", 2.0, "e", reached=True), figure("gone", 1.0, "e"), *runs])
-    new = sort([figure("f", 1.0, "e", reached=False), *({**run, "step_time_ms_p50": 50.0} for run in runs)])
-    new.against = old
-    figures, pairs, only = comparison.section(new).blocks
-    assert figures.table.rows[0][4:] == [-50.0, True, "target now missed"] and "1 now miss" in figures.verdict
+    old = sort([figure("f", 2.0, "e", reached=True, spread=0.4), figure("gone", 1.0, "e"), *runs])
+    faster = ({**run, "step_time_ms_p50": 50.0} for run in runs)
+    new = sort([figure("f", 1.0, "e", reached=False, spread=0.5), *faster])
+    figures, pairs, only = _compared(new, old).blocks
+    assert figures.table.rows[0][5:] == [-50.0, True, "target now missed", ""] and "1 now miss" in figures.verdict
     steps = [row for row in pairs.table.rows if row[1] == "step time (ms)"]
-    assert [row[4] for row in steps] == [-50.0] * len(steps) and steps
+    assert [row[4:] for row in steps] == [[-50.0, True, ""]] * len(steps) and steps
     assert [row[1] for row in only.table.rows] == ["the other file"]
     assert comparison.section(old) is None
+
+
+def test_without_known_spreads_nobody_knows_whether_something_changed():
+    run = {**synthetic.varied(36)[33], "step_time_ms_p50": 100.0}
+    old = sort([figure("f", 2.0, "e", spread=0.1), figure("g", 2.0, "e", spread=0.1, machine={"cpu": "old"}), run])
+    new = sort([figure("f", 1.0, "e"), figure("g", 1.0, "e", spread=0.2), {**run, "step_time_ms_p50": 50.0}])
+    figures, pairs = _compared(new, old).blocks
+    assert {tuple(row[6:]) for row in figures.table.rows} == {
+        (None, "", "no spread in this file"),
+        (True, "", "another machine"),
+    }
+    assert "1 changed beyond their spread (of 1 nobody knows)" in figures.verdict
+    assert pairs.table.rows[0][5:] == [None, "no spread in the other file and this file"]
+
+
+def test_figures_of_two_models_or_units_are_not_compared():
+    def of(model, value, unit="×"):
+        return figure("f", value, "e", spread=0.1, unit=unit, details={"model": model})
+
+    old, new = sort([of("small", 1.0), of("large", 9.0)]), sort([of("small", 2.0), of("large", 9.0)])
+    (figures,) = _compared(new, old).blocks
+    assert [(row[1], row[5], row[6]) for row in figures.table.rows] == [("small", 100.0, True), ("large", 0.0, False)]
+    (only,) = _compared(sort([of("small", 2.0, "ms")]), sort([of("small", 1.0)])).blocks
+    assert [row[1] for row in only.table.rows] == ["this file", "the other file"]
+
+
+def test_remarks_on_the_other_file_are_kept(tmp_path):
+    for name, lines in (("new", ""), ("old", "{torn")):
+        synthetic.write(tmp_path / f"{name}.jsonl", [synthetic.template()], *filter(None, [lines]))
+    build(tmp_path / "new.jsonl", tmp_path / "page.html", against=tmp_path / "old.jsonl")
+    assert "the other file: " in (tmp_path / "page.html").read_text()
 
 
 def test_figures_of_two_experiments_are_two_whatever_they_are_called():

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 
-from bench.report.evidence import Evidence, run_name
+from bench.report.evidence import Evidence
 from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure
 from bench.report.values import Record, number, text
 
@@ -14,6 +14,7 @@ _HALF = {"two-four": 50.0}  # told in words: half of the weights zero
 
 
 def _cases(evidence: Evidence) -> list[Case]:
+    """Figures alone: a run with tiers does not say which other run was trained alike and left dense."""
     found: dict[str, list[Point]] = defaultdict(list)
     for one in (one for name in _PERPLEXITIES for one in evidence.figures_of(name)):
         zeros, arm = number(one, "details.tiers.sparsity"), text(one["details"].get("arm"))
@@ -35,31 +36,11 @@ def _cases(evidence: Evidence) -> list[Case]:
             found["Llama of 8 M parameters, fine-tuned alike"] += of_figure(
                 name, float(shares[-1]), ratio, one, _CONTROL
             )
-    for run in evidence.runs:
-        for point in _run(evidence, run):
-            found[f"{text(run.get('model'))}, these runs"].append(point)
     return [Case(title, points) for title, points in found.items()]
 
 
 def _title(one: Record, trained: str) -> str:
     return f"{text(one['details'].get('model'))}, {text(one['details'].get('text'))}, {trained}"
-
-
-def _run(evidence: Evidence, run: Record) -> list[Point]:
-    """The end of a run with tiers, where a run without them says what the dense model's perplexity is."""
-    tiers = run.get("tiers")
-    zeros, ppl = number(run, "tiers.sparsity"), number(run, "val_ppl")
-    if not isinstance(tiers, dict) or zeros is None or ppl is None:
-        return []
-    same = ("model", "dataset", "max_length", "model_parameters")
-    dense = [
-        other
-        for other in evidence.runs
-        if not other.get("tiers") and other.get("val_ppl") and all(other.get(n) == run.get(n) for n in same)
-    ]
-    if not dense:
-        return []
-    return [Point(run_name(run), 100 * zeros, ppl / dense[-1]["val_ppl"], records=(run, dense[-1]))]
 
 
 def _speeds(evidence: Evidence) -> list[Speed]:

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 
 from bench.report.evidence import Evidence, run_name
 from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure
@@ -16,8 +17,7 @@ def _cases(evidence: Evidence) -> list[Case]:
     for one in evidence.figures_of("structured_peers"):
         details, removed = one["details"], number(one, "details.removed")
         if removed is not None:
-            trained = "recovered alike" if details.get("when") == "after" else "nothing trained"
-            title = f"{text(details.get('model'))}, {text(details.get('text'))}, {trained}"
+            title = f"{text(details.get('model'))}, {text(details.get('text'))}, {_trained(details)}"
             found[title] += of_figure(text(details.get("arm")), 100 * removed, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("real_model"):
         if one["details"].get("arm") == "structured-25":
@@ -41,6 +41,16 @@ def _cases(evidence: Evidence) -> list[Case]:
         for title, point in _run(run):
             found[title].append(point)
     return [Case(title, points) for title, points in found.items()]
+
+
+def _trained(details: Record) -> str:
+    """What followed pruning, told so that only what was recovered alike stands together."""
+    if details.get("when") != "after":
+        return "nothing trained"
+    recovery = details.get("recovery")
+    if not isinstance(recovery, Mapping):
+        return "recovered (how is not recorded)"
+    return "recovered alike: " + " and ".join(f"{name} {text(value)}" for name, value in sorted(recovery.items()))
 
 
 def _run(run: Record) -> list[tuple[str, Point]]:

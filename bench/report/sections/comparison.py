@@ -5,14 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.report.content import Section, Sheet
-from bench.report.evidence import Evidence, experiment
-from bench.report.groups import Group, group
+from bench.report.evidence import Evidence, experiment, measured_on
+from bench.report.groups import Group, group, machine
 from bench.report.values import Record, Spread, count
 from common.tables import Table
 
 _LEAD = (
-    "Matched by experiment and figure, and by method and setting. A change counts when it is larger than both spreads "
-    "together. Times of two machines do not compare: the column says where the machine is another."
+    "Matched by experiment, figure, model and unit, and by method and setting. A change counts when it is larger than "
+    "both spreads together; where one of them is not known, nobody knows whether it counts. Times of two machines do "
+    "not compare: remarks say where the machine is another."
 )
 _MEASURES: dict[str, Callable[[Group], Spread | None]] = {
     "step time (ms)": lambda one: one.step_ms,
@@ -37,24 +38,25 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def _figures(new: Evidence, old: Evidence, lonely: list[list[Any]]) -> Sheet | None:
-    here, there = ({(experiment(one), one["figure"]): one for one in some.figures} for some in (new, old))
+    here, there = ({_figure_key(one): one for one in some.figures} for some in (new, old))
     lonely += [[one["what"], "this file"] for key, one in here.items() if key not in there]
     lonely += [[one["what"], "the other file"] for key, one in there.items() if key not in here]
     pairs = [(there[key], one) for key, one in here.items() if key in there]
     if not pairs:
         return None
-    rows = []
+    rows: list[list[Any]] = []
     for before, after in pairs:
         old_value, new_value = (_spread(one) for one in (before, after))
-        changed = _beyond(old_value, new_value)
-        rows.append([after["what"], old_value, new_value, after["unit"], _percent(old_value, new_value), changed,
-                     _verdicts(before, after)])  # fmt: skip
-    rows.sort(key=lambda row: (row[6] == "", not row[5], -abs(row[4] or 0.0)))
-    lost, won = (sum(row[6] == said for row in rows) for said in ("target now missed", "target now reached"))
-    moved = sum(row[5] for row in rows)
-    said = f"{count(len(rows), 'figure')} in both: {moved} changed beyond their spread, {lost} now miss their target, "
+        remarks = _remarks(old_value, new_value, machine(before) != machine(after))
+        rows.append([after["what"], measured_on(after), old_value, new_value, after["unit"],
+                     _percent(old_value, new_value), _beyond(old_value, new_value), _verdicts(before, after),
+                     remarks])  # fmt: skip
+    rows.sort(key=lambda row: (row[7] == "", not row[6], -abs(row[5] or 0.0)))
+    lost, won = (sum(row[7] == said for row in rows) for said in ("target now missed", "target now reached"))
+    said = f"{count(len(rows), 'figure')} in both: {_counted([row[6] for row in rows])}, {lost} now miss their target, "
     said += f"{won} now reach it."
-    headers = ["figure", "other file", "this file", "unit", "change (%)", "beyond the spread", "target"]
+    headers = ["figure", "model", "other file", "this file", "unit", "change (%)", "beyond the spread", "target",
+               "remarks"]  # fmt: skip
     records = [one for pair in pairs for one in pair]
     return Sheet("compared-figures", "Figures in both", Table(headers, rows), "", said, "unit", records)
 
@@ -77,16 +79,15 @@ def _runs(new: Evidence, old: Evidence, lonely: list[list[Any]]) -> Sheet | None
             lonely.append([f"runs of {what}", "this file" if True in sides else "the other file"])
             continue
         before, after = (Group(one.method, one.setting, sides[side], one.uncompressed) for side in (False, True))
-        remark = "another machine" if len({g.setting["machine"] for g in every if _key(g) == key}) > 1 else ""
+        elsewhere = len({g.setting["machine"] for g in every if _key(g) == key}) > 1
         for name, read in _MEASURES.items():
             pair = read(before), read(after)
             if any(pair):
-                rows.append([what, name, *pair, _percent(*pair), _beyond(*pair), remark])
+                rows.append([what, name, *pair, _percent(*pair), _beyond(*pair), _remarks(*pair, elsewhere)])
     if not rows:
         return None
-    moved = sum(row[5] for row in rows)
     ways = count(len({row[0] for row in rows}), "way")
-    said = f"{ways} of training in both: {moved} of {len(rows)} measurements changed beyond their spread."
+    said = f"{ways} of training in both: of {len(rows)} measurements {_counted([row[5] for row in rows])}."
     headers = ["runs", "measured", "other file", "this file", "change (%)", "beyond the spread", "remarks"]
     return Sheet("compared-runs", "Runs in both", Table(headers, rows), "", said, "measured")
 
@@ -95,12 +96,34 @@ def _key(one: Group) -> tuple[str, ...]:
     return (one.method, *(value for name, value in one.setting.items() if name != "machine"))
 
 
+def _figure_key(one: Record) -> tuple[str, ...]:
+    return experiment(one), one["figure"], measured_on(one), one["unit"]
+
+
 def _spread(one: Record) -> Spread | None:
     return None if one["value"] is None else Spread(float(one["value"]), one["spread"], 1)
 
 
-def _beyond(old: Spread | None, new: Spread | None) -> bool:
-    return old is not None and new is not None and abs(new.mean - old.mean) > old.error + new.error
+def _beyond(old: Spread | None, new: Spread | None) -> bool | None:
+    """Whether two values differ by more than both spreads; None where that is not known."""
+    if old is None or new is None or not (_known(old) and _known(new)):
+        return None
+    return abs(new.mean - old.mean) > old.error + new.error
+
+
+def _known(one: Spread) -> bool:
+    return one.sd is not None and math.isfinite(one.sd)
+
+
+def _remarks(old: Spread | None, new: Spread | None, elsewhere: bool) -> str:
+    alone = [place for place, one in (("the other file", old), ("this file", new)) if one and not _known(one)]
+    said = ["another machine"] if elsewhere else []
+    return "; ".join([*said, *([f"no spread in {' and '.join(alone)}"] if alone else [])])
+
+
+def _counted(beyond: list[bool | None]) -> str:
+    unknown = f" (of {beyond.count(None)} nobody knows)" if None in beyond else ""
+    return f"{beyond.count(True)} changed beyond their spread{unknown}"
 
 
 def _percent(old: Spread | None, new: Spread | None) -> float | None:
