@@ -31,10 +31,10 @@ SHARES = {"two-four": (0, 1, 0), "three-tiers": (0.35, 0.45, 0.2)}  # of dense, 
 LAST_ROW_BITS = 9.85  # bits per weight of these three tiers, packed
 WHAT = {
     "structured-25": "a quarter of the decoder's parameters removed as whole channels and heads, refitted",
-    "two-four": "2:4 in every linear layer, half of the weights zero, the others updated",
-    "three-tiers": "three tiers of 16×16 blocks, 41.7 % of the weights zero, the others updated",
+    "two-four": "2:4 in every linear layer, kept weights updated",
+    "three-tiers": "three tiers of 16×16 blocks, kept weights updated",
     "mix": f"the mix of dense, 2:4 and top-k blocks that loses least in {LAST_ROW_BITS} bits per weight, as many as "
-    "these three tiers take",
+    "these three tiers take, kept weights updated",
 }
 
 
@@ -68,13 +68,13 @@ def _weights(
     # prune measures the text that it is given; its record has the perplexities
     done = once(folder / "structured-25/prune", "prune", STRUCTURED, *options[first], *structured, *calibration)
     dense = {first: done["structure"]["ppl_before"]}
-    ppl = {"structured-25": {first: done["val_ppl"]}}
+    ppl, zeros = {"structured-25": {first: done["val_ppl"]}}, {}
     for arm in WHAT:
         if arm == "structured-25":
             continue
         blocks = ("--model.pretrained", str(model), "--model.output", str(pruned[arm]), *_blocks(arm))
         done = once(folder / arm / "prune", "prune", BLOCKS, *options[first], *blocks, *calibration)
-        ppl[arm] = {first: done["val_ppl"]}
+        ppl[arm], zeros[arm] = {first: done["val_ppl"]}, 100 * done["tiers"]["iterations"][-1]["sparsity"]
     for name in others:
         dense[name] = validated(folder / "dense" / name, BLOCKS, *options[name], "--model.pretrained", str(model))
         ppl["structured-25"][name] = validated(folder / "structured-25" / name, STRUCTURED, *options[name], *structured)
@@ -83,8 +83,9 @@ def _weights(
                 place = ("--model.pretrained", str(pruned[arm]))
                 ppl[arm][name] = validated(folder / arm / name, BLOCKS, *options[name], *place)
     for arm, what in WHAT.items():
+        told = f"{what}, {zeros[arm]:.1f} % of the weights zero" if arm in zeros else what
         for name in options:
-            _perplexity(records, model, arm, what, name, dense[name], ppl[arm][name], commit)
+            _perplexity(records, model, arm, told, name, dense[name], ppl[arm][name], zeros.get(arm), commit)
 
 
 def _blocks(arm: str) -> tuple[str, ...]:
@@ -114,7 +115,15 @@ def _data(folder: Path, model: Path, evaluated: Path) -> tuple[str, ...]:
 
 
 def _perplexity(
-    records: Path, model: Path, arm: str, what: str, text: str, before: float, after: float, commit: str | None
+    records: Path,
+    model: Path,
+    arm: str,
+    what: str,
+    text: str,
+    before: float,
+    after: float,
+    zeros: float | None,
+    commit: str | None,
 ) -> None:
     figures.append(
         records,
@@ -131,6 +140,7 @@ def _perplexity(
             "text": text,
             "dense_ppl": before,
             "ppl": after,
+            "zeros": zeros,
             "evaluated_tokens": BLOCK * EVALUATION_BLOCKS,
             "calibration_tokens": BLOCK * CALIBRATION_BLOCKS,
             "block_size": BLOCK,
@@ -151,11 +161,24 @@ def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], com
         str(SPEEDUP),
     )
     asked += ("--model.facts", str(FACTS), "--model.lengths", str(LENGTHS), *cache)
-    once(folder / "calibrate", "calibrate", CALIBRATE, *data, *asked)
+    needed = once(folder / "calibrate", "calibrate", CALIBRATE, *data, *asked)["calibration"]["needed"]
     schedule = read_pruner(pruner)[1]
     recipe = f"calibrated for {SPEEDUP:g}× (after layers {schedule.layers}, keep {schedule.keep})"
     details = {"model": model.name, "measured_at": commit, "schedule": schedule.arguments()}
 
+    best = min(needed, key=lambda layer: layer["share"])
+    figures.append(
+        records,
+        figure="needed",
+        what="share of the context that must stay for 95 % of the planted answers to stay, by the heads that look them "
+        f"up best, of layer {best['layer']} (by all of its heads {100 * best['all_heads']:.0f} %)",
+        value=100 * best["share"],
+        unit="%",
+        target="report",
+        reached=None,
+        command=COMMAND,
+        details={**details, "needed": needed},
+    )
     timed: tuple[str, ...] = ("--trainer.callbacks.pruner", str(pruner), "--trainer.callbacks.lengths", str(TIMED))
     timed += ("--trainer.callbacks.repeats", str(REPEATS), "--model.pretrained", str(model))
     for arm in once(folder / "prefill", "validate", PREFILL, *data, *timed)["prefill"]["arms"]:

@@ -83,7 +83,7 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     missing = [name for name in ("calibration", "asked", "other") if name not in texts]
     if missing:
         raise ValueError(f"texts: {', '.join(missing)} missing; {COMMAND}")
-    commit = claim(folder, model, *texts.values(), model=model.name)
+    commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
     cache = ("--data.cache_dir", str(folder / "cache"))
     for speedup in SPEEDUPS:
         _calibrated(folder, model, texts["calibration"], speedup)

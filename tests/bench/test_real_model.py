@@ -23,7 +23,7 @@ def test_texts_are_cut_in_two(tmp_path):
 
 def test_figures_of_another_model_do_not_replace_those_of_the_records(tmp_path):
     records, model = tmp_path / "real_model.jsonl", tmp_path / "mine"
-    real_model._perplexity(records, tmp_path / "smollm2", "two-four", "2:4", "novel", 10.0, 20.0, "abc")
+    real_model._perplexity(records, tmp_path / "smollm2", "two-four", "2:4", "novel", 10.0, 20.0, 50.0, "abc")
     before = records.read_bytes()
     with pytest.raises(ValueError, match=r"has figures of smollm2, .* of mine: give another file \(--records"):
         real_model.run(records, tmp_path / "work", model, {"one": tmp_path / "a.json"})

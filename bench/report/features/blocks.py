@@ -7,10 +7,9 @@ from bench.report.evidence import Evidence
 from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure
 from bench.report.values import Record, number, text
 
-_ZEROS = re.compile(r"([\d.]+) % (?:zeros|of the weights zero)")
+_ZEROS = re.compile(r"([\d.]+) % zeros")
 _PERPLEXITIES = ("block_peers", "block_tuning", "block_million")
 _CONTROL = "magnitude"
-_HALF = {"two-four": 50.0}  # told in words: half of the weights zero
 
 
 def _cases(evidence: Evidence) -> list[Case]:
@@ -24,11 +23,10 @@ def _cases(evidence: Evidence) -> list[Case]:
             name = arm.partition("-")[2] if tokens else arm
             found[_title(one, trained)] += of_figure(name, 100 * zeros, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("real_model"):
-        arm = one["details"].get("arm")
-        told = _ZEROS.search(one["what"])
-        zeros = _HALF.get(arm, float(told[1]) if told else None)
-        if zeros is not None and arm != "structured-25":
-            found[_title(one, "nothing trained")] += of_figure(text(arm), zeros, number(one, "value"), one, _CONTROL)
+        zeros = number(one, "details.zeros")
+        if zeros is not None:
+            arm = text(one["details"].get("arm"))
+            found[_title(one, "nothing trained")] += of_figure(arm, zeros, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("block_quality"):
         ratio, shares = number(one, "details.over_dense"), _ZEROS.findall(one["what"])
         name = one["figure"].removeprefix("block-ppl-")

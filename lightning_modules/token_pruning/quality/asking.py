@@ -98,10 +98,7 @@ def compare(
         known_only: Put what the unpruned model answers wrongly to no other arm: nothing can be kept of it.
 
     Returns:
-        A row for every arm, see `summarise`.
-
-    Raises:
-        ValueError: ``known_only``, and it answers nothing rightly.
+        A row for every arm that was asked, see `summarise`.
     """
     cost = Cost.of(model)
     results: list[list[Result]] = [[] for _ in arms]
@@ -117,8 +114,10 @@ def compare(
                 results[place].append(Result(asked, right, whole, found.cached, arm.bound(cost, len(asked.ids))))
                 show(number * len(arms) + place + 1)
     if not all(results):
-        raise ValueError(f"known_only: the unpruned model answers none of the {len(prompts)} prompts of {task} rightly")
-    return [summarise(task, arm, found, lengths) for arm, found in zip(arms, results, strict=True)]
+        rank_zero_info(
+            f"{task}: the unpruned model answers none of {len(prompts)} prompts rightly, so nobody else is asked"
+        )
+    return [summarise(task, arm, found, lengths) for arm, found in zip(arms, results, strict=True) if found]
 
 
 def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Sequence[int]) -> dict[str, Any]:
@@ -182,7 +181,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     schedules = list(dict.fromkeys(row["schedule"] for row in rows if row["schedule"]))
     names = [[row["scorer"], schedules.index(row["schedule"]) + 1 if row["schedule"] else ""] for row in rows]
     costs = [[f"{row['bound']:.2f} ×", percent(row["kv_share"])] for row in rows]
-    shares = _joined(costs, [[_share(row, "right"), _share(row, "kept_right")] for row in rows])
+    of_all = ["asked of these alone" if row["samples"] < rows[0]["samples"] else _share(row, "right") for row in rows]
+    shares = _joined(costs, [[right, _share(row, "kept_right")] for right, row in zip(of_all, rows, strict=True)])
     places = [(field, value) for field in ("tokens", "depth") for value in sorted({c[field] for c in rows[0]["map"]})]
     counts = [[_count(row["map"], *place) for place in places] for row in rows]
     heads = [f"≤ {value:,}" if field == "tokens" else f"from {value:.0%}" for field, value in places]

@@ -235,8 +235,10 @@ def test_what_the_unpruned_model_does_not_know_may_be_asked_of_it_alone(monkeypa
     assert len(script.asked) == 8 + 2 * 6 and [row["samples"] for row in rows] == [8, 6, 6]
     assert [row["kept_right"] for row in rows] == [1.0, 3 / 6, 0]
     assert [row["right"] for row in rows] == [6 / 8, 3 / 6, 0]
-    with pytest.raises(ValueError, match=r"known_only: .* none of the 8"):
-        compared(monkeypatch, tmp_path / "b", lambda *_: False, ARMS, known_only=True)
+    shares = asking.tables(rows)[0]
+    assert shares.rows[0][-2].startswith("75 %") and shares.rows[1][-2:] == ["asked of these alone", "50 % [19, 81]"]
+    rows, script = compared(monkeypatch, tmp_path / "b", lambda *_: False, ARMS, known_only=True)
+    assert [row["scorer"] for row in rows] == ["unpruned"] and len(script.asked) == 8 and asking.tables(rows)
 
 
 def test_a_run_that_was_killed_asks_only_what_is_not_answered(monkeypatch, tmp_path):
