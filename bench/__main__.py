@@ -25,7 +25,6 @@ from bench.tables import pivot as pivots
 from bench.tour import tour
 from common import moved
 from common.files import write_text
-from common.records import env as environment
 from common.records import record
 from common.tables import Table
 from common.trace import summary as trace_summary
@@ -180,6 +179,8 @@ def env(full: bool = False, json: bool = False) -> int:
         full: Also try torch.compile on each device, which takes 10 s and more.
         json: Print the report as JSON.
     """
+    from common.records import env as environment  # imports torch, which takes two seconds
+
     report = environment.check(full, {"link emulation": links.check})
     if json:
         print(_to_json(report))

@@ -15,7 +15,6 @@ from typing import Any
 
 from common.files import write_text
 from common.records import machine, record
-from lightning_modules.data.readers import document_text, read_records
 
 ROOT = Path(__file__).parents[2]
 BOOKS = ROOT.parent / "shared/data/books"
@@ -132,6 +131,9 @@ def run_main(folder: Path, command: str, config: str, *overrides: str, prefix: S
 
 def halves(folder: Path, texts: Mapping[str, Path]) -> dict[str, Path]:
     """Write the first halves of all texts as one text for calibration, and the second halves, which are returned."""
+    # imports Lightning, which takes ten seconds that the rest of the bench does without
+    from lightning_modules.data.readers import document_text, read_records
+
     first: list[str] = []
     second: dict[str, Path] = {}
     for name, path in texts.items():

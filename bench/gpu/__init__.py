@@ -12,16 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.gpu import checks
-from bench.gpu.setting import PREFIX, TINY_PREFIX
 from bench.network.process import Measured, run_measured
 from bench.tables import documents, figures
 from common.progress import duration
 from common.records import record
 
 COMMAND = "python -m bench gpu"
+PREFIX, TINY_PREFIX = "gpu", "tiny"  # of figures' names
 RECORDS = "gpu.jsonl"  # in docs/results/records, once folded
 
 
@@ -45,6 +43,8 @@ def gpu(
     """
     if fold is not None:
         return _fold(fold)
+    import torch  # takes two seconds, which other commands do without
+
     count = torch.cuda.device_count() if device == "cuda" and torch.cuda.is_available() else 0
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device: cuda or cpu, got {device}")

@@ -9,8 +9,6 @@ import torch
 
 from common.measure.timing import interleaved
 
-PREFIX, TINY_PREFIX = "gpu", "tiny"
-
 
 @dataclass(frozen=True)
 class Setting:

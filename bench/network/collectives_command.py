@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from rich.console import Console
 
-from bench.network import collectives as measuring
 from bench.network.launch import Host, run_hosts, stop_signals_raise
 from bench.network.link import RATE_VARIABLE
 from common.records import record
@@ -43,6 +41,10 @@ def collectives(
         plot: PNG or SVG file for time and bandwidth over message size.
         markdown: Print a Markdown table.
     """
+    import torch.distributed as dist  # takes two seconds, which other commands do without
+
+    from bench.network import collectives as measuring
+
     messages = measuring.sizes(smallest, largest)
     if "RANK" not in os.environ:
         if ranks < 2:
@@ -87,6 +89,8 @@ def _start(ranks: int, arguments: list[str]) -> int:
 
 
 def _record(points: list[dict[str, Any]], backend: str, device: str, world_size: int) -> dict[str, Any]:
+    from bench.network import collectives as measuring
+
     rate = os.environ.get(RATE_VARIABLE)
     return {
         "kind": "collectives",
@@ -108,6 +112,8 @@ def _title(entry: dict[str, Any]) -> str:
 
 
 def _show(entry: dict[str, Any], markdown: bool) -> None:
+    from bench.network import collectives as measuring
+
     tables = measuring.tables(entry["points"], _title(entry))
     if entry["peer_bandwidth"] is not None:
         rows = [[f"GPU {i}", *(rate / 1e9 for rate in row)] for i, row in enumerate(entry["peer_bandwidth"])]

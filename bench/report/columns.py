@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bench.report.values import Spread
@@ -35,7 +36,7 @@ class Column:
     numeric: bool
     cells: list[Written]
 
-    @property
+    @cached_property
     def sd_width(self) -> int:
         """Characters of the longest standard deviation; 0 without any."""
         return max((len(one.sd) for one in self.cells), default=0)

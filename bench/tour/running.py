@@ -124,7 +124,7 @@ def in_own_process(step: Step, folder: Path, log: Path, elapsed: Callable[[], No
 
 def _warm() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main", "bench.__main__"])
+    context.set_forkserver_preload(["bench.tour.warm"])
     return context
 
 

@@ -130,6 +130,14 @@ def test_a_step_ends_when_the_tour_is_killed(tmp_path, waiting):
         time.sleep(0.05)
 
 
+def test_steps_start_with_what_takes_long_to_import():
+    found = "import sys; sys.exit(not {'torch', 'lightning', 'transformers', 'matplotlib'} <= sys.modules.keys())"
+    process = running._warm().Process(target=exec, args=(found,))  # a function of this module would import them
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 def test_steps_need_only_what_comes_before(tmp_path):
     for given in (None, Given("org/model", 30), Given("/m.gguf", 30, Path("/t"), Path("/v"))):
         for short in (False, True):
