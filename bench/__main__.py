@@ -3,11 +3,13 @@
 import importlib
 import inspect
 import json
+import math
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 from rich.console import Console
@@ -25,6 +27,8 @@ from bench.tables import pivot as pivots
 from bench.tour import tour
 from common import moved
 from common.files import write_text
+from common.front.forms import Forms, unknown
+from common.output import Refused, one_object, quiet, silent
 from common.records import record
 from common.tables import Table
 from common.trace import summary as trace_summary
@@ -46,12 +50,35 @@ class Parser(ArgumentParser):
             kwargs["action"] = ActionYesNo
         return super().add_argument(*args, **kwargs)
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """See ``ArgumentParser.error``; says what is wrong, in one line, and exits with status 2."""
+        if not self.exit_on_error:  # a parser inside another: the outer one explains
+            super().error(message, ex)
+        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        print(f"error: {message}\nhelp: {program} --help", file=sys.stderr)
+        raise Refused(message)
+
+
+_found: list[Any] = []  # what the command found, for `--json`
+
 
 def _show(table: Table, markdown: bool) -> None:
+    _found.append({"title": table.title, "headers": [*table.headers], "rows": [_plain(row) for row in table.rows]})
     if markdown:
         print(table.markdown(), end="")
     else:
         console.print(table)
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON, which knows neither NaN nor infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
 def _read(path: Path) -> list[dict]:
@@ -129,22 +156,19 @@ def pivot(
     _show(table, markdown)
 
 
-def trace(traces: Path, markdown: bool = False, json: bool = False) -> None:
-    """Say where the step time went: compute, communication by operator, overlap, idle.
+def trace(traces: Path, markdown: bool = False) -> None:
+    """Say where the step time went: compute, communication by operator, overlap, idle; with --json, of every step.
 
     Args:
         traces: A Chrome trace of torch.profiler (.json or .json.gz), or a folder of them, one a rank.
         markdown: Print a Markdown table.
-        json: Print every step of every trace as JSON.
     """
     files = sorted([*traces.glob("*.json"), *traces.glob("*.json.gz")]) if traces.is_dir() else [traces]
     if not files:
         raise FileNotFoundError(f"no .json or .json.gz in {traces}")
     summaries = [trace_summary.summarise(path) for path in files]
-    if json:
-        print(_to_json(summaries))
-    else:
-        _show(trace_summary.table(*summaries), markdown)
+    _show(trace_summary.table(*summaries), markdown)
+    _found[:] = [_plain(summaries)]
 
 
 def link(
@@ -172,20 +196,17 @@ def link(
     return links.run(command or [], rate, hosts, delay, report, ranks_per_host)
 
 
-def env(full: bool = False, json: bool = False) -> int:
+def env(full: bool = False) -> int:
     """Check versions, machine, speed, and what really runs; the exit status is 1 when a requirement is missing.
 
     Args:
         full: Also try torch.compile on each device, which takes 10 s and more.
-        json: Print the report as JSON.
     """
     from common.records import env as environment  # imports torch, which takes two seconds
 
     report = environment.check(full, {"link emulation": links.check})
-    if json:
-        print(_to_json(report))
-    else:
-        console.print(*environment.tables(report), sep="\n")
+    _found.append(_plain(report))
+    console.print(*environment.tables(report), sep="\n")
     return 1 if report["missing"] else 0
 
 
@@ -256,6 +277,7 @@ def report(
     from bench import report as reports  # drawing takes a second to import, which no other command needs
 
     print(reports.build(results, output, tables, figures, overwrite, against))
+    _found.append({"output": str(output)})
 
 
 def configuration(results: Path, run: str) -> None:
@@ -269,6 +291,7 @@ def configuration(results: Path, run: str) -> None:
     if not isinstance(found, str):
         raise ValueError(f"{results}: run {run!r} has no configuration recorded")
     print(found, end="" if found.endswith("\n") else "\n")
+    _found.append(found)
 
 
 def bounds(results: Path, rate: str | None = None, markdown: bool = False) -> None:
@@ -315,7 +338,6 @@ def plan(
     rate: str | None = None,
     backend: Literal["gloo", "nccl"] | None = None,
     step: int = 100_000,
-    json: bool = False,
     markdown: bool = False,
     command: list[str] = [],  # noqa: B006 - never changed; jsonargparse shows it as the default
 ) -> None:
@@ -332,7 +354,6 @@ def plan(
         rate: Rate of a node's link to the others, such as 10gbit: adds the time that bytes between nodes take.
         backend: Who moves bytes; by default gloo where the configuration computes on the CPU, else nccl.
         step: Optimizer steps made before the one that is planned, for methods that go by them.
-        json: Print bytes as JSON.
         markdown: Print a Markdown table.
         command: Arguments of fit as a JSON list; typing them after `--` is the same.
     """
@@ -341,30 +362,14 @@ def plan(
     if configuration is None:
         raise ValueError("plan: give a configuration of main.py fit, --config configs/….yaml")
     found = planning.plan(configuration, world_size, node_size, backend, step, command)
-    if json:
-        print(_to_json(found.as_dict()))
-    else:
-        _show(found.table(rate), markdown)
+    _show(found.table(rate), markdown)
+    _found[:] = [_plain(found.as_dict())]
 
 
-def _to_json(value: object) -> str:
-    return json.dumps(value, indent=2, allow_nan=False)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if old := moved.hint(arguments):
-        print(f"error:{old}", file=sys.stderr)
-        return 1
-    if "--" in arguments:
-        split = arguments.index("--")
-        arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
-    if arguments[:1] == ["plan"]:  # a configuration of main.py, not one of this command's own arguments
-        arguments = [re.sub(r"^--config(?==|$)", "--configuration", each) for each in arguments]
-    # --dry-run is as good as --dry_run
-    arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
-    known = (
+_PROGRAM, _HELP = "python -m bench", {"-h", "--help"}
+_COMMANDS: dict[str, Any] = {
+    command.__name__: command
+    for command in (
         env,
         compare,
         table,
@@ -382,13 +387,46 @@ def main(argv: list[str] | None = None) -> int:
         configuration,
         tour,
     )
-    commands: dict[str, Any] = {command.__name__: command for command in known}
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status. `--json` and `--quiet` stand anywhere before a `--`."""
+    forms, arguments = Forms.of(list(sys.argv[1:] if argv is None else argv))
+    name = arguments[0] if arguments else ""
+    if old := moved.hint(arguments):
+        return forms.refuse(name, old.strip(), f"{_PROGRAM} {name} --help", status=1)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if not own or (not name.startswith("-") and name not in _COMMANDS):
+        return forms.refuse(name, unknown(name, _COMMANDS), f"{_PROGRAM} --help")
+    if not forms.json or _HELP & set(own):
+        # a configuration that was asked for is no progress
+        with silent(forms.quiet, stdout=name != "configuration"):
+            return _run(arguments)[0]
+    _found.clear()
+    with one_object(name) as answer, silent(forms.quiet):
+        answer["status"], answer["error"] = _run(arguments)
+        answer["result"] = _found[0] if len(_found) == 1 else _found or None
+        status: int = answer["status"]
+    return status
+
+
+def _run(arguments: list[str]) -> tuple[int, str | None]:
+    """Exit status, and what went wrong."""
+    if "--" in arguments:
+        split = arguments.index("--")
+        arguments[split:] = [f"--command={json.dumps(arguments[split + 1 :])}"]
+    if arguments[:1] == ["plan"]:  # a configuration of main.py, not one of this command's own arguments
+        arguments = [re.sub(r"^--config(?==|$)", "--configuration", each) for each in arguments]
+    # --dry-run is as good as --dry_run
+    arguments = [re.sub(r"^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
     try:
-        return auto_cli(commands, args=arguments, prog="python -m bench", parser_class=Parser) or 0
+        return auto_cli(_COMMANDS, args=arguments, prog=_PROGRAM, parser_class=Parser) or 0, None
     except (ValueError, OSError, links.LinkUnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1, str(error)
 
 
 if __name__ == "__main__":
+    quiet()
     sys.exit(main())

@@ -12,6 +12,7 @@ from callbacks.commands import PareTrainer
 from callbacks.control import TunesControls
 from callbacks.graceful_stop import stoppable
 from callbacks.parser import Parser, explained
+from common.front.forms import Forms
 from common.front.screens import COMMANDS
 from common.output import one_object, silent, steady
 
@@ -59,17 +60,16 @@ def run(arguments: list[str]) -> None:
         arguments: What follows the program's name. ``--json`` and ``--quiet``, wherever they stand, say how it answers;
             they are for this process alone, not for ranks that it starts.
     """
-    forms = {form: form in arguments for form in ("--json", "--quiet")}
-    arguments = [word for word in arguments if word not in forms]
+    forms, arguments = Forms.of(arguments)
     # Lightning starts further ranks with what it finds here
     sys.argv = [sys.argv[0], *arguments]
     with steady(), stoppable():
-        if forms["--json"]:
-            with one_object(arguments[0]) as answer, silent(forms["--quiet"]):
+        if forms.json:
+            with one_object(arguments[0]) as answer, silent(forms.quiet):
                 answer["result"] = started().trainer.result()
         else:
             # what `generate` prints is what was asked for
-            with silent(forms["--quiet"], stdout=arguments[:1] != ["generate"]):
+            with silent(forms.quiet, stdout=arguments[:1] != ["generate"]):
                 started()
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from callbacks.commands import PareTrainer
 from common import moved
+from common.output import Refused
 from common.variants import variants
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
@@ -26,18 +27,6 @@ _NOISE = re.compile(
     r"(Does not validate against|Subtypes:|Errors:|Given value|Expected a path but|Expected a <class '[\w.]+'>$|"
     r"Not a valid subclass of|Subclass types expect|a class path \(str\)|a dict with)"
 )
-
-
-class Refused(SystemExit):
-    """Arguments or a configuration were refused; status 2.
-
-    Attributes:
-        told: What is wrong with them.
-    """
-
-    def __init__(self, told: str) -> None:
-        super().__init__(2)
-        self.told = told
 
 
 class Parser(LightningArgumentParser):

@@ -13,6 +13,18 @@ from typing import Any
 from common.progress import QUIET
 
 
+class Refused(SystemExit):
+    """Arguments or a configuration were refused; status 2.
+
+    Attributes:
+        told: What is wrong with them.
+    """
+
+    def __init__(self, told: str) -> None:
+        super().__init__(2)
+        self.told = told
+
+
 class _Steady:
     """A text stream whose writes cannot fail: once nobody reads on (closed pipe, full disk), they go nowhere."""
 

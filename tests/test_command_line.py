@@ -33,7 +33,8 @@ finally:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [([], 2), (["--help"], 0), (["fit", "-h"], 0), (["fitt"], 2), (["init"], 2)]
+    ("arguments", "status"),
+    [([], 2), (["--help"], 0), (["fit", "-h"], 0), (["fitt"], 2), (["init"], 2), (["fitt", "--json"], 2)],
 )
 def test_help_and_mistakes_are_answered_without_importing_torch(arguments, status):
     done = subprocess.run([sys.executable, "-c", IMPORTS_NOTHING, *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -93,6 +94,30 @@ def test_json_tells_what_was_refused(capfd):
     answer, err = _one_object(capfd)
     assert answer["status"] == 2 and "learning_rate" in answer["error"] and answer["result"] is None
     assert err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "said"),
+    [
+        (["--json", "--quiet"], "", "give a command"),
+        (["prepaer", "--json"], "prepaer", "did you mean prepare?"),
+        (["--json", "fitt"], "fitt", "did you mean fit?"),
+        (["init", "--json"], "init", "give a new folder"),
+        (["--json", "init", "--nothing"], "init", "--nothing"),
+        (["completion", "--json", "cmd"], "completion", "give a shell"),
+    ],
+)
+def test_mistakes_are_told_in_json(arguments, command, said, capfd):
+    assert _run(*arguments) == 2
+    answer, err = _one_object(capfd)
+    assert answer == {"command": command, "status": 2, "result": None, "error": answer["error"]}
+    assert said in answer["error"] and err.startswith("error: ") and said in err
+
+
+def test_forms_before_a_command_change_nothing_else(capfd):
+    assert _run("--quiet", "fit", "--help") == 0
+    assert capfd.readouterr().out.startswith("usage: python main.py fit")
+    assert _run("--quiet", "fitt") == 2 and "did you mean fit?" in capfd.readouterr().err
 
 
 def test_a_fault_is_status_1_and_told_in_json(capfd, monkeypatch):

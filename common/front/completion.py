@@ -1,6 +1,5 @@
 """`completion SHELL`: a script with which a shell completes `pare`, made by shtab from the screens of help."""
 
-import sys
 from argparse import ArgumentParser
 from importlib.util import find_spec
 from typing import Any
@@ -10,25 +9,22 @@ from common.front import screens, starters
 _ALL = ("--help", "--help_all", *(option.split()[0] for option, _ in screens.OUTPUT_FORMS))
 
 
-def command(arguments: list[str]) -> int:
-    """Print the script.
+def script(arguments: list[str]) -> str:
+    """The script.
 
     Args:
         arguments: What follows `completion`: the shell.
 
-    Returns:
-        The exit status.
+    Raises:
+        RefusedError: There is no such shell, or no shtab.
     """
     if find_spec("shtab") is None:
-        print("error: completion needs shtab: pip install shtab", file=sys.stderr)
-        return 2
+        raise starters.RefusedError("completion needs shtab: pip install shtab")
     import shtab
 
     if len(arguments) != 1 or arguments[0] not in shtab.SUPPORTED_SHELLS:
-        print(f"error: give a shell: {', '.join(shtab.SUPPORTED_SHELLS)}", file=sys.stderr)
-        return 2
-    print(shtab.complete(parser(), arguments[0]))
-    return 0
+        raise starters.RefusedError(f"give a shell: {', '.join(shtab.SUPPORTED_SHELLS)}")
+    return str(shtab.complete(parser(), arguments[0]))
 
 
 def parser() -> ArgumentParser:

@@ -20,8 +20,7 @@ class RefusedError(ValueError):
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}\nhelp: main.py init --help", file=sys.stderr)
-        sys.exit(2)
+        raise RefusedError(message)
 
 
 def tasks() -> dict[str, str]:
@@ -29,31 +28,31 @@ def tasks() -> dict[str, str]:
     return {path.stem: _lines(path.read_text("utf-8"))[0] for path in sorted(TEMPLATES.glob("*.yaml"))}
 
 
-def command(arguments: list[str]) -> int | list[str]:
+def command(arguments: list[str]) -> list[str]:
     """Write a configuration, asking for what is not given, and say what comes next.
 
     Args:
         arguments: What follows `init`.
 
     Returns:
-        The exit status where nothing was written, else the arguments that check the configuration.
+        The arguments that check the configuration.
+
+    Raises:
+        RefusedError: It cannot be written.
+        OSError: The same, by the system.
     """
     parser = _Parser(prog="main.py init", add_help=False)
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--task")
     parser.add_argument("--model")
     given = parser.parse_args(arguments)
-    try:
-        if given.folder is None:
-            raise RefusedError("give a new folder for the configuration: init FOLDER")
-        task = given.task or _ask("task", "\n".join(f"  {name}: {does}" for name, does in tasks().items()))
-        _check_task(task)
-        _check_free(Path(given.folder), task)
-        model = given.model or _ask("model", "  a Hugging Face folder, a hub name or a GGUF file")
-        path = write(Path(given.folder), task, model)
-    except (RefusedError, OSError) as error:
-        print(f"error: {error}\nhelp: main.py init --help", file=sys.stderr)
-        return 2
+    if given.folder is None:
+        raise RefusedError("give a new folder for the configuration: init FOLDER")
+    task = given.task or _ask("task", "\n".join(f"  {name}: {does}" for name, does in tasks().items()))
+    _check_task(task)
+    _check_free(Path(given.folder), task)
+    model = given.model or _ask("model", "  a Hugging Face folder, a hub name or a GGUF file")
+    path = write(Path(given.folder), task, model)
     run, *then = next_commands(path.read_text("utf-8"))
     print(f"{path} written. Next:", *(f"  {line}" for line in (run, *then)), sep="\n", flush=True)
     return ["check", "--command", shlex.split(run)[2], "--config", str(path)]

@@ -109,11 +109,11 @@ def test_what_leaves_a_node():
     assert sum(alone.inter.values()) == 0 and alone.sent == flat.sent
 
 
-def test_a_configuration_is_planned_for_many_nodes(capsys):
+def test_a_configuration_is_planned_for_many_nodes(capfd):
     tiny = ["--model.config", "{n_layer: 2, n_embd: 32, n_head: 2}", "--trainer.strategy.class_path", "CompressedFSDP2"]
     base = ["plan", "--config", str(ROOT / "configs/pretraining/gpt2_tiny.yaml"), "--world_size", "64"]
     assert command.main([*base, "--node_size", "8", "--json", "--", *tiny]) == 0
-    told = json.loads(capsys.readouterr().out)
+    told = json.loads(capfd.readouterr().out)["result"]
     # twelve 32² a block and 4096 + 128 rows of the embedding
     assert told["parameters"] == pytest.approx(2 * 12 * 32**2 + (4096 + 128) * 32, rel=0.02)
     assert told["held"]["parameters"] == pytest.approx(4 * told["parameters"] / 64, rel=0.15)  # 32 rows on 64 ranks

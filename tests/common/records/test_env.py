@@ -19,7 +19,9 @@ def report():
     """The report of the real command."""
     command = [sys.executable, "-m", "bench", "env", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    content = json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))
+    answer = json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))
+    content = answer["result"]
+    assert (answer["command"], answer["status"]) == ("env", done.returncode)
     assert done.returncode == (1 if content["missing"] else 0), done.stderr
     return content
 
