@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import checks
+from bench.network.launch import StopRequested, stop_signals_raise
 from bench.network.process import Measured, run_measured
 from bench.tables import documents, figures
 from common.progress import duration
@@ -53,10 +54,15 @@ def gpu(
     if device == "cpu" and not tiny:
         raise ValueError("device: without --tiny the checks need a GPU's speed and memory")
     began, failed = time.monotonic(), []
-    for name in chosen(only, count or 1):
-        print(f"{name}: {checks.says(name)}", file=sys.stderr, flush=True)
-        if not check(name, results, device, tiny):
-            failed.append(name)
+    try:
+        with stop_signals_raise():
+            for name in chosen(only, count or 1):
+                print(f"{name}: {checks.says(name)}", file=sys.stderr, flush=True)
+                if not check(name, results, device, tiny):
+                    failed.append(name)
+    except StopRequested as stop:
+        print(f"stopped; what was measured until then: {results}", file=sys.stderr)
+        return 128 + stop.number
     print(f"{duration(time.monotonic() - began)}; {results}; failed: {', '.join(failed) or 'none'}", file=sys.stderr)
     return 1 if failed else 0
 
@@ -95,13 +101,14 @@ def check(name: str, results: Path, device: str, tiny: bool) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "found.jsonl", Path(folder) / "output.log"
         arguments = [name, str(lines), device, *(["--tiny"] if tiny else [])]
-        ended = run_measured(
-            [*child(), *arguments], {"HF_HUB_OFFLINE": "1"}, cwd=documents.ROOT, timeout=limit, log=log
-        )
-        for found in _found(lines):
-            well = well and found["reached"] is not False
-            figures.append(results, **(found | {"figure": f"{prefix}-{name}-{found['figure']}"}), command=COMMAND)
-            print(f"  {found['what']}: {found['value']} {found['unit']}", file=sys.stderr, flush=True)
+        offline = {"HF_HUB_OFFLINE": "1"}
+        try:
+            ended = run_measured([*child(), *arguments], offline, cwd=documents.ROOT, timeout=limit, log=log)
+        finally:  # also where this process is told to stop
+            for found in _found(lines):
+                well = well and found["reached"] is not False
+                figures.append(results, **(found | {"figure": f"{prefix}-{name}-{found['figure']}"}), command=COMMAND)
+                print(f"  {found['what']}: {found['value']} {found['unit']}", file=sys.stderr, flush=True)
     problem = _problem(ended, limit)
     figures.append(
         results,

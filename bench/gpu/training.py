@@ -25,13 +25,19 @@ _ENGINES: dict[str, dict[str, Any]] = {
     "CompressedFSDP2": {"trainer.strategy.parameter_compressor": "Int8"},
     "CompressedDDP": {},
     "CompressedDiLoCo": {"trainer.strategy.sync_every": 4},
+    "ShardedDiLoCo": {"trainer.strategy.sync_every": 4, "trainer.strategy.replicas": 2},
 }
+_LEAST_RANKS = {"ShardedDiLoCo": 4}  # two replicas that shard
 _MOST_ERROR = 0.02  # of int8 gradients, relative
 
 
 def train_all(setting: Setting, ranks: int) -> Iterator[dict[str, Any]]:
-    """Train with int8 gradients through every engine, each in processes of its own; one that fails stops no other."""
-    engines = ["CompressedFSDP2"] if setting.tiny else [*_ENGINES]
+    """Train with int8 gradients through every engine that so many ranks can be, each in processes of its own.
+
+    One that fails stops no other.
+    """
+    fitting = [engine for engine in _ENGINES if ranks >= _LEAST_RANKS.get(engine, 1)]
+    engines = ["CompressedFSDP2"] if setting.tiny else fitting
     with tempfile.TemporaryDirectory() as folder:
         for engine in engines:
             yield _train(setting, engine, ranks, Path(folder) / engine)

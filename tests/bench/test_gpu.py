@@ -1,7 +1,11 @@
 """The acceptance run without a GPU: how it runs checks, and every check in its tiny form."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import strategies
 from bench import gpu
 from bench.__main__ import main
 from bench.gpu import checks, models, training
@@ -18,7 +23,7 @@ from common.records import record
 from tests.conftest import ROOT
 
 TINY = Setting(torch.device("cpu"), True)
-APART = {"memory", "engines", "engines_of_two"}  # those that need a process of their own
+APART = {"memory", "engines", "engines_of_two", "engines_of_four"}  # those that need a process of their own
 # In place of bench.gpu.child: one figure, then what its name says.
 STAND_IN = """
 import json, os, signal, sys, time
@@ -62,6 +67,32 @@ def test_a_check_that_fails_hangs_or_is_killed_is_a_record_and_stops_nothing(sta
             ended = found[f"tiny-{name}"]
             assert ended["reached"] is (why is None) and (why or "") in ended["what"] and ended["machine"]
     assert main(["gpu", "--results", str(results), "--device", "cpu", "--tiny", "--only", "good"]) == 0
+
+
+def test_what_was_measured_before_a_stop_is_kept(tmp_path):
+    """The command itself, told to stop while a check hangs that has measured something."""
+    results = tmp_path / "gpu.jsonl"
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    program = f"""
+import sys
+from types import SimpleNamespace
+from bench import gpu
+from bench.__main__ import main
+from bench.gpu import checks
+checks.names = lambda: ["hangs"]
+checks.load = lambda name: SimpleNamespace(__doc__="Hangs.", LIMIT_S=300.0, GPUS=1)
+gpu.child = lambda: [sys.executable, {str(tmp_path / "stand_in.py")!r}]
+sys.exit(main(["gpu", "--results", {str(results)!r}, "--device", "cpu", "--tiny"]))
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=environment)
+    while not any(file.read_text().endswith("\n") for file in tmp_path.glob("*/found.jsonl")):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate()
+    assert run.returncode == 128 + signal.SIGTERM and f"stopped; what was measured until then: {results}" in said
+    (found,) = record.read(results)[0]
+    assert (found["figure"], found["value"]) == ("tiny-hangs-it", 1.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -117,6 +148,8 @@ def test_engines_say_what_they_measured_or_why_they_failed(monkeypatch):
     found = list(training.train_all(Setting(torch.device("cuda")), 2))
     assert [one["reached"] for one in found] == [False, False, True, True] and "no NCCL" in found[0]["what"]
     assert all("--trainer.devices=2" in arguments and "--trainer.accelerator=cuda" in arguments for arguments in asked)
+    engines = {one["figure"] for one in training.train_all(Setting(torch.device("cuda")), 4)}
+    assert engines == set(strategies.__all__) and any("--trainer.strategy.replicas=2" in words for words in asked)
 
 
 def test_targets_are_missed_by_nan():

@@ -1,4 +1,4 @@
-"""Every engine trains over NCCL on one GPU: its own collectives with a single rank."""
+"""Every engine that one rank can be trains over NCCL on one GPU: its own collectives with a single rank."""
 
 from bench.gpu.training import train_all
 

@@ -1,4 +1,4 @@
-"""Every engine trains over NCCL on two GPUs, and int8 gradients stay near those in fp32."""
+"""Every engine that two ranks can be trains over NCCL on two GPUs, and int8 gradients stay near those in fp32."""
 
 from bench.gpu.training import train_all
 
