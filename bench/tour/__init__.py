@@ -3,6 +3,7 @@
 `steps.py` says which commands, `running.py` runs them, `results.py` reads the table off the records they leave.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from rich.console import Console
 from bench.experiments.runs import claim
 from bench.network.launch import StopRequested, stop_signals_raise
 from bench.tour import results
-from bench.tour.running import Ended, failed, run
-from bench.tour.steps import RECORDS, Given, plan
+from bench.tour.running import Ended, failed, is_done, run
+from bench.tour.steps import RECORDS, Given, Step, plan
 from common.files import write_text
 from common.locks import lock
 from common.progress import duration
@@ -45,25 +46,36 @@ def tour(
     """
     if (train is None) != (val is None) or (train is not None and model is None):
         raise ValueError("train and val go together, and with a model")
-    given = None if model is None else _found(model, train, val)
-    folder = (folder or Path("runs") / _name(given, short)).resolve()
-    steps = plan(folder, given, short)
-    if dry_run:
-        for step in steps:
-            print(f"{step.name}: {step.what}\n    {step.obstacle or step.command(folder)}")
-        print(f"{len(steps)} steps, about {duration(sum(step.seconds for step in steps))} on two free cores")
-        return 0
-    inputs = [path for text in (model, train, val) if text is not None and (path := Path(text).expanduser()).exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with stop_signals_raise(), lock(folder):
-        claim(folder, *inputs, model=given and given.name, short=short)
-        try:
-            ended = run(steps, folder)
-        except StopRequested as stop:
-            print("stopped; the same command goes on from here", file=sys.stderr)
-            return 128 + stop.number
-    _end(ended, folder)
+    steps: list[Step] = []
+    where = Path()
+    try:
+        with stop_signals_raise():
+            given = None if model is None else _found(model, train, val)
+            where = (folder or Path("runs") / _name(given, short)).resolve()
+            steps = plan(where, given, short)
+            if dry_run:
+                _list(steps, where)
+                return 0
+            texts = [Path(text).expanduser() for text in (model, train, val) if text is not None]
+            where.parent.mkdir(parents=True, exist_ok=True)
+            with lock(where):
+                claim(where, *(path for path in texts if path.exists()), model=given and given.name, short=short)
+                ended = run(steps, where)
+                _end(ended, where)
+    except StopRequested as stop:
+        done = sum(is_done(step, where) for step in steps)
+        options = {"--model": model, "--train": train, "--val": val, "--folder": folder}
+        words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+        again = shlex.join(["python", "-m", "bench", "tour", *words, *(["--short"] if short else [])])
+        print(f"stopped; {done} of {len(steps)} steps are done, and stay so. To go on: {again}", file=sys.stderr)
+        return 128 + stop.number
     return 1 if failed(ended) else 0
+
+
+def _list(steps: list[Step], folder: Path) -> None:
+    for step in steps:
+        print(f"{step.name}: {step.what}\n    {step.obstacle or step.command(folder)}")
+    print(f"{len(steps)} steps, about {duration(sum(step.seconds for step in steps))} on two free cores")
 
 
 def _found(model: str, train: Path | None, val: Path | None) -> Given:

@@ -70,12 +70,21 @@ def run(steps: Sequence[Step], folder: Path, start: Start | None = None) -> list
     return ended
 
 
+def is_done(step: Step, folder: Path) -> bool:
+    """Whether a folder has the results of a step, by the same command."""
+    note = _note(step, folder)
+    return note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("command") == list(step.arguments)
+
+
+def _note(step: Step, folder: Path) -> Path:
+    return folder / "steps" / f"{step.name}.json"
+
+
 def _one(step: Step, before: Sequence[Ended], folder: Path, start: Start, elapsed: Callable[[], None]) -> Ended:
-    note, log = folder / "steps" / f"{step.name}.json", folder / "steps" / f"{step.name}.log"
-    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    note, log = _note(step, folder), folder / "steps" / f"{step.name}.log"
     anew = step.always and any(one.state == "done" and not one.why for one in before)
-    if known.get("command") == list(step.arguments) and not anew:
-        return Ended(step, "done", known["seconds"], "before")
+    if is_done(step, folder) and not anew:
+        return Ended(step, "done", json.loads(note.read_text(encoding="utf-8"))["seconds"], "before")
     if step.obstacle:
         return Ended(step, "left out", why=step.obstacle)
     lacking = [one.step.name for one in before if one.step.name in step.needs and one.state != "done"]
@@ -111,8 +120,8 @@ def in_own_process(step: Step, folder: Path, log: Path, elapsed: Callable[[], No
     """
     arguments = (step.program, step.words(to_repository(folder)), str(folder), str(log))
     process: Any = _warm().Process(target=_enter, args=arguments)
-    process.start()
     try:
+        process.start()
         while process.exitcode is None:
             process.join(_POLL_S)
             elapsed()
@@ -129,6 +138,8 @@ def _warm() -> Any:
 
 
 def _stop(process: Any, number: int) -> None:
+    if process.pid is None:  # not started: the process to fork it from is still importing
+        return
     tree = psutil.Process(process.pid)
     process.join(0)
     if process.exitcode is None:

@@ -91,6 +91,7 @@ def plan(folder: Path, given: Given | None, short: bool) -> list[Step]:
     data: tuple[str, ...]
     if given is None:
         data = ("--data.tokenizer", model, "--data.sources", "[topics]" if short else "[stdlib, topics]")
+        data += ("--data.max_val_blocks", "64")  # one text for all that the table compares
         steps += [_own_model(make), *_recall(make)]
         first: tuple[str, ...] = ("model",)
     else:

@@ -191,6 +191,39 @@ def test_the_command_ends_with_the_table_and_fails_where_a_step_did(tmp_path, mo
     assert "another state" in capsys.readouterr().err
 
 
+def test_a_stop_says_what_is_done_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(package, "plan", lambda *_: STEPS)
+    monkeypatch.setattr(running, "in_own_process", Fake(second="stop"))
+    assert entry.main(["tour", "--short", "--folder", "my tour"]) == 128 + 15
+    said = capsys.readouterr().err
+    again = "python -m bench tour --folder 'my tour' --short"
+    assert f"stopped; 1 of 4 steps are done, and stay so. To go on: {again}\n" in said
+    after = Fake()
+    monkeypatch.setattr(running, "in_own_process", after)
+    assert entry.main(shlex.split(again)[3:]) == 0 and after.started == ["second", "other", "report"]
+
+
+@pytest.mark.parametrize("where", ["_found", "claim", "lock"])
+def test_a_stop_before_the_first_step_is_no_traceback(where, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise StopRequested(2)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(package, where, stop)
+    assert entry.main(["tour", "--model", "org/model"] if where == "_found" else ["tour"]) == 128 + 2
+    assert "stopped; 0 of " in capsys.readouterr().err
+
+
+def test_what_the_table_compares_is_measured_on_one_text(tmp_path):
+    for given in (None, Given("org/model", 30)):
+        compared = [
+            step for step in plan(tmp_path, given, short=False) if step.name in ("structure", "recovery", "tiers")
+        ]
+        sizes = [words[words.index("--data.max_val_blocks") + 1] for step in compared if (words := step.arguments)]
+        assert len(compared) == 3 and set(sizes) == {"24" if given else "64"}
+
+
 def test_the_table_is_read_off_the_records(tmp_path):
     wire = {"steps_measured": 1, "comm_time_ms_total": 80.0, "compress_time_ms": 0.0, "decompress_time_ms": 0.0}
     for method, step, sent, ppl in (("none", 100.0, 1000, 50.0), ("int8", 40.0, 250, 51.0)):
