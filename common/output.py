@@ -88,8 +88,8 @@ def steady() -> Iterator[None]:
 
 def quiet() -> None:
     """Hide third-party messages that no user can act on. Some come while packages are imported: call it before."""
-    # "Try litlogger" is an advertisement that Lightning has no switch for.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    # "Try litlogger", "try litmodels": advertisements that Lightning has no switch for.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "seamless" not in r.getMessage())
     # Where it is installed peft imports torchao, which has libraries that a CPU build of torch cannot load.
     logging.getLogger("torchao").addFilter(lambda r: not r.getMessage().startswith("Failed to load"))
     logging.getLogger("torch.utils._pytree").addFilter(lambda r: "Enum subclass" not in r.getMessage())

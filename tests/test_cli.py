@@ -266,7 +266,7 @@ def test_fit_leaves_a_record_with_every_required_field(trained):
 def test_fit_ends_with_a_table_and_stays_quiet_in_ci(trained):
     output = (trained / "output.txt").read_text()
     assert "validation perplexity" in output and "runs/model" in output
-    assert "Warning" not in output and "litlogger" not in output and "s/step" not in output
+    assert "Warning" not in output and "seamless" not in output and "s/step" not in output
 
 
 def test_traffic_table_has_a_row_per_unit_and_step(trained):
