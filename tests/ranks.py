@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
 def free_port() -> int:
@@ -43,11 +43,12 @@ def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return fn(*args, **kwargs)
     finally:
-        for group in list(c10d._world.pg_map):
-            if group is not dist.group.WORLD:
+        # Names are numbers, none of which comes again, or digests of the members: the next group of the same members
+        # would find in the store what those of the one before have left there.
+        for group, name in list(c10d._world.pg_names.items()):
+            if name.isdecimal() and group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
-        # DTensor remembers how it split over a mesh; a mesh of a later call may carry the same groups' names
-        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+        _clear_sharding_prop_cache()  # it holds meshes of groups that are gone
 
 
 class Ranks:
