@@ -72,6 +72,8 @@ def test_commands_are_accepted_as_they_stand(path, capsys, monkeypatch):
         arguments = tuple(words[words.index("main.py") + 1 :]) if "main.py" in words else ()
         if not arguments or arguments in ACCEPTED:  # documents repeat each other's, and each takes half a second
             continue
+        if "mine/prune.yaml" in arguments:
+            continue  # what `init` writes; tests/test_command_line.py
         if arguments[0] in ("init", "completion"):  # answered without a configuration; tests/test_command_line.py
             assert screens.COMMANDS[arguments[0]].options
             continue

@@ -7,6 +7,7 @@ A comment in a document is the recipe; what stands between it and the next `<!--
     <!-- table: compare profile.jsonl fields=world_size,tokens_per_s -->
     <!-- table: memory llama-1b llama-8b ranks=1,8 engine=fsdp -->
     <!-- table: records pretraining.jsonl profile.jsonl -->
+    <!-- table: pictures -->: all of them, for a page in docs/
     <!-- table: figures gpu.jsonl only=gpu-* absent="not run yet" -->: what stands there until there is such a file
     … and in a sentence: <!-- figure: pretraining.jsonl int8-quality digits=2 -->-0.14 %<!-- end -->
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from bench import memory
 from bench.network import bounds
-from bench.tables import compare, figures, pivot
+from bench.tables import compare, figures, pictures, pivot
 from common.records import record
 from common.tables import Table
 
@@ -138,6 +139,10 @@ def _memory(folder: Path, *models: str, ranks: str, **options: Any) -> str:
     return memory.table(list(models), counts, **options).markdown()
 
 
+def _pictures(_folder: Path) -> str:
+    return pictures.gallery()
+
+
 def _figure(folder: Path, words: list[str], options: Mapping[str, str]) -> str:
     return _single(folder, *words, **options)
 
@@ -159,5 +164,6 @@ _TABLES: dict[str, Callable[..., str]] = {
     "compare": _compare,
     "records": _records,
     "memory": _memory,
+    "pictures": _pictures,
 }
 _MAKERS = {"table": _table, "figure": _figure}

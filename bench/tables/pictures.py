@@ -25,8 +25,8 @@ FOLDER, _DPI = "docs/pictures", 120
 Numbers = dict[str, Any]  # what is drawn, as JSON
 _RATES = ("50mbit", "100mbit", "250mbit", "500mbit", "1gbit", "10gbit")
 _TEXTS = {"wikitext2": "WikiText-2", "novel": "a novel"}
-_ARMS = {"structured-25": "a quarter of the decoder\nremoved (structured)", "two-four": "2:4 everywhere\n(50 % zeros)"}
-_ARMS |= {"three-tiers": "three tiers\n(41.7 % zeros)"}
+_ARMS = {"structured-25": "a quarter removed\n(structured)", "two-four": "2:4 everywhere\n(50 % zeros)"}
+_ARMS |= {"three-tiers": "three tiers\n(41.7 % zeros)", "mix": "best mix in\nas many bytes"}
 _SCORERS = {"mlp": "learned", "hidden_norm": "length of hidden state", "last_window": "attention of the last tokens"}
 _SCORERS |= {"random": "random", "recency": "the end of the prompt"}
 _PATTERNS = {
@@ -39,11 +39,13 @@ _PATTERNS = {
 
 
 class Picture(NamedTuple):
-    """What to take from the records, how to draw it, and its size in inches."""
+    """What is to be seen, what to take from the records, how to draw it, the page it belongs to, its size in inches."""
 
+    shows: str
     take: Callable[[Path], Numbers]
     draw: Callable[[Figure, Numbers], None]
-    size: tuple[float, float] = (8.0, 3.2)
+    page: str
+    size: tuple[float, float] = (6.4, 3.0)
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -61,9 +63,9 @@ def _links(folder: Path) -> Numbers:
 
 
 def _prefill(folder: Path) -> Numbers:
-    """Speed-up of pruned prefill and its bound by prompt length."""
-    found = _figures(folder, "token_pruning.jsonl")
-    arms = {length: found[f"prefill-speedup-{length}"]["details"]["arms"]["pruned"] for length in (2048, 4096, 8192)}
+    """Speed-up of a pretrained model's calibrated prefill, and its bound, by prompt length."""
+    found = _figures(folder, "real_model.jsonl")
+    arms = {length: found[f"prefill-{length}"]["details"] for length in (1024, 2048)}
     return {str(length): {"measured": arm["speedup"], "bound": arm["bound"]} for length, arm in arms.items()}
 
 
@@ -71,6 +73,14 @@ def _real(folder: Path) -> Numbers:
     """Perplexity over the dense model's, by way of pruning and text."""
     found = _figures(folder, "real_model.jsonl")
     return {arm: {text: found[f"{arm}-{text}"]["value"] for text in _TEXTS} for arm in _ARMS}
+
+
+def _needed(folder: Path) -> Numbers:
+    """Share of the context that a planted answer needs, in %, by layer: with its best heads, and with all."""
+    rows = _figures(folder, "real_model.jsonl")["needed"]["details"]["needed"]
+    return {"layers": [row["layer"] for row in rows]} | {
+        field: [100 * row[field] for row in rows] for field in ("share", "all_heads")
+    }
 
 
 def _overview(folder: Path) -> Numbers:
@@ -148,13 +158,22 @@ def _draw_real(axes: Axes, numbers: Numbers) -> None:
     for index, (text, label) in enumerate(_TEXTS.items()):
         places = [place + 0.38 * index - 0.19 for place in range(len(numbers))]
         bars = axes.bar(places, [one[text] for one in numbers.values()], 0.36, color=hue(index), label=label)
-        axes.bar_label(bars, fmt="%.2g", fontsize=7)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set_yscale("log")
-    plain_numbers(axes.yaxis)
     axes.set_xticks(range(len(numbers)), [_ARMS[arm] for arm in numbers], fontsize=6.5)
     axes.set_title("perplexity, times the dense model's")
     axes.legend(loc="upper left", fontsize=7)
+
+
+def _draw_needed(figure: Figure, numbers: Numbers) -> None:
+    axes = figure.subplots()
+    for field, label, colour in (("all_heads", "all heads", GREY), ("share", "its best heads", hue(0))):
+        axes.plot(numbers["layers"], numbers[field], marker="o", markersize=4, color=colour, label=label)
+    axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
+    axes.set_xlabel("layer whose attention chooses")
+    axes.set_title("% of the prompt that must stay for the answer to stay")
+    axes.legend()
 
 
 def _draw_overview(figure: Figure, numbers: Numbers) -> None:
@@ -213,13 +232,71 @@ def _draw_profile(figure: Figure, numbers: Numbers) -> None:
 
 
 PICTURES = {
-    "overview": Picture(_overview, _draw_overview, (11.0, 3.4)),
-    "links": Picture(_links, lambda figure, numbers: _draw_links(figure.subplots(), numbers), (6.4, 3.4)),
-    "recall": Picture(_recall, _draw_recall, (6.4, 3.0)),
-    "importances": Picture(_importances, _draw_importances, (6.4, 3.0)),
-    "patterns": Picture(_patterns, _draw_patterns, (6.4, 2.4)),
-    "profile": Picture(_profile, _draw_profile, (6.4, 2.4)),
+    "overview": Picture(
+        "Left: a training step with int8 gradients and parameters by the speed of the link. Middle: reading a prompt "
+        "of a pretrained chat model, calibrated. Right: what pruning costs that model without any training.",
+        _overview,
+        _draw_overview,
+        "real_model.md",
+        (11.0, 3.4),
+    ),
+    "links": Picture(
+        "How much faster a training step becomes when fewer bytes cross a slow link; a fast one gains nothing.",
+        _links,
+        lambda figure, numbers: _draw_links(figure.subplots(), numbers),
+        "gradient_compression.md",
+        (6.4, 3.4),
+    ),
+    "needed": Picture(
+        "Few layers look up what is asked for: by their attention a few percent of the prompt hold 95 % of the "
+        "answers, by that of others nearly all of it must stay. A pretrained chat model, planted facts.",
+        _needed,
+        _draw_needed,
+        "real_model.md",
+    ),
+    "weights": Picture(
+        "What pruned weights cost a pretrained chat model without any training, on two texts.",
+        _real,
+        lambda figure, numbers: _draw_real(figure.subplots(), numbers),
+        "real_model.md",
+    ),
+    "recall": Picture(
+        "Which facts of a prompt a small model still answers, by who chooses the tokens that stay.",
+        _recall,
+        _draw_recall,
+        "token_pruning_small_models.md",
+    ),
+    "importances": Picture(
+        "Which heads and channels go decides what is lost: every importance with every way to divide the budget.",
+        _importances,
+        _draw_importances,
+        "structured_pruning.md",
+    ),
+    "patterns": Picture(
+        "What each pattern of zeros costs after the same fine-tuning of a small model; lines are seeds.",
+        _patterns,
+        _draw_patterns,
+        "block_sparsity.md",
+        (6.4, 2.4),
+    ),
+    "profile": Picture(
+        "Where a training step's seconds go, uncompressed: computing and each collective.",
+        _profile,
+        _draw_profile,
+        "pretraining.md",
+        (6.4, 2.4),
+    ),
 }
+
+
+def gallery() -> str:
+    """All pictures in Markdown, for a page in `docs/`."""
+    parts = [
+        f"### {name.capitalize()}\n\n![{picture.shows}](pictures/{name}.png)\n\n{picture.shows} "
+        f"[Numbers](results/{picture.page})"
+        for name, picture in PICTURES.items()
+    ]
+    return "\n\n".join(parts)
 
 
 def _digest(numbers: Numbers) -> str:

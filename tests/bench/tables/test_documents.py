@@ -102,7 +102,8 @@ def test_a_picture_is_old_when_its_numbers_change(tmp_path, monkeypatch):
     def draw(figure, taken):
         figure.subplots().plot(taken["dense"])
 
-    monkeypatch.setattr(pictures, "PICTURES", {"one": pictures.Picture(lambda records: dict(numbers), draw)})
+    picture = pictures.Picture("one", lambda records: dict(numbers), draw, "bench.md")
+    monkeypatch.setattr(pictures, "PICTURES", {"one": picture})
     for value in (80.0, 81.0):
         numbers["dense"] = [value, 1.0]
         [(path, *drawing)] = pictures.drifted(tmp_path, tmp_path)
@@ -120,3 +121,9 @@ def test_every_records_file_is_shown():
     pages = "".join(path.read_text() for path in documents.documents())
     for file in (documents.ROOT / documents.RECORDS).glob("*.jsonl"):
         assert f" {file.name} " in pages, f"no table in docs/results shows {file.name}"
+
+
+def test_the_gallery_has_every_picture_and_the_page_of_its_numbers(tmp_path):
+    page = documents.render("<!-- table: pictures -->\n<!-- end -->", tmp_path)
+    for name, picture in pictures.PICTURES.items():
+        assert f"](pictures/{name}.png)" in page and (documents.ROOT / f"docs/results/{picture.page}").is_file()
