@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
 def free_port() -> int:
@@ -38,19 +36,6 @@ def _join(rank: int, world_size: int, port: int) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 
 
-def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`fn(…)`; then end the groups that it made: each keeps threads that look for news all the time."""
-    try:
-        return fn(*args, **kwargs)
-    finally:
-        # Names are numbers, none of which comes again, or digests of the members: the next group of the same members
-        # would find in the store what those of the one before have left there.
-        for group, name in list(c10d._world.pg_names.items()):
-            if name.isdecimal() and group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
-        _clear_sharding_prop_cache()  # it holds meshes of groups that are gone
-
-
 class Ranks:
     """`run(fn, …)` calls fn on every rank at the same time and returns the results in rank order."""
 
@@ -62,7 +47,7 @@ class Ranks:
         ]
 
     def start(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Future[Any]]:
-        return [pool.submit(_call, fn, *args, **kwargs) for pool in self._pools]
+        return [pool.submit(fn, *args, **kwargs) for pool in self._pools]
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         return [future.result() for future in self.start(fn, *args, **kwargs)]
