@@ -231,15 +231,16 @@ class Planner:
         wanted = _REFIT_TOKENS * quick.fewest_tokens(widest, hidden)
         found, tried = list[dict[str, Tensor]](), self.probe_blocks
         for batch in self.batches:
-            tokens, rows = amount(found)
-            if tokens >= wanted and rows >= quick.folds:
-                break
             size, length = batch["input_ids"].shape
             first = min(tried, size)
             tried -= first
-            last = first + max(math.ceil((wanted - tokens) / length), quick.folds - rows)
-            if first < size:
-                found.append({name: part[first:last] for name, part in batch.items()})
+            while first < size:  # a padded row has fewer tokens than it is long
+                tokens, rows = amount(found)
+                more = max(math.ceil((wanted - tokens) / length), quick.folds - rows)
+                if more <= 0:
+                    break
+                found.append({name: part[first : first + more] for name, part in batch.items()})
+                first += more
         try:
             check_tokens(quick, widest, hidden, *amount(found))
         except ValueError:
