@@ -69,7 +69,7 @@ class Commands:
     def __init__(self) -> None:
         before = {name: os.environ.get(name) for name in REPRODUCIBLE}
         os.environ.update(REPRODUCIBLE)  # read when a process starts
-        self._ranks = Ranks(2)
+        self._ranks = Ranks(2, fresh=True)
         self._pids = self._ranks.run(os.getpid)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,4 +1,8 @@
-"""Real ranks for tests: processes that stay up and share a gloo group, as torchrun would start them."""
+"""Real ranks for tests: processes that stay up and share a gloo group, as torchrun would start them.
+
+They are forked from a process that has the large packages imported already, so that every test file can have ranks of
+its own. Ranks that serve many files get slow: nothing ends a process group's threads, which wake up all the time.
+"""
 
 import multiprocessing
 import os
@@ -10,6 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+# what most ranks import, once for all of them
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch", "lightning.pytorch", "transformers.models.llama.modeling_llama", "strategies"]
+)
 
 
 def free_port() -> int:
@@ -39,10 +49,11 @@ def _join(rank: int, world_size: int, port: int) -> None:
 class Ranks:
     """`run(fn, …)` calls fn on every rank at the same time and returns the results in rank order."""
 
-    def __init__(self, world_size: int) -> None:
-        port, spawn = free_port(), multiprocessing.get_context("spawn")
+    def __init__(self, world_size: int, fresh: bool = False) -> None:
+        """`fresh`: new interpreters, which read the environment variables of now."""
+        port, context = free_port(), multiprocessing.get_context("spawn" if fresh else "forkserver")
         self._pools = [
-            ProcessPoolExecutor(1, mp_context=spawn, initializer=_join, initargs=(rank, world_size, port))
+            ProcessPoolExecutor(1, mp_context=context, initializer=_join, initargs=(rank, world_size, port))
             for rank in range(world_size)
         ]
 
