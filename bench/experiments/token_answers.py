@@ -118,7 +118,7 @@ def _asked(
     arguments += ["--model.scorers", json.dumps([{"class_path": "LastWindow"}, {"class_path": "Random"}])]
     arguments += ["--model.peers", json.dumps(_peers(model, compared[0], task.peers))]
     arguments += ["--model.distractors", str(task.distractors), "--model.lengths", str(LENGTHS)]
-    arguments += ["--model.answers", str(folder / "answers.jsonl"), *cache]
+    arguments += ["--model.known_only", "true", "--model.answers", str(folder / "answers.jsonl"), *cache]
     arguments += ["--data.train", str(texts["calibration"]), "--data.val", str(texts["asked"])]
     arguments += ["--data.tokenizer", str(model)]
     return _rows(folder / name, f"{CONFIGS}/answers.yaml", arguments)
