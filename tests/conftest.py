@@ -44,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.fixture(autouse=True)
+def _no_seed_stays() -> Iterator[None]:
+    """`seed_everything` leaves the seed in the environment, where the runs of later tests would read it."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="module")
 def two_ranks() -> Iterator[Ranks]:
     ranks = Ranks(2)
