@@ -1,9 +1,9 @@
 """What each way of making a model cheaper costs a pretrained chat model, by the commands that are recommended for it.
 
 Each text is cut in two: the first half is calibrated on (a mixture of all texts), the second evaluated on; facts are
-asked about the second half of the first text. Nothing is trained. Samples are small, so read ratios, not digits. Runs
-that are finished in a `--folder` are not repeated. About an hour and a half on one core for a model of 135 M
-parameters.
+asked about the second half of the first text. Nothing is trained. Samples are small, so read ratios, not digits. How
+fast a calibrated pruner reads is timed by `prefill_speed`. Runs that are finished in a `--folder` are not repeated.
+About an hour and a half on one core for a model of 135 M parameters.
 
 The records of this repository are of one model: figures of another go to a file of their own (`--records`).
 """
@@ -23,10 +23,9 @@ RECORDS = "real_model.jsonl"
 COMMAND = "python -m bench experiment real_model --model FOLDER --texts NAME=FILE,NAME=FILE"
 BLOCK, CALIBRATION_BLOCKS, EVALUATION_BLOCKS = 512, 16, 16
 STRUCTURED, BLOCKS = "configs/structured_pruning/prune.yaml", "configs/block_sparsity/oneshot.yaml"
-CALIBRATE, PREFILL = "configs/token_pruning/calibrate.yaml", "configs/token_pruning/calibrated.yaml"
+CALIBRATE = "configs/token_pruning/calibrate.yaml"
 ANSWERS = "configs/token_pruning/answers.yaml"
 SPEEDUP, FACTS, NEEDLES, LENGTHS = 2.0, 48, 64, [600, 1200]
-TIMED, REPEATS = [1024, 2048], 5
 SHARES = {"two-four": (0, 1, 0), "three-tiers": (0.35, 0.45, 0.2)}  # of dense, 2:4 and top-k blocks
 LAST_ROW_BITS = 9.85  # bits per weight of these three tiers, packed
 WHAT = {
@@ -150,7 +149,7 @@ def _perplexity(
 
 
 def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], commit: str | None) -> None:
-    """Speed of calibrated prefill, and which answers to planted facts it keeps, chance beside it."""
+    """Which answers to planted facts a calibrated pruner keeps, chance beside it."""
     pruner, cache = folder / "calibrated", ("--model.cache_dir", str(folder / "cache"))
     asked: tuple[str, ...] = (
         "--model.base",
@@ -179,24 +178,6 @@ def _tokens(records: Path, folder: Path, model: Path, data: tuple[str, ...], com
         command=COMMAND,
         details={**details, "needed": needed},
     )
-    timed: tuple[str, ...] = ("--trainer.callbacks.pruner", str(pruner), "--trainer.callbacks.lengths", str(TIMED))
-    timed += ("--trainer.callbacks.repeats", str(REPEATS), "--model.pretrained", str(model))
-    for arm in once(folder / "prefill", "validate", PREFILL, *data, *timed)["prefill"]["arms"]:
-        if arm["arm"] != "pruned":
-            continue
-        figures.append(
-            records,
-            figure=f"prefill-{arm['length']}",
-            what=f"prefill of {arm['length']:,} tokens, {recipe}: speed-up (bound by FLOPs {arm['bound']:.2f}×)",
-            value=arm["speedup"],
-            spread=arm["speedup_spread"],
-            unit="×",
-            target="report",
-            reached=None,
-            command=COMMAND,
-            details={**details, **arm},
-        )
-
     random = {"class_path": f"{Schedule.__module__}.{Schedule.__name__}", "init_args": schedule.arguments()}
     questions: tuple[str, ...] = (
         "--model.base",

@@ -4,7 +4,8 @@ Schedules are calibrated for several speed-ups on the first text. On the second,
 of kinds that calibration does not know, then facts among others of their kind, and questions that the text answers
 itself; every arm of a task gets the same prompts. Beside the calibrated arms stand random scores and the same schedule
 read by all heads, and published methods at the share of the cache that the first arm leaves. The loss of plain text is
-measured on the third, a text of another kind. Killed, it goes on.
+measured on the third, a text of another kind. Every task's figures are appended as it is finished; killed, the
+experiment goes on where it was.
 """
 
 import json
@@ -26,7 +27,7 @@ from lightning_modules.token_pruning.schedule import Schedule
 RECORDS = "token_answers.jsonl"
 COMMAND = "python -m bench experiment token_answers --model FOLDER --texts calibration=FILE,asked=FILE,other=FILE"
 CONFIGS = "configs/token_pruning"
-SPEEDUPS = (1.7, 2.0, 2.5, 3.0, 3.5)
+PLAIN = (1.7, 2.0, 2.5)  # speed-ups at which plain text is read
 COMPARED = (2.0, 3.5)  # those whose schedules other scorers take too; the first is the peers' too
 LENGTHS = [600, 1200, 2400, 3000]
 WINDOWS = 64  # of plain text
@@ -62,9 +63,10 @@ class _Task:
 
 
 TASKS = {
-    "needles": _Task("needles", 104, SPEEDUPS),
-    "questions": _Task("questions", 200, (2.0, 2.5), ("SnapKV",)),
+    "needles": _Task("needles", 104, (2.0, 2.5, 3.5), ("SnapKV",)),
     "needles-among-others": _Task("needles", 48, (2.0, 2.5), (), distractors=2),
+    "questions": _Task("questions", 200, (2.0, 2.5), ("SnapKV",)),
+    "needles-peers": _Task("needles", 104, (1.7, 2.0, 3.0)),
 }
 
 
@@ -85,10 +87,12 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
         raise ValueError(f"texts: {', '.join(missing)} missing; {COMMAND}")
     commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
     cache = ("--data.cache_dir", str(folder / "cache"))
-    for speedup in SPEEDUPS:
-        _calibrated(folder, model, texts["calibration"], speedup)
     for name, task in TASKS.items():
+        for speedup in task.speedups:
+            _calibrated(folder, model, texts["calibration"], speedup)
         _answers(records, model, name, _asked(folder, model, texts, name, task, cache), commit)
+    for speedup in PLAIN:
+        _calibrated(folder, model, texts["calibration"], speedup)
     _loss(records, model, _suffixes(folder, model, texts, cache), commit)
 
 
@@ -159,7 +163,7 @@ def _cache_share(model: Path, schedule: Schedule) -> float:
 
 def _suffixes(folder: Path, model: Path, texts: Mapping[str, Path], cache: tuple[str, ...]) -> list[Row]:
     arguments = ["--model.base", str(model), "--model.tasks", "[suffix]", "--model.windows", str(WINDOWS)]
-    arguments += ["--model.pruners", json.dumps([str(_folder(folder, speedup)) for speedup in SPEEDUPS])]
+    arguments += ["--model.pruners", json.dumps([str(_folder(folder, speedup)) for speedup in PLAIN])]
     arguments += ["--model.schedules", json.dumps([_configured(_schedule(folder, COMPARED[0]))])]
     arguments += ["--model.scorers", json.dumps([{"class_path": "Random"}, {"class_path": "Recency"}])]
     arguments += ["--model.peers", "[]", *cache, "--data.train", str(texts["calibration"])]

@@ -64,8 +64,9 @@ def _links(folder: Path) -> Numbers:
 
 def _prefill(folder: Path) -> Numbers:
     """Speed-up of a pretrained model's calibrated prefill, and its bound, by prompt length."""
-    found = _figures(folder, "real_model.jsonl")
-    arms = {length: found[f"prefill-{length}"]["details"] for length in (1024, 2048)}
+    found = _figures(folder, "token_pruning.jsonl")
+    lengths = (1024, 2048, 4096)
+    arms = {length: found[f"prefill-speedup-{length}"]["details"]["arms"]["pruned"] for length in lengths}
     return {str(length): {"measured": arm["speedup"], "bound": arm["bound"]} for length, arm in arms.items()}
 
 
