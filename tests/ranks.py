@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 # what most ranks import, once for all of them
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["torch", "lightning.pytorch", "transformers.models.llama.modeling_llama", "strategies"]
