@@ -90,10 +90,10 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     cache = ("--data.cache_dir", str(folder / "cache"))
     for name, task in TASKS.items():
         for speedup in task.speedups:
-            _calibrated(folder, model, texts["calibration"], speedup)
+            _calibrated(folder, model, texts, speedup)
         _answers(records, model, name, _asked(folder, model, texts, name, task, cache), commit)
     for speedup in PLAIN:
-        _calibrated(folder, model, texts["calibration"], speedup)
+        _calibrated(folder, model, texts, speedup)
     _loss(records, model, _suffixes(folder, model, texts, cache), commit)
 
 
@@ -101,7 +101,7 @@ def _folder(folder: Path, speedup: float) -> Path:
     return folder / f"{_CALIBRATED}{speedup:g}"
 
 
-def _calibrated(folder: Path, model: Path, text: Path, speedup: float) -> None:
+def _calibrated(folder: Path, model: Path, texts: Mapping[str, Path], speedup: float) -> None:
     if _folder(folder, speedup).exists():
         return
     say(f"calibrating for {speedup:g}×")
@@ -115,7 +115,9 @@ def _calibrated(folder: Path, model: Path, text: Path, speedup: float) -> None:
         str(LENGTHS[:2]),
     ]
     arguments += ["--model.cache_dir", str(folder / "cache")]
-    arguments += ["--data", "TextCorpus", "--data.train", str(text), "--data.tokenizer", str(model)]
+    # with a validation text given, all of the other is there to plant facts in
+    arguments += ["--data", "TextCorpus", "--data.train", str(texts["calibration"]), "--data.val", str(texts["other"])]
+    arguments += ["--data.tokenizer", str(model)]
     run_main(folder / f"calibrate-{speedup:g}", "calibrate", f"{CONFIGS}/calibrate.yaml", *arguments)
 
 
