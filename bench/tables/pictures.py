@@ -36,6 +36,20 @@ _PATTERNS = {
     "oneshot": "three tiers, 41.7 %, one cut",
     "progressive": "three tiers, 41.7 %, five steps",
 }
+_LEVELS = {
+    "flat_none": "one group: fp32",
+    "flat_int8": "int8 gradients",
+    "flat_two_hops": "int8 gradients in two hops",
+    "flat_within": "int8, backward gathers inside hosts",
+    "flat_int8_both": "int8 gradients and parameters",
+    "flat_differences": "two hops, int4 parameter differences",
+    "hsdp_none": "sharded inside hosts: fp32 between",
+    "hsdp_int8": "int8 between",
+    "hsdp_int4": "int4 between",
+    "ddp_none": "whole on each rank: fp32",
+    "ddp_int8": "int8, one group",
+    "ddp_two_int8": "int8 between, reduced inside first",
+}
 
 
 class Picture(NamedTuple):
@@ -109,6 +123,13 @@ def _importances(folder: Path) -> Numbers:
 def _patterns(folder: Path) -> Numbers:
     found = _figures(folder, "block_sparsity.jsonl")
     return {arm: [found[f"block-ppl-{arm}"][field] for field in ("value", "spread")] for arm in _PATTERNS}
+
+
+def _two_levels(folder: Path) -> Numbers:
+    """Bytes between two hosts and time of a step, by method."""
+    found = _figures(folder, "two_levels.jsonl")
+    rows = {method: found[f"between-hosts-{method}"] for method in _LEVELS}
+    return {method: {"MB": row["value"], "s": row["details"]["step_ms"] / 1e3} for method, row in rows.items()}
 
 
 def _profile(folder: Path) -> Numbers:
@@ -217,6 +238,21 @@ def _draw_patterns(figure: Figure, numbers: Numbers) -> None:
     axes.set_title("perplexity after equal fine-tuning, 8 M parameters")
 
 
+def _draw_two_levels(figure: Figure, numbers: Numbers) -> None:
+    titles = {"MB": "MB from host to host in a step", "s": "seconds of a step"}
+    colours = {"flat": GREY, "hsdp": hue(0), "ddp": hue(1)}
+    for axes, (field, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        colour = [colours[method.partition("_")[0]] for method in numbers]
+        bars = axes.barh(
+            [_LEVELS[method] for method in numbers], [one[field] for one in numbers.values()], color=colour
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axes.margins(x=0.12)
+        axes.set_title(title)
+        axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+
+
 def _draw_profile(figure: Figure, numbers: Numbers) -> None:
     axes = figure.subplots()
     labels = {"profile_1_rank": "one rank", "profile_2_ranks": "two ranks, one machine"}
@@ -247,6 +283,14 @@ PICTURES = {
         lambda figure, numbers: _draw_links(figure.subplots(), numbers),
         "gradient_compression.md",
         (6.4, 3.4),
+    ),
+    "two_levels": Picture(
+        "Two hosts of two ranks, 100 Mbit/s between them: what crosses the link, and how long a step takes, when the "
+        "ranks are one group, when each host holds a sharded copy, and when each rank holds a whole one.",
+        _two_levels,
+        _draw_two_levels,
+        "gradient_compression.md#two-levels",
+        (8.4, 3.6),
     ),
     "needed": Picture(
         "Few layers look up what is asked for: by their attention a few percent of the prompt hold 95 % of the "
