@@ -53,6 +53,7 @@ class _Task:
         prompts: How many.
         speedups: Of the calibrated arms.
         peers: Published methods by name; all where None.
+        scorers: What else takes the calibrated schedules.
         distractors: See `TokenQuality`.
     """
 
@@ -60,11 +61,12 @@ class _Task:
     prompts: int
     speedups: tuple[float, ...]
     peers: tuple[str, ...] | None = None
+    scorers: tuple[str, ...] = ("LastWindow", "Random")
     distractors: int = 0
 
 
 TASKS = {
-    "needles": _Task("needles", 104, (2.0, 2.5), ("SnapKV",)),
+    "needles": _Task("needles", 104, (2.0, 2.5), ("SnapKV",), ("Random",)),
     "needles-among-others": _Task("needles", 48, (2.0, 2.5), (), distractors=2),
     "questions": _Task("questions", 200, (2.0, 2.5), ("SnapKV",)),
     "needles-more": _Task("needles", 104, (2.0, 3.0, 3.5)),
@@ -129,7 +131,7 @@ def _asked(
     arguments = ["--model.base", str(model), "--model.tasks", f"[{task.kind}]", "--model.windows", str(task.prompts)]
     arguments += ["--model.pruners", json.dumps([str(_folder(folder, speedup)) for speedup in task.speedups])]
     arguments += ["--model.schedules", json.dumps(list(map(_configured, compared)))]
-    arguments += ["--model.scorers", json.dumps([{"class_path": "LastWindow"}, {"class_path": "Random"}])]
+    arguments += ["--model.scorers", json.dumps([{"class_path": name} for name in task.scorers])]
     arguments += ["--model.peers", json.dumps(_peers(model, compared[0], task.peers))]
     arguments += ["--model.distractors", str(task.distractors), "--model.lengths", str(LENGTHS)]
     arguments += ["--model.known_only", "true", "--model.answers", str(folder / "answers.jsonl"), *cache]
