@@ -191,14 +191,15 @@ def figure(
     ends = {} if tiers is None else {**tiers["iterations"][-1], "sparsity": tiers["sparsity"]}
     for text, reference in dense.items():
         values = [ppl[text] for ppl in found]
-        ratio = statistics.mean(values) / reference
+        ratios = [value / reference for value in values]
+        ratio = statistics.mean(ratios)
         zeros = f", {100 * ends['sparsity']:.1f} % zeros" if ends else ""
         figures.append(
             records,
             figure=f"{arm}-{text}",
             what=f"{what}{zeros}: perplexity on {text} over dense ({reference:.1f} → {statistics.mean(values):.1f})",
             value=ratio,
-            spread=statistics.stdev(values) / reference if len(values) > 1 else None,
+            spread=figures.spread(ratios),
             unit="×",
             target="report" if limit is None else f"≤ {limit} ×",
             reached=None if limit is None else ratio <= limit,

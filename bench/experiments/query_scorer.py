@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.experiments.runs import claim, run_main, say
 from bench.tables import figures
+from common.files import write_text
 from lightning_modules.data.readers import document_text, read_records
 from lightning_modules.loading import load, load_tokenizer
 from lightning_modules.token_pruning.anatomy import anatomy
@@ -75,7 +76,7 @@ def _needs(folder: Path, model: Path, text: Path) -> dict[str, dict[str, list[fl
         }
         pruner = TokenPruner.load(folder / "runs/query_pruner", loaded)
         found = {kind: measure(loaded, pruner, asked) for kind, asked in prompts.items()}
-        file.write_text(json.dumps(found))
+        write_text(file, json.dumps(found))
     return json.loads(file.read_text())
 
 

@@ -22,6 +22,7 @@ import torch
 
 from bench.experiments.runs import BOOKS, claim, json_lines, say
 from bench.tables import figures
+from common.files import write_text
 from common.progress import stage
 from common.randomness import run_seed
 from common.variants import variants
@@ -82,7 +83,7 @@ def _lines(model: Path, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
     for line in json_lines(__name__, *arguments, log=folder / f"seed-{seed}.log"):
         lines.append(line)
         yield line
-    finished.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_text(finished, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def _cell(
@@ -95,7 +96,7 @@ def _cell(
         what=f"`{importance}`, `{allocation}`, {budget:.0%} of the decoder removed, {when} recovery "
         f"(dense {dense:.1f})",
         value=statistics.mean(ppl),
-        spread=statistics.stdev(ppl),
+        spread=figures.spread(ppl),
         unit="PPL",
         target="report",
         reached=None,

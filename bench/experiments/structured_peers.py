@@ -27,6 +27,7 @@ from bench.experiments.runs import claim, halves, json_lines, say
 from bench.tables import figures
 from common.progress import stage
 from common.randomness import run_seed
+from common.records import record
 from lightning_modules.data.text import TextCorpus
 from lightning_modules.loading import load
 from lightning_modules.perplexity import validation_perplexity
@@ -152,7 +153,7 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
 def _lines(folder: Path, model: Path, texts: Mapping[str, Path], seed: int) -> Iterator[dict[str, Any]]:
     """The cells of one seed: those of before, then what is missing, as they come."""
     kept = folder / f"seed-{seed}.jsonl"
-    known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    known = _known(kept)
     yield from known
     if len(known) == len(_wanted(seed)):
         return
@@ -160,11 +161,15 @@ def _lines(folder: Path, model: Path, texts: Mapping[str, Path], seed: int) -> I
     given += ["--texts", ",".join(f"{name}={path}" for name, path in texts.items())]
     given += ["--cache", str(folder / "cache"), "--kept", str(kept)]
     for line in json_lines(__name__, *given, log=folder / f"seed-{seed}.log"):
-        with open(kept, "a") as file:
-            file.write(f"{json.dumps(line)}\n")
+        record.append(kept, line)
         shown = ", ".join(f"{text} {value:.1f}" for text, value in line["ppl"].items())
         say(f"seed {seed}, {line['arm']}, {line['budget']:.0%}: {shown}")
         yield line
+
+
+def _known(kept: Path) -> list[dict[str, Any]]:
+    """The cells that a file has whole; one torn by a kill is measured again."""
+    return record.read(kept)[0] if kept.exists() else []
 
 
 def _wanted(seed: int) -> list[tuple[str, float]]:
@@ -258,7 +263,7 @@ def _append(
         figure=f"{name}-{100 * budget:g}-{text}-{when}",
         what=f"{arm.what}; {removed:.1%} of the decoder removed: perplexity on {text}, {compared}",
         value=statistics.mean(ratios),
-        spread=statistics.stdev(ratios) if len(ratios) > 1 else None,
+        spread=figures.spread(ratios),
         unit="×",
         target="report" if most is None else f"≤ {most:g} ×",
         reached=None if most is None else statistics.mean(ratios) <= most,
@@ -287,7 +292,7 @@ def _margin(records: Path, budget: float, text: str, found: Sequence[dict[str, A
     own = ratios.pop("pare")
     best = min(ratios, key=lambda name: statistics.mean(ratios[name]))
     ahead = statistics.mean(ratios[best]) - statistics.mean(own)
-    spread = sum(statistics.stdev(values) if len(values) > 1 else 0.0 for values in (own, ratios[best]))
+    spread = sum(figures.spread(values) or 0.0 for values in (own, ratios[best]))
     figures.append(
         records,
         figure=f"margin-{100 * budget:g}-{text}",
@@ -312,9 +317,7 @@ def main() -> None:
     os.environ["PL_GLOBAL_SEED"] = str(options.seed)  # what `run_seed` reads: decides the order of the text
     model = load(options.model, "fast", supported=family)
     data = {name: _data(options.model, options.train, path) for name, path in _pairs(options.texts)}
-    kept = Path(options.kept)
-    known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {(line["arm"], line["budget"]) for line in known}
+    done = {(line["arm"], line["budget"]) for line in _known(Path(options.kept))}
     for name, budget in _wanted(options.seed):
         if (name, budget) not in done:
             measured = cell(model, options.model, data, ARMS.get(name), budget, options.seed, Path(options.cache))

@@ -1,6 +1,8 @@
 """Figures: one measured number against its target, recorded by the experiment that measured it."""
 
+import math
 import os
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -78,6 +80,11 @@ def append(
     entry |= record.stamp()
     record.append(path, entry)
     return entry
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation over repeats; None of a single one, or where one diverged (``statistics`` fails there)."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
 def latest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

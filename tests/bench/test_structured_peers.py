@@ -1,12 +1,15 @@
 """Cells of the comparison with published ways, on a model of four layers, and what is made of them."""
 
 import json
+import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.experiments import structured_peers as peers
+from common.records import record
 from lightning_modules.perplexity import mean_nll, perplexity
 from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
 from lightning_modules.structured_pruning.importance.magnitude import Magnitude
@@ -55,11 +58,12 @@ def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_p
         seed = int(given[given.index("--seed") + 1])
         asked.append(seed)
         kept = tmp_path / f"work/seed-{seed}.jsonl"
-        there = len(kept.read_text().splitlines()) if kept.exists() else 0
+        there = len(peers._known(kept))
         for arm, budget in peers._wanted(seed)[there:]:
             if len(asked) == 1 and (arm, budget) == ("pare", 0.25):
                 raise RuntimeError("killed")
             ppl = 10.0 if arm == peers.DENSE else {"pare": 11.0, "flap": 12.0 + seed / 100}.get(arm, 13.0)
+            ppl = math.inf if arm == "random" else ppl
             recovered = (
                 {"one": ppl / 2, "two": ppl}
                 if seed == 1 and (arm == peers.DENSE or peers.ARMS[arm].recovered)
@@ -80,6 +84,10 @@ def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_p
     with pytest.raises(RuntimeError, match="killed"):
         peers.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path / "model", texts)
     assert not appended
+    kept = tmp_path / "work/seed-1.jsonl"
+    kept.write_bytes(kept.read_bytes()[:-20])  # torn, as a kill while writing leaves it: that cell is measured again
+    whole = len(peers._known(kept))
+    assert whole == len(peers._wanted(1)[: peers._wanted(1).index(("pare", 0.25))]) - 1
     peers.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path / "model", texts)
     assert asked == [1, 1, 2, 3]
     found = {figure["figure"]: figure for figure in appended}
@@ -90,7 +98,31 @@ def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_p
     assert "pare-learned-25-one-after" not in found and len(found["flap-50-two-before"]["details"]["ratios"]) == 3
     margin = found["margin-50-two"]
     assert margin["details"]["best"] == "flap" and margin["reached"] and margin["value"] == pytest.approx(12.02 / 11)
+    chance = found["random-25-one-before"]
+    assert chance["value"] == math.inf and chance["spread"] is None  # it comes back from the file as a number
+    assert [(one["arm"], one["budget"]) for one in peers._known(kept)] == peers._wanted(1)
     assert len(peers._wanted(1)) == 1 + 3 * len(peers.ARMS) > len(peers._wanted(2))
+
+
+def test_the_process_of_a_seed_passes_over_a_torn_line(tmp_path, monkeypatch, capsys):
+    kept, wanted = tmp_path / "seed-2.jsonl", peers._wanted(2)
+    for arm, budget in wanted[:-1]:
+        record.append(kept, {"arm": arm, "budget": budget, "ppl": {"a": math.nan}})
+    kept.write_bytes(kept.read_bytes()[:-9])
+    monkeypatch.setattr(peers, "load", lambda *_, **__: None)
+    monkeypatch.setattr(peers, "_data", lambda *_: None)
+    monkeypatch.setattr(peers, "cell", lambda *_: {"ppl": {"a": math.inf}})
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.setattr(peers.os, "environ", dict(peers.os.environ))
+    given = {"model": "m", "train": "t", "texts": "a=b", "cache": "c", "kept": str(kept), "seed": "2"}
+    monkeypatch.setattr(sys, "argv", ["main", *(part for k, v in given.items() for part in (f"--{k}", v))])
+    peers.main()
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["arm"], one["budget"]) for one in said] == wanted[-2:]
+    for one in said:
+        record.append(kept, one)
+    assert [(one["arm"], one["budget"]) for one in peers._known(kept)] == wanted
+    assert peers._known(kept)[-1]["ppl"]["a"] == math.inf and math.isnan(peers._known(kept)[0]["ppl"]["a"])
 
 
 def test_no_two_arms_are_one():
