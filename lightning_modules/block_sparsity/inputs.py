@@ -5,12 +5,69 @@ Shape legend: C inputs of a matrix; n tokens.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.stream import LayerInputs
+
+
+@dataclass
+class _Factors:
+    """Of M damped by some share: the diagonal of M⁻¹, float64 ``[C]``; M⁻¹ itself, until its factor is there."""
+
+    diagonal: Tensor
+    inverse: Tensor | None
+    upper: Tensor | None = None
+
+
+class Moments:
+    """M = Σ x xᵀ and what is computed of it: once, for all matrices that share their inputs, and all that ask.
+
+    Args:
+        total: M, float32 ``[C, C]``; must not change any more once something is computed of it.
+    """
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total
+        self._factors: dict[float, _Factors] = {}
+
+    def damped(self, share: float) -> Tensor:
+        """M with so much of its mean diagonal added to the diagonal, float64, freshly made.
+
+        Raises:
+            ValueError: M is not finite.
+        """
+        found = self.total.to(torch.float64, copy=True)
+        found.diagonal().add_(share * found.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+        if not found.isfinite().all():
+            raise ValueError("the calibration statistics have NaN or Inf")
+        return found
+
+    def inverse_diagonal(self, share: float) -> Tensor:
+        """[M⁻¹]_cc of M damped so, float64 ``[C]``.
+
+        Raises:
+            ValueError: M is not finite.
+            torch.linalg.LinAlgError: M is singular all the same.
+        """
+        return self._factored(share).diagonal
+
+    def inverse_upper(self, share: float) -> Tensor:
+        """U with M⁻¹ = UᵀU of M damped so, float32 ``[C, C]``. Raises what ``inverse_diagonal`` does."""
+        known = self._factored(share)
+        if known.upper is None:
+            known.upper = torch.linalg.cholesky(known.inverse, upper=True).float()
+            known.inverse = None  # twice as large, and nobody asks for it
+        return known.upper
+
+    def _factored(self, share: float) -> _Factors:
+        if share not in self._factors:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped(share)))
+            self._factors[share] = _Factors(inverse.diagonal().clone(), inverse)
+        return self._factors[share]
 
 
 class Inputs:
@@ -29,11 +86,11 @@ class Inputs:
     def __init__(self, columns: int, device: torch.device, moments: bool) -> None:
         self.tokens = 0
         self.squares = torch.zeros(columns, device=device)
-        self._moments = torch.zeros(columns, columns, device=device) if moments else None
+        self._moments = Moments(torch.zeros(columns, columns, device=device)) if moments else None
 
     @property
-    def moments(self) -> Tensor:
-        """Σ x xᵀ, float32 ``[C, C]``."""
+    def moments(self) -> Moments:
+        """Σ x xᵀ."""
         assert self._moments is not None, "moments were not asked for"
         return self._moments
 
@@ -43,7 +100,7 @@ class Inputs:
         self.tokens += len(x)
         self.squares += x.pow(2).sum(0)
         if self._moments is not None:
-            self._moments.addmm_(x.T, x)
+            self._moments.total.addmm_(x.T, x)
 
 
 @contextmanager
@@ -87,16 +144,3 @@ def collecting(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def damped(moments_CC: Tensor, share: float) -> Tensor:
-    """Moments with so much of their mean diagonal added to the diagonal, float64.
-
-    Raises:
-        ValueError: They are not finite.
-    """
-    found = moments_CC.to(torch.float64, copy=True)
-    found.diagonal().add_(share * found.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    if not found.isfinite().all():
-        raise ValueError("the calibration statistics have NaN or Inf")
-    return found

@@ -130,7 +130,9 @@ def prune_layers(
                 if whole is not None and (sequential or not collects):
                     whole.advance(layer)
                 if kept is None:
-                    found = {n: _cut(n, pruner, targets[n], method, known.get(n), inputs.get(n), errors) for n in mine}
+                    found = {
+                        n: _cut(n, pruner, targets[n], method, known.get(n), inputs.pop(n, None), errors) for n in mine
+                    }
                     if learning is not None and pruned is not None and whole is not None:
                         keep = {name: pruner.keep[name] for name in mine}
                         errors.layers.append(reconstruct(layer, mine, keep, pruned, whole.hidden, learning))
@@ -238,7 +240,7 @@ def _scores(
             mine = inside(layer, pruner.matrices)
             with visiting(layer, device), collecting(mine, stream, score.needs_moments) as inputs:
                 stream.advance(layer)
-                found = {n: score.statistic(m.weight.detach(), inputs[n]) for n, m in mine.items()}
+                found = {n: score.statistic(m.weight.detach(), inputs.pop(n)) for n, m in mine.items()}
             for name, statistic in found.items():
                 home = pruner.matrices[name].weight.device
                 scores[name] = pruner.scored(name, score, None if statistic is None else statistic.to(home))

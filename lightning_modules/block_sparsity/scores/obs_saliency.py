@@ -1,9 +1,8 @@
 """What losing a weight costs when the others make up for it."""
 
-import torch
 from torch import Tensor
 
-from lightning_modules.block_sparsity.inputs import Inputs, damped
+from lightning_modules.block_sparsity.inputs import Inputs
 from lightning_modules.block_sparsity.scores.base import Score
 
 
@@ -26,8 +25,7 @@ class ObsSaliency(Score):
 
     def statistic(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """1/√[M⁻¹]_cc, ``float32 [C]``."""
-        moments = damped(inputs.moments, self.damping)
-        return torch.cholesky_inverse(torch.linalg.cholesky(moments)).diagonal().rsqrt().float()
+        return inputs.moments.inverse_diagonal(self.damping).rsqrt().float()
 
     def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
         """See ``Score.score``."""

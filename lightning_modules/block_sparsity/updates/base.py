@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.variants import Variant
+from lightning_modules.block_sparsity.inputs import Moments
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Update(Variant):
 
     @abstractmethod
     def apply(
-        self, weight_RC: Tensor, keep_RC: Tensor, moments_CC: Tensor, choice: Choice | None = None
+        self, weight_RC: Tensor, keep_RC: Tensor, moments: Moments, choice: Choice | None = None
     ) -> tuple[Tensor, Tensor]:
         """The new matrix and its mask.
 
         Args:
             weight_RC: The matrix as it was, float32.
             keep_RC: bool, its mask.
-            moments_CC: M, float32, of at least one token.
+            moments: M, of at least one token.
             choice: What the update may decide itself, if it can; the mask says what it would be otherwise.
 
         Returns:
@@ -63,9 +64,9 @@ class Update(Variant):
         """
 
 
-def relative_error(weight_RC: Tensor, was_RC: Tensor, moments_CC: Tensor) -> float:
+def relative_error(weight_RC: Tensor, was_RC: Tensor, moments: Moments) -> float:
     """Σ ‖(W′ − W)·x‖² over Σ ‖W·x‖²."""
     change = (weight_RC - was_RC).float()
-    wrong = ((change @ moments_CC) * change).sum(dtype=torch.float64)
-    whole = ((was_RC.float() @ moments_CC) * was_RC).sum(dtype=torch.float64)
+    wrong = ((change @ moments.total) * change).sum(dtype=torch.float64)
+    whole = ((was_RC.float() @ moments.total) * was_RC).sum(dtype=torch.float64)
     return float(wrong / whole.clamp_min(torch.finfo(torch.float32).tiny))

@@ -6,7 +6,7 @@ Shape legend: R, C rows and columns of a matrix.
 import torch
 from torch import Tensor
 
-from lightning_modules.block_sparsity.inputs import damped
+from lightning_modules.block_sparsity.inputs import Moments
 from lightning_modules.block_sparsity.updates.base import Choice, Update
 from lightning_modules.block_sparsity.updates.obs import Obs
 
@@ -30,14 +30,14 @@ class ConjugateGradient(Update):
         self.steps, self.start = steps, start
 
     def apply(
-        self, weight_RC: Tensor, keep_RC: Tensor, moments_CC: Tensor, choice: Choice | None = None
+        self, weight_RC: Tensor, keep_RC: Tensor, moments: Moments, choice: Choice | None = None
     ) -> tuple[Tensor, Tensor]:
         """See ``Update.apply``."""
-        matrix = damped(moments_CC, self.damping)
+        matrix = moments.damped(self.damping)
         matrix = matrix.div_(matrix.diagonal().mean()).float()  # of size 1, so that float32 has room on both sides
         found, keep = weight_RC.masked_fill(~keep_RC, 0.0), keep_RC
         if self.start is not None:
-            found, keep = self.start.apply(weight_RC, keep_RC, moments_CC, choice)
+            found, keep = self.start.apply(weight_RC, keep_RC, moments, choice)
         pruned = ~keep
         diagonal = matrix.diagonal()
         residual = ((weight_RC - found) @ matrix).masked_fill_(pruned, 0.0)

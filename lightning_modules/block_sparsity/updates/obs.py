@@ -6,7 +6,7 @@ Shape legend: R, C rows and columns of a matrix; c columns of one step.
 import torch
 from torch import Tensor
 
-from lightning_modules.block_sparsity.inputs import damped
+from lightning_modules.block_sparsity.inputs import Moments
 from lightning_modules.block_sparsity.masks import best_of, lowest
 from lightning_modules.block_sparsity.updates.base import Choice, Update
 
@@ -31,11 +31,10 @@ class Obs(Update):
         self.adaptive, self.step = adaptive, step
 
     def apply(
-        self, weight_RC: Tensor, keep_RC: Tensor, moments_CC: Tensor, choice: Choice | None = None
+        self, weight_RC: Tensor, keep_RC: Tensor, moments: Moments, choice: Choice | None = None
     ) -> tuple[Tensor, Tensor]:
         """See ``Update.apply``."""
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moments_CC, self.damping)))
-        upper = torch.linalg.cholesky(inverse, upper=True).float()
+        upper = moments.inverse_upper(self.damping)
         weight_CR, keep_CR = weight_RC.T.contiguous(), keep_RC.T.contiguous()  # so that a column is read as a piece
         choice = choice if self.adaptive else None
         free_CR = choice.free_RC.T.contiguous() if choice is not None else None

@@ -5,6 +5,7 @@ import torch
 
 from lightning_modules.block_sparsity import layerwise
 from lightning_modules.block_sparsity.demotion import Ratios
+from lightning_modules.block_sparsity.inputs import Moments
 from lightning_modules.block_sparsity.layer_files import LayerFiles, layer_folder, remove_layers
 from lightning_modules.block_sparsity.layerwise import Method, prune_layers
 from lightning_modules.block_sparsity.masks import violations
@@ -184,6 +185,38 @@ def test_padding_has_no_part_in_an_update():
         weights.append(list(model.parameters()))
     for plain, filled in zip(*weights, strict=True):
         torch.testing.assert_close(plain, filled, rtol=1e-3, atol=1e-5)
+
+
+def test_matrices_that_share_their_inputs_and_scores_and_updates_share_the_factors(monkeypatch):
+    """Two an input, of M and of its inverse; and the result is that of factors made for each matrix alone."""
+
+    def run():
+        model, done = tiny_llama(), []
+        pruner = Pruner(model, block=8, k=6)
+        factor = torch.linalg.cholesky
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.linalg, "cholesky", lambda *a, **k: done.append(1) or factor(*a, **k))
+            prune(model, pruner, TIERS, ObsSaliency(), batches(6, rows=4), update=Obs())
+        return model, len(done)
+
+    shared, factors = run()
+    assert factors == 2 * 2 * 4  # layers, factors, inputs: of q/k/v, o, gate/up and down
+    keeping = Moments._factored
+    monkeypatch.setattr(Moments, "_factored", lambda m, share: m._factors.clear() or keeping(m, share))
+    alone, factors = run()
+    assert factors == 2 * 7 * 3  # one for a score, two for an update
+    assert all(torch.equal(a, b) for a, b in zip(shared.parameters(), alone.parameters(), strict=True))
+
+
+def test_factors_are_those_of_the_formula():
+    x = torch.randn(100, 24, generator=torch.Generator().manual_seed(0))
+    moments = Moments(x.T @ x)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.damped(0.01)))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    for _ in range(2):
+        assert torch.equal(moments.inverse_diagonal(0.01), inverse.diagonal())
+        assert torch.equal(moments.inverse_upper(0.01), upper)
+    assert not torch.equal(moments.inverse_diagonal(0.02), inverse.diagonal())
 
 
 class _Stopped(Exception):

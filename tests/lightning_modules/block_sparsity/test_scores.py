@@ -101,7 +101,7 @@ def test_streamed_sums_are_those_of_a_whole_forward_pass():
         x = torch.cat(parts)
         assert found[name].tokens == len(x)
         torch.testing.assert_close(found[name].squares.double(), x.pow(2).sum(0), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[name].moments.double(), x.T @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name].moments.total.double(), x.T @ x, rtol=1e-4, atol=1e-4)
     attention = [found[f"model.layers.0.self_attn.{part}_proj"] for part in "qkvo"]
     assert attention[0] is attention[1] is attention[2] is not attention[3]  # one sum for three matrices
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.variants import variants
-from lightning_modules.block_sparsity.inputs import damped
+from lightning_modules.block_sparsity.inputs import Moments
 from lightning_modules.block_sparsity.updates.base import Choice, Update, relative_error
 from lightning_modules.block_sparsity.updates.conjugate_gradient import ConjugateGradient
 from lightning_modules.block_sparsity.updates.obs import Obs
@@ -18,16 +18,16 @@ def _problem(rows=12, columns=40, tokens=200, seed=0):
     x = (x + 0.5 * torch.randn(tokens, columns, generator=draw)) * torch.linspace(0.3, 3, columns)
     weight = torch.randn(rows, columns, generator=draw)
     keep = torch.rand(rows, columns, generator=draw) > 0.5
-    return weight, keep, x.T @ x
+    return weight, keep, Moments(x.T @ x)
 
 
 def _error(found, weight, moments, damping=0.01):
-    return relative_error(found, weight, damped(moments, damping).float())
+    return relative_error(found, weight, Moments(moments.damped(damping).float()))
 
 
 def _best(weight, keep, moments, damping=0.01):
     """The best values of every row under its mask, by the normal equations."""
-    matrix, wanted = damped(moments, damping), weight.double()
+    matrix, wanted = moments.damped(damping), weight.double()
     found = torch.zeros_like(wanted)
     for row, mask in enumerate(keep):
         found[row, mask] = torch.linalg.solve(matrix[mask][:, mask], matrix[mask] @ wanted[row])
@@ -37,9 +37,9 @@ def _best(weight, keep, moments, damping=0.01):
 @pytest.mark.parametrize("update", EXAMPLES, ids=repr)
 def test_an_update_helps_holds_the_mask_and_leaves_its_arguments_alone(update):
     weight, keep, moments = _problem()
-    given = [part.clone() for part in (weight, keep, moments)]
+    given = [part.clone() for part in (weight, keep, moments.total)]
     found, mask = update.apply(weight, keep, moments)
-    assert all(torch.equal(part, before) for part, before in zip((weight, keep, moments), given, strict=True))
+    assert all(torch.equal(part, before) for part, before in zip((weight, keep, moments.total), given, strict=True))
     assert torch.equal(mask, keep) and (found[~keep] == 0).all() and found.dtype == torch.float32
     masked = _error(weight * keep, weight, moments)
     best = _error(_best(weight, keep, moments), weight, moments)
@@ -61,10 +61,10 @@ def test_columns_without_inputs_and_few_tokens_are_no_trouble(update, tokens):
     weight, keep, _ = _problem()
     x = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(1))
     x[:, 5] = 0
-    found, _ = update.apply(weight, keep, x.T @ x)
+    found, _ = update.apply(weight, keep, Moments(x.T @ x))
     assert found.isfinite().all()
     with pytest.raises(ValueError, match="NaN"):
-        update.apply(weight, keep, (x.T @ x) * torch.nan)
+        update.apply(weight, keep, Moments((x.T @ x) * torch.nan))
 
 
 def test_enough_steps_find_the_best_values_under_the_mask():
