@@ -3,8 +3,8 @@
 Shape legend: B sequences, T tokens, H hidden size.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +91,75 @@ class LayerInputs:
         """Replace every batch's hidden states by the layer's output, one batch at a time."""
         for batch in range(len(self.hidden)):
             self.hidden[batch] = self.through(layer, batch)
+
+
+def backward(model: nn.Module, batch: Batch, device: torch.device, loss: Callable[[Tensor], Tensor]) -> None:
+    """A forward and a backward pass of one batch: the layers get the gradients of a pass through the whole model.
+
+    Layers visit the device one after the other, and each is computed twice: what entered all of them is kept, what is
+    between is not. What is outside of them gets no gradients.
+
+    Args:
+        model: A Hugging Face causal language model.
+        batch: Text.
+        device: Where to compute.
+        loss: A number, from the logits.
+    """
+    layers = list(decoder_layers(model).values())
+    entered: list[Tensor] = []
+    with torch.no_grad():
+        stream = LayerInputs(model, [batch], device)
+        for layer in layers:
+            entered += stream.hidden
+            with visiting(layer, device):
+                stream.advance(layer)
+    hidden = stream.hidden[0].requires_grad_()
+    with torch.enable_grad(), _after_layers(model, layers, hidden, device):
+        loss(logits(model, batch)).backward()
+    for layer in reversed(layers):
+        gradient, hidden = hidden.grad, entered.pop().requires_grad_()
+        with torch.enable_grad(), visiting(layer, device):
+            stream.through(layer, 0, hidden).backward(gradient)
+
+
+@contextmanager
+def _after_layers(
+    model: nn.Module, layers: Sequence[nn.Module], hidden: Tensor, device: torch.device
+) -> Iterator[None]:
+    """Within the block, a pass computes what follows the last layer, from these hidden states, on the device."""
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    homes = [(module, *named) for module in outside for named in module.named_parameters(recurse=False)]
+    homes += [(module, *named) for module in outside for named in module.named_buffers(recurse=False)]
+    there: dict[Tensor, Tensor] = {}  # tied weights go once
+    with ExitStack() as changes:
+        for layer in layers:
+            changes.enter_context(replaced(layer, lambda _: hidden))
+        for module, name, home in homes:
+            if home not in there:
+                moved = home.detach().to(device)
+                there[home] = nn.Parameter(moved, False) if isinstance(home, nn.Parameter) else moved
+            changes.callback(setattr, module, name, home)
+            setattr(module, name, there[home])
+        yield
+
+
+@contextmanager
+def replaced(layer: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block, a decoder layer computes this of its hidden states."""
+
+    def forward(*arguments: Any, **keywords: Any) -> Tensor:
+        return compute(arguments[0] if arguments else keywords["hidden_states"])
+
+    before = vars(layer).get("forward")  # there where something else has put its own
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
 
 
 @contextmanager

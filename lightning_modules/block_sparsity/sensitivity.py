@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from common.progress import stage
-from lightning_modules.batches import Batch, labels, logits
+from lightning_modules.batches import Batch, labels
 from lightning_modules.perplexity import next_token_nll
+from lightning_modules.stream import backward
 
 
 def output_sensitivity(
@@ -20,10 +21,10 @@ def output_sensitivity(
     """Σ over the tokens of (∂loss/∂y)² for every output y of every matrix, float32 ``[R]`` by name, on the CPU.
 
     The diagonal of the empirical Fisher matrix of the outputs: an error e of y adds about ½·Fisher·e² to the loss. One
-    forward and one backward pass, without gradients of weights.
+    backward pass, a layer at a time (``stream.backward``), without gradients of weights.
 
     Args:
-        model: A Hugging Face causal language model; it visits the device as a whole.
+        model: A Hugging Face causal language model; its layers visit the device one after the other.
         matrices: Linear layers by name.
         batches: Calibration text.
         device: Where to compute.
@@ -33,14 +34,15 @@ def output_sensitivity(
     """
     if not batches:
         raise ValueError("calibration needs at least one batch of text")
-    home, training = next(model.parameters()).device, model.training
-    model.to(device).eval()
+    training = model.training
+    model.eval()
     found = {name: torch.zeros(m.out_features, device=device) for name, m in matrices.items()}
     required = {p: p.requires_grad for p in model.parameters()}
 
     def watch(name: str) -> Callable[..., None]:
         def forward(_: nn.Module, args: Any, y: Tensor) -> None:
-            y.register_hook(lambda gradient: add(name, gradient))
+            if y.requires_grad:  # in the pass that gradients go back through
+                y.register_hook(lambda gradient: add(name, gradient))
 
         return forward
 
@@ -50,19 +52,18 @@ def output_sensitivity(
     for p in required:
         p.requires_grad_(False)
     hooks = [m.register_forward_hook(watch(name)) for name, m in matrices.items()]
-    hooks.append(model.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_(True)))
     try:
-        with torch.enable_grad(), stage("Sensitivity of the outputs", len(batches), "batches") as done:
+        with stage("Sensitivity of the outputs", len(batches), "batches") as done:
             for number, batch in enumerate(batches, 1):
-                nll, _ = next_token_nll(logits(model, batch), labels(batch).to(device))
-                nll.backward()
+                targets = labels(batch).to(device)
+                backward(model, batch, device, lambda scores, targets=targets: next_token_nll(scores, targets)[0])
                 done(number)
     finally:
         for hook in hooks:
             hook.remove()
         for p, needed in required.items():
             p.requires_grad_(needed)
-        model.to(home).train(training)
+        model.train(training)
     if not all(total.isfinite().all() for total in found.values()):
         raise ValueError("the gradients of the calibration text have NaN or Inf")
     return {name: total.cpu() for name, total in found.items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.files import write_text
 from lightning_modules.batches import Batch, logits
 from lightning_modules.perplexity import mean_nll
+from lightning_modules.stream import replaced
 from lightning_modules.structured_pruning.layers import decoder_layers
 from lightning_modules.structured_pruning.provenance import settings_hash
 
@@ -69,7 +70,7 @@ def cost(layers: int, left: int) -> float:
 @contextmanager
 def skipped(layer: nn.Module) -> Iterator[None]:
     """Within the block, a decoder layer returns its input, and computes nothing."""
-    with _replaced(layer, lambda hidden: hidden):
+    with replaced(layer, lambda hidden: hidden):
         yield
 
 
@@ -97,7 +98,7 @@ def _entering(model: Any, batches: Sequence[Batch], layer: int, start: int, stat
     with ExitStack() as changes:
         if states:
             changes.enter_context(_starting_before(layers, start, states))
-        changes.enter_context(_replaced(layers[layer], caught))
+        changes.enter_context(replaced(layers[layer], caught))
         for batch in batches:
             try:
                 logits(model, batch, logits_to_keep=1)
@@ -113,7 +114,7 @@ def _starting_after(layers: Sequence[nn.Module], layer: int, states: list[Tensor
     with ExitStack() as changes:
         for before in layers[:layer]:
             changes.enter_context(skipped(before))
-        changes.enter_context(_replaced(layers[layer], lambda hidden: next(given) if states else hidden))
+        changes.enter_context(replaced(layers[layer], lambda hidden: next(given) if states else hidden))
         yield
 
 
@@ -127,24 +128,6 @@ def _starting_before(layers: Sequence[nn.Module], layer: int, states: list[Tenso
         hook = layers[layer].register_forward_pre_hook(lambda m, arguments: (next(given), *arguments[1:]))
         changes.callback(hook.remove)
         yield
-
-
-@contextmanager
-def _replaced(layer: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, a decoder layer computes this of its hidden states."""
-
-    def forward(*arguments: Any, **keywords: Any) -> Tensor:
-        return compute(arguments[0] if arguments else keywords["hidden_states"])
-
-    before = vars(layer).get("forward")  # there where something else has put its own
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del layer.forward
-        else:
-            layer.forward = before
 
 
 def measured(cache: Path) -> list[float]:
