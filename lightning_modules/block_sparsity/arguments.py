@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from lightning_modules.block_sparsity.demotion import Ratios
+from lightning_modules.block_sparsity.demotion import Ratios, Scope
 from lightning_modules.block_sparsity.mix import choices
 from lightning_modules.block_sparsity.pruner import Pattern, packed_bits
 from lightning_modules.block_sparsity.tiers import check_sizes, most_topk
@@ -12,7 +12,15 @@ from lightning_modules.block_sparsity.tiers import check_sizes, most_topk
 _TOPK = 10  # of 256, as the original has it
 
 
-def check_mix(block: int, topk: int | Literal["auto"] | None, target_bits: float | None, pattern: Pattern) -> int:
+def check_mix(
+    block: int,
+    topk: int | Literal["auto"] | None,
+    target_bits: float | None,
+    pattern: Pattern,
+    scope: Scope,
+    values: str,
+    bands: bool,
+) -> int:
     """Weights that a top-k block keeps, as long as nothing else has been chosen.
 
     Args:
@@ -20,6 +28,9 @@ def check_mix(block: int, topk: int | Literal["auto"] | None, target_bits: float
         topk: What was asked for.
         target_bits: Bits per weight, where a mix of tiers is to be found.
         pattern: See ``Pruner``.
+        scope: See ``Pruner``.
+        values: Type of packed values.
+        bands: Whether the band form is what is packed.
 
     Raises:
         ValueError: They do not go together, or no mix takes so many bits.
@@ -31,12 +42,15 @@ def check_mix(block: int, topk: int | Literal["auto"] | None, target_bits: float
     if target_bits is None:
         return k
     smallest = choices(block)[0] if topk == "auto" else k
-    most, least = packed_bits(Ratios(1, 0, 0), block, k), packed_bits(Ratios(0, 0, 1), block, smallest)
+    most = packed_bits(Ratios(1, 0, 0), block, k, values, bands)
+    least = packed_bits(Ratios(0, 0, 1), block, smallest, values, bands)
     if not least <= target_bits <= most:
         raise ValueError(
             f"target_bits must be between {least:.3f} (top-k blocks of {smallest} weights only) and {most:.3f} "
             f"(dense), got {target_bits}"
         )
+    if bands and scope != "band":
+        raise ValueError(f"target_bits with export_bands needs scope band, got {scope}")
     if pattern != "tiers":
         raise ValueError(f"target_bits is for a mix of tiers; pattern {pattern} has none")
     return k

@@ -59,7 +59,7 @@ def prune(module: "BlockSparsity", data: Any, device: torch.device, dry_run: boo
     check_vocabulary(module.plain_model, data.tokenizer)
     if module.target_bits is None:
         module.pruner.check_target(row.ratios)
-        plan = module.pruner.plan(row.ratios)
+        plan = module.pruner.plan(row.ratios, module.export_values, module.export_bands)
     else:
         plan = {"packed_bits_per_weight": module.target_bits}
     print("\n".join(f"{name}: {cell(value)}" for name, value in plan.items()))
@@ -91,8 +91,7 @@ def export(module: "BlockSparsity", data: Any) -> dict[str, Any]:
         return pruner.result([])
     _need_tiers(module)
     model = module.plain_model
-    sixteen = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-    values = module.export_dtype or sixteen.get(module.stored, "float16")
+    values = module.export_values
     model.config.dtype = module.stored
     with replacing(module.output, "packed model", module.inputs_of(data), module.overwrite) as folder:
         sizes = write_packed(folder, model, model.state_dict(), pruner.tiers, values, module.export_bands)

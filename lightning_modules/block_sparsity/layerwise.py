@@ -7,6 +7,7 @@ one is looked at. So do Wanda and SparseGPT; what the unpruned model gives to a 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,7 +211,8 @@ def _targets(
             f"{100 * found.loss:.2f} % of the squared scores go"
         )
         if pruner.scope == "band":
-            return {name: in_bands(one, pruner.block, found.k) for name, one in found.maps.items()}
+            bits = partial(target.size, block=pruner.block, k=found.k)
+            return {name: in_bands(one, bits) for name, one in found.maps.items()}
         return dict(found.maps)
     if not pruner.tiers or pruner.scope != "global":
         return dict.fromkeys(pruner.matrices, target)

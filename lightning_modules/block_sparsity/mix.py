@@ -10,7 +10,7 @@ Shape legend: b side of a block; n blocks; K numbers of weights that are tried f
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_modules.block_sparsity.demotion import Ratios
 from lightning_modules.block_sparsity.masks import best_of_groups
-from lightning_modules.block_sparsity.pruner import packed_bits
+from lightning_modules.block_sparsity.pruner import packed_bits, padding
 from lightning_modules.block_sparsity.scored import Scored
 from lightning_modules.block_sparsity.tiers import DENSE, MID, TOPK, TierMap, most_topk, pad, to_blocks
 
@@ -32,15 +32,23 @@ class Mix:
     """A target of bytes.
 
     Args:
-        bits: Bits per weight of the pruned matrices, packed with 16-bit values.
+        bits: Bits per weight of the pruned matrices in the packed file.
         among: Who shares them: every matrix for itself ("matrix", "band"), or all ("global").
         ks: What top-k blocks may keep, to choose from; nothing where that is settled. Blocks then become top-k only
             where 2:4 blocks alone are not small enough: errors as large as theirs do more than their squares say.
+        values: Type of the tiers' values in that file.
+        bands: Whether it is in the band form.
     """
 
     bits: float
     among: str = "matrix"
     ks: tuple[int, ...] = ()
+    values: str = "float16"
+    bands: bool = False
+
+    def size(self, ratios: Ratios, block: int, k: int) -> float:
+        """Bits per weight that shares of the tiers take in the file."""
+        return packed_bits(ratios, block, k, self.values, self.bands)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Found:
         k: Weights that top-k blocks keep.
         maps: Each matrix's tier map, uint8 ``[r, c]``, on the CPU.
         loss: What it loses of all squared scores.
-        bits: Bits per weight.
+        bits: Bits per weight in the packed file.
     """
 
     k: int
@@ -60,21 +68,17 @@ class Found:
     bits: float
 
 
-def in_bands(map_rc: Tensor, block: int, k: int) -> Ratios:
+def in_bands(map_rc: Tensor, bits: Callable[[Ratios], float]) -> Ratios:
     """The shares that all rows of blocks can have alike, next to a map's and in no more bits.
 
     Args:
         map_rc: A tier map.
-        block: Side of a block.
-        k: Weights that top-k blocks keep.
+        bits: What shares take.
     """
     columns = map_rc.shape[1]
 
     def shares(dense: int, topk: int) -> Ratios:
         return Ratios(dense / columns, (columns - dense - topk) / columns, topk / columns)
-
-    def bits(ratios: Ratios) -> float:
-        return packed_bits(ratios, block, k)
 
     wanted = Ratios(*(float((map_rc == tier).float().mean()) for tier in (DENSE, MID, TOPK)))
     places = [{math.floor(n + 1e-4), math.ceil(n - 1e-4)} for n in (wanted.dense * columns, wanted.topk * columns)]
@@ -106,25 +110,24 @@ def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target:
         whole += mine
     found: list[Found] = []
     for place, k in enumerate(ks):
-        if found and packed_bits(Ratios(0, 0, 1), block, k) > target.bits:
+        if found and target.size(Ratios(0, 0, 1), block, k) > target.bits:
             break  # no mix with this one, nor with a larger one, is that small
-        bits = _bits(block, k)
-        picked = {name: losses_n[:, [DENSE, MID, TOPK + place]] for name, losses_n in losses.items()}
-        if target.ks and target.bits >= float(bits[MID]):
-            for losses_n in picked.values():
-                losses_n[losses_n[:, MID].isfinite(), TOPK] = torch.inf
-        groups = [list(picked)] if target.among == "global" else [[name] for name in picked]
+        alone = [target.size(ratios, block, k) for ratios in (Ratios(1, 0, 0), Ratios(0, 1, 0), Ratios(0, 0, 1))]
+        groups = [list(losses)] if target.among == "global" else [[name] for name in losses]
         maps: dict[str, Tensor] = {}
         loss, spent = 0.0, 0.0
         for names in groups:
-            together = torch.cat([picked[name] for name in names]).double()
+            together = torch.cat([losses[name][:, [DENSE, MID, TOPK + place]] for name in names]).double()
+            bits = padding([tiers[name] for name in names]) * torch.tensor(alone, dtype=torch.float64)
+            if target.ks and target.bits >= float(bits[MID]):
+                together[together[:, MID].isfinite(), TOPK] = torch.inf
             tier_n = _cheapest(together, bits, target.bits)
-            lost = together.gather(1, tier_n[:, None]).sum()
-            loss, spent = loss + float(lost), spent + float(bits[tier_n].sum())
-            for name, mine in zip(names, tier_n.split([len(picked[name]) for name in names]), strict=True):
+            loss += float(together.gather(1, tier_n[:, None]).sum())
+            spent += float(bits[tier_n].mean()) * sum(math.prod(tiers[name].shape) for name in names)
+            for name, mine in zip(names, tier_n.split([len(losses[name]) for name in names]), strict=True):
                 maps[name] = mine.to(torch.uint8).view(tiers[name].map_rc.shape)
-        blocks = sum(len(losses_n) for losses_n in losses.values())
-        found.append(Found(k, maps, loss / max(whole, torch.finfo(torch.float32).tiny), spent / blocks))
+        weights = sum(math.prod(one.shape) for one in tiers.values())
+        found.append(Found(k, maps, loss / max(whole, torch.finfo(torch.float32).tiny), spent / weights))
     return min(found, key=lambda one: one.loss)
 
 
@@ -161,12 +164,6 @@ def _bands(scores: Scored, tiers: TierMap) -> Iterator[tuple[slice, Tensor]]:
 
 def _as_blocks(matrix: Tensor, block: int) -> Tensor:
     return to_blocks(pad(matrix, block), block).flatten(0, 1).flatten(1)
-
-
-def _bits(block: int, k: int) -> Tensor:
-    """Bits per weight of a block in each tier."""
-    alone = (Ratios(1, 0, 0), Ratios(0, 1, 0), Ratios(0, 0, 1))
-    return torch.tensor([packed_bits(ratios, block, k) for ratios in alone], dtype=torch.float64)
 
 
 def _cheapest(losses_n3: Tensor, bits_3: Tensor, target: float) -> Tensor:

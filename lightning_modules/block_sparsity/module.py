@@ -60,9 +60,9 @@ class BlockSparsity(CausalLM):
         block: Side of a block, a multiple of 4.
         topk: Weights that a top-k block keeps; by default 10, or what the tier maps say; "auto" chooses, with
             ``target_bits``, and has such blocks only where 2:4 blocks alone are not small enough.
-        target_bits: Bits per weight of the pruned matrices after the last iteration, packed with 16-bit values: instead
-            of the schedule's shares, the mix of tiers that loses least in as many. Iterations before it go as far on
-            the way as the schedule does.
+        target_bits: Bits per weight of the pruned matrices after the last iteration, packed as ``export_dtype`` and
+            ``export_bands`` say: instead of the schedule's shares, the mix of tiers that loses least in as many.
+            Iterations before it go as far on the way as the schedule does.
         scope: Who competes for the tiers: the blocks of one "matrix", all ("global"), or one row of blocks ("band").
         row_relative: Divide scores by the mean of their row, as Wanda compares within rows.
         matrix_relative: Divide them by the mean of their matrix: for a scope in which matrices compete.
@@ -125,7 +125,10 @@ class BlockSparsity(CausalLM):
         super().__init__(**kwargs)
         if budget is not None:
             raise ValueError(f"model.budget is now called model.scope: give model.scope {budget}")
-        k = check_mix(block, topk, target_bits, pattern)
+        self.stored = torch.float32
+        """What ``pretrained`` is stored as, and results are."""
+        self.export_dtype, self.export_bands = export_dtype, export_bands
+        k = check_mix(block, topk, target_bits, pattern, scope, self.export_values, export_bands)
         self.target_bits, self.topk = target_bits, topk
         whole = {"calibration_blocks": (calibration_blocks, 1), "lora_rank": (lora_rank, 1)}
         check_numbers(
@@ -149,13 +152,10 @@ class BlockSparsity(CausalLM):
         self.method = Method(self.score, statistics, update, learning)
         self.teacher, self.distill_weight = teacher, distill_weight
         self.iteration_lr_factor = iteration_lr_factor
-        self.export_dtype, self.export_bands = export_dtype, export_bands
         self._pruning = {"block": block, "k": k, "pattern": pattern, "scope": scope}
         self._pruning |= {"row_relative": row_relative, "matrix_relative": matrix_relative}
         self._pruning["open_k"] = not isinstance(topk, int)
         self.pruner: Pruner
-        self.stored = torch.float32
-        """What ``pretrained`` is stored as, and results are."""
         self._teacher: Frozen | None = None
         self._held: dict[str, Tensor] | None = None  # where weights are cut up
 
@@ -321,13 +321,21 @@ class BlockSparsity(CausalLM):
         if self.target_bits is None:
             return row.ratios
         block, k = self.pruner.block, self.pruner.k
+        form = (self.export_values, self.export_bands)
         dense, end, here = (
-            packed_bits(shares, block, k) for shares in (Ratios(1, 0, 0), self.schedule.rows[-1].ratios, row.ratios)
+            packed_bits(shares, block, k, *form)
+            for shares in (Ratios(1, 0, 0), self.schedule.rows[-1].ratios, row.ratios)
         )
         done = (dense - here) / (dense - end) if dense > end else 1.0
         settled = self.topk != "auto" or any(tiers.counts()[TOPK] for tiers in self.pruner.tiers.values())
         ks = () if settled else choices(block)
-        return Mix(dense - done * (dense - self.target_bits), str(self._pruning["scope"]), ks)
+        return Mix(dense - done * (dense - self.target_bits), str(self._pruning["scope"]), ks, *form)
+
+    @property
+    def export_values(self) -> str:
+        """Type of packed values; of the right size also before the model is read."""
+        sixteen = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+        return self.export_dtype or sixteen.get(self.stored, "float16")
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
         """See ``CausalLM.scheduler``; ``restart`` begins again."""

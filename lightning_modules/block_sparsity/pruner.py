@@ -1,5 +1,6 @@
 """A model's matrices with their tiers and masks: what one iteration changes, and what is saved of it."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -232,7 +233,7 @@ class Pruner:
         shares = {"sparsity": sparsity, "model_sparsity": sparsity * weights / self.parameter_count}
         if not self.tiers:
             return shares
-        bits = packed_bits(target, self.block, self.k, values, bands)
+        bits = packed_bits(target, self.block, self.k, values, bands) * padding(self.tiers.values())
         other = 32 if values == "float32" else 16
         whole = 16 * self.parameter_count / (bits * weights + other * (self.parameter_count - weights))
         return {**asdict(target), **shares, "packed_bits_per_weight": bits, "packed_ratio": whole}
@@ -372,7 +373,7 @@ def tiers_file(path: Path) -> Path | None:
 
 
 def packed_bits(target: Ratios, block: int, k: int, values: str = "float16", bands: bool = False) -> float:
-    """Bits per weight of the packed form: values, 2-bit and 8- or 16-bit indices, and where the blocks are.
+    """Bits per weight of whole blocks, packed: values, 2-bit and 8- or 16-bit indices, and where the blocks are.
 
     With 16-bit values, blocks of 16 and k = 10 this is 16d + 9m + 0.94t + 0.008. int8 values add a 16-bit scale for
     every row of a dense or 2:4 block and for every top-k block; the band form counts 16 bits a block instead of 2.
@@ -383,3 +384,9 @@ def packed_bits(target: Ratios, block: int, k: int, values: str = "float16", ban
     topk = (k * (bits + index) + scale) / block**2
     place = 16 if bands else 2
     return dense * target.dense + mid * target.mid_2_4 + topk * target.topk + place / block**2
+
+
+def padding(tiers: Iterable[TierMap]) -> float:
+    """Weights that packed blocks hold over those that there are: blocks at the edges are packed whole."""
+    sizes = [(one.map_rc.numel() * one.block**2, math.prod(one.shape)) for one in tiers]
+    return sum(packed for packed, _ in sizes) / sum(there for _, there in sizes)

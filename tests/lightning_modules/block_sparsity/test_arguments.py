@@ -53,6 +53,8 @@ def test_what_is_wrong_is_named(arguments, names, dense, data_cache, tmp_path):
         ({"topk": "auto"}, "topk auto needs target_bits"),
         ({"target_bits": 1.0}, "target_bits must be between"),
         ({"target_bits": 17.0}, "target_bits must be between"),
+        ({"target_bits": 12.0, "export_dtype": "int8"}, r"target_bits must be between .* and 10\.031"),
+        ({"target_bits": 9.0, "export_bands": True}, "needs scope band"),
         ({"target_bits": 9.0, "pattern": "2:4"}, "pattern 2:4 has none"),
         ({"block": 6}, "multiple of 4"),
         ({"distill_weight": 2}, "distill_weight"),

@@ -12,6 +12,7 @@ from common.manifest import DamagedError
 from common.records.schema import TIERS
 from lightning_modules.block_sparsity import commands, load_packed, verification
 from lightning_modules.block_sparsity import module as block_module
+from lightning_modules.block_sparsity.packed_model import read_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pruner
 from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
@@ -50,8 +51,7 @@ def test_a_target_of_bytes_is_met_and_its_k_is_known_afterwards(dense, data_cach
     assert zeros == sorted(zeros) and zeros[0] < zeros[-1]
     module = module_of(tmp_path / "out", tmp_path / "packed", topk=None)
     sizes = module.export(data, CPU)["tiers"]
-    assert sizes["planned"]["packed_bits_per_weight"] == pytest.approx(9.0, abs=0.3)
-    assert sizes["planned"]["packed_bits_per_weight"] <= 9.0
+    assert 8.7 < sizes["packed_bits_per_weight"] <= 9.0
     assert module_of(tmp_path / "out", tmp_path / "packed", topk=None).verify(data, CPU)["tiers"]["verified"]
     with pytest.raises(ValueError, match=f"set topk to {module.pruner.k}"):
         module_of(tmp_path / "out", tmp_path / "x", topk=module.pruner.k + 1).configure_model()
@@ -116,6 +116,21 @@ def test_weights_and_masks_are_compared_before_weights_leave_for_the_device(dens
     assert done == ["read_packed", "violations", *["logits"] * 3]  # a file of gigabytes, read once
 
 
+@pytest.mark.parametrize(
+    "form", [{}, {"export_dtype": "int8"}, {"export_bands": True, "scope": "band"}], ids=["plain", "int8", "bands"]
+)
+def test_a_target_of_bits_is_what_the_packed_file_takes(form, dense, data_cache, tmp_path):
+    data, options = data_of(data_cache), {"target_bits": 8.5, "scope": "global", **form}
+    module_of(dense, tmp_path / "pruned", **options).prune(data, CPU)
+    sizes = module_of(tmp_path / "pruned", tmp_path / "packed", **options).export(data, CPU)["tiers"]
+    layouts = read_packed(tmp_path / "packed").layouts
+    tensors = load_file(tmp_path / "packed/packed.safetensors")
+    taken = 8 * sum(t.nbytes for name, t in tensors.items() if any(name.startswith(f"{one}.") for one in layouts))
+    bits = taken / sum(one.rows * one.columns for one in layouts.values())
+    assert sizes["packed_bits_per_weight"] == sizes["planned"]["packed_bits_per_weight"] == pytest.approx(bits)
+    assert (5.0 if "scope" in form else 8.4) < bits <= 8.5 + 1e-6  # bands of four blocks have few shares to choose from
+
+
 def test_equal_sparsity_without_structure_is_a_baseline(dense, data_cache, tmp_path):
     fields = module_of(dense, tmp_path / "out", pattern="unstructured").prune(data_of(data_cache), CPU)
     assert fields["tiers"]["sparsity"] == pytest.approx(0.2 + 0.3 * (1 - 6 / 64), abs=0.02)
@@ -149,7 +164,7 @@ def test_the_ratio_of_a_packed_model_means_one_thing_planned_and_measured(dense,
         assert sizes["packed_bytes"] == file.stat().st_size
         assert sizes["packed_ratio"] == pytest.approx(whole / file.stat().st_size)
         expected = whole / sum(t.nbytes for t in tensors.values())  # without the header, which is not planned
-        assert sizes["planned"]["packed_ratio"] == pytest.approx(expected, rel=0.08)
+        assert sizes["planned"]["packed_ratio"] == pytest.approx(expected, rel=0.01)
         if dtype == "float16":
             assert float(printed["packed_ratio"]) == pytest.approx(sizes["planned"]["packed_ratio"], rel=0.08)
 

@@ -1,6 +1,7 @@
 """The mix that loses least in so many bytes, against every mix there is."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from lightning_modules.block_sparsity.demotion import Ratios, demote, demote_to
 from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.mix import Mix, best_mix, block_losses, choices, in_bands
-from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
+from lightning_modules.block_sparsity.packing import DTYPES, pack
+from lightning_modules.block_sparsity.pruner import Pruner, packed_bits, padding
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.sensitivity import output_sensitivity
 from lightning_modules.block_sparsity.tiers import TierMap, most_topk
@@ -72,6 +74,30 @@ def test_no_other_mix_of_as_few_bytes_loses_less():
         assert packed_bits(_ratios(found.maps["m"]), 8, 6) == pytest.approx(found.bits)
         step = max(bits) - min(bits)  # what one block more would take
         assert found.bits > target - step / 8 - 1e-9
+
+
+@pytest.mark.parametrize(("values", "bands"), [("float16", False), ("float32", False), ("int8", False), ("int8", True)])
+def test_bits_are_those_of_the_packed_blocks_whole_ones_at_the_edges_included(values, bands):
+    shapes = {"even": (32, 64), "edges": (44, 37)}
+    scores = {name: scored(_scores((48, 64), seed=2)[:r, :c].contiguous()) for name, (r, c) in shapes.items()}
+    most = packed_bits(Ratios(1, 0, 0), 8, 6, values, bands)
+    for among in ("matrix", "global"):
+        tiers = {name: _tiers(shape, name) for name, shape in shapes.items()}
+        found = best_mix(scores, tiers, Mix(0.6 * most, among, values=values, bands=bands), (6,))
+        packed = {}
+        for name, one in tiers.items():
+            demote_to(scores[name], one, found.maps[name])
+            parts = pack(torch.ones(one.shape) * one.keep_RC, one, DTYPES[values])
+            # the band form has 16 bits a block in the map's place; bands need not be alike to be counted
+            size = sum(t.nbytes for part, t in parts.items() if part != "map") + one.map_rc.numel() * (
+                2 if bands else 0.25
+            )
+            packed[name] = 8 * size
+        weights = {name: one.keep_RC.numel() for name, one in tiers.items()}
+        total = sum(packed.values()) / sum(weights.values())
+        assert total == pytest.approx(found.bits) and 0.57 * most < total <= 0.6 * most + 1e-6
+        if among == "matrix":
+            assert all(packed[name] / weights[name] <= 0.6 * most + 1e-6 for name in packed)
 
 
 def test_all_together_take_from_those_that_lose_least():
@@ -142,7 +168,7 @@ def test_a_model_is_pruned_to_so_many_bits_in_iterations(scope):
         target = Mix(bits, scope, choices(8) if bits == 12 else ())
         kept = {name: keep.clone() for name, keep in pruner.keep.items()}
         prune(model, pruner, target, Wanda(), batches(3), update=Obs())
-        found = packed_bits(pruner.ratios(), 8, pruner.k)
+        found = packed_bits(pruner.ratios(), 8, pruner.k) * padding(pruner.tiers.values())
         assert bits - (3.5 if scope == "band" else 1.0) < found <= bits + 0.01 and found < before
         assert all(not (keep & ~kept[name]).any() for name, keep in pruner.keep.items())
         before = found
@@ -159,7 +185,7 @@ def test_shares_of_bands_take_no_more_than_those_of_the_matrix_and_nearly_as_muc
     draw = torch.Generator().manual_seed(columns)
     for weights in ([0.5, 0.4, 0.1], [0.1, 0.9, 0.0], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.6, 0.0, 0.4]):
         map_rc = torch.multinomial(torch.tensor(weights), 9 * columns, True, generator=draw).view(9, columns)
-        found, asked = in_bands(map_rc, 16, 10), packed_bits(_ratios(map_rc), 16, 10)
+        found, asked = in_bands(map_rc, partial(packed_bits, block=16, k=10)), packed_bits(_ratios(map_rc), 16, 10)
         bits = packed_bits(found, 16, 10)
         assert asked - 9 / columns < bits <= asked + 1e-3
         counts = [share * columns for share in vars(found).values()]
