@@ -7,7 +7,7 @@ Shape legend: B sequences, T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -84,8 +84,14 @@ def validation_perplexity(
         title: What the progress is shown as.
         device: Where to compute; where the model is, when not given.
     """
+    return text_perplexity(model, data.val_dataloader(), title, device)
+
+
+def text_perplexity(
+    model: Any, batches: Collection[Batch], title: str = "Perplexity", device: torch.device | None = None
+) -> float:
+    """The same of other text."""
     home, training = next(model.parameters()).device, model.training
-    batches = data.val_dataloader()
     try:
         with stage(title, len(batches), "batches") as done:
             return perplexity(mean_nll(model.to(device or home).eval(), batches, done))

@@ -121,26 +121,28 @@ class OrderedData(L.LightningDataModule, ABC):
         """The validation split: there is no other held-out text."""
         return self.val_dataloader()
 
-    def calibration(self, count: int, seed: int | None = None) -> list[dict[str, Tensor]]:
+    def calibration(self, count: int, seed: int | None = None, skip: int = 0) -> list[dict[str, Tensor]]:
         """Rows of the training split to calibrate on, the same on every rank, as batches.
 
         Args:
             count: How many rows; each is one sample, or one block.
             seed: Draws them; None spreads them evenly over the split.
+            skip: How many that the seed draws first are left out, as they are used for something else.
 
         Raises:
             ValueError: the training split has fewer.
         """
         rows = self._dataset("train")
-        if not 1 <= count <= len(rows):
+        if not 1 <= count <= len(rows) - skip:
+            others = f", and {skip} others are in use" if skip else ""
             raise ValueError(
-                f"calibration_blocks is {count}, but the training text has only {len(rows)} {self.rows_are}; lower "
-                "calibration_blocks, or give more text"
+                f"calibration_blocks is {count}{others}, but the training text has only {len(rows)} {self.rows_are}; "
+                "lower calibration_blocks, or give more text"
             )
         if seed is None:
             chosen = [i * len(rows) // count for i in range(count)]
         else:
-            chosen = np.random.default_rng(seed).permutation(len(rows))[:count].tolist()
+            chosen = np.random.default_rng(seed).permutation(len(rows))[skip : skip + count].tolist()
         return [rows.__getitems__(chosen[i : i + self.batch_size]) for i in range(0, count, self.batch_size)]
 
     def _loading(self) -> dict[str, Any]:

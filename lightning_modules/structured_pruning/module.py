@@ -21,7 +21,7 @@ from common.randomness import run_seed
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.data.cache import cache_root
 from lightning_modules.loading import Dtype, check_vocabulary, dtype_of, load, load_config, load_on_meta, load_tokenizer
-from lightning_modules.perplexity import validation_perplexity
+from lightning_modules.perplexity import text_perplexity, validation_perplexity
 from lightning_modules.structured_pruning import report
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.budget import BudgetUnit, channel_multiple, removed_parameters
@@ -81,8 +81,10 @@ class StructuredPruning(CausalLM):
             divides every layer's width and leaves at least 8 widths to choose from.
         calibration_blocks: Blocks of training text that parts are scored on; the seed draws them.
         probe_blocks: How many of them whole layers and shapes are tried on.
-        max_ppl_ratio: Search for the largest share up to ``budget`` whose perplexity is at most this many times the
-            dense model's.
+        max_ppl_ratio: Search for the largest share up to ``budget`` whose perplexity, before compensation, is at most
+            this many times the dense model's.
+        search_blocks: Blocks of training text that this is judged on; parts are scored on others, and what is reported
+            is the validation text's.
         rounds: Prune in so many rounds of equal size, with a short recovery by low-rank adapters between them.
         recovery_steps: Optimizer steps of each short recovery, on the calibration text.
         recovery_learning_rate: Its learning rate.
@@ -115,6 +117,7 @@ class StructuredPruning(CausalLM):
         calibration_blocks: int = 128,
         probe_blocks: int = 4,
         max_ppl_ratio: float | None = None,
+        search_blocks: int = 32,
         rounds: int = 1,
         recovery_steps: int = 50,
         recovery_learning_rate: float = 1e-4,
@@ -132,6 +135,7 @@ class StructuredPruning(CausalLM):
         positive = {
             "calibration_blocks": calibration_blocks,
             "probe_blocks": probe_blocks,
+            "search_blocks": search_blocks,
             "verify_blocks": verify_blocks,
             "tolerance": tolerance,
             "rounds": rounds,
@@ -168,7 +172,7 @@ class StructuredPruning(CausalLM):
         self.multiple = channel_multiple
         self.calibration_blocks = calibration_blocks
         self.probe_blocks = probe_blocks
-        self.max_ppl_ratio = max_ppl_ratio
+        self.max_ppl_ratio, self.search_blocks = max_ppl_ratio, search_blocks
         self.rounds = rounds
         self.recovery_steps = recovery_steps
         self.recovery_learning_rate = recovery_learning_rate
@@ -260,11 +264,14 @@ class StructuredPruning(CausalLM):
             measured = {"peak_bytes": self._peaks(whole, plan, datamodule)}
             return _shown(self.base, self._structure(whole, plan, datamodule, measured))
         batches = datamodule.calibration(self.calibration_blocks, run_seed())
+        apart: list[dict[str, Tensor]] = []
+        if self.max_ppl_ratio is not None:
+            apart = datamodule.calibration(self.search_blocks, run_seed(), skip=self.calibration_blocks)
         ids = self._verification_ids(datamodule).to(device)
         tokenizer = load_tokenizer(self.base, datamodule)
         model: Any = self._load(self.base).to(device)
         measured = {}
-        if not dry_run or self.max_ppl_ratio is not None:
+        if not dry_run:
             measured["ppl_before"] = validation_perplexity(model, datamodule, "Perplexity before")
         if self.measure_cost:
             measured["training_pass_seconds"] = training_pass_seconds(model, batches)
@@ -273,7 +280,7 @@ class StructuredPruning(CausalLM):
         for number in range(1, self.rounds + 1):
             planner = self._planner(model, batches, layout)
             part = 1.0 if dry_run else number / self.rounds
-            plan = self._plan(planner, whole, datamodule, part, removed, measured)
+            plan = self._plan(planner, whole, apart, part, removed)
             if dry_run:
                 measured["peak_bytes"] = self._peaks(whole, plan, datamodule)
                 return _shown(self.base, self._structure(whole, plan, datamodule, measured))
@@ -345,12 +352,14 @@ class StructuredPruning(CausalLM):
         self,
         planner: Planner,
         whole: ModelShape,
-        datamodule: LightningDataModule,
+        apart: list[dict[str, Tensor]],
         part: float,
         removed: int,
-        measured: dict[str, Any],
     ) -> PruningPlan:
-        """The given plan; or the one for this part of the budget; or the one for the largest share under the limit."""
+        """The given plan; or the one for this part of the budget; or the one for the largest share under the limit.
+
+        The limit is judged on text apart from what parts are scored on, and from what is reported.
+        """
         if self.plan_path is not None:
             plan = PruningPlan.load(self.plan_path)
             plan.check_fits(planner.shapes, planner.hash)
@@ -362,14 +371,17 @@ class StructuredPruning(CausalLM):
             return planner.plan(part_target, self._settings() | {"parameters_requested": target})
         decoder = whole.footprint(block_size=1).decoder_parameters
 
-        def perplexity(share: float) -> float:
+        dense = text_perplexity(planner.model, apart, "Perplexity of text apart")
+
+        def ratio(share: float) -> float:
             with masked(planner.model, planner.plan(round(share * decoder), {})):
-                found = validation_perplexity(planner.model, datamodule, f"Trying {share:.1%}")
-            rank_zero_info(f"removing {share:.2%} of the decoder's parameters: perplexity {found:.2f}")
+                found = text_perplexity(planner.model, apart, f"Trying {share:.1%}") / dense
+            rank_zero_info(f"removing {share:.2%} of the decoder's parameters: perplexity {found:.3f} × dense")
             return found
 
-        share = largest_share(perplexity, self.max_ppl_ratio * measured["ppl_before"], self.budget)
-        return planner.plan(round(share * decoder), self._settings() | {"share_found": share})
+        share = largest_share(ratio, self.max_ppl_ratio, self.budget)
+        chosen_on = f"{self.search_blocks} blocks of training text that parts are not scored on; nothing refitted"
+        return planner.plan(round(share * decoder), self._settings() | {"share_found": share, "chosen_on": chosen_on})
 
     def verify(self, datamodule: LightningDataModule, device: torch.device) -> dict[str, Any]:
         """Compare the saved model with the dense one whose removed parts are zeroed; fields of the run record.

@@ -5,26 +5,28 @@ from collections.abc import Callable
 _STEPS = 7  # bisections: the share is found to 1/128 of the range
 
 
-def largest_share(perplexity: Callable[[float], float], limit: float, most: float) -> float:
-    """The largest share to remove whose perplexity is at most ``limit``, by bisection.
+def largest_share(ratio: Callable[[float], float], limit: float, most: float) -> float:
+    """The largest share to remove whose perplexity is at most ``limit`` times the dense model's, by bisection.
 
     Args:
-        perplexity: Perplexity after removing this share of the decoder's parameters.
-        limit: Largest perplexity allowed.
+        ratio: Perplexity after removing this share of the decoder's parameters, over the dense model's.
+        limit: Largest ratio allowed.
         most: Largest share to try.
 
     Raises:
         ValueError: Even the smallest share tried is too much.
     """
-    if perplexity(most) <= limit:
+    if ratio(most) <= limit:
         return most
     low, high, found = 0.0, most, 0.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if perplexity(middle) <= limit:
+        if ratio(middle) <= limit:
             low = found = middle
         else:
             high = middle
     if not found:
-        raise ValueError(f"no share down to {high:.2%} keeps the perplexity at or under {limit:.2f}; raise the limit")
+        raise ValueError(
+            f"no share down to {high:.2%} keeps the perplexity at or under {limit:g} × dense; raise the limit"
+        )
     return found

@@ -284,6 +284,10 @@ def test_calibration_rows_are_spread_or_drawn_by_a_seed(toy):
     one, again, other = (rows(toy.calibration(7, seed)) for seed in (1, 1, 2))
     assert one == again and len(set(one) & set(other)) < 7 and set(one) <= set(everything)
     assert sorted(rows(toy.calibration(len(everything), 3))) == sorted(everything)  # each row once
+    rest = rows(toy.calibration(len(everything) - 7, 1, skip=7))  # text apart from what has been drawn
+    assert sorted([*one, *rest]) == sorted(everything)
+    with pytest.raises(ValueError, match="7 others are in use"):
+        toy.calibration(len(everything) - 6, 1, skip=7)
     for count in (0, len(everything) + 1):
         with pytest.raises(ValueError, match=f"calibration_blocks is {count}, but the training text has only"):
             toy.calibration(count)

@@ -28,9 +28,9 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
-def calibration(count, seed):
-    """The first of 8 rows, two a batch."""
-    found = batches(4)[: (count + 1) // 2]
+def calibration(count, seed, skip=0):
+    """The first of 8 rows after some, two a batch."""
+    found = batches(4)[skip // 2 :][: (count + 1) // 2]
     return [{name: part[: count - 2 * i] for name, part in batch.items()} for i, batch in enumerate(found)]
 
 
@@ -235,10 +235,26 @@ def test_rounds_with_recovery_remove_the_whole_budget(make, data, tmp_path):
 def test_the_largest_budget_under_a_limit_is_found(make, data, base):
     # What the model itself finds likeliest: any pruning makes it less likely.
     text = load(base).generate(batches(1)[0]["input_ids"][:, :2], max_new_tokens=18, do_sample=False)
-    data.val_dataloader = lambda: [{"input_ids": text, "labels": text}]
-    structure = make(max_ppl_ratio=1.2, budget=0.6, allocation=Inverse(cap=0.8)).prune(data, CPU)["structure"]
-    assert 0 < structure["settings"]["share_found"] < 0.6
+    likely, asked = [{"input_ids": text, "labels": text}], []
+
+    def drawn(count, seed, skip=0):
+        asked.append((count, skip))
+        return likely if skip else calibration(count, seed)
+
+    def pruned(validation):
+        data.calibration, data.val_dataloader = drawn, lambda: validation
+        return make(
+            max_ppl_ratio=1.2, search_blocks=2, budget=0.6, allocation=Inverse(cap=0.8), compensation=Unchanged(),
+            overwrite=True,
+        ).prune(data, CPU)["structure"]  # fmt: skip
+
+    structure = pruned(likely)
+    share = structure["settings"]["share_found"]
+    assert 0 < share < 0.6 and asked == [(6, 0), (2, 6)]
     assert structure["ppl_after"] <= 1.2001 * structure["ppl_before"]
+    assert structure["settings"]["chosen_on"].startswith("2 blocks of training text that parts are not scored on")
+    other = pruned(batches(2))  # what is reported has no part in the choice
+    assert other["settings"]["share_found"] == share and other["ppl_before"] != structure["ppl_before"]
 
 
 def test_a_given_plan_is_followed(make, data, tmp_path):
