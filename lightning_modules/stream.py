@@ -129,6 +129,7 @@ def _after_layers(
     """Within the block, a pass computes what follows the last layer, from these hidden states, on the device."""
     inside = {module for layer in layers for module in layer.modules()}
     outside = [module for module in model.modules() if module not in inside]
+    homes: list[tuple[nn.Module, str, Tensor]]
     homes = [(module, *named) for module in outside for named in module.named_parameters(recurse=False)]
     homes += [(module, *named) for module in outside for named in module.named_buffers(recurse=False)]
     there: dict[Tensor, Tensor] = {}  # tied weights go once

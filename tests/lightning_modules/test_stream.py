@@ -26,7 +26,12 @@ def test_gradients_and_hooks_are_those_of_the_whole_model(side, tied):
     for whole in (True, False):
         model, seen = tiny_llama(tied=tied), []
         matrix = model.model.layers[1].self_attn.v_proj
-        matrix.register_forward_hook(lambda _, args, y, seen=seen: y.requires_grad and y.register_hook(seen.append))
+
+        def watch(_, args, y, seen=seen):
+            if y.requires_grad:
+                y.register_hook(seen.append)
+
+        matrix.register_forward_hook(watch)
         if whole:
             _loss(text)(logits(model, text)).backward()
         else:
@@ -65,7 +70,9 @@ def test_what_follows_the_layers_is_computed_on_the_device_and_comes_home():
     before = dict((*model.named_parameters(), *model.named_buffers()))
     hidden = torch.empty(2, 12, 32, device=meta)
     with stream._after_layers(model, layers, hidden, meta):
+        outside = [model.model.embed_tokens, model.model.norm, model.lm_head, model.model.rotary_emb]
+        assert all(t.is_meta for part in outside for t in (*part.parameters(), *part.buffers()))
         assert {p.device.type for p in model.model.layers.parameters()} == {"cpu"}
-        assert logits(model, batches(1)[0]).is_meta
+        assert model.lm_head(model.model.norm(model.model.layers[0](torch.ones(1)))).is_meta
     after = dict((*model.named_parameters(), *model.named_buffers()))
     assert all(after[name] is t and t.device == CPU for name, t in before.items())
