@@ -4,6 +4,7 @@ Shape legend: R rows (outputs) of a matrix.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +56,7 @@ def output_sensitivity(
     try:
         with stage("Sensitivity of the outputs", len(batches), "batches") as done:
             for number, batch in enumerate(batches, 1):
-                targets = labels(batch).to(device)
-                backward(model, batch, device, lambda scores, targets=targets: next_token_nll(scores, targets)[0])
+                backward(model, batch, device, partial(_nll, labels(batch).to(device)))
                 done(number)
     finally:
         for hook in hooks:
@@ -67,3 +67,7 @@ def output_sensitivity(
     if not all(total.isfinite().all() for total in found.values()):
         raise ValueError("the gradients of the calibration text have NaN or Inf")
     return {name: total.cpu() for name, total in found.items()}
+
+
+def _nll(targets: Tensor, scores: Tensor) -> Tensor:
+    return next_token_nll(scores, targets)[0]
