@@ -23,12 +23,24 @@ _WITHOUT = ("init", "completion")
 class PareCLI(TunesControls):
     """LightningCLI with more subcommands; configurations choose every class."""
 
+    def __init__(self, *, args: Any = None, **options: Any) -> None:
+        given = sys.argv[1:] if args is None else args
+        words = [given["subcommand"]] if isinstance(given, dict) else given
+        self._asked = next((word for word in words if word in self.subcommands()), None)
+        super().__init__(args=args, **options)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """See ``LightningCLI.subcommands``."""
         known = LightningCLI.subcommands()
         own = [name for name in COMMANDS if name not in known and name not in _WITHOUT]
         return known | {command: {"model", "datamodule"} for command in own}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        """See ``LightningCLI._prepare_subcommand_parser``: most of parsing is to find the arguments of all commands."""
+        if subcommand == self._asked:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
 
     def instantiate_classes(self) -> None:
         """See ``LightningCLI.instantiate_classes``; what a class refuses is an error of the command line."""

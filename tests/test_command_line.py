@@ -61,6 +61,14 @@ def test_each_command_has_a_screen_and_each_fits():
         assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 120
 
 
+def test_only_the_command_that_is_asked_for_gets_its_arguments(capsys, monkeypatch):
+    from callbacks.command_line import PareCLI
+
+    given, add = [], PareCLI.add_core_arguments_to_parser
+    monkeypatch.setattr(PareCLI, "add_core_arguments_to_parser", lambda *a: given.append(a) or add(*a))
+    assert _parse(capsys, "validate", *TINY, "--print_config")[0] == 0 and len(given) == 1
+
+
 @pytest.mark.parametrize("name", sorted(set(screens.COMMANDS) - {"init", "completion"}))
 def test_screens_show_options_and_examples_that_are_accepted(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
