@@ -6,13 +6,15 @@ import torch
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
 from tests.strategies.engines import ENGINES, Module, error, fit, reference, tolerance
-from tests.strategies.test_compressed_fsdp import COMPRESSORS
+from tests.strategies.test_compressed_fsdp import COMPRESSORS, WAYS
 
 by_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-@pytest.mark.parametrize("n", [2, 3])
+CASES = [(2, compressor) for compressor in COMPRESSORS] + [(3, compressor) for compressor in WAYS]
+
+
+@pytest.mark.parametrize(("n", "compressor"), CASES, ids=str)
 @by_engine
 def test_gradient_is_the_mean_over_ranks(engine, n, compressor, two_ranks, three_ranks):
     results = {2: two_ranks, 3: three_ranks}[n].run(fit, compressor, engine=engine)

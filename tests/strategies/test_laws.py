@@ -83,21 +83,22 @@ def _level(x):
     x.fill_(1.0)
 
 
-def _ratio(compressor, edit):
-    """E‖x − C(x)‖² / ‖x‖² over draws."""
-    grad = gradient(dist.get_rank(), 2 * _SIZE) * 1e3
-    if edit:
-        edit(grad)
-    draws = 50
-    error = sum((_sent(compressor, grad, step) - grad).square().sum().item() for step in range(draws)) / draws
-    return error / grad.square().sum().item()
+def _ratios(compressor):
+    """E‖x − C(x)‖² / ‖x‖² over draws, of a gradient as it is and edited."""
+    draws, ratios = 50, []
+    for edit in (None, _spike, _heavy, _level):
+        grad = gradient(dist.get_rank(), 2 * _SIZE) * 1e3
+        if edit:
+            edit(grad)
+        error = sum((_sent(compressor, grad, step) - grad).square().sum().item() for step in range(draws)) / draws
+        ratios.append(error / grad.square().sum().item())
+    return ratios
 
 
 @_those("contractive")
-@pytest.mark.parametrize("edit", [None, _spike, _heavy, _level])
-def test_contractive_methods_contract(compressor, edit, two_ranks):
-    for ratio in two_ranks.run(_ratio, compressor, edit):
-        assert ratio <= 1 + 1e-6 and (edit is not None or ratio < 0.999)
+def test_contractive_methods_contract(compressor, two_ranks):
+    for usual, *edited in two_ranks.run(_ratios, compressor):
+        assert usual < 0.999 and max(edited) <= 1 + 1e-6
 
 
 @by_name
