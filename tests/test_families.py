@@ -42,12 +42,12 @@ LAWS = (
     "tests/lightning_modules/block_sparsity/test_schedules.py",
     "tests/lightning_modules/evaluation/test_local.py",
 )
-# In one process, since importing takes most of the time: the help of every family, then a sweep's arguments.
+# In one process, since importing takes most of the time: the help of every family, a sweep's arguments, the law tests.
 ASK = """
-import contextlib, io, json, sys
+import contextlib, io, json, sys, pytest
 from callbacks.parser import problem
 from main import main
-said = {}
+said, tests = {}, sys.argv[2:]
 for name, arguments in json.loads(sys.argv[1]).items():
     sys.argv = ["main.py", *arguments]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
@@ -56,37 +56,38 @@ for name, arguments in json.loads(sys.argv[1]).items():
 base = ["check", "--config", "configs/bench/base.yaml", "--trainer.callbacks=null"]
 compressor = "--trainer.strategy.compressor"
 said["sweep"] = [problem(main, [*base, f"{compressor}={name}"]) for name in ("Plain16", "Plain61")]
-print(json.dumps(said))
+print(json.dumps(said), flush=True)
+sys.exit(pytest.main(["-q", "-rA", "-p", "no:cacheprovider", *tests]))
 """
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """The code, with one more file in each family."""
+def told(tmp_path_factory):
+    """What the code says, with one more file in each family: of help and a sweep, and the law tests' output."""
     folder = tmp_path_factory.mktemp("house")
     for part in ("lightning_modules", "strategies", "callbacks", "common", "bench", "configs", "tests"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        # with what is compiled already, but for what is just being written
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.pyc.*"))
     for part in ("main.py", "setup.cfg", "CONTRIBUTING.md"):
         shutil.copy(ROOT / part, folder)
     for path, text in EXAMPLES.items():
         assert not (folder / path).exists()
         (folder / path).write_text(text, "utf-8")
-    return folder
-
-
-def _run(house, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(house), "CI": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=house, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "CI": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ASK, json.dumps(HELP), "-k", " or ".join([*NAMES, "variants"]), *LAWS]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    said, _, tested = done.stdout.partition("\n")
+    assert said.startswith("{"), done.stderr
+    return json.loads(said), tested
 
 
 def test_there_is_an_example_of_every_family():
     assert NAMES.keys() == HELP.keys()
 
 
-def test_help_and_sweep_know_each(house):
-    done = _run(house, "-c", ASK, json.dumps(HELP))
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.timeout(600)
+def test_help_and_sweep_know_each(told):
+    said, _ = told
     for name in NAMES:
         unwrapped = re.sub(r"\s", "", said[name])  # help breaks lines inside of long names
         assert re.search(rf"knownsubclasses:[^)]*\.{name}[,)]", unwrapped), said[name]
@@ -95,10 +96,8 @@ def test_help_and_sweep_know_each(house):
     assert "no Compressor Plain61; did you mean Plain16?" in misspelt
 
 
-@pytest.mark.timeout(600)
-def test_law_tests_run_each(house):
-    chosen = " or ".join([*NAMES, "variants"])
-    out = _run(house, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", chosen, *LAWS).stdout
+def test_law_tests_run_each(told):
+    _, out = told
     for name in NAMES:
         assert re.search(rf"^PASSED \S*\[.*{name}", out, re.M), out[-3000:]
     failed = re.findall(r"^FAILED (.*)$", out, re.M)

@@ -8,33 +8,51 @@ import pytest
 from bench.experiments.fault_injection import counted, killed, run
 from bench.faults import flips, kills
 from bench.faults.scenarios import SCENARIOS, digest
+from common.records import record
+from tests.command_line import Commands
 
-CHAINS = {"CompressedFSDP2": 1}  # killed preparations are tests of their own
-KILLS = 1  # a chain of more is three starts of Python a kill
+TRAINING = SCENARIOS["CompressedFSDP2"]  # killed preparations are tests of their own
+WHILE_SAVING = 28  # the seed of: SIGKILL to the command while it saves its second checkpoint
+LONG_S = 60.0  # more than it takes
 
 
 @pytest.fixture(scope="module")
-def chains(tmp_path_factory):
+def broken_off(tmp_path_factory):
+    """A training that was killed and went on: its folder, and the chain of a single kill.
+
+    What it would have left is found by ranks that are up already.
+    """
     folder = tmp_path_factory.mktemp("faults")
-    return folder, list(killed(folder, folder / "inputs", CHAINS, KILLS, undisturbed=1))
+    _, _, *arguments = TRAINING.command(folder)
+    ranks = Commands()
+    (folder / "undisturbed").mkdir()
+    ranks.run(folder / "undisturbed", *arguments, base=())
+    ranks.close()
+    wanted = TRAINING.outcome(folder / "undisturbed")
+    return folder / "run", kills.chain(TRAINING, 1, WHILE_SAVING, folder, folder / "run", wanted, LONG_S)
 
 
 @pytest.mark.timeout(900)
-def test_killed_commands_lose_nothing(chains):
-    _, found = chains
-    assert [one["scenario"] for one in found] == list(CHAINS)
-    assert not [fault for one in found for fault in one["faults"]]
-    assert sum(len(one["kills"]) for one in found) >= KILLS
+def test_killed_commands_lose_nothing(broken_off):
+    _, found = broken_off
+    (kill,) = found.kills
+    assert kill.startswith("SIGKILL to the command") and kill.endswith("saving")
+    assert not found.faults
 
 
-def test_finished_chains_are_not_run_again(chains):
-    folder, found = chains
-    assert list(killed(folder, folder / "nowhere", CHAINS, KILLS)) == found
+def test_finished_chains_are_not_run_again(tmp_path, monkeypatch):
+    chains = [kills.Chain(TRAINING.name, seed, ["SIGKILL"]) for seed in range(2)]
+    undisturbed, given = [({"losses": "[]"}, 7.0)], iter(chains)
+    monkeypatch.setattr(kills, "reference", lambda *_: undisturbed.pop())
+    monkeypatch.setattr(kills, "chain", lambda *told: told[-2:] == ({"losses": "[]"}, 7.0) and next(given))
+    for _ in range(2):
+        found = list(killed(tmp_path, tmp_path / "nowhere", {TRAINING.name: 2}, 1))
+        assert found == [chain.line() for chain in chains] == record.read(tmp_path / "chains.jsonl")[0]
 
 
-def test_a_flipped_bit_is_noticed_and_its_file_named(chains):
-    folder, _ = chains
-    runs = folder / "CompressedFSDP2/runs"
+def test_a_flipped_bit_is_noticed_and_its_file_named(broken_off):
+    folder, _ = broken_off
+    runs = folder / "runs"
     artifacts = [
         flips.Artifact("sharded checkpoint", runs / "faults/checkpoints/last.ckpt", flips.check_sharded),
         flips.Artifact("model", runs / "model", flips.check_model),

@@ -2,10 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +13,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed import TCPStore
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
 from callbacks import GracefulStop, graceful_stop
 from callbacks.graceful_stop import SIGNALS, Stopped, stoppable
 from strategies.compressors.int8 import Int8
+from tests.ranks import FORKED
 from tests.strategies.engines import ENGINES
-
-ROOT = Path(__file__).parents[2]
 
 
 class Rows(Dataset):
@@ -253,44 +252,48 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(engine, where, at, two_ranks
     assert steps == 4
 
 
-_DEAF = """
-import datetime, os, signal, sys, time
-from callbacks import graceful_stop
-graceful_stop._DEAF_S = 1.0
-with graceful_stop.stoppable():
-    if sys.argv[1] == "meeting":
-        from torch.distributed import TCPStore
-        print("waiting", flush=True)
-        TCPStore("127.0.0.1", 0, 2, True, datetime.timedelta(seconds=60), wait_for_workers=True)
-    else:
-        child = os.fork()
-        if child == 0:
-            time.sleep(60)
-        print("waiting", flush=True)
-        time.sleep(0.5)
-        os.kill(child, signal.SIGTERM)
-        os.waitpid(child, 0)
-        time.sleep(2.0)
-"""
+def _deaf(what, folder):
+    """In a process of its own: wait where no signal is heard, or for a child that one is meant for."""
+    said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 2)
+    graceful_stop._DEAF_S = 1.0
+    with stoppable():
+        if what == "meeting":
+            (folder / "waiting").touch()
+            TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=60), wait_for_workers=True)
+        else:
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+            time.sleep(0.5)
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+            time.sleep(2.0)
 
 
-def _start(what):
-    command, pipe = [sys.executable, "-c", _DEAF, what], subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-    assert process.stdout.readline() == "waiting\n"
+def _start(what, folder):
+    process = FORKED.Process(target=_deaf, args=(what, folder))
+    process.start()
     return process
 
 
+def _end(process, folder):
+    """Exit status, and what it said."""
+    process.join(60)
+    return process.exitcode, (folder / "said").read_text()
+
+
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_a_process_that_waits_in_torch_for_other_ranks_can_be_stopped(signum):
-    process = _start("meeting")
+def test_a_process_that_waits_in_torch_for_other_ranks_can_be_stopped(signum, tmp_path):
+    process = _start("meeting", tmp_path)
+    while process.is_alive() and not (tmp_path / "waiting").exists():
+        time.sleep(0.05)
     time.sleep(1.0)  # until it is there
-    process.send_signal(signum)
-    _, said = process.communicate()
-    assert process.returncode == 128 + signum and "could not be heard" in said
+    os.kill(process.pid, signum)
+    status, said = _end(process, tmp_path)
+    assert status == 128 + signum and "could not be heard" in said
 
 
-def test_a_signal_to_a_forked_child_does_not_end_its_parent():
-    process = _start("child")
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+def test_a_signal_to_a_forked_child_does_not_end_its_parent(tmp_path):
+    status, said = _end(_start("child", tmp_path), tmp_path)
+    assert status == 0, said

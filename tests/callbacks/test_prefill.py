@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from bench.report.sections import prefill
-from callbacks import PrefillMemory, PrefillTiming, RunRecord
+from callbacks import PrefillMemory, PrefillTiming, RunRecord, prefill_memory
 from callbacks.prefill_memory import _Cpu
 from callbacks.prefill_timing import pruned_read, summary_table
 from callbacks.survival import show, survival
@@ -29,6 +29,7 @@ from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from lightning_modules.token_pruning.scorers.learned import Learned
 from lightning_modules.token_pruning.scorers.recency import Recency
 from tests.lightning_modules.token_pruning.models import LAYERS, build, on_disk, tokens
+from tests.ranks import FORKED
 
 SCHEDULE = Schedule(layers=[1, 3], keep=0.5)
 
@@ -182,7 +183,13 @@ def test_another_kernel_in_one_arm_is_an_error(tmp_path):
         _validate(tmp_path, PrefillTiming(Eager(), SCHEDULE, lengths=[64], repeats=1, warmup=0))
 
 
-def test_memory_search_finds_longer_prompts_with_pruning_and_survives(tmp_path, capsys):
+@pytest.fixture
+def forked(monkeypatch):
+    """Children are forked from a process that has all imports, and given the same as if they were spawned."""
+    monkeypatch.setattr(prefill_memory, "multiprocessing", SimpleNamespace(get_context=lambda _: FORKED))
+
+
+def test_memory_search_finds_longer_prompts_with_pruning_and_survives(tmp_path, capsys, forked):
     # eager attention holds the square of the prompt: 4 heads × 4 bytes × n², several times over
     callback = PrefillMemory(Recency(), SCHEDULE, start=64, longest=65536, resolution=512, limit_gb=0.25)
     early = Schedule(layers=[0], keep=0.2)
@@ -199,7 +206,7 @@ def test_memory_search_finds_longer_prompts_with_pruning_and_survives(tmp_path, 
     assert "Longest prompt within 0.25 GB" in capsys.readouterr().out
 
 
-def test_a_child_that_dies_counts_as_too_long_and_is_replaced():
+def test_a_child_that_dies_counts_as_too_long_and_is_replaced(forked):
     probe = _Cpu(build(), PromptPruner(Recency(), SCHEDULE), 1 << 30)
     try:
         assert probe.peak(64)

@@ -1,7 +1,5 @@
 """Peaks of known size, kernels that really run, and the search for the largest size."""
 
-import multiprocessing
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from common.measure.memory import (
     resident_now,
     resident_peak,
 )
+from tests.ranks import FORKED
 
 
 def test_peak_is_the_most_held_at_once_not_the_sum():
@@ -66,6 +65,6 @@ def _limited():
 
 
 def test_a_limited_process_survives_asking_for_too_much():
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with FORKED.Pool(1) as pool:
         grown, total, error = pool.apply(_limited)
     assert 16 << 20 <= grown < 32 << 20 and total == 4 << 20 and "alloc" in error

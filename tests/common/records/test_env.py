@@ -1,29 +1,27 @@
 import json
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.__main__ import main
+from bench.network import link
 from common.measure import peaks
 from common.records import env
 from common.records.record import stamp
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture(scope="module")
 def report():
-    """The report of the real command."""
-    command = [sys.executable, "-m", "bench", "env", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    answer = json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))
-    content = answer["result"]
-    assert (answer["command"], answer["status"]) == ("env", done.returncode)
-    assert done.returncode == (1 if content["missing"] else 0), done.stderr
-    return content
+    return env.check(trials={"link emulation": link.check})
+
+
+def test_the_command_tells_the_report_in_json(report, capfd, monkeypatch):
+    monkeypatch.setattr(env, "check", lambda *_: report)
+    status = main(["env", "--json"])
+    answer = json.loads(capfd.readouterr().out, parse_constant=lambda constant: pytest.fail(constant))
+    assert (answer["command"], answer["status"]) == ("env", status) and status == (1 if report["missing"] else 0)
+    assert answer["result"] == json.loads(json.dumps(report))
 
 
 def test_the_report_is_of_this_machine(report):

@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 import platform
 import resource
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from common.records import machine, record, schema
+from tests.ranks import FORKED
 
 RUN = {
     "run_name": "a",
@@ -149,8 +149,7 @@ def _append_many(path, writer):
 
 def test_concurrent_writers_lose_and_mix_nothing(tmp_path):
     path = tmp_path / "results.jsonl"
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_append_many, args=(path, w)) for w in range(2)]
+    writers = [FORKED.Process(target=_append_many, args=(path, w)) for w in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -173,7 +172,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "results.jsonl"
     record.append(path, {"n": 1})
     before = path.read_bytes()
-    writer = multiprocessing.get_context("spawn").Process(target=_append_beyond_limit, args=(path,))
+    writer = FORKED.Process(target=_append_beyond_limit, args=(path,))
     writer.start()
     writer.join()
     assert writer.exitcode == 7

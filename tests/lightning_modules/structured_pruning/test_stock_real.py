@@ -19,7 +19,7 @@ REAL = Path(os.environ.get("PARE_REAL_MODEL") or Path(__file__).parents[4] / "re
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no SmolLM2-135M folder: PARE_REAL_MODEL names one")
 def test_trials_leave_smollm2_its_heads(tmp_path):
-    model = load(REAL, "bfloat16")
+    model = load(REAL, "fast")
     text = load_tokenizer(REAL)("\n\n".join(topics[name] for name in sorted(topics)[:8])).input_ids
     rows = torch.tensor(text[: 4 * 128]).view(4, 128)
     layout = Layout(drop_by="block_influence", multiple=64)
