@@ -1,5 +1,6 @@
 """Fixtures that several test folders use."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -42,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, name in enumerate(LONG) if path.startswith(name)), len(LONG))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections, of which every timing begins with one, pass over what is imported: it stays."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
