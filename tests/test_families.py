@@ -57,7 +57,9 @@ base = ["check", "--config", "configs/bench/base.yaml", "--trainer.callbacks=nul
 compressor = "--trainer.strategy.compressor"
 said["sweep"] = [problem(main, [*base, f"{compressor}={name}"]) for name in ("Plain16", "Plain61")]
 print(json.dumps(said), flush=True)
-sys.exit(pytest.main(["-q", "-rA", "-p", "no:cacheprovider", *tests]))
+# what is imported already, plugins too, needs no rewriting
+quiet = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+sys.exit(pytest.main(["-q", "-rA", *quiet, *tests]))
 """
 
 
