@@ -12,6 +12,7 @@ from callbacks.commands import PareTrainer
 from callbacks.control import TunesControls
 from callbacks.graceful_stop import stoppable
 from callbacks.parser import Parser, explained
+from callbacks.push import Push, left
 from common.front.forms import Forms
 from common.front.screens import COMMANDS
 from common.output import one_object, silent, steady
@@ -42,10 +43,21 @@ class PareCLI(TunesControls):
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.init_parser(**kwargs)
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """See ``LightningCLI.add_arguments_to_parser``: what every command takes."""
+        parser.add_argument(
+            "--push",
+            type=str | None,
+            default=None,
+            help="Upload the folder that the command leaves, when it is complete, to this repository of the Hugging "
+            "Face Hub: OWNER/NAME. A private one is made where there is none.",
+        )
+
     def instantiate_classes(self) -> None:
         """See ``LightningCLI.instantiate_classes``; what a class refuses is an error of the command line."""
         with explained(self.parser):
             super().instantiate_classes()
+            self._push = self._to_push()
 
     def check_arguments(self) -> None:
         """See ``PareTrainer.check_arguments``."""
@@ -63,6 +75,31 @@ class PareCLI(TunesControls):
         """See ``PareTrainer.check``."""
         with explained(self.parser):
             self.trainer.check(**arguments)
+
+    def _to_push(self) -> Push | None:
+        """What ``push`` asks for.
+
+        Raises:
+            ValueError: The command leaves nothing to upload, or see ``Push``.
+        """
+        chosen = self.config_init[self.subcommand]
+        command = chosen.get("command", str(self.subcommand))  # `check` is told another
+        if chosen.get("push") is None:
+            return None
+        if chosen.get("dry_run") or self.trainer.fast_dev_run:
+            raise ValueError("push: a trial run leaves nothing to upload; leave push out")
+        folder = left(command, self.trainer.callbacks, self.model)
+        if folder is None:
+            raise ValueError(f"push: {command} leaves no folder to upload with this configuration; leave push out")
+        return Push(chosen["push"], folder)
+
+    def push(self) -> None:
+        """Upload what the command left, where ``push`` asks for it; the first rank does."""
+        if self._push is not None and self.trainer.is_global_zero:
+            print(f"uploading {self._push.folder}", flush=True)
+            print(f"uploaded: {self._push.upload()}", flush=True)
+
+    after_fit = after_prune = after_calibrate = after_export = push
 
 
 def run(arguments: list[str]) -> None:

@@ -158,6 +158,7 @@ class Control(TimeToQuality):
             elif name == "RunRecord":
                 one["init_args"]["run_name"] = f"{one['init_args'].get('run_name') or 'run'}_control"
         run["ckpt_path"] = "auto"
+        run.pop("push", None)
         return run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch import Callback, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from common.files import check_output, inputs_of, replacing
+from lightning_modules.card import card, table, usage
 
 _CARD_FIELDS = (
     "dataset",
@@ -66,22 +66,17 @@ class HFExport(Callback):
         if trainer.is_global_zero:
             prefix = "model."
             state = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            card = self._card(trainer, pl_module.model.config.model_type)
+            text = self._card(trainer, pl_module)
             inputs = inputs_of(pl_module, trainer.datamodule)
             with replacing(self.dirpath, "model", inputs, self.overwrite) as folder:
-                pl_module.write_export(folder, state, trainer.datamodule.tokenizer, card)
+                pl_module.write_export(folder, state, trainer.datamodule.tokenizer, text)
         trainer.strategy.barrier()
 
-    def _card(self, trainer: Trainer, model_type: str) -> str:
-        """Markdown with the metadata block that the hub reads."""
+    def _card(self, trainer: Trainer, pl_module: Any) -> str:
+        config = pl_module.model.config
         record: dict[str, Any] = next((r for c in trainer.callbacks if (r := getattr(c, "record", None))), {})
-        data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["pare", model_type])
-        rows = "\n".join(f"| {name} | {record[name]} |" for name in _CARD_FIELDS if record.get(name) is not None)
-        results = f"## Training run\n\n| field | value |\n|---|---|\n{rows}\n" if rows else ""
-        usage = (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n'
-        )
-        text = f"# {self.dirpath.parent.name or model_type}\n\nA {model_type} language model trained with Pare.\n\n"
-        return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{usage}\n{results}"))
+        rows = {name: record[name] for name in _CARD_FIELDS if record.get(name) is not None}
+        results = f"\n## Training run\n\n{table(rows, ('field', 'value'))}" if rows else ""
+        text = f"A {config.model_type} language model trained with Pare.\n\n{usage(config)}{results}"
+        base = getattr(pl_module, "base", None) or getattr(pl_module, "pretrained", None)
+        return card(self.dirpath.parent.name or config.model_type, text, base, [config.model_type])

@@ -176,6 +176,10 @@ class CausalLM(L.LightningModule):
         """Folders, files and hub names that this module reads, and which no result may replace; None is passed over."""
         return []
 
+    def leaves(self, command: str) -> Path | None:
+        """The folder that a command leaves its result in; None where this module writes none (``HFExport`` may)."""
+        return None
+
     def write_export(
         self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
     ) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from lightning_modules.card import write_card
+
 
 def export(
     folder: Path,
@@ -42,4 +44,4 @@ def export(
         model.generation_config = generation_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_card(folder, card)

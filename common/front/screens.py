@@ -26,6 +26,7 @@ class Command:
 _CKPT = ("--ckpt_path FILE", "a checkpoint; `last` is the newest one of this configuration")
 _DRY = ("--dry_run true", "only say what would be removed; nothing is written")
 _OUTPUT = ("--model.output FOLDER", "where the result goes")
+_PUSH = ("--push OWNER/NAME", "also upload the result to the Hugging Face Hub, where it is private")
 
 COMMANDS = {
     "init": Command(
@@ -58,6 +59,7 @@ COMMANDS = {
             ("--trainer.strategy.compressor NAME", "how gradients are compressed: Int8, TopK, PowerSGD, …"),
             ("--model.learning_rate X", "largest learning rate"),
             ("--data.batch_size N", "samples of a rank in a step"),
+            _PUSH,
         ),
     ),
     "validate": Command(
@@ -82,12 +84,12 @@ COMMANDS = {
             "prune --config configs/structured_pruning/prune.yaml --model.base FOLDER --data.tokenizer FOLDER",
             "prune --config configs/block_sparsity/oneshot.yaml --model.pretrained FOLDER --data.tokenizer FOLDER",
         ),
-        (_DRY, _OUTPUT, ("--model.budget X", "structured pruning: share of the decoder that goes (0.25)")),
+        (_DRY, _OUTPUT, ("--model.budget X", "structured pruning: share of the decoder that goes (0.25)"), _PUSH),
     ),
     "calibrate": Command(
         "Measure a model on your text, and write the token pruning that suits it.",
         ("calibrate --config configs/token_pruning/calibrate.yaml --model.base FOLDER --data.tokenizer FOLDER",),
-        (_OUTPUT, ("--model.speedup X", "how much faster a prompt is to be read (2.0)")),
+        (_OUTPUT, ("--model.speedup X", "how much faster a prompt is to be read (2.0)"), _PUSH),
     ),
     "verify": Command(
         "Prove on real text that a saved result computes what it claims to.",
@@ -97,7 +99,7 @@ COMMANDS = {
     "export": Command(
         "Write a result in a form that loads without Pare.",
         ("export --config configs/structured_pruning/prune.yaml --model.base FOLDER --data.tokenizer FOLDER",),
-        (_OUTPUT,),
+        (_OUTPUT, _PUSH),
     ),
     "evaluate": Command(
         "Ask models tasks: local ones without a download, or those of lm-evaluation-harness.",

@@ -1,15 +1,18 @@
 """What a BlockSparsity module does besides training: save, prune once, pack and unpack, compare."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from common.files import replacing
+from common.files import replacing, write_text
+from common.manifest import CARD
 from common.tables import cell
 from lightning_modules.block_sparsity.layer_files import layer_folder, remove_layers
 from lightning_modules.block_sparsity.packed_model import PACKED_FILE, write_model, write_packed
 from lightning_modules.block_sparsity.verification import compare
+from lightning_modules.card import card, code, short, table, usage, write_card
 from lightning_modules.loading import check_vocabulary
 from lightning_modules.perplexity import validation_perplexity
 
@@ -35,6 +38,7 @@ def save(module: "BlockSparsity", data: Any) -> None:
             write_model(folder, model, module.stored)
             data.tokenizer.save_pretrained(folder)
             module.pruner.save(folder)
+            write_card(folder, _card(module))
     remove_layers(layer_folder(module.output))
     rank_zero_info(f"saved {module.output}")
 
@@ -69,6 +73,7 @@ def prune(module: "BlockSparsity", data: Any, device: torch.device, dry_run: boo
     save(module, data)  # first: whoever stops the measurement has the model
     ppl = validation_perplexity(module.plain_model, data, device=device)
     print(f"validation perplexity: {ppl:.3f}")
+    write_text(module.output / CARD, _card(module, {f"perplexity, {data.name}, {data.perplexity_on}": f"{ppl:.3f}"}))
     entry = module.pruner.iteration_result(row.iteration, ppl, module.check_masks("after saving"))
     return {"val_ppl": ppl, **module.pruner.result([entry])}
 
@@ -96,6 +101,7 @@ def export(module: "BlockSparsity", data: Any) -> dict[str, Any]:
     with replacing(module.output, "packed model", module.inputs_of(data), module.overwrite) as folder:
         sizes = write_packed(folder, model, model.state_dict(), pruner.tiers, values, module.export_bands)
         data.tokenizer.save_pretrained(folder)
+        write_card(folder, _card(module, sizes=sizes))
     print("\n".join(f"{name}: {cell(value)}" for name, value in sizes.items()))
     planned = pruner.plan(pruner.ratios(), values, module.export_bands)
     return {"tiers": {**pruner.result([])["tiers"], **sizes, "planned": planned}}
@@ -121,6 +127,36 @@ def verify(module: "BlockSparsity", data: Any, device: torch.device) -> dict[str
     report = compare(module.plain_model, module.pruner, module.output, data, device)
     print("\n".join(f"{name}: {value}" for name, value in report.items()))
     return {"tiers": {**module.pruner.result([])["tiers"], "verified": report}}
+
+
+def _card(
+    module: "BlockSparsity", measured: Mapping[str, str] | None = None, sizes: Mapping[str, float] | None = None
+) -> str:
+    """The folder's model card.
+
+    Args:
+        module: The pruned model.
+        measured: What is known of its quality.
+        sizes: What ``write_packed`` said, where the folder is packed.
+    """
+    zeros = module.pruner.sparsity()
+    rows: dict[str, Any] = {
+        "zeros in the decoder's matrices": f"{zeros['sparsity']:.2%}",
+        "zeros in the whole model": f"{zeros['model_sparsity']:.2%}",
+    }
+    if module.pruner.tiers:
+        shares = zip(("dense", "2:4", "top-k"), vars(module.pruner.ratios()).values(), strict=True)
+        rows["blocks"] = ", ".join(f"{share:.1%} {name}" for name, share in shares)
+    if sizes is not None:
+        rows["bits per weight of these matrices"] = f"{sizes['packed_bits_per_weight']:.2f}"
+        what, load = (
+            f"`{PACKED_FILE}` holds the weights that are left.",
+            code("from lightning_modules.block_sparsity import load_packed", 'model = load_packed("{here}")'),
+        )
+    else:
+        what, load = "Pruned weights are zeros in a plain model.", usage(module.plain_model.config)
+    text = f"Weights are pruned in blocks. {what}\n\n{load}\n{table({**rows, **(measured or {})})}"
+    return card(f"{short(module.pretrained)}, block-sparse", text, module.pretrained, ["sparse"])
 
 
 def _need_tiers(module: "BlockSparsity") -> None:

@@ -194,6 +194,10 @@ class BlockSparsity(CausalLM):
         """What is read, and so must not be written over."""
         return [self.pretrained, self.teacher, self.maps, *(data.inputs() if hasattr(data, "inputs") else ())]
 
+    def leaves(self, command: str) -> Path | None:
+        """See ``CausalLM.leaves``."""
+        return self.output if command in ("fit", "prune", "export") else None
+
     # ---- the model --------------------------------------------------------------------------------------------
 
     def build_model(self) -> PreTrainedModel:

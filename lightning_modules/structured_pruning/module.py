@@ -18,6 +18,7 @@ from common.manifest import CARD, check_manifest
 from common.measure.memory import peak_bytes_so_far
 from common.progress import stage
 from common.randomness import run_seed
+from lightning_modules import card as cards
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.data.cache import cache_root
 from lightning_modules.loading import Dtype, check_vocabulary, dtype_of, load, load_config, load_on_meta, load_tokenizer
@@ -229,6 +230,10 @@ class StructuredPruning(CausalLM):
         """See ``CausalLM.inputs``."""
         return [self.base, self.plan_path]
 
+    def leaves(self, command: str) -> Path | None:
+        """See ``CausalLM.leaves``."""
+        return {"prune": self.output, "export": self.portable}.get(command)
+
     # ---- the commands -------------------------------------------------------------------------------------------
 
     def build_model(self) -> Any:
@@ -302,13 +307,13 @@ class StructuredPruning(CausalLM):
         plan = composed([one.plan for one in rounds])
         structure = self._structure(whole, plan, datamodule, measured | {"model_class": type(model).__name__})
         report.count_biases(structure, model)
-        card = report.card(self.base, datamodule.name, structure)
+        card = report.card(self.base, datamodule.name, structure, model.config)
         save(self.output, model, tokenizer, card, plan, rounds, inputs_of(self, datamodule), self.overwrite)
         print(f"pruned model: {self.output}", flush=True)  # what follows only measures
         again: Any = load(self.output, model.dtype, self.loading["attention"]).to(device)
         structure["reload_difference"] = largest_difference(model, again, ids)
         structure["ppl_after"] = validation_perplexity(again, datamodule, "Perplexity after")
-        write_text(self.output / CARD, report.card(self.base, datamodule.name, structure))
+        write_text(self.output / CARD, report.card(self.base, datamodule.name, structure, model.config))
         return _shown(self.base, structure) | {"val_ppl": structure["ppl_after"]}
 
     def _peaks(self, whole: ModelShape, plan: PruningPlan, data: Any) -> dict[str, int]:
@@ -443,7 +448,8 @@ class StructuredPruning(CausalLM):
                 "width; shape: stock avoids that"
             )
         name = type(padded.model).__name__
-        card = f"# {self.output.name}\n\n{name}, padded from a pruned model.\n"
+        text = f"{name}, padded with zeros from a pruned model.\n\n{cards.usage(padded.model.config)}"
+        card = cards.card(f"{cards.short(self.base)}, structurally pruned", text, self.base, ["pruned"])
         inputs = [self.output, *inputs_of(self, datamodule)]
         save(self.portable, padded.model, tokenizer, card, inputs=inputs, overwrite=self.overwrite)
         print(f"{name} in {self.portable}: logits differ by at most {difference:.3g}")

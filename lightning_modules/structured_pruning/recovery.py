@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from common.files import check_output, inputs_of, replacing
+from lightning_modules import card as cards
+from lightning_modules.card import write_card
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.loading import check_vocabulary, dtype_of, load, load_config
 from lightning_modules.structured_pruning import adapter as adapters
@@ -244,6 +246,10 @@ class LoraRecovery(CausalLM):
 
     # ---- the result -----------------------------------------------------------------------------------------------
 
+    def leaves(self, command: str) -> Path | None:
+        """See ``CausalLM.leaves``."""
+        return self.merged if command == "export" else None
+
     def write_export(
         self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
     ) -> None:
@@ -260,7 +266,9 @@ class LoraRecovery(CausalLM):
         self.check_arguments("export", datamodule)
         merged = self.merged
         assert merged is not None
-        card = f"# {merged.name}\n\n{self.base} with the adapter {self.adapter} merged into it.\n"
+        base, adapter = cards.short(self.base), cards.short(self.adapter or "")
+        text = f"{base} with the adapter {adapter} merged into it.\n\n{cards.usage(load_config(self.base))}"
+        card = cards.card(f"{base}, recovered", text, self.base, ["pruned"])
         with replacing(merged, "model", inputs_of(self, datamodule), self.overwrite) as folder:
             self._merge(folder, None, None, datamodule.tokenizer, card)
         print(f"merged model: {merged}")
@@ -286,4 +294,4 @@ class LoraRecovery(CausalLM):
         # merged in float32, written in the dtype that the base has on disk
         adapted.merge_and_unload().to(self._stored()).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_card(folder, card)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lightning_modules import card as cards
 from lightning_modules.structured_pruning.layers import LayerShape
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
@@ -147,8 +148,15 @@ def memory_table(peaks: dict[str, int]) -> Table:
     return shown
 
 
-def card(base: str, dataset: str | None, fields: dict[str, Any]) -> str:
-    """Markdown of the pruned folder, with the metadata that the hub reads."""
+def card(base: str, dataset: str | None, fields: dict[str, Any], config: Any) -> str:
+    """Model card of the pruned folder.
+
+    Args:
+        base: The model that was pruned.
+        dataset: Name of the text that perplexity was measured on.
+        fields: The record's ``structure``.
+        config: The pruned model's configuration.
+    """
     after = fields.get("ppl_after")
     rows = {
         "perplexity before": f"{fields['ppl_before']:.3f}",
@@ -161,16 +169,9 @@ def card(base: str, dataset: str | None, fields: dict[str, Any]) -> str:
         "perplexity measured on": f"{dataset}, {fields['perplexity_on']}",
     }
     plain = not str(fields.get("model_class", "PerLayer")).startswith("PerLayer")
-    if plain:
-        what, load = f"Kept layers are alike, so this is a plain {fields['model_class']}", ""
-    else:
-        what, load = "Layers differ in shape", ", trust_remote_code=True"
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        f"base_model: {base}\ntags: [pare, pruned]\n---\n"
-        f"\n# {base.rstrip('/').rpartition('/')[2]}, structurally pruned\n\n"
+    what = f"Kept layers are alike, so this is a plain {fields['model_class']}" if plain else "Layers differ in shape"
+    text = (
         f"Whole groups of heads, MLP channels or layers are gone. {what}. `pruning_plan.json` says what is left.\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{load})\n```\n\n'
-        "| what | value |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in rows.items())
+        f"{cards.usage(config)}\n{cards.table(rows)}"
     )
+    return cards.card(f"{cards.short(base)}, structurally pruned", text, base, ["pruned"])

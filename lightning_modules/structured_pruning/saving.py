@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from common.files import replacing
+from lightning_modules.card import write_card
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.rounds import Round, save_rounds
 
@@ -42,7 +43,7 @@ def save(
     with replacing(folder, "model", inputs, overwrite) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        (beside / "README.md").write_text(card, encoding="utf-8")
+        write_card(beside, card)
         if plan is not None:
             plan.save(beside / FILE)
             save_rounds(beside, rounds)

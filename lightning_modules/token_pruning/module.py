@@ -163,6 +163,10 @@ class TokenPruning(L.LightningModule):
         """See ``CausalLM.inputs``."""
         return [self.base, self.saliency_path, self.pruner_path]
 
+    def leaves(self, command: str) -> Path | None:
+        """See ``CausalLM.leaves``."""
+        return self.output if command == "fit" else None
+
     def _check_layers(self, pruner: TokenPruner, layers: list[int]) -> None:
         if list(pruner.layers) != layers:
             raise ValueError(f"{self.pruner_path} scores layers {list(pruner.layers)}, the schedule {layers}")

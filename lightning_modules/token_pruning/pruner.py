@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from common.files import replacing
 from common.variants import variants
+from lightning_modules.card import card, code, table, write_card
 from lightning_modules.token_pruning.identity import config_differences, differences, identity_of
 from lightning_modules.token_pruning.networks import Network
 from lightning_modules.token_pruning.networks.mlp import MLP
@@ -128,7 +129,7 @@ class TokenPruner(nn.Module):
         with replacing(folder, "token pruner", inputs, overwrite) as beside:
             save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
             (beside / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
-            (beside / "README.md").write_text(self._card(), encoding="utf-8")
+            write_card(beside, self._card())
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds: the constructor's arguments."""
@@ -169,14 +170,13 @@ class TokenPruner(nn.Module):
 
     def _card(self) -> str:
         base = f" for a {self.base['model_type']} of hidden size {self.hidden_size}" if self.base else ""
-        rows = "".join(f"| {name} | {value} |\n" for name, value in self.notes.items())
-        notes = f"\n| trained with | |\n|---|---|\n{rows}" if rows else ""
-        return (
-            "---\nlibrary_name: pare\ntags: [token-pruning]\n---\n\n# Token pruner\n\n"
-            f"Scores prompt tokens after decoder layers {', '.join(map(str, self.layers))}{base}.\n{notes}\n"
-            "```python\nfrom lightning_modules.token_pruning.pruner import TokenPruner\n\n"
-            'pruner = TokenPruner.load("path/to/this/folder", model)\n```\n'
+        load = code(
+            "from lightning_modules.token_pruning.pruner import TokenPruner",
+            'pruner = TokenPruner.load("{here}", model)',
         )
+        notes = f"\n{table(self.notes, ('trained with', ''))}" if self.notes else ""
+        text = f"Scores prompt tokens after decoder layers {', '.join(map(str, self.layers))}{base}.\n\n{load}{notes}"
+        return card("Token pruner", text, tags=["token-pruning"], library="pare")
 
 
 def _network(config: dict[str, Any]) -> Network:

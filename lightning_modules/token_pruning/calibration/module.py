@@ -11,6 +11,7 @@ from rich.console import Console
 from common.files import check_output, inputs_of, replacing
 from common.progress import stage
 from common.tables import Table
+from lightning_modules.card import card, code, short, table, write_card
 from lightning_modules.causal_lm import check_vocabulary
 from lightning_modules.data.cache import cache_root
 from lightning_modules.loading import Dtype, load, load_config
@@ -113,6 +114,10 @@ class TokenCalibration(L.LightningModule):
         """See ``CausalLM.inputs``."""
         return [self.base]
 
+    def leaves(self, command: str) -> Path | None:
+        """See ``CausalLM.leaves``."""
+        return self.output if command == "calibrate" else None
+
     def check_arguments(self, command: str, data: Any) -> None:
         """Refuse what `calibrate` cannot do, before any text or weight is read.
 
@@ -195,6 +200,7 @@ class TokenCalibration(L.LightningModule):
         with replacing(self.output, "pruning", inputs_of(self, datamodule), self.overwrite) as folder:
             text = content(schedule, scorer, identity_of(model), summary)
             (folder / FILE).write_text(text, encoding="utf-8")
+            write_card(folder, _card(summary))
         self._show(summary)
         return {"calibration": summary}
 
@@ -282,6 +288,31 @@ class TokenCalibration(L.LightningModule):
             f"{summary['pool']}, heads {summary['heads'] or 'all'}\n{self.output / FILE}: "
             f"PromptPruner.from_file({str(self.output)!r}), or --pruner {self.output}"
         )
+
+
+def _card(summary: dict[str, Any]) -> str:
+    """The folder's model card.
+
+    Args:
+        summary: The record's ``calibration``.
+    """
+    base, rows = short(summary["model"]), summary["tried"]
+    chosen = next(row for row in rows if row["layers"] == summary["layers"])
+    facts = {
+        "after layers": summary["layers"],
+        "share of the prompt that stays": summary["keep"],
+        "speed-up, bound by arithmetic, at its least": f"{min(summary['bound']):.2f}×",
+        "right answers kept, of facts not measured on": f"{chosen['right']} of {chosen['unpruned']}",
+        "95 % interval": f"{chosen['kept_low']:.0%} to {chosen['kept_high']:.0%}",
+    }
+    load = code(
+        "from lightning_modules.token_pruning.prefill import PromptPruner",
+        'pruner = PromptPruner.from_file("{here}")',
+        "with pruner.prefill(model):",
+        "    model.generate(...)",
+    )
+    text = f"Drops tokens of long prompts while {base} reads them, layer by layer.\n\n{load}\n{table(facts)}"
+    return card(f"Token pruning for {base}", text, summary["model"], ["token-pruning"], "pare")
 
 
 def _beginning(data: Any, characters: int) -> str:
