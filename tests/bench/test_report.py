@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -103,6 +104,19 @@ def test_the_page_stands_alone_and_says_what_each_picture_shows(whole):
     assert len(page.named("caption")) >= len(charts)  # the numbers behind each
     assert page.named("html")[0]["lang"] == "en" and {"header", "nav", "main"} <= {tag for tag, _ in page.elements}
     assert "prefers-color-scheme: dark" in text and len(text) < 5_000_000
+
+
+def test_paper_is_white_whatever_the_screen_is(whole):
+    style = whole[2].partition("<style>")[2].partition("</style>")[0]
+    dark, paper = (
+        {
+            name
+            for rules in re.findall(medium + r" \{\s*:root \{(.*?)\}", style, re.DOTALL)
+            for name in re.findall(r"--[\w-]+", rules)
+        }
+        for medium in (r"\(prefers-color-scheme: dark\)", "@media print")
+    )
+    assert dark == paper and len(dark) > 20
 
 
 def test_names_and_errors_are_text_not_markup(whole):
