@@ -7,10 +7,11 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from callbacks.model_card import HFExport
 from common.manifest import MARKER, check_manifest
+from common.progress import interactive
 
 _STALE = "*.safetensors*"  # in the repository, of an earlier result: loaders would take them for this one's
 
@@ -59,6 +60,8 @@ class Push:
         if _written(self.folder) == self._before:
             raise RuntimeError(f"push: nothing was written to {self.folder}, so nothing was uploaded")
         check_manifest(self.folder)
+        if not interactive():
+            disable_progress_bars()
         api = HfApi()
         try:
             address = str(api.create_repo(self.name, private=True, exist_ok=True))

@@ -3,8 +3,12 @@
 import math
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from bench.report import export, groups, values
+from bench.report import drawing, export, groups, values
+from bench.report.content import Chart
 from bench.report.evidence import sort
 from bench.report.link import link_label
 from bench.report.palette import HUES, Colours
@@ -169,3 +173,33 @@ def test_bounds_and_suspicions_reach_the_report():
     found = sort([{**fast, "link_rate": "slow"}, fast])
     assert [record.get("bound_step_time_ms") for record in found.runs] == [None, pytest.approx(1090.0)]
     assert found.problems == ["1 run without bounds: no rate in link_rate slow"]
+
+
+@pytest.mark.parametrize("lying", [False, True])
+def test_bars_as_one_path_stand_where_matplotlibs_own_do(lying):
+    ours, theirs = Figure().subplots(1, 2)
+    drawing.bars(ours, [0, 1, 2], [3.0, math.nan, 2.0], [1.0, 0.0, 0.0], 0.6, lying=lying)
+    (theirs.barh if lying else theirs.bar)([0, 2], [3.0, 2.0], 0.6, [1.0, 0.0])
+    assert ours.get_xlim() == theirs.get_xlim() and ours.get_ylim() == theirs.get_ylim()
+    (path,) = (patch.get_path().to_polygons() for patch in ours.patches)
+    corners = [patch.get_transform().transform_path(patch.get_path()).get_extents() for patch in theirs.patches]
+    for box, polygon in zip(corners, path, strict=True):
+        lower, upper = theirs.transData.inverted().transform(box.get_points())
+        assert polygon.min(0) == pytest.approx(lower) and polygon.max(0) == pytest.approx(upper)
+
+
+@pytest.mark.parametrize("largest", [2.0, 2e9])
+def test_a_title_evades_a_factor_above_the_axis(largest):
+    def draw(figure):
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, largest])
+        drawing.heading(axes, "the title")
+
+    figure = drawing.render(Chart("c", "C", "", "", draw, Table([], [])))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,), (title,) = figure.axes, figure.findobj(lambda one: isinstance(one, Text) and one.get_text() == "the title")
+    factor = axes.yaxis.get_offset_text()
+    assert bool(factor.get_text()) == (largest > 1e6)
+    if factor.get_text():
+        assert not title.get_window_extent().overlaps(factor.get_window_extent())

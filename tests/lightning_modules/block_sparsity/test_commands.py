@@ -77,6 +77,8 @@ def test_prune_export_verify_and_unpack(dense, data_cache, tmp_path, capsys):
     assert sizes["packed_bits_per_weight"] == pytest.approx(sizes["planned"]["packed_bits_per_weight"], rel=0.1)
     report = module_of(pruned, packed).verify(data, CPU)["tiers"]["verified"]
     assert report["weights_equal"] and report["violations"] == 0
+    assert f"| {fields['val_ppl']:.3f} |" in (pruned / "README.md").read_text()
+    assert 'load_packed("' in (packed / "README.md").read_text()
     module_of(pruned, tmp_path / "bands", export_bands=True).export(data, CPU)
     assert module_of(pruned, tmp_path / "bands").verify(data, CPU)["tiers"]["verified"]["weights_equal"]
     module_of(packed, plain).export(data, CPU)
