@@ -177,6 +177,7 @@ def test_calibrating_writes_what_reaches_the_speedup(setup, tmp_path, monkeypatc
     pruner = PromptPruner.from_file(tmp_path / "out")
     assert pruner.schedule.layers == found["layers"] and pruner.scorer.only == found["heads"]
     assert json.loads((tmp_path / "out/pare.json").read_text())["kind"] == "pruning"
+    assert "PromptPruner.from_file(" in (tmp_path / "out/README.md").read_text()
     assert "answers 8 of 8 planted facts" in capsys.readouterr().out
 
 
