@@ -40,7 +40,9 @@ class _Answers(BaseHTTPRequestHandler):
     server: _Hub
 
     def do_GET(self) -> None:
-        self._answer([{"type": "file", "path": n, "size": 1, "oid": "0" * 40} for n in self.server.files])
+        files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.server.files]
+        known = "/tree/" in self.path  # what else the client asks for it would keep for later, in the user's cache
+        self._answer(files if known else {"error": "unknown"}, 200 if known else 404)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
