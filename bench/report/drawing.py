@@ -116,6 +116,7 @@ def bars(
     axes: Axes,
     places: Sequence[float],
     lengths: Sequence[float],
+    colour: str,
     starts: Sequence[float] | None = None,
     width: float = 0.8,
     lying: bool = False,
@@ -127,10 +128,11 @@ def bars(
         axes: Where.
         places: Middle of each bar across it.
         lengths: Their lengths; infinite ones are left out.
+        colour: Of all.
         starts: Where they begin; 0 by default.
         width: Of each.
         lying: Bars lie; their places count upwards.
-        **look: Of ``PathPatch``: colour, label, …
+        **look: Of ``PathPatch``: label, transparency, …
     """
     base = np.zeros(len(places)) if starts is None else np.asarray(starts, float)
     known = np.isfinite(ends := base + lengths)
@@ -139,7 +141,7 @@ def bars(
     corners = np.stack([np.stack(sides), np.stack([base, ends, ends, base, base])], axis=-1)
     vertices = corners.swapaxes(0, 1).reshape(-1, 2)[:, :: -1 if lying else 1]
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(base)
-    patch = axes.add_artist(PathPatch(Path(vertices, codes), **look))
+    patch = axes.add_artist(PathPatch(Path(vertices, codes), facecolor=colour, linewidth=0, **look))
     (patch.sticky_edges.x if lying else patch.sticky_edges.y).extend(base)  # no margin where bars begin
     axes.update_datalim(vertices)
     axes.autoscale_view()

@@ -178,7 +178,7 @@ def test_bounds_and_suspicions_reach_the_report():
 @pytest.mark.parametrize("lying", [False, True])
 def test_bars_as_one_path_stand_where_matplotlibs_own_do(lying):
     ours, theirs = Figure().subplots(1, 2)
-    drawing.bars(ours, [0, 1, 2], [3.0, math.nan, 2.0], [1.0, 0.0, 0.0], 0.6, lying=lying)
+    drawing.bars(ours, [0, 1, 2], [3.0, math.nan, 2.0], drawing.TEXT, [1.0, 0.0, 0.0], 0.6, lying=lying)
     (theirs.barh if lying else theirs.bar)([0, 2], [3.0, 2.0], 0.6, [1.0, 0.0])
     assert ours.get_xlim() == theirs.get_xlim() and ours.get_ylim() == theirs.get_ylim()
     (path,) = (patch.get_path().to_polygons() for patch in ours.patches)

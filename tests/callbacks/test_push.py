@@ -23,6 +23,7 @@ from lightning_modules.data.embedded import EmbeddedDocs
 from tests.command_line import TINY
 
 NAME = "somebody/small"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse by an old name
 
 
 class _Hub(ThreadingHTTPServer):

@@ -104,7 +104,7 @@ def _bars(axes: Axes, bars: Sequence[Bar]) -> None:
     left = [0.0] * len(bars)
     for phase, colour in PHASES.items():
         widths = [bar.phases[phase] for bar in bars]
-        drawing.bars(axes, rows, widths, left, 0.62, lying=True, color=colour, label=phase)
+        drawing.bars(axes, rows, widths, colour, left, 0.62, lying=True, label=phase)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.errorbar(
         [bar.step.mean for bar in bars], rows, xerr=[bar.step.error for bar in bars],

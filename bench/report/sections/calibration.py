@@ -50,7 +50,7 @@ def _chart(index: int, name: str, block: Mapping[str, Any], records: Sequence[Re
         axes.plot(layers, best, "o-", color=palette.hue(0), label="its best heads")
         for after, keep in zip(block["layers"], block["keep"], strict=True):
             label = "kept after the stage before it" if after == block["layers"][0] else None
-            drawing.bars(axes, [after + 1], [keep], width=0.7, alpha=0.35, color=palette.hue(1), label=label)
+            drawing.bars(axes, [after + 1], [keep], palette.hue(1), width=0.7, alpha=0.35, label=label)
         axes.set(xlabel="layer whose attention is read", ylabel="share of the context", ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -89,7 +89,7 @@ def _draw(figure: Figure, shown: Sequence, roles: Sequence[str]) -> None:
         for index, role in enumerate(roles):
             widths = [sizes.get(role, 0.0) for _, sizes in bars]
             colour = palette.GREY if role == "parameters" else palette.hue(index)
-            drawing.bars(one, range(len(bars)), widths, left, 0.62, lying=True, color=colour, label=role)
+            drawing.bars(one, range(len(bars)), widths, colour, left, 0.62, lying=True, label=role)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         ideals = [ideal for group, _ in bars if (ideal := _ideal(group))]
         if ideals:

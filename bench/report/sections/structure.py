@@ -123,8 +123,8 @@ def _chart(index: int, name: str, layers: list[Layer], records: Sequence[Record]
 
 def _bars(axes: Axes, layers: list[Layer], what: str, colour: str) -> None:
     places = [one.layer for one in layers]
-    drawing.bars(axes, places, [getattr(one, what) for one in layers], color=palette.GRID, label="before")
-    drawing.bars(axes, places, [getattr(one, f"{what}_kept") for one in layers], color=colour, label="kept")
+    drawing.bars(axes, places, [getattr(one, what) for one in layers], palette.GRID, label="before")
+    drawing.bars(axes, places, [getattr(one, f"{what}_kept") for one in layers], colour, label="kept")
     axes.set_xlabel("layer")
     axes.set_ylabel("query-head groups" if what == "groups" else "feed-forward channels")
     axes.grid(axis="x", visible=False)

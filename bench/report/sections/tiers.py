@@ -181,7 +181,7 @@ def _matrices(
         places, below = range(len(shares)), [0.0] * len(shares)
         for tier, (label, colour) in enumerate(zip(_NAMES, palette.TIERS, strict=True)):
             heights = [100 * row[tier] for row in shares]
-            drawing.bars(axes, places, heights, below, 1.0, color=colour, label=label)
+            drawing.bars(axes, places, heights, colour, below, 1.0, label=label)
             below = [a + b for a, b in zip(below, heights, strict=True)]
         axes.set_xlim(-0.5, len(shares) - 0.5)
         axes.set_ylim(0, 100)
