@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from datetime import timedelta
@@ -67,8 +68,16 @@ class _Rank:
         self.calls += 1
 
 
+def _end_with_the_tests() -> None:
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    os._exit(1)
+
+
 def _join(*arguments: Any) -> None:
     global _this
+    threading.Thread(target=_end_with_the_tests, name="tests-watch", daemon=True).start()  # also when they are killed
     _this = _Rank(*arguments)
 
 
