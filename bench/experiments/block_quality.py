@@ -94,7 +94,7 @@ def _perplexity(records: Path, arm: str, ppl: dict[str, list[float]], done: dict
         figure=f"block-ppl-{arm}",
         what=f"validation perplexity, {ARMS[arm][0]}, {zeros:.1f} % zeros ({worse:.3f} × dense)",
         value=statistics.mean(values),
-        spread=statistics.stdev(values),
+        spread=figures.spread(values),
         unit="",
         target="≤ 1.10 × dense" if judged else "report",
         reached=worse <= 1.1 if judged else None,

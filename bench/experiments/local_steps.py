@@ -44,7 +44,7 @@ def _times(records: Path, runs: Runs) -> None:
                 what=f"training time to a perplexity of {target} at {network} with `{method}`, "
                 f"{len(found)} of {len(by_seed)} seeds (mean ± sd)",
                 value=complete.get(method),
-                spread=statistics.stdev(found) if method in complete and len(found) > 1 else None,
+                spread=figures.spread(found) if method in complete else None,
                 unit="s",
                 target="report",
                 reached=None,
@@ -66,7 +66,7 @@ def _gain(records: Path, network: str, methods: Mapping[str, Mapping[str, float 
         what=f"the same at {network}: uncompressed full sharding over the best local method, `{best}` "
         "(mean ± sd of the paired ratio)",
         value=statistics.mean(gains),
-        spread=statistics.stdev(gains) if len(gains) > 1 else None,
+        spread=figures.spread(gains),
         unit="×",
         target="report" if least is None else f"≥ {least} ×",
         reached=None if least is None else statistics.mean(gains) >= least,
@@ -91,7 +91,7 @@ def _quality(records: Path, runs: Runs) -> None:
             what=f"perplexity for the same tokens with `{method}` (what is sent, and steps between meetings) against a "
             f"reduction in every step, {len(losses)} seeds (mean ± sd)",
             value=statistics.mean(losses),
-            spread=statistics.stdev(losses) if len(losses) > 1 else None,
+            spread=figures.spread(losses),
             unit="%",
             target=f"within {_LOSS:g} %" if asked else "report",
             reached=abs(statistics.mean(losses)) <= _LOSS or statistics.mean(losses) < 0 if asked else None,

@@ -31,7 +31,7 @@ def run(records: Path, folder: Path) -> None:
             what=f"validation perplexity with `{method}` over `none`, {len(found)} seeds (mean ± sd of the paired "
             "change)",
             value=statistics.mean(changes[method]),
-            spread=statistics.stdev(changes[method]),
+            spread=figures.spread(changes[method]),
             unit="%",
             target="within 1 %" if method.removeprefix(_FEEDBACK) in _FINE else "report",
             reached=abs(statistics.mean(changes[method])) <= 1 if method.removeprefix(_FEEDBACK) in _FINE else None,
@@ -40,7 +40,7 @@ def run(records: Path, folder: Path) -> None:
                 "method": f"`{method.removeprefix(_FEEDBACK)}`",
                 "feedback": "with error feedback" if method.startswith(_FEEDBACK) else "alone",
                 "val_ppl": statistics.mean(found.values()),
-                "val_ppl_sd": statistics.stdev(found.values()),
+                "val_ppl_sd": figures.spread(list(found.values())),
                 "bits_per_element": bits[method],
                 "change_percent": changes[method],
             },

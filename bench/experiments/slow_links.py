@@ -142,7 +142,7 @@ def _target(records: Path, runs: Runs) -> None:
             what=f"training time to a perplexity of {_TARGET_PPL} at {rate} with `{method}`, "
             f"{len(found)} of {len(by_seed)} seeds (mean ± sd)",
             value=complete.get(method),
-            spread=statistics.stdev(found) if method in complete else None,
+            spread=figures.spread(found) if method in complete else None,
             unit="s",
             target="report",
             reached=None,
@@ -157,7 +157,7 @@ def _target(records: Path, runs: Runs) -> None:
         figure="time-to-target-gain",
         what=f"the same: uncompressed over the best method, `{best}` (mean ± sd of the paired ratio)",
         value=statistics.mean(gains),
-        spread=statistics.stdev(gains),
+        spread=figures.spread(gains),
         unit="×",
         target="> 1 ×",
         reached=min(gains) > 1,

@@ -32,7 +32,7 @@ def run(records: Path, folder: Path, model: Path) -> None:
                 what=f"perplexity {when} recovery, {budget:.0%} of the decoder removed, over the dense model's "
                 f"({dense:.1f} = 1.00 ×)",
                 value=statistics.mean(ratios),
-                spread=statistics.stdev(ratios),
+                spread=figures.spread(ratios),
                 unit="×",
                 target="report" if target is None else f"≤ {target} ×",
                 reached=None if target is None else statistics.mean(ratios) <= target,
