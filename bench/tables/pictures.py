@@ -289,7 +289,7 @@ PICTURES = {
         "ranks are one group, when each host holds a sharded copy, and when each rank holds a whole one.",
         _two_levels,
         _draw_two_levels,
-        "gradient_compression.md#two-levels",
+        "gradient_compression.md",
         (8.4, 3.6),
     ),
     "needed": Picture(
