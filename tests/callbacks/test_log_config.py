@@ -7,7 +7,6 @@ from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.log_config import LogConfig
 
-
 # Lightning's call of the parser
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -12,7 +12,11 @@ from common.records import record
 
 def test_a_layer_has_its_seven_matrices(monkeypatch):
     updated = []
-    update = SimpleNamespace(apply=lambda weight, keep, moments: updated.append((tuple(weight.shape), len(moments.total))))
+
+    def apply(weight, keep, moments):
+        updated.append((tuple(weight.shape), len(moments.total)))
+
+    update = SimpleNamespace(apply=apply)
     monkeypatch.setattr(block_speed, "Obs", lambda: update)
     monkeypatch.setattr(block_speed, "MEASURED_TOKENS", 4)
     found = block_speed.iteration(torch.device("cpu"), 32, 48, 8)
