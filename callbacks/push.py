@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ class Push:
 
         Raises:
             DamagedError: The folder is not what was written.
-            RuntimeError: The command has not written it; or the upload failed: the folder is still there, and the
+            RuntimeError: The command has not written it; or the upload failed, or would have deleted the weights of
+                something else that is in the repository: the folder is still there, and the
                 message has the command that uploads it.
         """
         if _written(self.folder) == self._before:
@@ -65,12 +67,20 @@ class Push:
         api = HfApi()
         try:
             address = str(api.create_repo(self.name, private=True, exist_ok=True))
-            api.upload_folder(repo_id=self.name, folder_path=self.folder, delete_patterns=_STALE)
+            there = api.list_repo_files(self.name)
+            foreign = MARKER not in there and any(fnmatch(name, _STALE) for name in there)
+            if not foreign:
+                api.upload_folder(repo_id=self.name, folder_path=self.folder, delete_patterns=_STALE)
         except Exception as error:  # of the network, of the Hub, of its client: all mean the same here
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RuntimeError(
                 f"push: {self.name} could not be uploaded ({reason}); {self.folder} is complete. Again: {self.command}"
             ) from error
+        if foreign:
+            raise RuntimeError(
+                f"push: {self.name} has weights that Pare did not write, so nothing was uploaded; {self.folder} is "
+                f"complete. To another name: hf upload OWNER/NAME {shlex.quote(str(self.folder))} . --private"
+            )
         return address
 
 

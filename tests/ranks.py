@@ -105,6 +105,7 @@ class Ranks:
         return [pool.submit(_call, fn, *args, **kwargs) for pool in self._pools]
 
     def end(self, started: list[Future[bytes]]) -> list[Any]:
+        # any object, as from any process pool: of processes that these tests have started
         return [torch.load(io.BytesIO(future.result()), weights_only=False) for future in started]
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:

@@ -98,8 +98,18 @@ def _leave(folder) -> None:
         (beside / "README.md").write_text(card("small", "A model."))
 
 
+def test_weights_that_pare_did_not_write_stay(hub, tmp_path):
+    hub.files = {"model.safetensors": b"somebody's"}
+    push = Push(NAME, tmp_path / "a model")
+    _leave(push.folder)
+    with pytest.raises(RuntimeError, match="weights that Pare did not write"):
+        push.upload()
+    assert hub.files == {"model.safetensors": b"somebody's"} and (push.folder / "model.safetensors").is_file()
+
+
 def test_the_whole_folder_arrives_and_weights_of_an_earlier_result_go(hub, tmp_path):
     hub.files = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "NOTES": b"kept"}
+    hub.files["pare.json"] = b"{}"
     push = Push(NAME, tmp_path / "a model")
     _leave(push.folder)
     assert push.upload() == f"{constants.ENDPOINT}/{NAME}"
