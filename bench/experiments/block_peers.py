@@ -58,7 +58,7 @@ def mix(bits: float) -> tuple[str, ...]:
 
 
 def arms() -> dict[str, Arm]:
-    """All of them, by name."""
+    """All of them by name, those that run with several seeds first: what is compared before what is varied."""
     found: dict[str, Arm] = {}
     rows = [line.split(",") for line in (ROOT / SCHEDULE).read_text().splitlines()[1:]]
     for pattern in PATTERNS:
@@ -79,7 +79,7 @@ def arms() -> dict[str, Arm]:
         f"dense and 2:4 blocks alone, in {LAST_ROW_BITS} bits per weight, sparsegpt",
         (*METHODS["sparsegpt"], "--model.pattern", "tiers", *shares("0.1203,0.8797,0"), "--model.scope", "global"),
     )
-    return found
+    return dict(sorted(found.items(), key=lambda item: -len(item[1].seeds)))
 
 
 def shares(row: str) -> tuple[str, ...]:
@@ -152,11 +152,14 @@ def measured(
     base = (*base, "--model.pretrained", str(model), "--model.output", str(place / "model"))
     base = (*base, "--model.calibration_seed", str(seed), "--model.calibration_blocks", str(CALIBRATION_BLOCKS))
     done = once(place / "run", command, config, *base, *options)
-    found = evaluate(place, place / "model", folder, held_out, pattern)
+    tiers: dict[str, Any] = done["tiers"]
+    # `prune` has measured what it left on the text that it was given
+    found = {next(iter(held_out)): tiers["iterations"][-1]["ppl"]} if command == "prune" else {}
+    left = {name: text for name, text in held_out.items() if name not in found}
+    found |= evaluate(place, place / "model", folder, left, pattern)
     for large in (place / "model", *(place / "run/runs").glob("*/checkpoints")):  # gigabytes, and measured
         shutil.rmtree(large, ignore_errors=True)
     say(f"{name}: " + ", ".join(f"{text} {ppl:.2f}" for text, ppl in found.items()))
-    tiers: dict[str, Any] = done["tiers"]
     return found, tiers
 
 

@@ -116,7 +116,7 @@ def _progress(
     """Five iterations over one at equal tokens, seed by seed."""
     for text in progressive[0]:
         ratios = [a[text] / b[text] for a, b in zip(progressive, oneshot, strict=True)]
-        mean, spread = statistics.mean(ratios), statistics.stdev(ratios)
+        mean, spread = statistics.mean(ratios), figures.spread(ratios)
         figures.append(
             records,
             figure=f"progressive-{kind}-{text}",
@@ -125,7 +125,7 @@ def _progress(
             spread=spread,
             unit="×",
             target="< 1 beyond the spread",
-            reached=mean + spread < 1,
+            reached=mean + (spread or 0.0) < 1,
             command=COMMAND,
             details={"ratios": ratios},
         )

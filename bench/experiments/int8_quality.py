@@ -21,7 +21,7 @@ def run(records: Path, folder: Path) -> None:
             ppl[arm].append(done.record["val_ppl"])
             say(f"{arm}, seed {seed}: validation perplexity {ppl[arm][-1]:.3f}")
     changes = [100 * (a / b - 1) for a, b in zip(ppl["int8"], ppl["none"], strict=True)]
-    change, spread = statistics.mean(changes), statistics.stdev(changes)
+    change, spread = statistics.mean(changes), figures.spread(changes)
     figures.append(
         records,
         figure="int8-quality",

@@ -6,8 +6,9 @@ hold their result, and once more with Pare's refit; some arms are then recovered
 adapters on the calibration text, beside the dense model tuned alike. Chance is in the calibration text and in
 ``Random``: arms that are compared run with three seeds, variations with one.
 
-A seed is measured in a process of its own (``main``), in which the model is loaded once and parts are scored once for
-all budgets and arms. Killed, it goes on with what is missing.
+A budget and a seed are measured in a process of their own (``main``), in which the model is loaded once; scores are
+kept for all budgets. A budget's figures are appended when its seeds are through. Killed, it goes on with what is
+missing.
 """
 
 import argparse
@@ -57,7 +58,7 @@ from lightning_modules.structured_pruning.slicing import slice_model
 RECORDS = "structured_peers.jsonl"
 COMMAND = "python -m bench experiment structured_peers --model FOLDER --texts NAME=FILE,NAME=FILE"
 BLOCK, CALIBRATION_BLOCKS, EVALUATION_BLOCKS = 512, 32, 16
-BUDGETS = {0.10: 1.10, 0.25: 1.30, 0.50: 2.0}  # share of the decoder, and perplexity over dense to reach
+BUDGETS = {0.25: 1.30, 0.10: 1.10, 0.50: 2.0}  # share of the decoder, and perplexity over dense to reach
 SEEDS = (1, 2, 3)
 FIRST, LAST = 4, 3  # layers that LLM-Pruner leaves whole
 RECOVERY_STEPS, RECOVERY_RATE = 16, 1e-3
@@ -138,11 +139,11 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     """
     commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
     evaluated = halves(folder, texts)
-    found = [line for seed in SEEDS for line in _lines(folder, model, evaluated, seed)]
-    for text in texts:
-        for budget, most in BUDGETS.items():
+    for budget, most in BUDGETS.items():
+        found = [line for seed in SEEDS for line in _lines(folder, model, evaluated, seed, budget)]
+        for text in texts:
             for name, arm in ARMS.items():
-                lines = [one for one in found if (one["arm"], one["budget"]) == (name, budget)]
+                lines = [one for one in found if one["arm"] == name]
                 target = most if name == "pare" else None
                 _append(records, model, name, arm, budget, text, lines, "before", found, target, commit)
                 if arm.recovered:
@@ -150,14 +151,15 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
             _margin(records, budget, text, found, commit)
 
 
-def _lines(folder: Path, model: Path, texts: Mapping[str, Path], seed: int) -> Iterator[dict[str, Any]]:
-    """The cells of one seed: those of before, then what is missing, as they come."""
-    kept = folder / f"seed-{seed}.jsonl"
-    known = _known(kept)
+def _lines(folder: Path, model: Path, texts: Mapping[str, Path], seed: int, budget: float) -> Iterator[dict[str, Any]]:
+    """The cells of one seed and budget: those of before, then what is missing, as they come."""
+    kept, wanted = folder / f"seed-{seed}.jsonl", _wanted(seed, budget)
+    known = [line for line in _known(kept) if (line["arm"], line["budget"]) in wanted]
     yield from known
-    if len(known) == len(_wanted(seed)):
+    if len(known) == len(wanted):
         return
-    given = ["--model", str(model), "--train", str(folder / "calibration.json"), "--seed", str(seed)]
+    given = ["--model", str(model), "--train", str(folder / "calibration.json")]
+    given += ["--seed", str(seed), "--budget", str(budget)]
     given += ["--texts", ",".join(f"{name}={path}" for name, path in texts.items())]
     given += ["--cache", str(folder / "cache"), "--kept", str(kept)]
     for line in json_lines(__name__, *given, log=folder / f"seed-{seed}.log"):
@@ -172,10 +174,9 @@ def _known(kept: Path) -> list[dict[str, Any]]:
     return record.read(kept)[0] if kept.exists() else []
 
 
-def _wanted(seed: int) -> list[tuple[str, float]]:
-    """Arms and budgets of a seed; the dense model first."""
-    arms = [name for name, arm in ARMS.items() if seed in SEEDS[: arm.seeds]]
-    return [(DENSE, 0.0), *((name, budget) for budget in BUDGETS for name in arms)]
+def _wanted(seed: int, budget: float) -> list[tuple[str, float]]:
+    """Arms of a seed, each with the budget; the dense model first."""
+    return [(DENSE, 0.0), *((name, budget) for name, arm in ARMS.items() if seed in SEEDS[: arm.seeds])]
 
 
 def cell(
@@ -308,17 +309,18 @@ def _margin(records: Path, budget: float, text: str, found: Sequence[dict[str, A
 
 
 def main() -> None:
-    """Print a line for every cell of a seed that is not there yet."""
+    """Print a line for every cell of a seed and budget that is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "train", "texts", "cache", "kept"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--seed", type=int, required=True, help="of the choice of calibration text")
+    parser.add_argument("--budget", type=float, required=True, help="share of the decoder to remove")
     options = parser.parse_args()
     os.environ["PL_GLOBAL_SEED"] = str(options.seed)  # what `run_seed` reads: decides the order of the text
     model = load(options.model, "fast", supported=family)
     data = {name: _data(options.model, options.train, path) for name, path in _pairs(options.texts)}
     done = {(line["arm"], line["budget"]) for line in _known(Path(options.kept))}
-    for name, budget in _wanted(options.seed):
+    for name, budget in _wanted(options.seed, options.budget):
         if (name, budget) not in done:
             measured = cell(model, options.model, data, ARMS.get(name), budget, options.seed, Path(options.cache))
             print(json.dumps({"arm": name, "budget": budget, "seed": options.seed, **measured}), flush=True)

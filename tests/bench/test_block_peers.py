@@ -23,7 +23,7 @@ def stood_in(tmp_path, monkeypatch):
         (place.parent / "model").mkdir()
         (place.parent / "model/weights").write_text("half a gigabyte")
         (place / "runs/block_sparsity/checkpoints").mkdir(parents=True)
-        return {"tiers": {"iterations": [{"dense": 0.5}], "sparsity": 0.4}}
+        return {"tiers": {"iterations": [{"dense": 0.5, "ppl": 30.0}], "sparsity": 0.4}}
 
     def validated(place, config, *arguments):
         options = dict(zip(arguments[::2], arguments[1::2], strict=True))

@@ -55,12 +55,13 @@ def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_p
     asked, appended = [], []
 
     def lines(module, *given, log):
-        seed = int(given[given.index("--seed") + 1])
-        asked.append(seed)
-        kept = tmp_path / f"work/seed-{seed}.jsonl"
-        there = len(peers._known(kept))
-        for arm, budget in peers._wanted(seed)[there:]:
-            if len(asked) == 1 and (arm, budget) == ("pare", 0.25):
+        seed, wanted_budget = (float(given[given.index(name) + 1]) for name in ("--seed", "--budget"))
+        asked.append((wanted_budget, seed))
+        there = {(one["arm"], one["budget"]) for one in peers._known(tmp_path / f"work/seed-{seed:g}.jsonl")}
+        for arm, budget in peers._wanted(seed, wanted_budget):
+            if (arm, budget) in there:
+                continue
+            if len(asked) == 1 and arm == "flap":
                 raise RuntimeError("killed")
             ppl = 10.0 if arm == peers.DENSE else {"pare": 11.0, "flap": 12.0 + seed / 100}.get(arm, 13.0)
             ppl = math.inf if arm == "random" else ppl
@@ -86,10 +87,9 @@ def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_p
     assert not appended
     kept = tmp_path / "work/seed-1.jsonl"
     kept.write_bytes(kept.read_bytes()[:-20])  # torn, as a kill while writing leaves it: that cell is measured again
-    whole = len(peers._known(kept))
-    assert whole == len(peers._wanted(1)[: peers._wanted(1).index(("pare", 0.25))]) - 1
+    assert len(peers._known(kept)) == peers._wanted(1, 0.25).index(("flap", 0.25)) - 1
     peers.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path / "model", texts)
-    assert asked == [1, 1, 2, 3]
+    assert asked == [(0.25, 1), *((budget, seed) for budget in peers.BUDGETS for seed in peers.SEEDS)]
     found = {figure["figure"]: figure for figure in appended}
     assert len(found) == len(appended)
     pare = found["pare-25-one-before"]
@@ -100,12 +100,14 @@ def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_p
     assert margin["details"]["best"] == "flap" and margin["reached"] and margin["value"] == pytest.approx(12.02 / 11)
     chance = found["random-25-one-before"]
     assert chance["value"] == math.inf and chance["spread"] is None  # it comes back from the file as a number
-    assert [(one["arm"], one["budget"]) for one in peers._known(kept)] == peers._wanted(1)
-    assert len(peers._wanted(1)) == 1 + 3 * len(peers.ARMS) > len(peers._wanted(2))
+    there = [(one["arm"], one["budget"]) for one in peers._known(kept)]
+    assert set(there) == {cell for budget in peers.BUDGETS for cell in peers._wanted(1, budget)}
+    assert len(set(there)) == len(there) == 1 + 3 * len(peers.ARMS)
+    assert len(peers._wanted(1, 0.1)) > len(peers._wanted(2, 0.1))
 
 
 def test_the_process_of_a_seed_passes_over_a_torn_line(tmp_path, monkeypatch, capsys):
-    kept, wanted = tmp_path / "seed-2.jsonl", peers._wanted(2)
+    kept, wanted = tmp_path / "seed-2.jsonl", peers._wanted(2, 0.25)
     for arm, budget in wanted[:-1]:
         record.append(kept, {"arm": arm, "budget": budget, "ppl": {"a": math.nan}})
     kept.write_bytes(kept.read_bytes()[:-9])
@@ -114,7 +116,7 @@ def test_the_process_of_a_seed_passes_over_a_torn_line(tmp_path, monkeypatch, ca
     monkeypatch.setattr(peers, "cell", lambda *_: {"ppl": {"a": math.inf}})
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.setattr(peers.os, "environ", dict(peers.os.environ))
-    given = {"model": "m", "train": "t", "texts": "a=b", "cache": "c", "kept": str(kept), "seed": "2"}
+    given = {"model": "m", "train": "t", "texts": "a=b", "cache": "c", "kept": str(kept), "seed": "2", "budget": "0.25"}
     monkeypatch.setattr(sys, "argv", ["main", *(part for k, v in given.items() for part in (f"--{k}", v))])
     peers.main()
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
