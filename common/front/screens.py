@@ -34,8 +34,8 @@ COMMANDS = {
         ("init mine --task prune --model FOLDER", "init mine"),
         (
             ("FOLDER", "new folder for the configuration"),
-            ("--task NAME", "prune (smaller model), prompts (faster prompts), sparsify (2:4 weights),"),
-            ("", "compress (training with fewer bytes between ranks)"),
+            ("--task NAME", "prune (smaller model), recover (what that cost), prompts (faster prompts),"),
+            ("", "sparsify (2:4 weights), compress (training with fewer bytes between ranks)"),
             ("--model MODEL", "Hugging Face folder, hub name or GGUF file"),
         ),
         common=False,
