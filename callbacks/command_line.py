@@ -27,7 +27,7 @@ class PareCLI(TunesControls):
     def __init__(self, *, args: Any = None, **options: Any) -> None:
         given = sys.argv[1:] if args is None else args
         words = [given["subcommand"]] if isinstance(given, dict) else given
-        self._asked = next((word for word in words if word in self.subcommands()), None)
+        self._asked = self.subcommands().keys() & set(words)  # a value may be named like a command
         super().__init__(args=args, **options)
 
     @staticmethod
@@ -39,7 +39,7 @@ class PareCLI(TunesControls):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
         """See ``LightningCLI._prepare_subcommand_parser``: most of parsing is to find the arguments of all commands."""
-        if subcommand == self._asked:
+        if subcommand in self._asked:
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.init_parser(**kwargs)
 

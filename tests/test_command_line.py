@@ -67,6 +67,8 @@ def test_only_the_command_that_is_asked_for_gets_its_arguments(capsys, monkeypat
     given, add = [], PareCLI.add_core_arguments_to_parser
     monkeypatch.setattr(PareCLI, "add_core_arguments_to_parser", lambda *a: given.append(a) or add(*a))
     assert _parse(capsys, "validate", *TINY, "--print_config")[0] == 0 and len(given) == 1
+    code, out, err = _parse(capsys, "validate", *TINY, "--data.tokenizer", "fit", "--print_config")
+    assert code == 0 and "tokenizer: fit" in out, err
 
 
 @pytest.mark.parametrize("name", sorted(set(screens.COMMANDS) - {"init", "completion"}))
