@@ -17,6 +17,8 @@ from typing import Any
 
 from bench.experiments.runs import ROOT, claim, halves, once, say, validated
 from bench.tables import figures
+from lightning_modules.block_sparsity.demotion import Ratios
+from lightning_modules.block_sparsity.pruner import packed_bits
 
 RECORDS = "block_peers.jsonl"
 COMMAND = "python -m bench experiment block_peers --model FOLDER --texts NAME=FILE,NAME=FILE"
@@ -43,11 +45,13 @@ class Arm:
     Args:
         what: In words.
         options: Of `main.py prune`.
+        bits: That a pruned weight takes in a file with 16-bit values: packed blocks, or values and a bitmap.
         seeds: Each draws its own calibration text.
     """
 
     what: str
     options: tuple[str, ...]
+    bits: float
     seeds: tuple[int, ...] = (1,)
 
 
@@ -65,21 +69,29 @@ def arms() -> dict[str, Arm]:
         for method, options in METHODS.items():
             seeds = (1, 2, 3) if pattern == "2:4" and method in ("wanda", "sparsegpt") else (1,)
             asked = (*options, "--model.pattern", pattern, *shares("0,1,0"))
-            found[f"{pattern}-{method}"] = Arm(f"{pattern}, {method}", asked, seeds)
+            bits = _packed("0,1,0") if pattern == "2:4" else 16 / 2 + 1
+            found[f"{pattern}-{method}"] = Arm(f"{pattern}, {method}", asked, bits, seeds)
     for row in reversed(rows):
         last = row is rows[-1]
         for method in METHODS if last else ("wanda", "sparsegpt"):
             seeds = (1, 2, 3) if last and method == "sparsegpt" else (1,)
-            asked = (*METHODS[method], "--model.pattern", "tiers", *shares(",".join(row[1:4])))
-            found[f"tiers-{row[0]}-{method}"] = Arm(f"tiers {'/'.join(row[1:4])}, {method}", asked, seeds)
+            given = ",".join(row[1:4])
+            asked = (*METHODS[method], "--model.pattern", "tiers", *shares(given))
+            what = f"tiers {'/'.join(row[1:4])}, {method}"
+            found[f"tiers-{row[0]}-{method}"] = Arm(what, asked, _packed(given), seeds)
     for name, bits in {"last-row": LAST_ROW_BITS, "two-four": TWO_FOUR_BITS}.items():
         what = f"the mix of tiers that is found for {bits} bits per weight, sparsegpt"
-        found[f"mix-{name}"] = Arm(what, mix(bits), (1, 2, 3))
+        found[f"mix-{name}"] = Arm(what, mix(bits), bits, (1, 2, 3))
     found["mix-dense-and-two-four"] = Arm(  # what the top-k tier is worth
         f"dense and 2:4 blocks alone, in {LAST_ROW_BITS} bits per weight, sparsegpt",
         (*METHODS["sparsegpt"], "--model.pattern", "tiers", *shares("0.1203,0.8797,0"), "--model.scope", "global"),
+        LAST_ROW_BITS,
     )
     return dict(sorted(found.items(), key=lambda item: -len(item[1].seeds)))
+
+
+def _packed(row: str) -> float:
+    return packed_bits(Ratios(*map(float, row.split(","))), block=16, k=10)
 
 
 def shares(row: str) -> tuple[str, ...]:
@@ -103,14 +115,14 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
     held_out = halves(folder, texts)
     dense = evaluate(folder / "dense", model, folder, held_out)
-    figure(records, model, "dense", "the dense model", [dense], dense, COMMAND)
+    figure(records, model, "dense", "the dense model", [dense], dense, COMMAND, bits=16)
     for name, arm in arms().items():
         found, tiers = [], dict[str, Any]()
         for seed in arm.seeds:
             options = (*arm.options, "--seed_everything", str(seed))
             ppl, tiers = measured(folder, model, held_out, f"{name}-{seed}", "prune", PRUNE, seed, options)
             found.append(ppl)
-        figure(records, model, name, f"{arm.what}, nothing trained", found, dense, COMMAND, tiers)
+        figure(records, model, name, f"{arm.what}, nothing trained", found, dense, COMMAND, tiers, bits=arm.bits)
 
 
 def data(model: Path, folder: Path, evaluated: Path) -> tuple[str, ...]:
@@ -175,6 +187,7 @@ def figure(
     calibration_blocks: int = CALIBRATION_BLOCKS,
     tuned_tokens: int = 0,
     limit: float | None = None,
+    bits: float | None = None,
 ) -> None:
     """One figure a text: mean over the seeds of the perplexity over the dense model's.
 
@@ -190,6 +203,7 @@ def figure(
         calibration_blocks: Blocks of text that it was pruned on.
         tuned_tokens: Tokens that it was tuned on.
         limit: What the ratio should not exceed.
+        bits: See ``Arm``.
     """
     ends = {} if tiers is None else {**tiers["iterations"][-1], "sparsity": tiers["sparsity"]}
     for text, reference in dense.items():
@@ -217,5 +231,6 @@ def figure(
                 "evaluated_tokens": BLOCK * EVALUATION_BLOCKS,
                 "tuned_tokens": tuned_tokens,
                 "tiers": ends or None,
+                "bits": bits,
             },
         )
