@@ -7,7 +7,7 @@ adapters on the calibration text, beside the dense model tuned alike. Chance is 
 ``Random``: arms that are compared run with three seeds, variations with one.
 
 A budget and a seed are measured in a process of their own (``main``), in which the model is loaded once; scores are
-kept for all budgets. A budget's figures are appended when its seeds are through. Killed, it goes on with what is
+kept for all budgets. Figures are appended after every seed, of all seeds so far. Killed, it goes on with what is
 missing.
 """
 
@@ -113,6 +113,8 @@ PEERS = {
 ARMS = {
     "pare": Arm("the default: shape tried, gates' importance, refitted", compensation=LeastSquares()),
     "pare-unrefitted": Arm("the default without refitting"),
+    **PEERS,
+    **{f"{name}-refitted": _refitted(arm) for name, arm in PEERS.items()},
     "pare-following": _varied("the default, refitted to the dense model's states", LeastSquares(follow=True)),
     "pare-learned": _varied(
         "the default, refitted to the dense model's states, and MLPs then learn what is missing", Reconstruction()
@@ -120,8 +122,6 @@ ARMS = {
     "pare-all-alike": _varied("the default, all tokens weighed alike", LeastSquares(relative=False)),
     "pare-refitted-scores": _varied("the default, importance after refitting", scored=Refitted()),
     "pare-rotation": _varied("the default, refitted by a rotation (RCPU)", Rotation()),
-    **PEERS,
-    **{f"{name}-refitted": _refitted(arm) for name, arm in PEERS.items()},
 }
 
 
@@ -140,15 +140,30 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
     evaluated = halves(folder, texts)
     for budget, most in BUDGETS.items():
-        found = [line for seed in SEEDS for line in _lines(folder, model, evaluated, seed, budget)]
-        for text in texts:
-            for name, arm in ARMS.items():
-                lines = [one for one in found if one["arm"] == name]
-                target = most if name == "pare" else None
-                _append(records, model, name, arm, budget, text, lines, "before", found, target, commit)
-                if arm.recovered:
-                    _append(records, model, name, arm, budget, text, lines, "after", found, None, commit)
-            _margin(records, budget, text, found, commit)
+        found: list[dict[str, Any]] = []
+        for seed in SEEDS:
+            found += _lines(folder, model, evaluated, seed, budget)
+            for text in texts:
+                _figures(records, model, budget, most, text, found, commit)
+
+
+def _figures(
+    records: Path,
+    model: Path,
+    budget: float,
+    most: float,
+    text: str,
+    found: Sequence[dict[str, Any]],
+    commit: str | None,
+) -> None:
+    """What the seeds so far say of one budget and text."""
+    for name, arm in ARMS.items():
+        lines = [one for one in found if one["arm"] == name]
+        target = most if name == "pare" else None
+        _append(records, model, name, arm, budget, text, lines, "before", found, target, commit)
+        if arm.recovered:
+            _append(records, model, name, arm, budget, text, lines, "after", found, None, commit)
+    _margin(records, budget, text, found, commit)
 
 
 def _lines(folder: Path, model: Path, texts: Mapping[str, Path], seed: int, budget: float) -> Iterator[dict[str, Any]]:
@@ -302,7 +317,7 @@ def _margin(records: Path, budget: float, text: str, found: Sequence[dict[str, A
         value=statistics.mean(ratios[best]) / statistics.mean(own),
         unit="×",
         target="above 1 × by more than the spread of both",
-        reached=ahead > spread,
+        reached=ahead > spread if len(own) > 1 else None,
         command=COMMAND,
         details={"ahead": ahead, "spread": spread, "best": best, "measured_at": commit},
     )

@@ -91,7 +91,7 @@ def test_what_is_there_is_not_measured_again_and_each_cell_becomes_figures(tmp_p
     peers.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path / "model", texts)
     assert asked == [(0.25, 1), *((budget, seed) for budget in peers.BUDGETS for seed in peers.SEEDS)]
     found = {figure["figure"]: figure for figure in appended}
-    assert len(found) == len(appended)
+    assert len(appended) == len(peers.SEEDS) * len(found), "after every seed"
     pare = found["pare-25-one-before"]
     assert pare["value"] == pytest.approx(1.1) and pare["reached"] and pare["target"] == "≤ 1.3 ×"
     assert found["pare-25-one-after"]["value"] == pytest.approx(1.1) and found["pare-25-one-after"]["reached"] is None

@@ -71,8 +71,10 @@ def answer_in_full(
 
 
 def is_right(asked: Asked, text: str) -> bool:
-    """Whether a text contains the answer, word by word; case, spaces and punctuation do not count."""
-    return f" {_words(asked.answer)} " in f" {_words(text)} "
+    """Whether a text comes to the answer before another of its kind; case, spaces and punctuation do not count."""
+    said = f" {_words(text)} "
+    found = said.find(f" {_words(asked.answer)} ")
+    return found >= 0 and not any(f" {_words(other)} " in said[: found + 1] for other in asked.others)
 
 
 def _words(text: str) -> str:

@@ -1,7 +1,7 @@
 """A question about a text, rendered as the prompt that a model gets, and where in it the answer stands."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ class Asked:
         answer: What a right answer contains.
         kind: What is asked for, such as "code" or "speaker".
         depth: Where the answer begins, as a share of the prompt.
+        others: What the text says of the same kind, and the question does not: who comes to one of these first is wrong.
     """
 
     ids: Tensor
@@ -30,6 +31,7 @@ class Asked:
     answer: str
     kind: str
     depth: float
+    others: tuple[str, ...] = ()
 
 
 def render(
@@ -39,6 +41,7 @@ def render(
     question: str,
     kind: str,
     prefix: str = "",
+    others: Iterable[str] = (),
 ) -> Asked:
     """Ask about a text: as a chat where the tokenizer has a template, else as plain text.
 
@@ -49,6 +52,7 @@ def render(
         question: Stands after the text.
         kind: See `Asked`.
         prefix: The beginning of the answer, which the model goes on with; "" lets it answer freely.
+        others: What else of the kind the text says.
 
     Raises:
         ValueError: The tokenizer cannot say which characters a token holds, or its template changes the text.
@@ -75,7 +79,8 @@ def render(
     # tokens that are parts of one character all have its place
     evidence = torch.tensor([first < end and last > start for first, last in coded["offset_mapping"]])
     depth = int(evidence.int().argmax()) / len(evidence)
-    return Asked(torch.tensor(coded["input_ids"]), evidence, text[span[0] : span[1]], kind, depth)
+    rivals = tuple(sorted(other for other in others if other not in question))
+    return Asked(torch.tensor(coded["input_ids"]), evidence, text[span[0] : span[1]], kind, depth, rivals)
 
 
 def sentences(text: str) -> list[int]:

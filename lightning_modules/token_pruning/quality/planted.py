@@ -230,7 +230,7 @@ def _planted(
         text = f"{text[: at[i]]}{said[i][0]} {text[at[i] :]}"
     beginning = fact.said.format(about[0]) if prefix else ""
     span = (begins, begins + len(answers[0]))
-    return render(tokenizer, text, span, fact.asked.format(about[0]), kind, beginning)
+    return render(tokenizer, text, span, fact.asked.format(about[0]), kind, beginning, answers[1:])
 
 
 def _nearest(places: Sequence[int], wanted: float) -> int:

@@ -66,11 +66,13 @@ class Found(NamedTuple):
         kind: Name of the rule.
         question: What it asks.
         span: Where in the passage the answer stands, [start, end).
+        others: Of the answer's kind, in the passage too: names or years.
     """
 
     kind: str
     question: str
     span: tuple[int, int]
+    others: frozenset[str] = frozenset()
 
 
 def find_questions(
@@ -146,7 +148,7 @@ def _one_of(text: str, tokenizer: PreTrainedTokenizerBase, draw: random.Random) 
     if not kinds:
         return None
     found = draw.choice(kinds[draw.choice(sorted(kinds))])
-    return render(tokenizer, text, found.span, found.question, found.kind)
+    return render(tokenizer, text, found.span, found.question, found.kind, others=found.others)
 
 
 def ask(text: str) -> Iterator[Found]:
@@ -158,7 +160,7 @@ def ask(text: str) -> Iterator[Found]:
         others = (years if found.kind == "year" else names) - {answer, *answer.split()}
         told = re.search(rf"\b{re.escape(answer)}\b", found.question, re.IGNORECASE)
         if len(others) >= _OTHERS[found.kind] and not told and found.span[1] <= _LAST * len(text):
-            yield found
+            yield found._replace(others=frozenset(others))
 
 
 _OTHERS = {"speaker": 2, "year": 1, "place": 2, "agent": 2}

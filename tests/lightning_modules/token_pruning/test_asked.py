@@ -161,6 +161,20 @@ def test_an_answer_is_right_word_by_word(said, right):
     assert not is_right(Asked(torch.ones(1), torch.ones(1), "7:43", "time", 0.0), "at 17:43")
 
 
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("Joe said it, not Pip.", True),
+        ("That was Joe", True),
+        ("Pip said it to Joe.", False),
+        ("Pip Joe", False),
+        ("The Pippin of Joe's", True),
+    ],
+)
+def test_who_comes_to_another_of_the_kind_first_is_wrong(said, right):
+    assert is_right(Asked(torch.ones(1), torch.ones(1), "Joe", "speaker", 0.0, ("Pip", "Estella")), said) is right
+
+
 def test_answers_are_greedy_whatever_the_model_s_own_configuration_says(plain):
     model = shared("llama", vocab_size=400)
     asked = Asked(torch.arange(5, 60), torch.zeros(55, dtype=torch.bool), "x", "code", 0.0)

@@ -105,6 +105,8 @@ def test_prompts_hold_their_answers_and_do_not_overlap(tokenizer):
         passage, _, question = text.partition("\n\nQuestion: ")
         line = question.split('"')[1]
         assert f"“{line},” said {asked.answer}." in passage and asked.answer not in question
+        assert len(asked.others) > 1 and asked.answer not in asked.others
+        assert all(other in passage and other not in question for other in asked.others)
         places.append((stream.index(passage), stream.index(passage) + len(passage)))
     places.sort()
     assert all(end <= begin for (_, end), (begin, _) in pairwise(places))
