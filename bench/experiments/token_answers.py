@@ -41,6 +41,7 @@ KEPT = {
 }
 RISE = {"suffix-calibrated-1.7": 2.0}
 _CALIBRATED = "calibrated-"
+_PROTECTED = 0.03  # of the tokens stays whatever its score
 Row = dict[str, Any]
 
 
@@ -67,9 +68,9 @@ class _Task:
 
 TASKS = {
     "needles": _Task("needles", 104, (2.0, 2.5), ("SnapKV",), ("Random",)),
+    "needles-more": _Task("needles", 104, (2.0, 3.0, 3.5)),
     "needles-among-others": _Task("needles", 48, (2.0, 2.5), (), distractors=2),
     "questions": _Task("questions", 200, (2.0, 2.5), ("SnapKV",)),
-    "needles-more": _Task("needles", 104, (2.0, 3.0, 3.5)),
 }
 
 
@@ -108,15 +109,8 @@ def _calibrated(folder: Path, model: Path, texts: Mapping[str, Path], speedup: f
         return
     say(f"calibrating for {speedup:g}×")
     arguments = ["--model.base", str(model), "--model.output", str(_folder(folder, speedup))]
-    arguments += [
-        "--model.speedup",
-        str(speedup),
-        "--model.facts",
-        str(CALIBRATED_ON),
-        "--model.lengths",
-        str(LENGTHS[:2]),
-    ]
-    arguments += ["--model.cache_dir", str(folder / "cache")]
+    arguments += ["--model.speedup", str(speedup), "--model.facts", str(CALIBRATED_ON)]
+    arguments += ["--model.lengths", str(LENGTHS[:2]), "--model.cache_dir", str(folder / "cache")]
     # with a validation text given, all of the other is there to plant facts in
     arguments += ["--data", "TextCorpus", "--data.train", str(texts["calibration"]), "--data.val", str(texts["other"])]
     arguments += ["--data.tokenizer", str(model)]
@@ -141,16 +135,21 @@ def _asked(
 
 
 def _peers(model: Path, schedule: Schedule, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
-    """Published methods: of the cache, at the share that the schedule leaves; others by settings of their own."""
-    share = round(_cache_share(model, schedule), 3)
-    middle = AutoConfig.from_pretrained(str(model)).num_hidden_layers // 2
+    """Published methods, tuned alike: of the cache, at the share that the schedule leaves; of tokens, at its speed-up.
+
+    Those that read one layer read the first that calibration found.
+    """
+    share, layers = round(_cache_share(model, schedule), 3), AutoConfig.from_pretrained(str(model)).num_hidden_layers
+    read = schedule.layers[0] + 1
+    later = (layers / COMPARED[0] - read) / (layers - read)  # of the tokens, where later layers read them
+    again = 1 / COMPARED[0] - read / layers  # where all layers do
     arguments_of: dict[str, dict[str, Any]] = {
         "SnapKV": {"keep": share},
         "ExpectedAttention": {"keep": share},
         "RandomCache": {"keep": share},
-        "FastKV": {"layer": middle - 4, "keep": 0.1},
+        "FastKV": {"layer": read - 1, "keep": round(later - _PROTECTED, 3), "tail": 0.0},
         "LLMLingua": {"keep": 0.5},
-        "GemFilter": {"layer": middle - 4, "keep": 0.1},
+        "GemFilter": {"layer": read - 1, "keep": round(again - _PROTECTED, 3), "tail": 0.0},
     }
     return [
         {"class_path": name, "init_args": given}
