@@ -29,6 +29,17 @@ _ARMS = {"structured-25": "a quarter removed\n(structured)", "two-four": "2:4 ev
 _ARMS |= {"three-tiers": "three tiers\n(41.7 % zeros)", "mix": "best mix in\nas many bytes"}
 _SCORERS = {"mlp": "learned", "hidden_norm": "length of hidden state", "last_window": "attention of the last tokens"}
 _SCORERS |= {"random": "random", "recency": "the end of the prompt"}
+_KEPT = {  # by the scorer's name in the records; others by that name
+    "calibrated": "calibrated",
+    "random": "random, same schedule",
+    "last_window": "all heads, same schedule",
+    "snap_kv": "SnapKV (a smaller cache only)",
+    "expected_attention": "ExpectedAttention (cache only)",
+    "random_cache": "random cache (cache only)",
+    "fast_kv": "FastKV",
+    "gem_filter": "GemFilter",
+    "llm_lingua": "LLMLingua",
+}
 _PATTERNS = {
     "dense": "dense",
     "wanda": "unstructured, 41.8 %",
@@ -88,6 +99,17 @@ def _real(folder: Path) -> Numbers:
     """Perplexity over the dense model's, by way of pruning and text."""
     found = _figures(folder, "real_model.jsonl")
     return {arm: {text: found[f"{arm}-{text}"]["value"] for text in _TEXTS} for arm in _ARMS}
+
+
+def _kept(folder: Path) -> Numbers:
+    """By who chooses: bounds of the speed of prefill, shares of the right answers kept in %, and their intervals."""
+    points: dict[str, dict[float, list[float]]] = {}
+    for one in _figures(folder, "token_answers.jsonl").values():
+        row = one["details"]
+        if row.get("task") in ("needles", "needles-more"):
+            name = "calibrated" if row["scorer"].startswith("calibrated-") else row["scorer"]
+            points.setdefault(name, {})[row["bound"]] = [row["bound"], one["value"], row["low"], row["high"]]
+    return {name: [found[bound] for bound in sorted(found)] for name, found in points.items()}
 
 
 def _needed(folder: Path) -> Numbers:
@@ -185,6 +207,20 @@ def _draw_real(axes: Axes, numbers: Numbers) -> None:
     axes.set_xticks(range(len(numbers)), [_ARMS[arm] for arm in numbers], fontsize=6.5)
     axes.set_title("perplexity, times the dense model's")
     axes.legend(loc="upper left", fontsize=7)
+
+
+def _draw_kept(figure: Figure, numbers: Numbers) -> None:
+    axes = figure.subplots()
+    axes.plot(1, 100, marker="*", markersize=10, linestyle="", color=GREY, label="unpruned")
+    for index, (name, points) in enumerate(numbers.items()):
+        bound, value, low, high = ([point[field] for point in points] for field in range(4))
+        error = [[v - a for v, a in zip(value, low, strict=True)], [b - v for v, b in zip(value, high, strict=True)]]
+        colour = GREY if "random" in name else hue(index)
+        axes.errorbar(bound, value, yerr=error, marker="os^DvPX"[index % 7], color=colour, label=_KEPT.get(name, name))
+    axes.set_ylim(0, 104)
+    axes.set_xlabel("prefill, times faster: bound by FLOPs")
+    axes.set_title("right answers that stay right, %")
+    figure.legend(loc="outside right center")
 
 
 def _draw_needed(figure: Figure, numbers: Numbers) -> None:
@@ -291,6 +327,14 @@ PICTURES = {
         _draw_two_levels,
         "gradient_compression.md",
         (8.4, 3.6),
+    ),
+    "answers": Picture(
+        "Which of a chat model's right answers to facts planted in prompts of up to 3,000 tokens stay right, and how "
+        "much faster the prompt could be read, by who chooses what stays. Bars are 95 % intervals.",
+        _kept,
+        _draw_kept,
+        "token_pruning.md",
+        (7.2, 3.4),
     ),
     "needed": Picture(
         "Few layers look up what is asked for: by their attention a few percent of the prompt hold 95 % of the "
