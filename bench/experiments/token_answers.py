@@ -2,12 +2,13 @@
 
 Schedules are calibrated for several speed-ups on the first text. On the second, facts are planted and asked for, some
 of kinds that calibration does not know, then facts among others of their kind, and questions that the text answers
-itself; every arm of a task gets the same prompts. Beside the calibrated arms stand random scores and the same schedule
-read by all heads, and published methods at the share of the cache that the first arm leaves. The loss of plain text is
-measured on the third, a text of another kind. Every task's figures are appended as it is finished; killed, the
-experiment goes on where it was.
+itself; every arm of a task gets the same prompts. Beside the calibrated arms stand random scores, the same schedule
+read by all heads (`LastWindow` as it is), and published methods at the share of the cache that the first arm leaves.
+The loss of plain text is measured on the third, a text of another kind. No two texts may share a document. Figures
+are appended as a task is finished; killed, the experiment goes on where it was.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import AutoConfig
 from bench.experiments.runs import claim, run_main, say
 from bench.tables import figures
 from common.records import record
+from lightning_modules.data.readers import document_text, read_records
 from lightning_modules.token_pruning.pruning_file import read
 from lightning_modules.token_pruning.quality.measure import proportion
 from lightning_modules.token_pruning.quality.planted import FACTS
@@ -84,11 +86,12 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
         texts: "calibration" (JSON, about 250,000 tokens), "asked" (JSON, fiction or articles, a million) and "other".
 
     Raises:
-        ValueError: A text is missing, or a folder that ``claim`` refuses.
+        ValueError: A text is missing or shares a document with another, or a folder that ``claim`` refuses.
     """
     missing = [name for name in ("calibration", "asked", "other") if name not in texts]
     if missing:
         raise ValueError(f"texts: {', '.join(missing)} missing; {COMMAND}")
+    _check_apart(texts)
     commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
     cache = ("--data.cache_dir", str(folder / "cache"))
     for name, task in TASKS.items():
@@ -98,6 +101,18 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
     for speedup in PLAIN:
         _calibrated(folder, model, texts, speedup)
     _loss(records, model, _suffixes(folder, model, texts, cache), commit)
+
+
+def _check_apart(texts: Mapping[str, Path]) -> None:
+    found = {
+        name: {document_text(one, where).strip() for one, where, _ in read_records([path])}
+        for name, path in texts.items()
+    }
+    for one, other in itertools.combinations(found, 2):
+        if shared := found[one] & found[other]:
+            raise ValueError(
+                f"texts: {one} and {other} share {len(shared)} documents: what is tuned on would be tested on"
+            )
 
 
 def _folder(folder: Path, speedup: float) -> Path:
@@ -137,17 +152,22 @@ def _asked(
 def _peers(model: Path, schedule: Schedule, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
     """Published methods, tuned alike: of the cache, at the share that the schedule leaves; of tokens, at its speed-up.
 
-    Those that read one layer read the first that calibration found.
+    Those that read one layer read the first that calibration found. LLMLingua reads the whole prompt first, for want of
+    a smaller model.
     """
     share, layers = round(_cache_share(model, schedule), 3), AutoConfig.from_pretrained(str(model)).num_hidden_layers
     read = schedule.layers[0] + 1
     later = (layers / COMPARED[0] - read) / (layers - read)  # of the tokens, where later layers read them
     again = 1 / COMPARED[0] - read / layers  # where all layers do
+    cache = {
+        "class_path": "SnapKV",
+        "init_args": {"keep": share, "window": 8, "kernel": 7},
+    }  # FastKV's own but for keep
     arguments_of: dict[str, dict[str, Any]] = {
         "SnapKV": {"keep": share},
         "ExpectedAttention": {"keep": share},
         "RandomCache": {"keep": share},
-        "FastKV": {"layer": read - 1, "keep": round(later - _PROTECTED, 3), "tail": 0.0},
+        "FastKV": {"layer": read - 1, "keep": round(later - _PROTECTED, 3), "tail": 0.0, "cache": cache},
         "LLMLingua": {"keep": 0.5},
         "GemFilter": {"layer": read - 1, "keep": round(again - _PROTECTED, 3), "tail": 0.0},
     }

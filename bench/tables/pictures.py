@@ -32,7 +32,7 @@ _SCORERS |= {"random": "random", "recency": "the end of the prompt"}
 _KEPT = {  # by the scorer's name in the records; others by that name
     "calibrated": "calibrated",
     "random": "random, same schedule",
-    "last_window": "all heads, same schedule",
+    "last_window": "all heads, 16 last tokens, same schedule",
     "snap_kv": "SnapKV (a smaller cache only)",
     "expected_attention": "ExpectedAttention (cache only)",
     "random_cache": "random cache (cache only)",
@@ -107,7 +107,7 @@ def _kept(folder: Path) -> Numbers:
     for one in _figures(folder, "token_answers.jsonl").values():
         row = one["details"]
         if row.get("task") in ("needles", "needles-more"):
-            name = "calibrated" if row["scorer"].startswith("calibrated-") else row["scorer"]
+            name = "calibrated" if row["scorer"].startswith("calibrated-") else row["scorer"].partition("(")[0]
             points.setdefault(name, {})[row["bound"]] = [row["bound"], one["value"], row["low"], row["high"]]
     return {name: [found[bound] for bound in sorted(found)] for name, found in points.items()}
 

@@ -99,6 +99,9 @@ def refit(
         add_output_biases(sliced)
     changed = {name for name, _ in sliced.named_parameters()} - names
     streams, folds = _Streams.of(dense, sliced, batches, compensation), _Folds(batches, compensation.folds)
+    if streams.dense:
+        for dropped in decoder_layers(dense)[: kept[0]]:
+            streams.dense.advance(dropped)
     fits: list[dict[str, Any]] = []
     for new, (old, after) in enumerate(zip(kept, [*kept[1:], len(plan.layers)], strict=True)):
         layer = decoder_layers(sliced)[new]

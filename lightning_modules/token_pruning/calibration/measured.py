@@ -24,11 +24,12 @@ from lightning_modules.token_pruning.quality.asking import Answers
 from lightning_modules.token_pruning.schedule import Schedule
 
 _HEADS = 3  # most heads of a layer that are read together
+_RULE = 2  # by which answers are judged; what was judged by another one is read again
 
 
 def store(root: Path, model: Any, tokenizer: Any, windows: Sequence[int], asked: Sequence[Asked]) -> Path:
     """The folder of one measurement: another model, text or setting has another."""
-    key = [identity_of(model), fingerprint(tokenizer), list(windows), str(model.dtype)]
+    key = [_RULE, identity_of(model), fingerprint(tokenizer), list(windows), str(model.dtype)]
     key += [hashlib.sha256(str([one.ids.tolist() for one in asked]).encode()).hexdigest()]
     folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,24 +75,26 @@ class Measured:
     def readings(self, window: int, frame: Schedule) -> list[Reading]:
         """Every layer read by its best head or few, and by all of them.
 
-        Heads are chosen on one half of the facts, and what they need is measured on the other.
+        Heads are chosen on one half of the facts, and what they need is measured on the other. Both halves have free
+        and begun answers, which come in turn.
 
         Args:
             window: Which of the windows.
             frame: What is protected, and the mean over neighbours.
         """
         asking = self.windows[window]
-        singles = torch.stack([_needed(path, window, asking, frame) for path in self.files[::2]])  # [answers, L, A]
+        files = sorted(self.files, key=lambda path: int(path.stem) % 2)  # stable: the free ones, then the begun
+        singles = torch.stack([_needed(path, window, asking, frame) for path in files[::2]])  # [answers, L, A]
         layers, heads = singles.shape[1:]
         order = singles.quantile(SURE, 0).argsort(-1)
         sizes = range(1, min(_HEADS, heads - 1) + 1)
         sets: list[list[Heads]] = [
             [*(tuple(sorted(order[layer, :size].tolist())) for size in sizes), None] for layer in range(layers)
         ]
-        chosen = torch.stack([_needed(path, window, asking, frame, sets) for path in self.files[::2]])
+        chosen = torch.stack([_needed(path, window, asking, frame, sets) for path in files[::2]])
         best = chosen.quantile(SURE, 0).argmin(-1).tolist()  # chosen: [answers, L, sets]
         judged = [[sets[layer][best[layer]], None] for layer in range(layers)]
-        needed = torch.stack([_needed(path, window, asking, frame, judged) for path in self.files[1::2]])
+        needed = torch.stack([_needed(path, window, asking, frame, judged) for path in files[1::2]])
         # before the first layer nothing can be pruned
         return [Reading(n, judged[n][i], needed[:, n, i]) for n in range(1, layers) for i in range(2)]
 

@@ -1,6 +1,6 @@
 """Calibration as a command: ``python main.py calibrate``."""
 
-from math import floor
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ class TokenCalibration(L.LightningModule):
             raise ValueError(f"facts must be at least {_FEWEST}, got {facts}")
         if not lengths or not windows or not pools or min(windows) < 1:
             raise ValueError(f"lengths, windows ≥ 1 and pools are needed, got {lengths}, {windows} and {pools}")
+        if max(windows) > min_tail:
+            raise ValueError(f"windows must not exceed min_tail, for asking tokens stay; got {windows} and {min_tail}")
         self.base, self.output, self.speedup = base, Path(output).expanduser(), speedup
         self.lengths, self.facts, self.windows = sorted(lengths), facts, sorted(windows)
         self.distractors = distractors
@@ -135,12 +137,15 @@ class TokenCalibration(L.LightningModule):
         config = load_config(self.base)
         check_supported(config)
         longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and max(self.lengths) > longest:
-            raise ValueError(f"model.lengths: {max(self.lengths)} tokens, but {self.base} has {longest} positions")
-        if self.speedup >= config.num_hidden_layers / 2:
+        if longest is not None and max(self.lengths) + _ANSWER > longest:
             raise ValueError(
-                f"model.speedup: {self.speedup} cannot be reached: pruning after layer 1 of "
-                f"{config.num_hidden_layers} saves less than {config.num_hidden_layers / 2:g}-fold"
+                f"model.lengths: {max(self.lengths)} tokens and {_ANSWER} of the answer, but {self.base} has {longest} "
+                "positions"
+            )
+        if self.speedup >= config.num_hidden_layers:
+            raise ValueError(
+                f"model.speedup: {self.speedup} cannot be reached: pruning after the first of "
+                f"{config.num_hidden_layers} layers saves less than {config.num_hidden_layers}-fold"
             )
         if not hasattr(data, "documents"):
             raise ValueError(
@@ -247,7 +252,7 @@ class TokenCalibration(L.LightningModule):
     def _made(self, stages: Stages) -> tuple[Schedule, LastWindow]:
         frame = next(frame for frame in self.frames if frame.pool == stages.pool)
         layers = [reading.layer - 1 for reading in stages.readings]
-        schedule = framed(frame, layers, [floor(1e4 * share) / 1e4 for share in stages.keep])
+        schedule = framed(frame, layers, [_rounded_down(share) for share in stages.keep])
         return schedule, LastWindow(stages.window, "max", only(stages))
 
     def _best(self, found: list[Stages], rows: list[dict[str, Any]]) -> Stages:
@@ -313,6 +318,12 @@ def _card(summary: dict[str, Any]) -> str:
     )
     text = f"Drops tokens of long prompts while {base} reads them, layer by layer.\n\n{load}\n{table(facts)}"
     return card(f"Token pruning for {base}", text, summary["model"], ["token-pruning"], "pare")
+
+
+def _rounded_down(share: float) -> float:
+    """To four decimals; a share below them to one digit."""
+    digits = max(4, -floor(log10(share)))
+    return floor(share * 10**digits) / 10**digits
 
 
 def _beginning(data: Any, characters: int) -> str:

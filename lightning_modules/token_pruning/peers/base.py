@@ -43,6 +43,10 @@ class Peer(Variant):
         """
         check_supported(config)
 
+    def digest(self) -> str:
+        """Of another model's weights that it reads by, where there is one: equal for equal files; else empty."""
+        return ""
+
     @abstractmethod
     def entries(self, length: int, layers: int) -> list[int]:
         """Cache entries (of each key-value head) that every layer is left with after a prompt of `length` tokens.

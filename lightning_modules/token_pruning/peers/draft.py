@@ -1,5 +1,7 @@
 """A smaller model that reads the prompt first."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from lightning_modules.loading import check_vocabulary, load, load_config, load_on_meta, load_tokenizer
@@ -28,6 +30,13 @@ class Draft:
             UnsupportedModelError: See `check_supported`.
         """
         check_supported(load_config(self.path))
+
+    def digest(self) -> str:
+        """Of its files' names, sizes and times, so that answers by other weights are not taken for its own."""
+        here = Path(self.path).expanduser()
+        files = [here] if here.is_file() else sorted(here.iterdir()) if here.is_dir() else []
+        told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr(told).encode()).hexdigest() if told else ""
 
     def cost(self) -> Cost:
         """Its costs, without its weights."""

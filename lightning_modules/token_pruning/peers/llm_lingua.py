@@ -52,6 +52,10 @@ class LLMLingua(TextDropping):
         """See `Variant.examples`."""
         return [cls(min_tail=8), cls(keep=0.3, tail=0.0, min_tail=8, pool=5)]
 
+    def digest(self) -> str:
+        """See `Peer.digest`."""
+        return "" if self._draft is None else self._draft.digest()
+
     def check(self, config: Any) -> None:
         """See `Peer.check`; the draft must be there."""
         super().check(config)

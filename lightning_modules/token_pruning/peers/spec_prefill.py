@@ -63,6 +63,10 @@ class SpecPrefill(TextDropping):
         """See `Variant.examples`."""
         return [cls("runs/reader/model")]
 
+    def digest(self) -> str:
+        """See `Peer.digest`."""
+        return self._draft.digest()
+
     def check(self, config: Any) -> None:
         """See `Peer.check`; the draft must be there."""
         super().check(config)

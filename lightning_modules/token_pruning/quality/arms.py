@@ -61,7 +61,9 @@ class Candidate:
             chooses, schedule = self.pruner.scorer, _values(self.pruner.schedule)
             schedule["pool"] = self.pruner.schedule.pool or self.pruner.scorer.pool
         scorers = [part for part in _parts(chooses) if isinstance(part, Scorer)]
-        trained = [[scorer.asking, scorer.digest()] for scorer in scorers]
+        trained: list[Any] = [[scorer.asking, scorer.digest()] for scorer in scorers]
+        if isinstance(chooses, Peer) and (draft := chooses.digest()):
+            trained.append(draft)
         return [FORMAT, repr(chooses), {name: repr(value) for name, value in schedule.items()}, trained]
 
 

@@ -23,7 +23,7 @@ class Asked:
         answer: What a right answer contains.
         kind: What is asked for, such as "code" or "speaker".
         depth: Where the answer begins, as a share of the prompt.
-        others: What the text says of the same kind, and the question does not: who comes to one of these first is wrong.
+        others: What the text says of the same kind and the question does not: to come to one of these first is wrong.
     """
 
     ids: Tensor

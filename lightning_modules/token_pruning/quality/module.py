@@ -119,7 +119,10 @@ class TokenQuality(L.LightningModule):
         self.arms = [UNPRUNED, *of_schedules(schedules, scorers), *of_files(pruners), *of_peers(peers)]
         ways = [(arm.scorer, arm.schedule) for arm in self.arms]
         if len(set(ways)) < len(ways):
-            raise ValueError("schedules, keep, peers: two are one, and their rows would be one; leave one out")
+            raise ValueError(
+                "schedules, keep, pruners, peers: two are one by name and schedule, and their rows would be one; leave "
+                "one out, or give a folder another name"
+            )
         self.base, self.scorers, self.tasks, self.windows, self.suffix = base, scorers, tasks, windows, suffix
         self.lengths, self.prefix, self.distractors = lengths, prefix, distractors
         self.max_new_tokens, self.seed = max_new_tokens, seed
@@ -146,8 +149,8 @@ class TokenQuality(L.LightningModule):
             if arm.pruner is not None:
                 arm.pruner.check(config)
         if set(self.tasks) & set(_ASKED):
-            room = getattr(config.get_text_config(), "max_position_embeddings", None) or max(self.lengths) + 1
-            if max(self.lengths) + self.max_new_tokens > room:
+            room = getattr(config.get_text_config(), "max_position_embeddings", None)
+            if room is not None and max(self.lengths) + self.max_new_tokens > room:
                 raise ValueError(
                     f"lengths: {max(self.lengths)} tokens and {self.max_new_tokens} of answer are more than the "
                     f"{room} that the model reads"

@@ -160,7 +160,13 @@ def ask(text: str) -> Iterator[Found]:
         others = (years if found.kind == "year" else names) - {answer, *answer.split()}
         told = re.search(rf"\b{re.escape(answer)}\b", found.question, re.IGNORECASE)
         if len(others) >= _OTHERS[found.kind] and not told and found.span[1] <= _LAST * len(text):
-            yield found._replace(others=frozenset(others))
+            yield found._replace(others=frozenset(others - _first_names(text, answer)))
+
+
+def _first_names(text: str, name: str) -> set[str]:
+    """Words with which a text gives a name more fully, such as Sarah of Pocket."""
+    fuller = re.findall(rf"((?:{_NAME}\s+)+){re.escape(name)}\b", text)
+    return {word for words in fuller for word in words.split()}
 
 
 _OTHERS = {"speaker": 2, "year": 1, "place": 2, "agent": 2}

@@ -1,5 +1,6 @@
 """How the arms of the answers' experiment are named and judged; the experiment itself takes an hour."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_schedule_that_misses_its_speed_up_does_not_count(tmp_path):
     rows = [{"scorer": "unpruned", "schedule": ""}, _row("calibrated-2", "layers=[6]", 1.0, bound=1.9)]
     token_answers._answers(tmp_path / "r.jsonl", Path("model"), "needles", rows, None)
     assert record.read(tmp_path / "r.jsonl")[0][0]["reached"] is False
+
+
+def test_texts_that_share_documents_are_refused(tmp_path):
+    texts = {name: tmp_path / f"{name}.json" for name in ("calibration", "asked", "other")}
+    for name, path in texts.items():
+        path.write_text(json.dumps([{"text": f"{name} {number}"} for number in range(3)]))
+    texts["other"].write_text(json.dumps([{"text": "more"}, {"text": "calibration 1\n"}]))
+    with pytest.raises(ValueError, match="calibration and other share 1 documents"):
+        token_answers.run(tmp_path / "r.jsonl", tmp_path / "work", tmp_path, texts)
+    assert not (tmp_path / "work").exists()
 
 
 def test_texts_that_are_missing_are_named(tmp_path):

@@ -22,6 +22,7 @@ from lightning_modules.structured_pruning.slicing import slice_model
 from tests.lightning_modules.structured_pruning.toy import DROPPED, KEPT, batches, plan_for, tiny, two_samples
 
 CPU = torch.device("cpu")
+FIRST = [LayerPlan([], []), *KEPT[1:]]  # the dense model's layer before is not in the sliced one
 BIASED = {"attention_bias": True, "mlp_bias": True}
 MODELS = [("llama", {}), ("llama", BIASED), ("qwen2", {}), ("mistral", {}), ("llama", {"tie_word_embeddings": True})]
 NAMES = ["llama", "llama with biases", "qwen2", "mistral", "tied"]
@@ -67,7 +68,7 @@ def _slowly(dense, plan, text, damping, follow, relative, left):
     sliced = slice_model(dense, plan).double()
     whole = copy.deepcopy(dense).double()
     kept = [i for i, layer in enumerate(plan.layers) if not layer.dropped]
-    cut = False
+    cut = kept[0] > 0
     for new, (old, after) in enumerate(zip(kept, [*kept[1:], len(plan.layers)], strict=True)):
         block, shape = sliced.model.layers[new], shape_of(dense.model.layers[old])
         fewer = len(plan.layers[old].groups) < shape.groups
@@ -99,7 +100,7 @@ def _slowly(dense, plan, text, damping, follow, relative, left):
     return sliced
 
 
-@pytest.mark.parametrize("kept", [KEPT, DROPPED], ids=["parts", "a whole layer"])
+@pytest.mark.parametrize("kept", [KEPT, DROPPED, FIRST], ids=["parts", "a whole layer", "the first layer"])
 @pytest.mark.parametrize(("name", "fields"), MODELS, ids=NAMES)
 @pytest.mark.parametrize(("follow", "relative"), [(True, True), (False, False)], ids=["dense", "layer"])
 def test_every_layer_is_the_least_squares_solution_of_its_inputs_and_outputs(name, fields, kept, follow, relative):

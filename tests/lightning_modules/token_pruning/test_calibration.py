@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_modules.data.tokenizer import train_bpe
-from lightning_modules.token_pruning.calibration.module import TokenCalibration
+from lightning_modules.token_pruning.calibration import measured
+from lightning_modules.token_pruning.calibration.module import TokenCalibration, _rounded_down
 from lightning_modules.token_pruning.calibration.retrieval import share_needed, tail_means
 from lightning_modules.token_pruning.calibration.search import Reading, best_readings, merit, only, schedules
 from lightning_modules.token_pruning.flops import Cost
@@ -210,14 +211,38 @@ def test_a_model_that_answers_nothing_is_named(setup, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"speedup": 3.0}, "speedup: 3.0 cannot be reached"),
-        ({"lengths": [450, 4000]}, "4000 tokens, but .* has 2048 positions"),
+        ({"speedup": 6.0}, "speedup: 6.0 cannot be reached"),
+        ({"lengths": [450, 2030]}, "2030 tokens and 24 of the answer, but .* has 2048 positions"),
+        ({"windows": [8, 16]}, "windows must not exceed min_tail"),
         ({"lengths": [2000], "facts": 500}, "too short"),
     ],
 )
 def test_what_cannot_be_calibrated_is_named(fields, message, setup, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
         _calibrate(setup, tmp_path, monkeypatch, _Asker(0), **fields)
+
+
+def test_heads_are_chosen_and_judged_on_both_kinds_of_answers(tmp_path, monkeypatch):
+    """Free answers have even numbers, begun ones odd; of few that were right, both halves get their share."""
+    asked = []
+    found = measured.Measured(tmp_path, [8])
+    found.files = [tmp_path / f"{number:04}.safetensors" for number in (0, 1, 2, 3, 4, 5, 7, 8)]
+
+    def needed(path, window, asking, frame, sets=None):
+        asked.append((int(path.stem), sets is None))
+        return torch.rand(3, 2)
+
+    monkeypatch.setattr(measured, "_needed", needed)
+    readings = found.readings(0, Schedule(pool=3))
+    chosen_by = {number for number, choosing in asked if choosing}
+    judged_by = {number for number, _ in asked} - chosen_by
+    assert chosen_by == {0, 4, 1, 5} and judged_by == {2, 8, 3, 7} and len(readings[0].needed) == 4
+
+
+@pytest.mark.parametrize("share", [0.5407961, 1.0, 0.0123456, 0.000087, 1e-6])
+def test_shares_are_rounded_down_and_never_to_nothing(share):
+    rounded = _rounded_down(share)
+    assert 0 < rounded <= share < rounded + max(1e-4, rounded * 1.0001)
 
 
 def test_the_result_never_replaces_what_is_not_its_own(setup, tmp_path, monkeypatch):
