@@ -112,6 +112,9 @@ def replacing(
             partial = start(folder, kind)
             try:
                 yield partial
+                for path in partial.rglob("*"):
+                    if path.is_file() and not path.is_symlink():
+                        _share(path)
                 write_manifest(partial, kind, hashes(partial))
                 swap(partial, folder)
             finally:
@@ -140,11 +143,23 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
                 yield partial
                 if path.exists():
                     shutil.copymode(path, partial)
+                else:
+                    _share(partial)
                 sync(partial)
                 partial.replace(path)
                 sync(path.parent)
             finally:
                 partial.unlink(missing_ok=True)
+
+
+def _share(path: Path) -> None:
+    """Give a file the mode that the umask allows: safetensors writes files that none but their owner may read."""
+    umask = os.umask(0o077)  # there is no other way to read it
+    os.umask(umask)
+    mode = path.stat().st_mode
+    if (wanted := mode | (0o666 & ~umask)) != mode:
+        with suppress(OSError):  # a file system without modes
+            path.chmod(wanted)
 
 
 def write_text(path: str | Path, text: str) -> None:

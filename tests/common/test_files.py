@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from common import files, locks, manifest
 from common.files import check_output, recover, replacing, replacing_file
@@ -229,6 +231,18 @@ def test_a_folder_that_merely_has_a_leftovers_name_is_not_deleted(name, tmp_path
     with pytest.raises(ValueError, match="in the way"):
         write(tmp_path / "model", "second")
     assert (tmp_path / name / "thesis.tex").read_text() == "ten years" and _text(tmp_path / "model") == "first"
+
+
+def test_weights_may_be_read_by_whom_the_umask_allows(tmp_path):
+    """safetensors gives them to their owner alone, so that nobody else could serve an exported model."""
+    with replacing(tmp_path / "model", "model") as folder:
+        save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+    with replacing_file(tmp_path / "one.safetensors") as path:
+        save_file({"w": torch.zeros(1)}, path)
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    for name in ("model/model.safetensors", "one.safetensors"):
+        assert (tmp_path / name).stat().st_mode == wanted
 
 
 def test_files_keep_mode_suffix_and_the_link_to_them(tmp_path):
