@@ -310,14 +310,14 @@ PICTURES = {
         "of a pretrained chat model, calibrated. Right: what pruning costs that model without any training.",
         _overview,
         _draw_overview,
-        "real_model.md",
+        "README.md",
         (11.0, 3.4),
     ),
     "links": Picture(
         "How much faster a training step becomes when fewer bytes cross a slow link; a fast one gains nothing.",
         _links,
         lambda figure, numbers: _draw_links(figure.subplots(), numbers),
-        "gradient_compression.md",
+        "bench.md",
         (6.4, 3.4),
     ),
     "two_levels": Picture(
@@ -356,7 +356,7 @@ PICTURES = {
         "token_pruning_small_models.md",
     ),
     "importances": Picture(
-        "Which heads and channels go decides what is lost: every importance with every way to divide the budget.",
+        "Which heads and channels go decides what is lost: eight importances with three ways to divide the budget.",
         _importances,
         _draw_importances,
         "structured_pruning.md",
