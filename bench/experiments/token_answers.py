@@ -228,7 +228,7 @@ def _answers(records: Path, model: Path, task: str, rows: Sequence[Row], commit:
     names = _names(rows)
     for row in rows[1:]:
         arm = _arm(row, names)
-        details = {"model": model.name, "measured_at": commit, "task": task, "arm": arm, **row}
+        details = {**row, "model": model.name, "measured_at": commit, "task": task, "arm": arm}
         _kept(records, f"{task}-{arm}", f"{task}: ", row["whole_right"], row["kept_right"], details)
         unseen = [count for kind, count in row["kinds"].items() if kind in FACTS and FACTS[kind].held_out]
         if row["scorer"].startswith(_CALIBRATED) and unseen:

@@ -104,9 +104,9 @@ def _real(folder: Path) -> Numbers:
 def _kept(folder: Path) -> Numbers:
     """By who chooses: bounds of the speed of prefill, shares of the right answers kept in %, and their intervals."""
     points: dict[str, dict[float, list[float]]] = {}
-    for one in _figures(folder, "token_answers.jsonl").values():
+    for figure, one in _figures(folder, "token_answers.jsonl").items():
         row = one["details"]
-        if row.get("task") in ("needles", "needles-more"):
+        if figure.startswith(("needles-more-", "needles-calibrated-")) and "-unseen-" not in figure:
             name = "calibrated" if row["scorer"].startswith("calibrated-") else row["scorer"].partition("(")[0]
             points.setdefault(name, {})[row["bound"]] = [row["bound"], one["value"], row["low"], row["high"]]
     return {name: [found[bound] for bound in sorted(found)] for name, found in points.items()}

@@ -11,7 +11,7 @@ from common.records import record
 
 def _row(scorer, schedule, kept, bound=2.0, unseen=10):
     kinds = {"code": {"whole_right": 80, "kept_right": 80}, "dish": {"whole_right": 20, "kept_right": unseen}}
-    shares = {"whole_right": 100, "kept_right": kept, "kinds": kinds}
+    shares = {"task": "needles", "whole_right": 100, "kept_right": kept, "kinds": kinds}
     return {"scorer": scorer, "schedule": schedule, "bound": bound, "kv_share": 0.5} | shares
 
 
@@ -27,6 +27,8 @@ def test_every_arm_has_its_own_figure_and_calibrated_ones_are_judged(tmp_path):
         _row("snap_kv", "keep=0.4", 0.9, 1.0),
     ]
     token_answers._answers(tmp_path / "r.jsonl", Path("model"), "needles", rows, "c" * 40)
+    token_answers._answers(tmp_path / "more.jsonl", Path("model"), "needles-more", rows, "c" * 40)
+    assert record.read(tmp_path / "more.jsonl")[0][0]["details"]["task"] == "needles-more", "the experiment's"
     found = {one["figure"]: one for one in record.read(tmp_path / "r.jsonl")[0]}
     calibrated = [f"needles{kinds}-calibrated-{speedup}" for speedup in (2, 2.5, 3.5) for kinds in ("", "-unseen")]
     assert list(found) == [
