@@ -156,7 +156,7 @@ def _peers(model: Path, schedule: Schedule, names: tuple[str, ...] | None) -> li
     a smaller model.
     """
     share, layers = round(_cache_share(model, schedule), 3), AutoConfig.from_pretrained(str(model)).num_hidden_layers
-    read = schedule.layers[0] + 1
+    read = min(schedule.layers or [0]) + 1  # what `calibrate` writes names its layers
     later = (layers / COMPARED[0] - read) / (layers - read)  # of the tokens, where later layers read them
     again = 1 / COMPARED[0] - read / layers  # where all layers do
     cache = {
