@@ -112,9 +112,7 @@ def replacing(
             partial = start(folder, kind)
             try:
                 yield partial
-                for path in partial.rglob("*"):
-                    if path.is_file() and not path.is_symlink():
-                        _share(path)
+                _share(*(path for path in partial.rglob("*") if path.is_file() and not path.is_symlink()))
                 write_manifest(partial, kind, hashes(partial))
                 swap(partial, folder)
             finally:
@@ -152,14 +150,15 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
                 partial.unlink(missing_ok=True)
 
 
-def _share(path: Path) -> None:
-    """Give a file the mode that the umask allows: safetensors writes files that none but their owner may read."""
+def _share(*files: Path) -> None:
+    """Give files the mode that the umask allows: safetensors writes files that none but their owner may read."""
     umask = os.umask(0o077)  # there is no other way to read it
     os.umask(umask)
-    mode = path.stat().st_mode
-    if (wanted := mode | (0o666 & ~umask)) != mode:
-        with suppress(OSError):  # a file system without modes
-            path.chmod(wanted)
+    for path in files:
+        mode = path.stat().st_mode
+        if (wanted := mode | (0o666 & ~umask)) != mode:
+            with suppress(OSError):  # a file system without modes
+                path.chmod(wanted)
 
 
 def write_text(path: str | Path, text: str) -> None:
