@@ -167,15 +167,20 @@ def _peers(model: Path, schedule: Schedule, names: tuple[str, ...] | None) -> li
         "SnapKV": {"keep": share},
         "ExpectedAttention": {"keep": share},
         "RandomCache": {"keep": share},
-        "FastKV": {"layer": read - 1, "keep": round(later - _PROTECTED, 3), "tail": 0.0, "cache": cache},
+        "FastKV": {"layer": read - 1, "keep": _left(later), "tail": 0.0, "cache": cache},
         "LLMLingua": {"keep": 0.5},
-        "GemFilter": {"layer": read - 1, "keep": round(again - _PROTECTED, 3), "tail": 0.0},
+        "GemFilter": {"layer": read - 1, "keep": _left(again), "tail": 0.0},
     }
     return [
         {"class_path": name, "init_args": given}
         for name, given in arguments_of.items()
         if names is None or name in names
     ]
+
+
+def _left(share: float) -> float:
+    """Of what may be dropped; where so deep a layer leaves nothing for the speed-up, a hundredth."""
+    return max(0.01, round(share - _PROTECTED, 3))
 
 
 def _schedule(folder: Path, speedup: float) -> Schedule:
