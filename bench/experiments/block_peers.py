@@ -4,7 +4,7 @@ Wanda, SparseGPT, RIA and magnitude; unstructured, 2:4, 4:8 and the schedule's t
 found for as many bytes as the schedule's last row, and for those of plain 2:4. Each text is cut in two: the first
 half is calibrated on (a mixture of all texts), the second evaluated on. Runs that are finished in a `--folder` are
 not repeated, so that it may be stopped at any time; the models they leave are removed once they are measured. About
-an hour and a half on two cores for a model of 135 M parameters. `block_tuning` goes on from here with training,
+three hours of one core for a model of 135 M parameters. `block_tuning` goes on from here with training,
 `block_official` compares with the authors' code.
 """
 
@@ -27,6 +27,8 @@ SCHEDULE = "configs/block_sparsity/progressive.csv"
 BLOCK, BATCH, CALIBRATION_BLOCKS, EVALUATION_BLOCKS = 512, 2, 32, 24
 LAST_ROW_BITS = 9.85  # what the schedule's last row takes with top-k blocks of 10 weights
 TWO_FOUR_BITS = 9.01
+SMALL_BITS = 8.0  # where 2:4 blocks alone are too large
+TOPK = (10, 32, 64)
 
 NO_UPDATE = ("--model.update", "null")
 METHODS: dict[str, tuple[str, ...]] = {
@@ -55,15 +57,29 @@ class Arm:
     seeds: tuple[int, ...] = (1,)
 
 
-def mix(bits: float) -> tuple[str, ...]:
+def mix(bits: float, topk: str = "auto") -> tuple[str, ...]:
     """Options that ask for the mix of tiers that loses least in so many bits per weight."""
-    chosen = ("--model.target_bits", str(bits), "--model.topk", "auto", "--model.scope", "global")
+    chosen = ("--model.target_bits", str(bits), "--model.topk", topk, "--model.scope", "global")
     return ("--model.pattern", "tiers", *chosen, *METHODS["sparsegpt"])
 
 
 def arms() -> dict[str, Arm]:
     """All of them by name, those that run with several seeds first: what is compared before what is varied."""
     found: dict[str, Arm] = {}
+    for name, bits in {"last-row": LAST_ROW_BITS, "two-four": TWO_FOUR_BITS}.items():
+        what = f"the mix of tiers that is found for {bits} bits per weight, sparsegpt"
+        found[f"mix-{name}"] = Arm(what, mix(bits), bits, (1, 2, 3))
+    found["mix-dense-and-two-four"] = Arm(  # as many of each everywhere
+        f"dense and 2:4 blocks alone, in {LAST_ROW_BITS} bits per weight, sparsegpt",
+        (*METHODS["sparsegpt"], "--model.pattern", "tiers", *shares("0.1203,0.8797,0"), "--model.scope", "global"),
+        LAST_ROW_BITS,
+    )
+    # what a top-k tier is worth: "auto" has none where 2:4 alone is small enough
+    for k in TOPK:
+        what = f"the mix that is found for {LAST_ROW_BITS} bits per weight with top-{k} blocks, sparsegpt"
+        found[f"mix-top-{k}"] = Arm(what, mix(LAST_ROW_BITS, str(k)), LAST_ROW_BITS)
+    what = f"the mix of tiers that is found for {SMALL_BITS:g} bits per weight, sparsegpt"
+    found["mix-small"] = Arm(what, mix(SMALL_BITS), SMALL_BITS)
     rows = [line.split(",") for line in (ROOT / SCHEDULE).read_text().splitlines()[1:]]
     for pattern in PATTERNS:
         for method, options in METHODS.items():
@@ -79,14 +95,6 @@ def arms() -> dict[str, Arm]:
             asked = (*METHODS[method], "--model.pattern", "tiers", *shares(given))
             what = f"tiers {'/'.join(row[1:4])}, {method}"
             found[f"tiers-{row[0]}-{method}"] = Arm(what, asked, _packed(given), seeds)
-    for name, bits in {"last-row": LAST_ROW_BITS, "two-four": TWO_FOUR_BITS}.items():
-        what = f"the mix of tiers that is found for {bits} bits per weight, sparsegpt"
-        found[f"mix-{name}"] = Arm(what, mix(bits), bits, (1, 2, 3))
-    found["mix-dense-and-two-four"] = Arm(  # what the top-k tier is worth
-        f"dense and 2:4 blocks alone, in {LAST_ROW_BITS} bits per weight, sparsegpt",
-        (*METHODS["sparsegpt"], "--model.pattern", "tiers", *shares("0.1203,0.8797,0"), "--model.scope", "global"),
-        LAST_ROW_BITS,
-    )
     return dict(sorted(found.items(), key=lambda item: -len(item[1].seeds)))
 
 

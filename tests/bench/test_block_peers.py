@@ -58,6 +58,9 @@ def test_arms_are_asked_for_by_seed_and_their_models_go(stood_in):
     shares = [float(last[f"--model.schedule.{tier}"]) for tier in ("dense", "mid_2_4", "topk")]
     assert shares == [0.35, 0.45, 0.2] and last["--model.pattern"] == "tiers"
     assert asked["mix-last-row-3"][2]["--model.topk"] == "auto"
+    with_topk = asked["mix-top-32-1"][2]
+    assert (with_topk["--model.topk"], with_topk["--model.target_bits"]) == ("32", "9.85")
+    assert float(asked["mix-small-1"][2]["--model.target_bits"]) < peers.arms()["2:4-wanda"].bits
     ratios = {figure["figure"]: figure["value"] for figure in appended}
     assert ratios["dense-wiki"] == 1 and ratios["2:4-wanda-books"] == 3
     json.dumps(appended, allow_nan=False)
