@@ -29,6 +29,7 @@ class TierSchedule(Measurement):
         self._next = 0  # the row that begins next
         self._since = 0  # the epoch in which the present one began
         self._stale, self._best = 0, math.inf  # validations without a better perplexity, and the best
+        self._fresh = False  # whether the perplexity that is logged is of this epoch
         self._finished: list[dict[str, Any]] = []
         self._module: BlockSparsity | None = None
 
@@ -90,6 +91,10 @@ class TierSchedule(Measurement):
             self._since = trainer.current_epoch
             self._stale, self._best = 0, math.inf
 
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Note that there is a perplexity: not every epoch need have one (``check_val_every_n_epoch``)."""
+        self._fresh = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Check the masks, note the iteration's perplexity, and stop early where nothing improves.
 
@@ -97,10 +102,12 @@ class TierSchedule(Measurement):
             RuntimeError: A pruned weight came back.
         """
         violations = pl_module.check_masks(f"after epoch {trainer.current_epoch}")
-        logged = trainer.callback_metrics.get("val/ppl")
+        logged = trainer.callback_metrics.get("val/ppl") if self._fresh else None
+        self._fresh = False
         ppl = float(logged) if logged is not None else None
         row = pl_module.rows[self._next - 1]
-        entry = pl_module.pruner.iteration_result(row.iteration, ppl, violations)
+        known = next((done["ppl"] for done in self._finished if done["iteration"] == row.iteration), None)
+        entry = pl_module.pruner.iteration_result(row.iteration, known if ppl is None else ppl, violations)
         pl_module.log("sparsity/violations", float(violations), rank_zero_only=True)
         pl_module.log("sparsity/zeros", entry["sparsity"], rank_zero_only=True)
         self._finished = [done for done in self._finished if done["iteration"] != row.iteration] + [entry]

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from common.files import recover
@@ -165,6 +166,22 @@ def load_config(path: str | Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.name, **source.options)
     config.name_or_path = source.path
     return config
+
+
+def beside(path: str | Path, name: str) -> Path | None:
+    """A file that lies beside a model's weights, on the Hub too; None where there is none.
+
+    Args:
+        path: Hugging Face folder, GGUF file or Hub name.
+        name: The file's.
+    """
+    source = _locate(path)
+    if source.local:
+        file = Path(source.name) / name
+        return file if file.is_file() else None
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(source.name, name, **quiet)
+    return Path(found) if found is not None else None
 
 
 def load_on_meta(path: str | Path, supported: Callable[[PretrainedConfig], Any] | None = None) -> Any:

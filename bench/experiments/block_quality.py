@@ -14,6 +14,7 @@ HEADER = "iteration,dense,mid_2_4,topk,dense_to_2_4,mid_2_4_to_topk,epochs"
 # one row of a schedule each, as many epochs as the progressive schedule has in all
 ONE_ROW = {"oneshot": "1,0.35,0.45,0.20,0.65,0.20,11", "half": "1,0,1,0,1,0,11", "whole": "1,1,0,0,0,0,11"}
 UNSTRUCTURED = ("--model.pattern", "unstructured")
+PAPERS = ("--model.update", "null")  # masks alone, as Wanda's and magnitude's
 ARMS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "dense": ("dense model, fine-tuned alike", "whole", ()),
     "progressive": ("three tiers, progressive (Wanda)", None, ()),
@@ -48,7 +49,7 @@ def run(records: Path, folder: Path, model: Path) -> None:
 
 def _fit(folder: Path, model: Path, seed: int, schedule: Path, *more: str, command: str = "fit") -> dict[str, Any]:
     start = ("--model.pretrained", str(model), "--model.schedule.path", str(schedule))
-    data = (*books(), "--data.tokenizer", str(model), "--data.max_val_blocks", str(VAL_BLOCKS))
+    data = (*books(), *PAPERS, "--data.tokenizer", str(model), "--data.max_val_blocks", str(VAL_BLOCKS))
     data = (*data, "--data.block_size", "256", "--data.batch_size", "4", "--seed_everything", str(seed))
     return fit(folder, CONFIG, *start, *data, *more, command=command).record
 

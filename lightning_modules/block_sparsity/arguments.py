@@ -35,13 +35,13 @@ def check_mix(
     Raises:
         ValueError: They do not go together, or no mix takes so many bits.
     """
-    k = topk if isinstance(topk, int) else min(_TOPK, most_topk(block))
-    check_sizes(block, k)
+    k = topk if isinstance(topk, int) else min(_TOPK, most_topk(block, values))
+    check_sizes(block, k, values)
     if topk == "auto" and target_bits is None:
         raise ValueError("topk auto needs target_bits: it is chosen with the mix of tiers")
     if target_bits is None:
         return k
-    smallest = choices(block)[0] if topk == "auto" else k
+    smallest = choices(block, values)[0] if topk == "auto" else k
     most = packed_bits(Ratios(1, 0, 0), block, k, values, bands)
     least = packed_bits(Ratios(0, 0, 1), block, smallest, values, bands)
     if not least <= target_bits <= most:

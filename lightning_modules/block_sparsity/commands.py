@@ -99,7 +99,8 @@ def export(module: "BlockSparsity", data: Any) -> dict[str, Any]:
     values = module.export_values
     model.config.dtype = module.stored
     with replacing(module.output, "packed model", module.inputs_of(data), module.overwrite) as folder:
-        sizes = write_packed(folder, model, model.state_dict(), pruner.tiers, values, module.export_bands)
+        form = (values, module.export_bands, pruner.iteration)
+        sizes = write_packed(folder, model, model.state_dict(), pruner.tiers, *form)
         data.tokenizer.save_pretrained(folder)
         write_card(folder, _card(module, sizes=sizes))
     print("\n".join(f"{name}: {cell(value)}" for name, value in sizes.items()))

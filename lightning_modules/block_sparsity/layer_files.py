@@ -23,13 +23,14 @@ class LayerFiles:
     Args:
         folder: Where they lie; None keeps none.
         about: What the result depends on besides the weights: JSON-able.
-        text: Tensors that it depends on: the calibration text.
+        given: Tensors that it depends on: calibration text, and what is not pruned.
     """
 
-    def __init__(self, folder: Path | None, about: Any = None, text: Iterable[Tensor] = ()) -> None:
+    def __init__(self, folder: Path | None, about: Any = None, given: Iterable[Tensor] = ()) -> None:
         self.folder = folder
         self._digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-        self._count(text)
+        if folder is not None:
+            self._count(given)
         self._number = 0
 
     def next(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

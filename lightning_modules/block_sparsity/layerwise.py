@@ -5,6 +5,7 @@ one is looked at. So do Wanda and SparseGPT; what the unpruned model gives to a 
 """
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -113,7 +114,10 @@ def prune_layers(
     shares = {name: asdict(one) for name, one in targets.items() if isinstance(one, Ratios)}
     maps = [one for one in targets.values() if isinstance(one, Tensor)]
     text = [part for batch in batches for _, part in sorted(batch.items())]
-    finished = LayerFiles(folder, [method.describe(), pruner.describe(), shares], [*maps, *text])
+    cut = {id(matrix.weight) for matrix in pruner.matrices.values()}
+    others = [weight.detach() for weight in model.parameters() if id(weight) not in cut]  # embeddings, norms, biases
+    about = [method.describe(), pruner.describe(), shares]
+    finished = LayerFiles(folder, about, itertools.chain(maps, text, others))
     errors, means, layers = Errors(), dict[str, Tensor](), decoder_layers(model)
     with stage("Pruning", len(layers), "layers") as done:
         for number, layer in enumerate(layers.values(), 1):

@@ -1,5 +1,6 @@
 """Holding masks while weights change, and counting where they did not hold."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -55,24 +56,26 @@ def refuse(found: int, when: str) -> int:
 def unstructured(scores: Scored, sparsity: float, keep_RC: Tensor) -> Tensor:
     """Mask that drops the lowest weights of every row, bool ``[R, C]``; of equals the first are dropped.
 
-    The comparison inside a row is that of Wanda (arXiv 2306.11695, §3). Weights already pruned stay pruned.
+    The comparison inside a row is that of Wanda (arXiv 2306.11695, §3). Weights already pruned stay pruned: a row that
+    has more zeros, because an update chose among several rows, loses no more.
 
     Args:
         scores: Scores, not negative.
-        sparsity: Share of every row that is zero afterwards.
+        sparsity: Share of every row that is zero afterwards, at least.
         keep_RC: The mask so far.
 
     Raises:
-        ValueError: A row has fewer weights left than ``sparsity`` allows, or a score is not finite.
+        ValueError: Fewer weights are left than ``sparsity`` allows, or a score is not finite.
     """
-    drop = round(sparsity * keep_RC.shape[1])
-    if (~keep_RC).sum(1).max() > drop:
-        raise ValueError(f"a row has more zeros than sparsity {sparsity:g} asks for: pruned weights do not come back")
+    count, columns = keep_RC.shape
+    zeros_R = (~keep_RC).sum(1)
+    if zeros_R.sum() > count * math.ceil(sparsity * columns - 1e-9):
+        raise ValueError(f"there are more zeros than sparsity {sparsity:g} asks for: pruned weights do not come back")
+    drop_R = zeros_R.clamp_min(round(sparsity * columns))
     found = torch.empty_like(keep_RC)
     for rows, scores_rC in scores.slabs():
         here = scores_rC.masked_fill_(~keep_RC[rows], -1.0)
-        everything, count = torch.ones_like(keep_RC[rows]), torch.full((len(here),), drop, device=here.device)
-        found[rows] = ~lowest(here, everything, count)
+        found[rows] = ~lowest(here, torch.ones_like(keep_RC[rows]), drop_R[rows])
     return found
 
 

@@ -86,9 +86,10 @@ def in_bands(map_rc: Tensor, bits: Callable[[Ratios], float]) -> Ratios:
     return max((one for one in near if bits(one) <= bits(wanted) + 1e-3), key=bits)  # dense down and top-k up is one
 
 
-def choices(block: int) -> tuple[int, ...]:
-    """What is tried for k."""
-    return tuple(sorted({min(max(1, round(share * block * block)), most_topk(block)) for share in TRIED}))
+def choices(block: int, values: str = "float16") -> tuple[int, ...]:
+    """What is tried for k, where values are packed as a type."""
+    most = most_topk(block, values)
+    return tuple(sorted({min(max(1, round(share * block * block)), most) for share in TRIED}))
 
 
 def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target: Mix, ks: Sequence[int]) -> Found:

@@ -22,7 +22,7 @@ from lightning_modules.block_sparsity.layerwise import Errors, Method, Statistic
 from lightning_modules.block_sparsity.masks import mask_gradients, mask_weights, refuse, violations
 from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.mix import Mix, choices
-from lightning_modules.block_sparsity.packed_model import PACKED_FILE, from_state, read_tiers
+from lightning_modules.block_sparsity.packed_model import PACKED_FILE, from_state, read_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pattern, Pruner, packed_bits, tiers_file
 from lightning_modules.block_sparsity.reconstruction import Reconstruction
 from lightning_modules.block_sparsity.restarts import Restarts
@@ -35,7 +35,7 @@ from lightning_modules.block_sparsity.tiers import TOPK
 from lightning_modules.block_sparsity.updates import Update
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import load, load_config
+from lightning_modules.loading import beside, load, load_config
 
 _CHECKPOINT = "block_sparsity"
 _SHARDING = (FSDPStrategy, ModelParallelStrategy)
@@ -208,9 +208,10 @@ class BlockSparsity(CausalLM):
         model = load(self.pretrained, **self.loading)
         self.pruner = Pruner(model, **self._pruning)  # type: ignore[arg-type]
         if packed:
-            self.pruner.adopt(read_tiers(folder), str(folder / PACKED_FILE))
-        elif tiers_file(self.maps):
-            self.pruner.load(self.maps)
+            found = read_packed(folder)
+            self.pruner.adopt(found.tiers(), found.iteration, str(folder / PACKED_FILE))
+        elif maps := tiers_file(self.maps) or beside(self.pretrained, TIERS_FILE):
+            self.pruner.load(maps)
         if not any(matrix.weight.is_meta for matrix in self.pruner.matrices.values()):  # ranks have their rows later
             refuse(violations(self.pruner.matrices, self.pruner.keep), f"in {self.pretrained}")
         return model.train()
@@ -332,7 +333,7 @@ class BlockSparsity(CausalLM):
         )
         done = (dense - here) / (dense - end) if dense > end else 1.0
         settled = self.topk != "auto" or any(tiers.counts()[TOPK] for tiers in self.pruner.tiers.values())
-        ks = () if settled else choices(block)
+        ks = () if settled else choices(block, self.export_values)
         return Mix(dense - done * (dense - self.target_bits), str(self._pruning["scope"]), ks, *form)
 
     @property
@@ -397,6 +398,12 @@ class BlockSparsity(CausalLM):
         if self.teacher is not None:
             self._teacher = Frozen(load(self.teacher, **self.loading))
             self._teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Cut the masks of a checkpoint, which strategies that cut up weights read after ``on_fit_start``."""
+        if self._held is not None:
+            self._hold()
+            self.check_masks("in the checkpoint")
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | dict[str, Tensor]:
         """Next-token loss, mixed with the distance from the teacher where there is one."""

@@ -121,6 +121,7 @@ def write_packed(
     tiers: Mapping[str, TierMap],
     dtype: str,
     bands: bool = False,
+    iteration: int = 0,
 ) -> dict[str, float]:
     """Write configuration, generation settings and one packed file.
 
@@ -132,6 +133,7 @@ def write_packed(
         dtype: Type of all stored values: "float16", "bfloat16", "float32", or "int8" for the tiers' values (what is
             not pruned is then stored in the configuration's type where that has 16 bits, else in float16).
         bands: Write the band form.
+        iteration: Of the schedule, the last that was made.
 
     Returns:
         ``packed_bytes``, ``packed_bits_per_weight`` and ``packed_ratio``, see ``common/records/schema.py``.
@@ -155,7 +157,8 @@ def write_packed(
     if model.config.tie_word_embeddings:
         rest = {name: w for name, w in rest.items() if name not in (model._tied_weights_keys or ())}
     tensors |= {name: w.to(other) if w.is_floating_point() else w for name, w in rest.items()}
-    tensor_file.write(folder / PACKED_FILE, _KIND, tensors, {"dtype": dtype, "matrices": json.dumps(layouts)})
+    about = {"dtype": dtype, "matrices": json.dumps(layouts), "iteration": str(iteration)}
+    tensor_file.write(folder / PACKED_FILE, _KIND, tensors, about)
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -172,12 +175,14 @@ class Packed(NamedTuple):
         tensors: By name.
         layouts: By packed matrix.
         packed_as: Type of the tiers' values.
+        iteration: Of the schedule, the last that was made; 0 where the file does not say.
     """
 
     folder: Path
     tensors: dict[str, Tensor]
     layouts: dict[str, Layout]
     packed_as: str
+    iteration: int = 0
 
     def tiers(self) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:
         """Name, tier map, mask and layout of every matrix."""
@@ -224,7 +229,7 @@ def build(
     packed: Packed, dtype: torch.dtype | str, attention: str | None = None, expand: bool = True, kernel: bool = False
 ) -> PreTrainedModel:
     """A model of what has been read. Arguments as for ``load_packed``."""
-    folder, tensors, layouts, packed_as = packed
+    folder, tensors, layouts, packed_as, _ = packed
     product = _kernel(folder, tensors, layouts) if kernel else None
     config = AutoConfig.from_pretrained(folder)
     dtype = _dtype(dtype, config, packed_as)
@@ -296,11 +301,6 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else "×".join(map(str, shape))
 
 
-def read_tiers(folder: Path) -> Iterator[tuple[str, Tensor, Tensor, Layout]]:
-    """Name, tier map, mask and layout of every matrix of a packed model."""
-    return read_packed(folder).tiers()
-
-
 def read_packed(folder: Path) -> Packed:
     """Read a packed model's file, once for all that is made of it.
 
@@ -317,9 +317,10 @@ def read_packed(folder: Path) -> Packed:
             parts = _parts(tensors, matrix)
             check = check_bands if _BANDS in parts else check_parts
             check(parts, layout, DTYPES[dtype])
+        iteration = int(about.get("iteration", "0"))
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # a wrong list of sizes raises any of these
         raise ValueError(f"{path}: damaged, {matrix}: {error}; write or fetch it again") from error
-    return Packed(folder, tensors, layouts, dtype)
+    return Packed(folder, tensors, layouts, dtype, iteration)
 
 
 def _parts(tensors: Mapping[str, Tensor], matrix: str) -> dict[str, Tensor]:

@@ -326,11 +326,12 @@ class Pruner:
         sizes = {field: int(numbers[field]) for field in ("block", "k", "iteration")}
         self.load_state({"pattern": about["pattern"], **sizes, "tensors": tensors}, str(path))
 
-    def adopt(self, packed: Iterable[tuple[str, Tensor, Tensor, Layout]], source: str) -> None:
+    def adopt(self, packed: Iterable[tuple[str, Tensor, Tensor, Layout]], iteration: int, source: str) -> None:
         """Take over the tier maps and masks of a packed model.
 
         Args:
             packed: Name, tier map, mask and layout of every matrix.
+            iteration: Of the schedule, the last that was made.
             source: Where they come from, for messages.
 
         Raises:
@@ -339,7 +340,7 @@ class Pruner:
         tensors: dict[str, Tensor] = {}
         for name, map_rc, keep_RC, layout in packed:
             tensors |= {f"{name}.map": map_rc, f"{name}.keep": pack_bits(pad(keep_RC, layout.block))}
-        sizes = {"pattern": "tiers", "block": layout.block, "k": layout.k}
+        sizes = {"pattern": "tiers", "block": layout.block, "k": layout.k, "iteration": iteration}
         self.load_state({**sizes, "tensors": tensors}, source)
 
     def to(self, device: torch.device) -> None:

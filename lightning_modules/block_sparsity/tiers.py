@@ -14,24 +14,30 @@ Index = tuple[Tensor, Tensor]
 """Rows and columns ``int64 [n]`` of blocks."""
 
 
-def check_sizes(block: int, k: int) -> None:
-    """Refuse block sizes and k that the tiers cannot have.
+def check_sizes(block: int, k: int, values: str = "float16") -> None:
+    """Refuse block sizes and k that the tiers cannot have, packed with values of a type.
 
     Raises:
         ValueError: ``block`` is not a multiple of 4 between 4 and 128, or k is not between 1 and ``most_topk``.
     """
     if block % 4 or not 4 <= block <= 128:
         raise ValueError(f"block must be a multiple of 4 between 4 and 128, got {block}")
-    if not 1 <= k <= most_topk(block):
+    most = most_topk(block, values)
+    if not 1 <= k <= most:
         raise ValueError(
-            f"topk must be between 1 and {most_topk(block)} of the {block * block} weights of a {block}×{block} block, "
-            f"got {k}: with more, a top-k block takes more bytes than the 2:4 block that it is cut from"
+            f"topk must be between 1 and {most} of the {block * block} weights of a {block}×{block} block, got {k}: "
+            f"with more, a top-k block takes more bytes than the 2:4 block that it is cut from"
         )
 
 
-def most_topk(block: int) -> int:
-    """The largest k whose block is not larger than a 2:4 block, packed with 16-bit values."""
+def most_topk(block: int, values: str = "float16") -> int:
+    """The largest k whose block is not larger than a 2:4 block, packed with 16-bit values, or with "int8" ones.
+
+    int8 values come with a 16-bit scale for every row of a 2:4 block, and one for a top-k block.
+    """
     index = 8 if block * block <= 256 else 16
+    if values == "int8":
+        return (5 * block * block + 16 * block - 16) // (8 + index)
     return 9 * block * block // (16 + index)
 
 

@@ -8,7 +8,7 @@ from lightning_modules.block_sparsity import load_packed
 from lightning_modules.block_sparsity.bands import band_product, from_bands, to_bands
 from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.masks import mask_weights
-from lightning_modules.block_sparsity.packed_model import PackedLinear, read_tiers, write_packed
+from lightning_modules.block_sparsity.packed_model import PackedLinear, read_packed, write_packed
 from lightning_modules.block_sparsity.packing import Layout, pack, unpack
 from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
@@ -104,7 +104,7 @@ def test_a_model_in_bands_is_the_plain_packed_one_and_multiplies_band_by_band(dt
         write_packed(tmp_path / name, model, model.state_dict(), pruner.tiers, dtype, bands)
     wanted, found = (load_packed(tmp_path / name) for name in ("plain", "bands"))
     assert all(torch.equal(a, b) for a, b in zip(wanted.parameters(), found.parameters(), strict=True))
-    for name, tier_map, keep, _ in read_tiers(tmp_path / "bands"):
+    for name, tier_map, keep, _ in read_packed(tmp_path / "bands").tiers():
         assert torch.equal(tier_map, pruner.tiers[name].map_rc) and torch.equal(keep, pruner.tiers[name].keep_RC)
     packed = load_packed(tmp_path / "bands", expand=False)
     assert {m.product for m in packed.modules() if isinstance(m, PackedLinear)} == {band_product}

@@ -163,6 +163,13 @@ def test_unstructured_drops_the_lowest_of_every_row_and_nothing_comes_back():
         unstructured(scored(scores), 0.4, more)
 
 
+def test_a_row_that_has_more_zeros_already_loses_no_more():
+    keep = torch.ones(4, 40, dtype=torch.bool)
+    keep[0, :16] = False  # 10 % of the matrix, but 40 % of this row
+    found = unstructured(scored(_scores((4, 40))), 0.2, keep)
+    assert (~found).sum(1).tolist() == [16, 8, 8, 8] and not (found & ~keep).any()
+
+
 @pytest.mark.parametrize(
     "draw", [torch.rand, lambda *shape, generator: torch.randint(0, 4, shape, generator=generator)]
 )

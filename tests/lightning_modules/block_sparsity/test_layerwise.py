@@ -9,6 +9,7 @@ from lightning_modules.block_sparsity.inputs import Moments
 from lightning_modules.block_sparsity.layer_files import LayerFiles, layer_folder, remove_layers
 from lightning_modules.block_sparsity.layerwise import Method, prune_layers
 from lightning_modules.block_sparsity.masks import violations
+from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.block_sparsity.reconstruction import Reconstruction
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
@@ -165,6 +166,20 @@ def test_iterations_with_updates_are_nested_and_held(score, scope):
     assert {len(q) for q in pruner.quantiles.values()} == {5}
 
 
+def test_unstructured_iterations_with_updates_are_nested_too():
+    model = tiny_llama()
+    with torch.no_grad():
+        for matrix in linear_layers(model).values():  # rows of unlike size, among which an update chooses
+            matrix.weight.mul_(torch.logspace(-1, 1, len(matrix.weight))[:, None])
+    pruner = Pruner(model, block=8, k=6, pattern="unstructured")
+    for ratios in (Ratios(0.9, 0.1, 0.0), Ratios(0.8, 0.1, 0.1)):
+        before = {name: keep.clone() for name, keep in pruner.keep.items()}
+        prune(model, pruner, ratios, Wanda(), batches(3), update=Obs())
+        assert all(not (keep & ~before[name]).any() for name, keep in pruner.keep.items())
+        wanted = 0.5 * ratios.mid_2_4 + (1 - 6 / 64) * ratios.topk
+        assert pruner.sparsity()["sparsity"] == pytest.approx(wanted, abs=0.02)
+
+
 def test_all_matrices_compete_by_the_scores_of_the_model_as_it_is():
     model = tiny_llama()
     with torch.no_grad():
@@ -236,8 +251,10 @@ def test_an_interrupted_pruning_goes_on_after_its_last_layer_and_ends_the_same(m
     folder, cut = layer_folder(tmp_path / "out"), layerwise._cut
     looked: list[str] = []
 
-    def run(stop=None):
+    @torch.no_grad()
+    def run(stop="", change=lambda model: None):
         model = tiny_llama()
+        change(model)
         pruner = Pruner(model, block=8, k=6, pattern=pattern)
 
         def counted(name, *rest):
@@ -253,6 +270,12 @@ def test_an_interrupted_pruning_goes_on_after_its_last_layer_and_ends_the_same(m
     wanted = run()
     remove_layers(folder)
     assert not folder.exists()
+    with pytest.raises(_Stopped):
+        run(stop="1")
+    looked.clear()
+    run(change=lambda model: model.model.embed_tokens.weight.mul_(1.01))  # what layers are given counts, too
+    assert any("layers.0." in name for name in looked)
+    remove_layers(folder)
     with pytest.raises(_Stopped):
         run(stop="1")
     looked.clear()

@@ -124,9 +124,11 @@ def test_k_is_the_one_that_loses_least_and_none_is_larger_than_two_of_four():
     assert best_mix(scores, tiers, Mix(2.0), choices(8)).k in choices(8)[:2]  # the others are too large
     assert found.loss == min(losses.values()) and losses[found.k] == found.loss and len(set(losses.values())) > 1
     for block in (4, 8, 16, 32, 128):
-        assert all(1 <= k <= most_topk(block) for k in choices(block))
-        top, half = (packed_bits(one, block, most_topk(block)) for one in (Ratios(0, 0, 1), Ratios(0, 1, 0)))
-        assert top <= half < packed_bits(Ratios(0, 0, 1), block, most_topk(block) + 1)
+        for values in ("float16", "int8"):
+            most = most_topk(block, values)
+            assert all(1 <= k <= most for k in choices(block, values))
+            top, half = (packed_bits(one, block, most, values) for one in (Ratios(0, 0, 1), Ratios(0, 1, 0)))
+            assert top <= half < packed_bits(Ratios(0, 0, 1), block, most + 1, values)
 
 
 def test_blocks_become_top_k_of_themselves_only_where_two_of_four_is_too_large():

@@ -183,6 +183,14 @@ def test_patience_ends_iterations_early_and_the_learning_rate_follows(dense, dat
     assert module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-10)
 
 
+def test_patience_counts_validations_not_epochs(dense, data_cache, tmp_path):
+    schedule = LinearSchedule(**{**SCHEDULE, "iterations": 1, "epochs": 6})
+    module = module_of(dense, tmp_path / "out", schedule=schedule, learning_rate=1e-9)
+    block = fit(module, data_cache, tmp_path, patience=2, steps=1, check_val_every_n_epoch=2)
+    assert module.trainer.current_epoch == 6  # three validations, two of them no better
+    assert block["iterations"][0]["ppl"] is not None
+
+
 def test_the_teacher_is_no_part_of_the_module(dense, data_cache, tmp_path):
     module = module_of(dense, tmp_path / "out", teacher=str(dense), iteration=1)
     fit(module, data_cache, tmp_path, steps=1)

@@ -16,7 +16,7 @@ from common.manifest import DamagedError
 from lightning_modules.block_sparsity import load_packed
 from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.masks import mask_weights
-from lightning_modules.block_sparsity.packed_model import PACKED_FILE, PackedLinear, read_tiers, write_packed
+from lightning_modules.block_sparsity.packed_model import PACKED_FILE, PackedLinear, read_packed, write_packed
 from lightning_modules.block_sparsity.packing import DTYPES, Layout, pack, unpack, unpack_keep
 from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
@@ -206,7 +206,7 @@ def test_a_damaged_file_without_a_manifest_is_named_or_still_a_model_that_fits(f
         assert str(folder) in str(error)
         return
     assert packed.state_dict().keys() == expanded.state_dict().keys()
-    list(read_tiers(folder))
+    list(read_packed(folder).tiers())
 
 
 @pytest.mark.parametrize(

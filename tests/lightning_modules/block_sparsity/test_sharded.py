@@ -81,6 +81,31 @@ def test_masks_are_cut_like_their_weights_and_all_is_as_on_one_device(
         assert all(_equal(found, expected) for found, expected in zip(_results(place), _results(folder), strict=True))
 
 
+class Masks(L.Callback):
+    """Zeros of what this rank holds, by epoch."""
+
+    def __init__(self):
+        self.zeros = {}
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.zeros[trainer.current_epoch] = sum(int((~mask).sum()) for mask in module.held.values())
+
+
+def _long(dense, folder, cache, engine, ckpt=None):
+    module = module_of(dense, folder / "out", schedule=LinearSchedule(**{**SCHEDULE, "iterations": 1, "epochs": 2}))
+    masks, data = Masks(), SameText(cache_dir=cache, max_val_blocks=8)
+    fit(module, cache, folder, steps=2, ckpt=ckpt, callbacks=[masks], data=data, devices=2, strategy=ENGINES[engine]())
+    return masks.zeros
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_that_stopped_between_demotions_goes_on_under_its_masks(engine, dense, data_cache, tmp_path, two_ranks):
+    whole = two_ranks.run(_long, dense, tmp_path / "a", data_cache, engine)
+    resumed = two_ranks.run(_long, dense, tmp_path / "b", data_cache, engine, str(tmp_path / "a/ckpt/epoch=0.ckpt"))
+    assert resumed == [{1: zeros[1]} for zeros in whole] and all(zeros[1] > 0 for zeros in whole)
+    assert all(_equal(*pair) for pair in zip(_results(tmp_path / "a"), _results(tmp_path / "b"), strict=True))
+
+
 def test_adapters_need_whole_weights(dense, data_cache, tmp_path):
     warnings.simplefilter("ignore")
     module = module_of(dense, tmp_path / "out", finetune="lora")
