@@ -7,7 +7,9 @@ asked, and nowhere else: lm-eval is no part of Pare's base installation.
 import contextlib
 import difflib
 import functools
+import hashlib
 import io
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -95,6 +97,19 @@ def load_task(manager: TaskManager, name: str, run_code: bool) -> Any:
         if not len(task.eval_docs):
             raise ValueError(f"tasks: {task.config.task} has no items to ask")
     return loaded
+
+
+def digest(loaded: Any) -> str:
+    """Of what is asked and how: the settings and items of all tasks, so that changed ones are noticed.
+
+    Args:
+        loaded: See ``load_task``.
+    """
+    found = hashlib.sha256()
+    for name, task in sorted(loaded["tasks"].items()):
+        for part in ([name, task.dump_config()], *task.eval_docs):
+            found.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return found.hexdigest()
 
 
 def _why(name: str, error: BaseException) -> str:

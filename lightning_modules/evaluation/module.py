@@ -127,15 +127,13 @@ class TaskEvaluation(L.LightningModule):
         written = {one.task: one.write(self.folder / "tasks")[0] for one in self.local}
         manager = harness.find_tasks(self.tasks, self.include)
         # all of them before any model: what is not there is said now, not in an hour
-        for name in [*self.tasks, *map(str, written.values())]:
-            harness.load_task(manager, name, self.run_code)
+        asked = {
+            name: harness.digest(harness.load_task(manager, str(written.get(name, name)), self.run_code))
+            for name in [*self.tasks, *written]
+        }
         done = self._done()
         for model_name, path in self.models.items():
-            wanted = {
-                name: key
-                for name in [*self.tasks, *written]
-                if (key := self._key(path, name, written.get(name))) not in done
-            }
+            wanted = {name: key for name in asked if (key := self._key(path, name, asked[name])) not in done}
             if not wanted:
                 rank_zero_info(f"{model_name}: all tasks were answered before, see {self.folder / _DONE}")
                 continue
@@ -154,8 +152,8 @@ class TaskEvaluation(L.LightningModule):
         rows = [
             {"model": model_name, **row, "chance": self._chance(row["task"], row["metric"])}
             for model_name, path in self.models.items()
-            for name in [*self.tasks, *written]
-            for row in done[self._key(path, name, written.get(name))]
+            for name in asked
+            for row in done[self._key(path, name, asked[name])]
         ]
         Console().print(table(rows))
         settings = {**self.asking, "quantization": self.quantization, "dtype": self.loading["dtype"]}
@@ -175,15 +173,12 @@ class TaskEvaluation(L.LightningModule):
             return {}
         return found
 
-    def _key(self, path: str, task: str, file: Path | None) -> str:
-        """Everything that a result depends on: the model's files, the task, its items, and how it is asked."""
+    def _key(self, path: str, task: str, asked: str) -> str:
+        """Everything that a result depends on: the model's files, the task and its items, and how it is asked."""
         folder = Path(path).expanduser()
         files = sorted(folder.glob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
         weights = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
-        local = next((one.describe() for one in self.local if one.task == task), None)
-        source = Path(local["file"]).expanduser() if local else Path(task)
-        changed = [source.stat().st_size, source.stat().st_mtime_ns] if source.exists() else None
-        parts = [path, weights, task, local, changed, self.asking, self.loading, self.quantization, run_seed()]
+        parts = [path, weights, task, asked, self.asking, self.loading, self.quantization, run_seed()]
         return json.dumps(parts, sort_keys=True, default=str)
 
     def _chance(self, task: str, metric: str) -> float | None:

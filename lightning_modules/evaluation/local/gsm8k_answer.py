@@ -47,10 +47,11 @@ class Gsm8kAnswer(LocalTask):
             if last is None or _plain(last[0]) != _plain(result):
                 continue
             context = f"Question: {record['question']}\nAnswer: {solution[: last.start()].rstrip()}"
-            right = last[0]
+            right, sign = _plain(last[0]), "$" if last[0].startswith("$") else ""
             key = f"{self.seed} {number}"
             wrong = _others(right, f"{record['question']} {solution[: last.start()]}", random.Random(key))
-            yield {"context": context, **shuffled(right, wrong, key)}
+            # all written alike, without commas: how a number is written must not tell which one is right
+            yield {"context": context, **shuffled(sign + right, [sign + one for one in wrong], key)}
 
     def asks(self) -> dict[str, Any]:
         """See ``LocalTask.asks``."""
@@ -65,15 +66,13 @@ def _plain(number: str) -> str:
 
 
 def _others(right: str, text: str, rng: random.Random) -> list[str]:
-    """Three other numbers, of the text as far as it has any, written like the right one."""
-    sign = "$" if right.startswith("$") else ""
-    value = float(_plain(right))
-    found = sorted({_plain(one) for one in _NUMBER.findall(text)} - {_plain(right)})
+    """Three other numbers, of the text as far as it has any."""
+    found = sorted({_plain(one) for one in _NUMBER.findall(text)} - {right})
     chosen = rng.sample(found, min(len(found), _CHOICES - 1))
-    near = (f"{abs(value + step):g}" for step in (1, -1, 10, -10, 2, -2, 100))
+    near = (f"{abs(float(right) + step):.15g}" for step in (1, -1, 10, -10, 2, -2, 100))
     for one in near:
         if len(chosen) >= _CHOICES - 1:
             break
-        if one not in chosen and one != _plain(right):
+        if one not in chosen and one != right:
             chosen.append(one)
-    return [sign + one for one in chosen]
+    return chosen

@@ -102,6 +102,31 @@ def test_what_was_answered_is_not_asked_again_and_another_model_is(place, tmp_pa
 
 
 @needs_harness
+def test_a_task_file_whose_items_or_settings_changed_is_asked_again(place, tmp_path, monkeypatch):
+    from lightning_modules.evaluation import harness
+
+    asked = []
+    monkeypatch.setattr(harness, "ask", lambda *a, **k: asked.append(a[3]) or [])
+    mine = tmp_path / "mine"
+    file, _ = Cloze(str(place / "text.txt"), 6, label="mine").write(mine)
+
+    def evaluate():
+        evaluation(place, tmp_path / "out", ["dense"], local=[], tasks=["mine"], include=[str(mine)]).evaluate(CPU)
+
+    evaluate()
+    evaluate()
+    assert len(asked) == 1
+    items = file.with_name("items.jsonl")
+    items.write_text("".join(items.read_text().splitlines(keepends=True)[1:]))
+    evaluate()
+    assert len(asked) == 2
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "target_delimiter": ""}))
+    evaluate()
+    assert len(asked) == 3
+
+
+@needs_harness
 def test_what_cannot_be_asked_is_refused_before_any_model_is_loaded(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("lightning_modules.evaluation.module.load", lambda *a, **k: pytest.fail("a model was loaded"))

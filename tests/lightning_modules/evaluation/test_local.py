@@ -63,6 +63,14 @@ def test_the_result_of_a_problem_is_among_four_numbers_and_not_told_before(probl
         assert {str(first), str(second)} & set(item["choices"]), "numbers of the problem are there to be copied"
 
 
+def test_how_a_number_is_written_does_not_tell_which_one_is_right(tmp_path):
+    question = {"question": "A mill has 1,000,000 sacks and gets 250,000.", "answer": "It has 1,250,000,\n#### 1250000"}
+    (tmp_path / "large.jsonl").write_text(json.dumps(question) + "\n")
+    (item,) = Gsm8kAnswer(str(tmp_path / "large.jsonl")).drawn()
+    assert item["choices"][item["label"]] == "1250000"
+    assert all(re.fullmatch(r"\d+", choice) for choice in item["choices"])
+
+
 def test_the_same_file_number_and_seed_give_the_same_items(text):
     assert Cloze(text, 20).drawn() == Cloze(text, 20).drawn()
     assert Cloze(text, 20).drawn() != Cloze(text, 20, seed=1).drawn()
