@@ -38,7 +38,7 @@ from lightning_modules.structured_pruning.layout import AUTO, DropBy, Layout, Sh
 from lightning_modules.structured_pruning.masking import masked
 from lightning_modules.structured_pruning.memory import Workload, peaks
 from lightning_modules.structured_pruning.model_shape import ModelShape
-from lightning_modules.structured_pruning.needs import check_request, most_inputs
+from lightning_modules.structured_pruning.needs import check_request, most_inputs, plan_inputs
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.planner import Planner, check_possible
 from lightning_modules.structured_pruning.provenance import model_hash
@@ -47,6 +47,7 @@ from lightning_modules.structured_pruning.refitting import compensate
 from lightning_modules.structured_pruning.rounds import Round, composed, load_rounds, recovered, short_recovery
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.search import largest_share
+from lightning_modules.structured_pruning.stock import check_plan
 from lightning_modules.structured_pruning.verify import compare, exact_logits, proven_slice, reference_logits
 
 _WIDE = 0.1  # share of padding above which the export says that the gain is going
@@ -207,15 +208,23 @@ class StructuredPruning(CausalLM):
             family(load_config(self.output))
 
     def _check_request(self, data: Any) -> None:
-        whole = self._counted()
+        whole, config = self._counted(), self._weightless.config
         if self.plan_path is not None:
-            PruningPlan.load(self.plan_path).check_fits(whole.shapes)
+            plan = PruningPlan.load(self.plan_path)
+            plan.check_fits(whole.shapes)
+            if self.layout.shape == "stock":
+                check_plan(config, whole.shapes, plan.layers)
+            inputs = plan_inputs(whole.shapes, plan.layers)
         else:
-            target, config = self._target(whole), self._weightless.config
+            target = self._target(whole)
             check_possible(config, whole.shapes, target, self._layout(whole), self.rounds)
-            tokens = self.calibration_blocks * getattr(data, "block_size", math.inf)
             inputs = most_inputs(whole.shapes, target)
-            check_request(self.compensation, config, inputs, tokens, self.calibration_blocks)
+        self._check_text(inputs, data)
+
+    def _check_text(self, inputs: int, data: Any) -> None:
+        """Refuse less text than compensation needs for matrices of so many inputs."""
+        tokens = self.calibration_blocks * getattr(data, "block_size", math.inf)
+        check_request(self.compensation, self._weightless.config, inputs, tokens, self.calibration_blocks)
 
     def _counted(self) -> ModelShape:
         """The base model's shape, from its configuration."""
@@ -286,6 +295,7 @@ class StructuredPruning(CausalLM):
             planner = self._planner(model, batches, layout)
             part = 1.0 if dry_run else number / self.rounds
             plan = self._plan(planner, whole, apart, part, removed)
+            self._check_text(plan_inputs(planner.shapes, plan.layers), datamodule)
             if dry_run:
                 measured["peak_bytes"] = self._peaks(whole, plan, datamodule)
                 return _shown(self.base, self._structure(whole, plan, datamodule, measured))

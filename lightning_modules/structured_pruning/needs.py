@@ -10,6 +10,7 @@ from torch import nn
 from lightning_modules.batches import Batch
 from lightning_modules.structured_pruning.compensation import Compensation
 from lightning_modules.structured_pruning.layers import ATTENTION, MLP, LayerShape, decoder_layers, family
+from lightning_modules.structured_pruning.plan import LayerPlan
 
 
 def check_request(compensation: Compensation, config: Any, inputs: int, tokens: float, rows: int) -> None:
@@ -48,6 +49,12 @@ def most_inputs(shapes: Sequence[LayerShape], removed: int = 0) -> int:
         price = sum(parameters / width for width, parameters in kind)
         bounds.append((sum(parameters for _, parameters in kind) - removed) / price)
     return math.ceil(max(bounds))
+
+
+def plan_inputs(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan]) -> int:
+    """Inputs of the widest ``o_proj`` or ``down_proj`` that a plan leaves."""
+    pairs = [(s, layer) for s, layer in zip(shapes, layers, strict=True) if not layer.dropped]
+    return max(max(len(layer.groups) * s.n_rep * s.head_dim, len(layer.channels)) for s, layer in pairs)
 
 
 def check_tokens(compensation: Compensation, inputs: int, outputs: int, tokens: float, rows: int) -> None:

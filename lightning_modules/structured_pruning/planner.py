@@ -371,12 +371,38 @@ def check_possible(config: Any, shapes: Sequence[LayerShape], target: int, layou
         ValueError: The message says what is possible.
     """
     layout.check(shapes)
+    check_steps(shapes, target, layout, rounds)
     if layout.dropped and len({shape.parameters for shape in shapes}) > 1:
         return
     if layout.shape == "stock":
         check_stock(config, shapes, layout, target)
     else:
         check_free(shapes, layout, target, rounds)
+
+
+def check_steps(shapes: Sequence[LayerShape], target: int, layout: Layout, rounds: int) -> None:
+    """Refuse a target for which nothing would be removed, at all or in some round: parts can only go whole.
+
+    Raises:
+        ValueError: The message says what can be removed.
+    """
+    channels = [s.channel_parameters for s in shapes]
+    uneven = len({(s.groups, s.channels) for s in shapes}) > 1  # a stock shape of such layers takes the surplus first
+    if layout.dropped or (layout.shape == "stock" and uneven):
+        return
+    step = layout.multiple * (sum(channels) if layout.shape == "stock" else min(channels))
+    of, total = "every layer" if layout.shape == "stock" else "a layer", sum(s.parameters for s in shapes)
+    goes = f"channels go {layout.multiple} at a time in {of}, {step / total:.2%} of these layers"
+    if 2 * target <= step:
+        raise ValueError(
+            f"budget: {target:,} parameters are too few to remove: {goes}; remove more than half of that, or lower "
+            "channel_multiple"
+        )
+    if rounds > 1 and target < rounds * step:
+        raise ValueError(
+            f"rounds: {target:,} parameters cannot go in {rounds} rounds: {goes}; at most {target // step or 1} rounds "
+            "have something to remove, or lower channel_multiple"
+        )
 
 
 def _read_losses(path: Path) -> dict[str, float]:

@@ -14,7 +14,7 @@ from common.files import check_output, inputs_of, replacing
 from lightning_modules import card as cards
 from lightning_modules.card import write_card
 from lightning_modules.causal_lm import CausalLM
-from lightning_modules.loading import check_vocabulary, dtype_of, load, load_config
+from lightning_modules.loading import check_vocabulary, dtype_of, load, load_config, load_on_meta
 from lightning_modules.structured_pruning import adapter as adapters
 from lightning_modules.structured_pruning.layers import family
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
@@ -119,6 +119,8 @@ class LoraRecovery(CausalLM):
             adapters.check_adapter(self.adapter)
         if self.teacher_path is not None:
             self._check_teacher(load_config(self.teacher_path), config)
+            if command == "fit":
+                check_vocabulary(load_on_meta(self.teacher_path), getattr(data, "tokenizer", None))
         if command == "export":
             if self.adapter is None or self.merged is None:
                 raise ValueError("export needs the adapter to merge (adapter) and the folder to write (merged)")

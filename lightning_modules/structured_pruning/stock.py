@@ -13,6 +13,7 @@ from lightning_modules.structured_pruning.budget import widths_of
 from lightning_modules.structured_pruning.footprint import parameters_of
 from lightning_modules.structured_pruning.importance.base import Keep
 from lightning_modules.structured_pruning.layers import LayerShape, family
+from lightning_modules.structured_pruning.plan import LayerPlan
 
 CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
@@ -146,6 +147,26 @@ def check_expressible(
     )
 
 
+def check_plan(config: PretrainedConfig, shapes: Sequence[LayerShape], layers: Sequence[LayerPlan]) -> None:
+    """Refuse a given plan that is no stock shape.
+
+    Args:
+        config: See ``expressible``.
+        shapes: All layers.
+        layers: What the plan keeps of each.
+
+    Raises:
+        ValueError: Its layers are unlike, or the family's class has no model of so many groups.
+    """
+    kept = {(len(layer.groups), len(layer.channels)) for layer in layers if not layer.dropped}
+    remedy = f"which {class_name(config)} cannot express; set shape: free, or make another plan"
+    if len(kept) > 1:
+        raise ValueError(f"plan: its layers keep unlike numbers of groups and channels, {remedy}")
+    (groups, _), *_ = kept
+    if not expressible(config, groups, shapes[0]):
+        raise ValueError(f"plan: its layers keep {groups} key-value heads, {remedy}")
+
+
 def check_class(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> list[int]:
     """Numbers of groups, see ``possible_groups``; refuses a model that has no stock shape at all.
 
@@ -172,6 +193,7 @@ def group_step(shapes: Sequence[LayerShape], groups: int, dropped: int, share: f
         decoder: Parameters of the whole decoder.
     """
     one, most = sum(s.group_parameters for s in shapes), min(s.groups for s in shapes)
+    surplus = sum((s.groups - most) * s.group_parameters for s in shapes)
     gone = most - groups
     text = (
         f"a group of every layer is {one / decoder:.1%} of the decoder; {groups} of {most} are kept, and channels make "
@@ -181,7 +203,7 @@ def group_step(shapes: Sequence[LayerShape], groups: int, dropped: int, share: f
         return f"{text}; trials decide anew at every budget"
     if share == 0 or groups == 1:
         return f"{text}; no other budget takes another"
-    following = ((gone + 0.5) * one / share + dropped) / decoder
+    following = (((gone + 0.5) * one + surplus) / share + dropped) / decoder
     return f"{text}; the next goes from a budget of {following:.1%} on"
 
 

@@ -63,6 +63,12 @@ def check(base, tmp_path):
         ({"drop_layers": 2, "budget": 0.3}, "dropping 2 layers removes .* parameters too many"),
         ({"drop_layers": 1, "budget": 0.9}, r"allocation\.cap 0\.7"),
         ({"rounds": 3, "budget": 0.94}, r"allocation\.cap 0\.7"),
+        ({"budget": 1e-4}, r"too few to remove: channels go 4 at a time in a layer, .* of these layers; remove more"),
+        ({"budget": 0.01, "shape": "stock"}, r"too few to remove: channels go 4 at a time in every layer, "),
+        (
+            {"budget": 0.15, "shape": "stock", "rounds": 4},
+            r"cannot go in 4 rounds: .* at most \d rounds have",
+        ),
         ({"base": "no/such/folder"}, "no model folder at no/such/folder"),
         ({"plan": "nothing.json"}, "no pruning plan at nothing.json"),
         ({"calibration_blocks": 3}, "4 blocks or more, .* set calibration_blocks to at least 4, or compensation to"),
@@ -119,6 +125,10 @@ def test_a_plan_is_read_before_the_model(check, tmp_path):
     path = tmp_path / "plan.json"
     plan_for(tiny()).save(path)
     check(plan=str(path))
+    with pytest.raises(ValueError, match=r"plan: its layers keep unlike .* LlamaForCausalLM cannot express; set"):
+        check(plan=str(path), shape="stock")
+    with pytest.raises(ValueError, match=r"with \d+ inputs needs \d+ tokens .* calibration_blocks to at least"):
+        check(plan=str(path), calibration_blocks=1)
     plan_for(tiny(intermediate_size=64)).save(path)
     with pytest.raises(ValueError, match="other numbers of groups or channels"):
         check(plan=str(path))
@@ -131,7 +141,7 @@ def test_a_tilde_is_the_home_folder(base, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "base").symlink_to(base)
     plan_for(tiny(vocab_size=320)).save(tmp_path / "plan.json")
-    module = StructuredPruning("~/base", "~/pruned", plan="~/plan.json", portable="~/portable")
+    module = StructuredPruning("~/base", "~/pruned", plan="~/plan.json", portable="~/portable", shape="free")
     assert (module.output, module.portable) == (tmp_path / "pruned", tmp_path / "portable")
     assert StructuredPruning("~/base", "~/pruned").portable == tmp_path / "pruned-portable"
     module.check_arguments("prune", Data())

@@ -1,7 +1,9 @@
 """Recovery: what is trained, what is saved, and that nothing lands on the wrong base."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -10,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import HFExport
+from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.distillation import divergence
 from lightning_modules.loading import load
 from lightning_modules.structured_pruning import LoraRecovery
@@ -307,6 +310,17 @@ def test_arguments_are_checked(folders, tmp_path):
     AutoTokenizer.from_pretrained(folders / "base").save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="teacher: its vocabulary has 299 tokens, the base's has 300"):
         recovery(folders, teacher=str(tmp_path / "teacher")).configure_model()
+
+
+def test_a_teacher_of_other_tokens_is_refused_though_it_has_as_many(folders, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "base")
+    shutil.copytree(folders / "base-dense", tmp_path / "teacher")
+    words = "other words for a tokenizer of the same size "
+    train_bpe([words * 40], len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    data = SimpleNamespace(tokenizer=tokenizer, inputs=list)
+    recovery(folders, teacher=str(folders / "base-dense")).check_arguments("fit", data)
+    with pytest.raises(ValueError, match="the data's tokenizer is not the one of .*teacher"):
+        recovery(folders, teacher=str(tmp_path / "teacher")).check_arguments("fit", data)
 
 
 def _sharded(folders: Path, out: Path, compressed: bool) -> None:
