@@ -65,7 +65,10 @@ def stage(title: str, total: int, unit: str = "", start: int = 0) -> Iterator[Ca
 
 
 def _log(line: str) -> None:
-    if not getattr(rank_zero.rank_zero_only, "rank", 0):  # unset where there is no Lightning, and so no other rank
+    if "lightning.fabric" not in sys.modules:  # which has the logger say it; and there are no other ranks
+        if not os.environ.get(QUIET):
+            print(line, file=sys.stderr, flush=True)
+    elif not getattr(rank_zero.rank_zero_only, "rank", 0):
         rank_zero.log.info(line)
 
 

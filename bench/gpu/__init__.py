@@ -57,7 +57,7 @@ def gpu(
     try:
         with stop_signals_raise():
             for name in chosen(only, count or 1):
-                print(f"{name}: {checks.says(name)}", file=sys.stderr, flush=True)
+                print(f"{name}: {checks.about(name).says}", file=sys.stderr, flush=True)
                 if not check(name, results, device, tiny):
                     failed.append(name)
     except StopRequested as stop:
@@ -79,12 +79,12 @@ def chosen(only: str | None, gpus: int) -> list[str]:
     """
     known = checks.names()
     if only is None:
-        return [name for name in known if gpus >= checks.load(name).GPUS]
+        return [name for name in known if gpus >= checks.about(name).gpus]
     for name in only.split(","):
         if name not in known:
             raise ValueError(f"only: there is no check {name}; there are: {', '.join(known)}")
-        if gpus < checks.load(name).GPUS:
-            raise ValueError(f"only: {name} needs {checks.load(name).GPUS} GPUs, here are {gpus}")
+        if gpus < checks.about(name).gpus:
+            raise ValueError(f"only: {name} needs {checks.about(name).gpus} GPUs, here are {gpus}")
     return only.split(",")
 
 
@@ -97,7 +97,7 @@ def check(name: str, results: Path, device: str, tiny: bool) -> bool:
         device: "cuda" or "cpu".
         tiny: Smallest sizes.
     """
-    limit, prefix, well = checks.load(name).LIMIT_S, TINY_PREFIX if tiny else PREFIX, True
+    limit, prefix, well = checks.about(name).limit_s, TINY_PREFIX if tiny else PREFIX, True
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "found.jsonl", Path(folder) / "output.log"
         arguments = [name, str(lines), device, *(["--tiny"] if tiny else [])]
@@ -113,7 +113,7 @@ def check(name: str, results: Path, device: str, tiny: bool) -> bool:
     figures.append(
         results,
         figure=f"{prefix}-{name}",
-        what=f"{checks.says(name)}" + (f": {problem}" if problem else ""),
+        what=f"{checks.about(name).says}" + (f": {problem}" if problem else ""),
         value=ended.wall_s,
         unit="s",
         target=f"ends well within {limit:.0f} s",

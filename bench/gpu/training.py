@@ -54,8 +54,8 @@ def _train(setting: Setting, engine: str, ranks: int, folder: Path) -> dict[str,
     except (RuntimeError, OSError, StopIteration) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         return found(engine, f"{what}: {said[-1][:300]}", 0, "", "trains", False, output=str(error)[-3000:])
-    apart = record.get("grad_rel_error")
-    right = record["steps"] == 12 and record["val_loss"] < 100 and (apart is None or apart < _MOST_ERROR)
+    apart, loss = record.get("grad_rel_error"), record.get("val_loss")
+    right = record.get("steps") == 12 and loss is not None and loss < 100 and (apart is None or apart < _MOST_ERROR)
     names = ("val_loss", "grad_rel_error", "step_time_ms_p50", "compression_ratio", "codec_backend", "comm_ratio")
     numbers = {name: record.get(name) for name in names}
     return found(engine, what, int(right), "", "trains, and gradients are off by less than 2 %", right, **numbers)

@@ -381,7 +381,7 @@ PICTURES = {
 def gallery() -> str:
     """All pictures in Markdown, for a page in `docs/`."""
     parts = [
-        f"### {name.capitalize()}\n\n![{picture.shows}](pictures/{name}.png)\n\n{picture.shows} "
+        f"### {name.replace('_', ' ').capitalize()}\n\n![{picture.shows}](pictures/{name}.png)\n\n{picture.shows} "
         f"[Numbers](results/{picture.page})"
         for name, picture in PICTURES.items()
     ]

@@ -131,7 +131,7 @@ def _tiers(runs: Sequence[Record]) -> list[Row]:
     last = fits[-1]
     before = _newest(runs, "val_ppl", "recover")
     smallest = min(packs, key=lambda pack: pack["packed_bytes"], default=None)
-    zeros = f"{_share(last['tiers']['sparsity'])} of the weights"
+    zeros = f"{_share(last['tiers']['sparsity'])} of the weights are zero"
     saving = zeros if smallest is None else f"{zeros}; files {smallest['packed_ratio']:.2f} × smaller than 16 bits"
     quality = _change("perplexity", before, last.get("val_ppl"))
     return [["block sparsity, on the recovered model", quality, saving, None, None]]

@@ -54,10 +54,11 @@ def run(steps: Sequence[Step], folder: Path, start: Start | None = None) -> list
     """
     (folder / "steps").mkdir(parents=True, exist_ok=True)
     ended: list[Ended] = []
-    total = sum(step.seconds for step in steps)
-    with stage("Tour", round(total), "s of work") as show:
+    known = [step for step in steps if is_done(step, folder) and not step.always]
+    earlier, total = sum(step.seconds for step in known), sum(step.seconds for step in steps)
+    with stage("Tour", round(total), "s of work", start=round(earlier)) as show:
         for number, step in enumerate(steps, 1):
-            before = sum(one.step.seconds for one in ended)
+            before = earlier + sum(one.step.seconds for one in ended if one.step not in known)
             print(f"\n[{number}/{len(steps)}] {step.name}: {step.what}", flush=True)
             print(f"    {step.command(folder)}", flush=True)
 
@@ -66,7 +67,7 @@ def run(steps: Sequence[Step], folder: Path, start: Start | None = None) -> list
 
             ended.append(_one(step, ended, folder, start or in_own_process, elapsed))
             print(f"    {_said(ended[-1], folder)}", flush=True)
-            show(round(before + step.seconds))
+            show(round(before + (step not in known) * step.seconds))
     return ended
 
 

@@ -106,10 +106,21 @@ def test_without_a_gpu_it_is_refused_by_name(capsys, tmp_path):
     assert not (tmp_path / "gpu.jsonl").exists()
 
 
+def test_a_check_that_cannot_be_imported_stops_no_other(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("import no_such_package")
+    monkeypatch.setattr(checks, "__path__", [*checks.__path__, str(tmp_path)])
+    assert "broken" in gpu.chosen(None, 1)
+    (tmp_path / "stand_in.py").write_text("import no_such_package")
+    monkeypatch.setattr(gpu, "child", lambda: [sys.executable, str(tmp_path / "stand_in.py")])
+    assert not gpu.check("broken", tmp_path / "gpu.jsonl", "cpu", True)
+    (found,) = record.read(tmp_path / "gpu.jsonl")[0]
+    assert found["reached"] is False and "no_such_package" in found["what"]
+
+
 def test_checks_for_one_gpu_have_12_minutes_together():
     known = {name: checks.load(name) for name in checks.names()}
     assert sum(module.LIMIT_S for module in known.values() if module.GPUS == 1) <= 720
-    assert all(checks.says(name) and callable(module.run) for name, module in known.items())
+    assert all(checks.about(name).says and callable(module.run) for name, module in known.items())
     speeds = [name.endswith("_speed") for name in known]
     assert speeds == sorted(speeds)
 

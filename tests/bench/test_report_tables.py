@@ -87,8 +87,20 @@ def test_the_verdict_is_the_largest_saving_that_keeps_the_quality():
     assert said.claim == "At 2.0 × prefill 96 % of the answers stay." and "random: 12" in said.detail
     assert "1.90 × as fast (bound 2.00 ×)" in said.speed and "1 measurement above the bound left out" in said.speed
     assert [p.name for p in tokens.FEATURE.front(points)] == ["weak", "good", "bold"]
+    counted = verdict(tokens.FEATURE, [Case("m, t", [Point("good", 2.0, 96.0, arithmetic=True)])], [])
+    assert counted.claim == "With 2.0 × less arithmetic in prefill 96 % of the answers stay."
     bad = verdict(tokens.FEATURE, [Case("m, t", points[2:4])], [])
     assert bad.claim.startswith("No measured way keeps 95 % of the answers: at 3.0 ×") and "No record" in bad.speed
+
+
+def test_the_speed_that_is_told_is_the_newest_of_its_kind_and_no_luckier_than_its_bound():
+    old, new = ({"date": f"2026-01-0{day}"} for day in (1, 2))
+    speeds = [
+        Speed("a", "m", 2.37, 2.24, (old,)),
+        Speed("a", "m", 2.23, 2.24, (new,)),
+        Speed("b", "m", 2.3, 2.2, (old,)),
+    ]
+    assert verdict(tokens.FEATURE, [], speeds).speed.startswith("Measured: 2.23 × as fast (bound 2.24 ×) for a")
 
 
 def test_records_of_every_experiment_become_points():

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shlex
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -55,6 +56,22 @@ def test_a_failure_stops_only_what_needs_it_and_is_mended_by_the_same_command(tm
     assert states(running.run(STEPS, tmp_path, mended)) == ["done"] * 4
     assert mended.started == ["first", "second", "report"]  # the report is of more now
     assert states(running.run(STEPS, tmp_path, again)) == ["done"] * 4 and again.started == []
+
+
+def test_what_was_done_before_is_no_progress_of_today(tmp_path, monkeypatch):
+    shown = []
+
+    @contextmanager
+    def stage(title, total, unit, start=0):
+        shown.append((start, total))
+        yield shown.append
+
+    monkeypatch.setattr(running, "stage", stage)
+    running.run([FIRST], tmp_path, Fake())
+    shown.clear()
+    running.run(STEPS, tmp_path, Fake())
+    (start, total), *amounts = shown
+    assert (start, total) == (3, 12) and amounts == sorted(amounts) and amounts[0] == 3 and amounts[-1] == 12
 
 
 def test_an_interrupted_step_is_begun_again_and_finished_ones_are_not(tmp_path):
@@ -263,8 +280,8 @@ def test_the_table_is_read_off_the_records(tmp_path):
         "None",
         "structured pruning, recovered | perplexity 11 (before 10, +10.0 %) | 20.0 % fewer parameters | prefill 1.10 × "
         "| 1.30 ×",
-        "block sparsity, on the recovered model | perplexity 12.1 (before 11, +10.0 %) | 20.0 % of the weights; files "
-        "1.40 × smaller than 16 bits | None | None",
+        "block sparsity, on the recovered model | perplexity 12.1 (before 11, +10.0 %) | 20.0 % of the weights are zero"
+        "; files 1.40 × smaller than 16 bits | None | None",
         "together, tokens | loss +0.500 nats, 50.0 % of facts (100.0 %) | files 8.0 bits a weight of dense (32.0), "
         "cache 2.00 × smaller | prefill 2.00 ×, decode 1.00 × | 2.50 ×, 1.60 ×",
     ]

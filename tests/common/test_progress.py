@@ -1,9 +1,12 @@
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
 
 from common import progress
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -92,3 +95,13 @@ def test_failed_stage_claims_nothing(lines):
     with pytest.raises(RuntimeError), progress.stage("Tokenising", 10):
         raise RuntimeError
     assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("loaded", "quiet", "said"), [("", "", True), ("import lightning", "", True), ("", "1", False)]
+)
+def test_logs_have_it_with_and_without_lightning(loaded, quiet, said):
+    program = f"{loaded}\nfrom common.progress import stage\nwith stage('Reading', 3, 'files') as done: done(3)"
+    environment = {**os.environ, "PARE_QUIET": quiet}
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert not ran.stdout and ("Reading: 3 files in" in ran.stderr) is said

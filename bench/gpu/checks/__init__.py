@@ -7,7 +7,7 @@ failed, start of Python included), ``GPUS`` (how many it needs) and ``run(settin
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def names() -> list[str]:
@@ -21,6 +21,24 @@ def load(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def says(name: str) -> str:
-    """What it checks, in a line."""
-    return str(load(name).__doc__).splitlines()[0].rstrip(".")
+class Check(NamedTuple):
+    """What is known of a check.
+
+    Attributes:
+        says: What it checks, in a line.
+        limit_s: See above.
+        gpus: How many it needs.
+    """
+
+    says: str
+    limit_s: float
+    gpus: int
+
+
+def about(name: str) -> Check:
+    """What a check says of itself; one that cannot be imported is made all the same: its record will say why."""
+    try:
+        module = load(name)
+    except Exception:  # whatever it is, it must stop no other check
+        return Check(name, 60.0, 1)
+    return Check(str(module.__doc__).splitlines()[0].rstrip("."), module.LIMIT_S, module.GPUS)

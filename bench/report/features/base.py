@@ -21,6 +21,7 @@ class Point:
         error: How far quality may be off, downwards and upwards: a standard deviation, or to the ends of an interval.
         control: Whether it is chance, or another free way that any method must beat.
         records: What it was read from.
+        arithmetic: Whether the saving is what arithmetic allows, not a time that was measured.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Point:
     error: tuple[float, float] = (0.0, 0.0)
     control: bool = False
     records: tuple[Record, ...] = ()
+    arithmetic: bool = False
 
 
 def of_figure(name: str, saving: float, over_dense: float | None, figure: Record, control: str) -> list[Point]:
@@ -195,15 +197,20 @@ def _fastest(speeds: Sequence[Speed]) -> tuple[str, list[Record]]:
     """The best speed-up and the least of the same method in words, and their records."""
     found = [one for one in speeds if not one.doubtful]
     out = len(speeds) - len(found)
+    found = list({one.what: one for one in sorted(found, key=_day)}.values())  # of one measurement the newest
     left = f" {count(out, 'measurement')} above the bound left out." if out else ""
     if not found:
         return f"No record has its speed.{left}", []
-    best = max(found, key=lambda one: one.value)
+    best = max(found, key=lambda one: min(one.value, one.bound or one.value))  # what is above its bound is noise
     least = min((one for one in found if one.key == best.key), key=lambda one: one.value)
     said = f"Measured: {_speed(best)}"
     if least is not best:
         said += f"; {'at least' if least.value > 1.05 else 'but'} {_speed(least)}"
     return f"{said}.{left}", [*best.records, *least.records]
+
+
+def _day(speed: Speed) -> str:
+    return max((str(one.get("date", "")) for one in speed.records), default="")
 
 
 def _elsewhere(cases: Sequence[Case], point: Point) -> list[tuple[str, Point]]:

@@ -51,7 +51,7 @@ def _asked(name: str, row: Mapping[str, Any], source: Record) -> Point | None:
         return None
     low, high = number(row, "kept_right_low"), number(row, "kept_right_high")
     error = (100 * (kept - low), 100 * (high - kept)) if low is not None and high is not None else (0.0, 0.0)
-    return Point(name, bound, 100 * kept, error, _is_control(name), (source,))
+    return Point(name, bound, 100 * kept, error, _is_control(name), (source,), arithmetic=True)
 
 
 def _read(row: Mapping[str, Any], whole: Mapping[str, Any], source: Record) -> Point | None:
@@ -99,14 +99,15 @@ def _arm(arm: Mapping[str, Any], source: Record) -> Speed | None:
 
 
 def _said(point: Point) -> str:
-    return f"At {point.saving:.1f} × prefill {point.quality:.0f} % of the answers stay"
+    saved = f"With {point.saving:.1f} × less arithmetic in" if point.arithmetic else f"At {point.saving:.1f} ×"
+    return f"{saved} prefill {point.quality:.0f} % of the answers stay"
 
 
 FEATURE = Feature(
     "token_pruning",
     "Token pruning",
     "Fewer tokens of a prompt in the deeper layers.",
-    Axis("prefill, times faster", "faster prefill (×)", 1.0),
+    Axis("prefill: times faster, or times less arithmetic where answers are free", "prefill (×)", 1.0),
     Axis("right answers that stay (%)", "answers that stay (%)", 100.0),
     95.0,
     "95 % of the answers",

@@ -72,7 +72,8 @@ def _detail(run: Record, labels: Mapping[str, str], places: Mapping[tuple[str, s
     if missing:
         fields.append(f"<dt>{NOT_RECORDED}</dt><dd>{escape(', '.join(missing))}</dd>")
     seed = None if run.get("seed") is None else str(run["seed"])  # a name, not a quantity: digits are not grouped
-    about = f"{text(run.get('compress_method'))}, seed {text(seed)}, {text(run.get('date'))}"
+    method = run.get("compress_method")  # of training runs
+    about = ", ".join([*([text(method)] if method else []), f"seed {text(seed)}", text(run.get("date"))])
     origin, lines = command(run)
     return _DETAIL.format(name=run_name(run), about=about, origin=origin, command=lines, fields=Markup("".join(fields)))
 

@@ -319,7 +319,7 @@ def test_a_teacher_of_other_tokens_is_refused_though_it_has_as_many(folders, tmp
     train_bpe([words * 40], len(tokenizer)).save_pretrained(tmp_path / "teacher")
     data = SimpleNamespace(tokenizer=tokenizer, inputs=list)
     recovery(folders, teacher=str(folders / "base-dense")).check_arguments("fit", data)
-    with pytest.raises(ValueError, match="the data's tokenizer is not the one of .*teacher"):
+    with pytest.raises(ValueError, match=r"the data's tokenizer is not the one of .*teacher"):
         recovery(folders, teacher=str(tmp_path / "teacher")).check_arguments("fit", data)
 
 
