@@ -7,6 +7,7 @@ State tensors are named in ``Unit.state``. Names that start with one of ``OWED``
 mean over ranks is what counts, and it is kept when a run resumes on another number of ranks. All else is rebuilt.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -96,8 +97,8 @@ def restore(ranks: list[dict[str, Any]], units: list[Unit], method: str, device:
     if not any(unit["state"] for saved in ranks for unit in saved["units"].values()):
         return
     misfit = ValueError(
-        "the checkpoint's residuals belong to another model: units or parameters differ. Resume with the config that "
-        "the run saved beside its logs."
+        "the checkpoint's residuals belong to another model, or to other units or fragments of it. Resume with the "
+        "config that the run saved beside its logs."
     )
     if ranks[0]["method"] != method:
         raise ValueError(
@@ -118,10 +119,11 @@ def restore(ranks: list[dict[str, Any]], units: list[Unit], method: str, device:
                 "as many ranks in each replica as before"
             )
         owing = same or any(name.startswith(OWED) for one in alike for name in one["state"])
-        if owing and any(one["layout"] != _layout(unit) for one in alike):
+        compared = list if same else _sizes
+        if owing and any(compared(one["layout"]) != compared(_layout(unit)) for one in alike):
             raise misfit
         states = [one["state"] for one in alike]
-        own = states[0] if same else split(states, _padded(unit)) if owing else {}
+        own = states[0] if same else split(states, alike[0]["layout"], unit) if owing else {}
         unit.state.clear()
         unit.state |= {name: part.to(device, copy=True) for name, part in own.items()}
 
@@ -135,7 +137,15 @@ def _layout(unit: Unit) -> list[Any]:
     return [[parameter.fqn, list(parameter.shape), parameter.offset] for parameter in unit.parameters]
 
 
-def split(ranks: list[dict[str, Tensor]], numel: int) -> dict[str, Tensor]:
+def _sizes(layout: list[Any]) -> dict[str, int]:
+    """Elements of every parameter, which may lie in several pieces."""
+    found: dict[str, int] = {}
+    for fqn, shape, _ in layout:
+        found[fqn] = found.get(fqn, 0) + math.prod(shape)
+    return found
+
+
+def split(ranks: list[dict[str, Tensor]], layout: list[Any], unit: Unit) -> dict[str, Tensor]:
     """State for every rank of another number of ranks.
 
     A step applies the mean of what the ranks send, so what is still due is Σe/n over the old ranks. When each new rank
@@ -143,20 +153,33 @@ def split(ranks: list[dict[str, Tensor]], numel: int) -> dict[str, Tensor]:
 
     Args:
         ranks: State of every old rank.
-        numel: Elements of the unit's flat gradient now; only padding may differ.
+        layout: Where its parameters lie in it, see ``collect``: other than now where ranks hold rows of each (FSDP2).
+        unit: The unit now.
     """
     result: dict[str, Tensor] = {}
     for name in ranks[0]:
         if not name.startswith(OWED) or name.endswith(".scales"):
             continue
         stored = ranks[0][name]
-        total = torch.zeros(numel, dtype=torch.float32)
+        total = torch.zeros(stored.numel(), dtype=torch.float32)
         for state in ranks:
-            owed = _decode(state[name], state.get(f"{name}.scales")).cpu()[:numel]
-            total[: owed.numel()] += owed
-        total /= len(ranks)
-        result |= {f"{name}{suffix}": part for suffix, part in _encode(total, _STORED_AS[stored.dtype]).items()}
+            total += _decode(state[name], state.get(f"{name}.scales")).cpu()
+        moved = _moved(total / len(ranks), layout, unit)
+        result |= {f"{name}{suffix}": part for suffix, part in _encode(moved, _STORED_AS[stored.dtype]).items()}
     return result
+
+
+def _moved(flat: Tensor, layout: list[Any], unit: Unit) -> Tensor:
+    """What lies in one layout, in the unit's; pieces of a parameter follow one another in both."""
+    found = torch.zeros(_padded(unit), dtype=flat.dtype)
+    pieces: dict[str, list[Tensor]] = {}
+    for fqn, shape, offset in layout:
+        pieces.setdefault(fqn, []).append(flat[offset : offset + math.prod(shape)])
+    whole = {fqn: torch.cat(parts) for fqn, parts in pieces.items()}
+    for parameter in unit.parameters:
+        here, whole[parameter.fqn] = whole[parameter.fqn].tensor_split([parameter.numel])
+        found[parameter.offset : parameter.offset + parameter.numel] = here
+    return found
 
 
 def _encode(owed: Tensor, storage: Storage) -> dict[str, Tensor]:
