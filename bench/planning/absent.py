@@ -110,10 +110,11 @@ def planned(
     with absent_ranks(world_size, backend), _at(engine, step):
         engine.connect(module)
         engine.set_world_ranks()
-        with torch.device("meta"):
+        precision = engine.precision_plugin
+        with torch.device("meta"), precision.module_init_context():
             module.trainer = trainer
             module.configure_model()
-        module.to("meta")
+        module = precision.convert_module(module.to("meta"))
         count = _Count(trainer, module, node_size)
         with mock.patch.object(transport, "count", count.note):
             return count.all()
@@ -188,8 +189,9 @@ class _Count:
             self.units = list(engine.units)
         else:
             self.units = units
-        self.found.held["buckets"] = float(_FP32 * sum(unit.numel for unit in units))
-        self._reduce(units, lambda unit, grad: reduce(unit, grad))
+        dtype = next(p.dtype for p in self.module.parameters() if p.requires_grad)
+        self.found.held["buckets"] = float(dtype.itemsize * sum(unit.numel for unit in units))
+        self._reduce(units, lambda unit, grad: reduce(unit, grad), dtype=dtype)
 
     def _diloco(self) -> None:
         engine = self.engine
@@ -327,7 +329,13 @@ class _Count:
             optimizer.zero_grad()
         return float(total)
 
-    def _reduce(self, units: list[Unit], reduce: Callable[[Unit, Tensor], None], share: float = 1.0) -> None:
+    def _reduce(
+        self,
+        units: list[Unit],
+        reduce: Callable[[Unit, Tensor], None],
+        share: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Reduce a gradient of every unit; of those that are laid out alike one, and it counts for all."""
         alike: dict[Any, list[Unit]] = defaultdict(list)
         for unit in units:
@@ -337,7 +345,7 @@ class _Count:
         for same in alike.values():
             for _ in range(2):  # a method may send more when it begins
                 self._noted.clear()
-                grad = torch.empty(same[0].numel, dtype=torch.float32, device="meta")
+                grad = torch.empty(same[0].numel, dtype=dtype, device="meta")
                 reduce(same[0], grad)
             between = known.get(f"{same[0].name} between replicas")
             self._take(len(same) * share)

@@ -31,6 +31,8 @@ CASES = {
         CompressedFSDP2,
         {"compressor": Int8(16), "parameter_compressor": Int4(16), "parameter_differences": True},
     ),
+    "fsdp2, bf16": (CompressedFSDP2, {"compressor": Int8(16), "parameter_compressor": Int8(16)}),
+    "ddp, bf16": (CompressedDDP, {"compressor": Int8(16)}),
     "fsdp1": (CompressedFSDP, {"compressor": ErrorFeedback(PowerSGD(2))}),
     "ddp": (CompressedDDP, {"compressor": Int8(16)}),
     "ddp, two levels": (CompressedDDP, {"compressor": Int8(16), **TWO_LEVELS}),
@@ -72,6 +74,7 @@ def _trainer(case, devices, nodes=1):
         strategy=cls(**options),
         max_steps=_STEPS,
         use_distributed_sampler=False,
+        precision="bf16-true" if case.endswith("bf16") else "32-true",
         **_QUIET,
     )
 
