@@ -35,7 +35,8 @@ class Memory:
         optimizer: Two fp32 values for each parameter of the shard (AdamW).
         residual: What error feedback owes: as long as the whole gradient on every rank.
         gathered: Whole units while they compute, and the whole gradient of one.
-        start: Host memory while the model is built: whole fp32 weights in every rank.
+        start: Host memory while the model is built, at most: sharded engines keep a rank's part of what they read, one
+            parameter after the other; others the whole model, in fp32.
     """
 
     parameters: float
@@ -80,7 +81,7 @@ def estimate(
         optimizer=2 * _FP32 * own,
         residual=_RESIDUAL_BYTES[residual] * whole,
         gathered=gathered,
-        start=_FP32 * whole,
+        start=_FP32 * (own + (max(units) if engine == "fsdp" and ranks > 1 else 0)),
     )
 
 

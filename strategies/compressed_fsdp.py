@@ -128,6 +128,7 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         lightning_fsdp._move_torchmetrics_to_device(root, self.root_device)
         self.precision_plugin.root = root
         if self.compressor is not None and self.world_size > 1:
+            self.check_ranks(self.world_size)
             self._install_compressor(root)
             self._warm_up(dist.get_world_size(root.process_group))
         return root

@@ -205,6 +205,8 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
                 f"backward_within={within} must be a divisor of the {shards} ranks that share a model, and less: "
                 "usually the ranks of a node"
             )
+        if within is not None:
+            self.refuse_across_nodes("backward_within", within)
         if self.replicas > 1 and ranks == self.replicas:
             raise ValueError(
                 f"replicas={self.replicas} leaves nothing to shard of {ranks} ranks; give a smaller divisor, or use "

@@ -367,8 +367,8 @@ class CompressedEngine(ParallelStrategy):
         """Refuse a number of ranks that cannot be cut into ``replicas`` groups.
 
         Raises:
-            ValueError: ``replicas`` does not divide it, its groups would not be those of the nodes, or nodes have
-                another number of ranks than their launcher has started.
+            ValueError: ``replicas`` does not divide it, its groups would not be those of the nodes, nodes have another
+                number of ranks than their launcher has started, or than a compressor says.
         """
         started, asked = os.environ.get("LOCAL_WORLD_SIZE", ""), getattr(self, "num_processes", 0)
         if started.isdigit() and asked and int(started) != asked:
@@ -388,6 +388,22 @@ class CompressedEngine(ParallelStrategy):
                 f"replicas={self.replicas} makes groups of {size} ranks, which would lie across nodes of {node}: give "
                 f"the number of nodes, {nodes}"
             )
+        for codec in self.compressor.within() if self.compressor is not None else ():
+            inside, name = getattr(codec, "node_size", size), f"{type(codec).__name__}.node_size"
+            if inside < size:
+                if size % inside:
+                    raise ValueError(f"{name}={inside} does not divide the {size} ranks that reduce together")
+                self.refuse_across_nodes(name, inside)
+
+    def refuse_across_nodes(self, name: str, inside: int) -> None:
+        """Refuse a number of ranks said to be a node's, or a part of one, that would lie across nodes.
+
+        Raises:
+            ValueError: They would.
+        """
+        nodes, node = getattr(self, "num_nodes", 1), getattr(self, "num_processes", inside)
+        if nodes > 1 and node and node % inside:
+            raise ValueError(f"{name}={inside} would put ranks of other nodes into one: a node has {node} here")
 
 
 def _position(trainer: Any) -> dict[str, int]:

@@ -23,10 +23,10 @@ class Adaptive(Compressor):
     """Reduce every unit by one of several codecs, so that the total error is least for the bytes that may be sent.
 
     Every ``every`` steps all codecs encode each unit's gradient once. Their squared errors, summed over ranks in rank
-    order, decide for the next steps, on all ranks alike: beginning with the fewest bytes, the unit and codec that save
-    most error for a byte come next, while the budget lasts (CGX, Markov et al., arXiv 2111.08617, chooses bits of
-    layers in this sense). Until the first measurement all units have the best codec that the budget has bytes for.
-    Choices are saved with checkpoints; on another number of ranks they are measured anew.
+    order, decide for the next steps, on all ranks that reduce together: beginning with the fewest bytes, the unit and
+    codec that save most error for a byte come next, while the budget lasts (CGX, Markov et al., arXiv 2111.08617,
+    chooses bits of layers in this sense). Until the first measurement all units have the best codec that the budget has
+    bytes for. Choices are saved with checkpoints; on another number of ranks they are measured anew.
 
     Bytes sent: at most ``budget`` bits an element, each rank's part of (n−1)/n; and 8 bytes a codec, unit and other
     rank whenever errors are measured.

@@ -91,8 +91,9 @@ def test_units_are_blocks_and_the_rest(tmp_path):
 
 def test_gathered_units_and_start():
     held = memory.estimate([100, 50, 50], 2, gathered_bytes=2)
-    assert held.gathered == 2 * (100 + 50) + 4 * 100 and held.start == 4 * 200
-    assert memory.estimate([100, 50, 50], 2, "ddp").gathered == 0
+    assert held.gathered == 2 * (100 + 50) + 4 * 100 and held.start == 4 * (100 + 100)
+    whole = memory.estimate([100, 50, 50], 2, "ddp")
+    assert whole.gathered == 0 and whole.start == 4 * 200
     assert held.training == 3 * 4 * 100 + 4 * 100 + held.gathered
     with pytest.raises(ValueError, match="ranks must be at least 1"):
         memory.estimate([1], 0)

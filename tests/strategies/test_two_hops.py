@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from bench.planning.absent import leaving
 from bench.side_by_side.oracles import padded
+from strategies import CompressedDDP, CompressedFSDP, CompressedFSDP2
 from strategies.compressors import ErrorFeedback, Int4, Int8, NoCompressionA2A, OneBit, TwoHops
 from tests.strategies.engines import error, fit, reference
 from tests.strategies.reductions import bytes_passed_on, exact, gradient, make_unit
@@ -72,6 +73,18 @@ def test_nodes_that_do_not_fit_are_refused(four_ranks):
     with pytest.raises(ValueError, match="node_size must be"):
         TwoHops(Int8(), 0)
     assert all(four_ranks.run(_refused, TwoHops(Int8(), 3)))
+
+
+@pytest.mark.parametrize("engine", [CompressedFSDP, CompressedFSDP2, CompressedDDP])
+def test_node_sizes_are_held_against_the_launchers_before_training(engine):
+    strategy = engine(compressor=ErrorFeedback(TwoHops(Int8(), 4)))
+    strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 4, 2
+    strategy.check_ranks(8)
+    with pytest.raises(ValueError, match="node_size=4 does not divide the 6 ranks"):
+        strategy.check_ranks(6)
+    strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 2, 4
+    with pytest.raises(ValueError, match="node_size=4 would put ranks of other nodes into one: a node has 2 here"):
+        strategy.check_ranks(8)
 
 
 def _leaving(collective):
