@@ -224,6 +224,8 @@ def _names(rows: Sequence[Row]) -> dict[str, str]:
 
 def _arm(row: Row, names: Mapping[str, str]) -> str:
     """An arm's name, with the schedule's where it is another's."""
+    if row["scorer"].startswith(_CALIBRATED):  # two speed-ups may have found the same schedule
+        return str(row["scorer"])
     other = names.get(row["schedule"])
     return row["scorer"] if other in (None, row["scorer"]) else f"{row['scorer']}-{other}"
 

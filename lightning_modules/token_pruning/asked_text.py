@@ -136,7 +136,8 @@ class AskedRows(Batches):
     def __init__(self, asked: Sequence[Asked], tokenizer: Any) -> None:
         self.rows: list[tuple[Tensor, int]] = []
         for one in asked:
-            answer = tokenizer(f" {one.answer}", add_special_tokens=False).input_ids[:_ANSWER]
+            gap = "" if _begins_anew(one.ids, tokenizer) else " "
+            answer = tokenizer(f"{gap}{one.answer}", add_special_tokens=False).input_ids[:_ANSWER]
             self.rows.append((torch.cat([one.ids, torch.tensor(answer)]), len(one.ids)))
         self.pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
 
@@ -154,6 +155,12 @@ class AskedRows(Batches):
             if indices[row] != FixedOrderSampler.PADDING:
                 labels[row, prompt : len(ids)] = ids[prompt:]
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+
+
+def _begins_anew(ids: Tensor, tokenizer: Any) -> bool:
+    """Whether what follows a prompt needs no space: after one, after a line break, or a chat template's own token."""
+    last = int(ids[-1])
+    return last in tokenizer.all_special_ids or tokenizer.decode([last])[-1:].isspace()
 
 
 def _texts(file: Path) -> list[str]:

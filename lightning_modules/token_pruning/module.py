@@ -26,7 +26,7 @@ from lightning_modules.token_pruning.masked_attention import KERNELS
 from lightning_modules.token_pruning.networks import Network
 from lightning_modules.token_pruning.passes import ending_at
 from lightning_modules.token_pruning.pruner import TokenPruner
-from lightning_modules.token_pruning.samples import Samples, check_data, response_nll, split_batch
+from lightning_modules.token_pruning.samples import Samples, check_choice, check_data, response_nll, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
 from lightning_modules.token_pruning.store import Saliency, check_saliency
@@ -158,6 +158,7 @@ class TokenPruning(L.LightningModule):
             check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
             if self.saliency_path is not None:
                 check_saliency(Path(self.saliency_path).expanduser(), {"layers": layers})
+        check_choice(self.schedule, data, config)
 
     def inputs(self) -> list[Any]:
         """See ``CausalLM.inputs``."""

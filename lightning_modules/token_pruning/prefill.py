@@ -163,7 +163,7 @@ class Prefill:
         self._mode: Literal["prompt", "later", "plain"] = "plain"
         self._budgets: list[list[int]] = []
         self._masks: dict[int, Any] = {}
-        self._warned = False
+        self._warned: set[str] = set()  # of what has been said once in this context
         self._protected = self._positions = torch.empty(0)
         self._real: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
@@ -202,6 +202,8 @@ class Prefill:
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise ValueError("token pruning makes the attention masks itself: give attention_mask as [batch, tokens]")
         assert given is not None
+        if not given.shape[1]:
+            raise ValueError("the prompt is empty: give one token at least")
         width, past = given.shape[1], 0 if cache is None else cache.get_seq_length()
         pruned = cache if isinstance(cache, PrunedCache) and cache.stretches else None
         if pruned is not None and pruned.after != self.layers:
@@ -257,7 +259,9 @@ class Prefill:
             self._real = real
         if not worth_it:
             return False
-        self._say_starved(max(lengths))
+        for length, kept in sorted(set(zip(lengths, protected.sum(-1).tolist(), strict=True))):
+            if kept < length:  # a row that is protected throughout has nothing to choose from anywhere
+                self._say_starved(length)
         stages = range(len(self.layers))
         self._budgets = [[self.schedule.budget(stage, length) for length in lengths] for stage in stages]
         if len(lengths) < rows:
@@ -270,8 +274,8 @@ class Prefill:
     def _worth_it(self, lengths: list[int], protected: Tensor, warn: bool) -> bool:
         if any(count < length for count, length in zip(protected.sum(-1).tolist(), lengths, strict=True)):
             return True
-        if warn and not self._warned:
-            self._warned = True
+        if warn and "nothing pruned" not in self._warned:
+            self._warned.add("nothing pruned")
             warnings.warn(
                 f"nothing pruned: a prompt of {max(lengths)} tokens is no longer than what the schedule protects "
                 "(sinks, tail, spans)",
@@ -280,17 +284,11 @@ class Prefill:
         return False
 
     def _say_starved(self, length: int) -> None:
-        if self._warned:
+        if "starved" in self._warned:
             return
-        starved = self.schedule.starved(length, len(self.parts.layers))
-        if starved:
-            self._warned = True
-            warnings.warn(
-                f"of a prompt of {length} tokens the stages after layers {starved} keep only the "
-                f"{int(self.schedule.protected(length).sum())} protected ones (sinks, tail, spans): raise the "
-                'shares, shorten the tail, or set of="free"',
-                stacklevel=2,
-            )
+        if said := self.schedule.starvation(length, len(self.parts.layers)):
+            self._warned.add("starved")
+            warnings.warn(said, stacklevel=2)
 
     def _grow(self, cache: PrunedCache, mask: Tensor | None, given: Tensor) -> None:
         """Note the entries that this step appends behind every pruning point."""

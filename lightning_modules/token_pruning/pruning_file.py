@@ -39,11 +39,19 @@ def read(folder: str | Path) -> tuple[Scorer, Schedule, dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != _FORMAT:
             raise ValueError(f"format {found['format']!r}")
-        described = found["scorer"]
-        name = described.pop("class")
-        scorer = next(cls for cls in variants(Scorer) if cls.__name__ == name)
-        if described.get("only"):
-            described["only"] = {int(layer): heads for layer, heads in described["only"].items()}
-        return scorer(**described), Schedule(**found["schedule"]), found["base"]
+        return _scorer(found["scorer"]), Schedule(**found["schedule"]), found["base"]
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise ValueError(f"{path} is damaged or no calibrated pruning ({error!r}): calibrate again") from error
+
+
+def _scorer(described: dict[str, Any]) -> Scorer:
+    """What ``Scorer.describe`` says, made again; one inside another too."""
+    arguments = {
+        name: _scorer(value) if isinstance(value, dict) and "class" in value else value
+        for name, value in described.items()
+        if name != "class"
+    }
+    if arguments.get("only"):
+        arguments["only"] = {int(layer): heads for layer, heads in arguments["only"].items()}
+    cls = next(cls for cls in variants(Scorer) if cls.__name__ == described["class"])
+    return cls(**arguments)

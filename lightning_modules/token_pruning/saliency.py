@@ -159,7 +159,10 @@ class TokenSaliency(L.LightningModule):
         if self.global_rank == 0:
             samples = self.store.finish(skipped)
             notes = "".join(f"; skipped {count} that are {reason}" for reason, count in skipped.items())
-            rank_zero_info(f"saliency of {samples} samples in {self.folder}{notes}")
+            rank_zero_info(
+                f"saliency of {samples} samples in {self.folder}{notes}; of each, float32[tokens of the prompt] after "
+                f"layers {self.layers}"
+            )
             if not samples:
                 raise ValueError(f"no sample could be used: {skipped or 'the data set is empty'}")
 

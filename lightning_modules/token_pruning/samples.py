@@ -7,9 +7,11 @@ import hashlib
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_modules.perplexity import IGNORED
+from lightning_modules.token_pruning.schedule import Schedule
 
 
 class Samples(NamedTuple):
@@ -118,3 +120,20 @@ def check_data(data: Any, config: Any) -> None:
     positions = getattr(config, "max_position_embeddings", data.block_size)
     if data.block_size > positions:
         raise ValueError(f"data.block_size {data.block_size} exceeds the {positions} positions of the base model")
+
+
+def check_choice(schedule: Schedule, data: Any, config: Any) -> None:
+    """Refuse a schedule that has nothing to choose from in the longest of the data's rows.
+
+    Of single stages that have not, as published schedules' last ones in short rows, a warning tells.
+
+    Raises:
+        ValueError: All stages keep only what is protected.
+    """
+    layers: int = config.num_hidden_layers
+    said = schedule.starvation(data.block_size, layers)
+    if said is None:
+        return
+    if schedule.starved(data.block_size, layers) == schedule.resolve(layers):
+        raise ValueError(f"schedule: {said}")
+    rank_zero_warn(f"schedule: {said}")

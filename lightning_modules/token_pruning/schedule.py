@@ -157,6 +157,17 @@ class Schedule:
             return stages
         return [layer for stage, layer in enumerate(stages) if self.budget(stage, length) <= protected]
 
+    def starvation(self, length: int, model_layers: int) -> str | None:
+        """What is wrong with stages that keep nothing of such a prompt but what is protected; None without any."""
+        starved = self.starved(length, model_layers)
+        if not starved:
+            return None
+        return (
+            f"of a prompt of {length} tokens the stages after layers {starved} keep only the "
+            f"{int(self.protected(length).sum())} protected ones (sinks, tail, spans): raise the shares, shorten the "
+            'tail, or set of="free"'
+        )
+
     def protected(self, length: int) -> Tensor:
         """Which tokens of a prompt always stay: bool `[length]`, on the CPU."""
         kept = torch.zeros(length, dtype=torch.bool)

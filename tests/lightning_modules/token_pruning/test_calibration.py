@@ -18,6 +18,7 @@ from lightning_modules.token_pruning.pruning_file import FILE, content
 from lightning_modules.token_pruning.quality import asking
 from lightning_modules.token_pruning.quality.answers import Answer
 from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.blocks import Blocks
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from tests.lightning_modules.token_pruning.models import LAYERS, build, shared, tokens
 
@@ -106,6 +107,17 @@ def test_the_file_gives_back_the_pruner_and_refuses_another_model(tmp_path):
         other.get_input_embeddings().weight.add_(1.0)
     with pytest.raises(ValueError, match="another model"), pruner.prefill(other):
         pass
+
+
+def test_a_scorer_inside_another_comes_back_too(tmp_path):
+    scorer = Blocks(LastWindow(8, "max", {2: [1]}), 16)
+    (tmp_path / FILE).write_text(content(Schedule(layers=[1]), scorer, identity_of(shared("llama")), {}))
+    assert repr(PromptPruner.from_file(tmp_path).scorer) == repr(scorer)
+
+
+def test_what_needs_nothing_but_the_protected_is_no_division_by_zero():
+    found = schedules([Reading(2, None, torch.zeros(9))], Cost.of(shared("llama")), [300], 1.1, Schedule(), 8)
+    assert found and found[0].kept == 1.0
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": "pare-pruning"}', '{"format": "x", "scorer": {"class": "A"}}'])

@@ -7,6 +7,9 @@ from transformers import DynamicCache, TextStreamer
 
 from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.cache import PrunedCache
+from lightning_modules.token_pruning.prefill import PromptPruner
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.random import Random
 from tests.lightning_modules.token_pruning.models import FAMILIES, build, shared, tokens
 from tests.lightning_modules.token_pruning.oracle import masked_logits
 from tests.lightning_modules.token_pruning.prompts import AFTER, ROWS, N, padded, prompt_pruner
@@ -191,6 +194,20 @@ def test_positions_stay_the_original_ones():
 
 
 @torch.no_grad()
+def test_a_short_prompt_does_not_hide_that_a_stage_has_no_choice_in_longer_ones():
+    model, pruner = shared(), PromptPruner(Random(), Schedule(layers=[1, 3], keep=[0.9, 0.2], of="prompt", min_tail=16))
+    with pruner.prefill(model) as run:
+        with pytest.warns(UserWarning, match="nothing pruned"):
+            model(tokens(1, 18))
+        with pytest.warns(UserWarning, match=r"prompt of 40 tokens the stages after layers \[3\] keep only the 20"):
+            model(tokens(1, 40))
+        model(tokens(1, 40))  # said once
+        assert len(run.stages) == 2
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            model(torch.empty(1, 0, dtype=torch.long))
+
+
+@torch.no_grad()
 def test_a_prompt_that_is_all_protected_is_left_alone_and_said_once():
     model, ids = shared(), tokens(1, 18)
     wanted = model(ids).logits
@@ -202,7 +219,8 @@ def test_a_prompt_that_is_all_protected_is_left_alone_and_said_once():
         padded_ids, padding = padded([tokens(17), tokens(12)])
         model(padded_ids, attention_mask=padding)
         assert torch.equal(run.kept(), padding.bool().expand(2, -1, -1))
-        model(tokens(1, 40))
+        with pytest.warns(UserWarning, match="keep only the 20 protected ones"):
+            model(tokens(1, 40))
         assert len(run.stages) == 2
         short, mask = padded([tokens(30), tokens(12)])
         model(short, attention_mask=mask)

@@ -9,7 +9,7 @@ import torch
 from bench.experiments.query_scorer import POOLED, measure
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.token_pruning import losses
-from lightning_modules.token_pruning.asked_text import AskedText
+from lightning_modules.token_pruning.asked_text import AskedRows, AskedText
 from lightning_modules.token_pruning.evaluation import pruned_nll
 from lightning_modules.token_pruning.module import TokenPruning
 from lightning_modules.token_pruning.networks.mlp import MLP
@@ -198,6 +198,10 @@ def test_asked_text_ends_with_the_question_and_its_answer_is_the_response(asked)
     for ids, prompt, labels in zip(samples.input_ids, samples.prompt, samples.labels, strict=True):
         text, answer = data.tokenizer.decode(ids[prompt]), data.tokenizer.decode(labels[labels != -100]).strip()
         assert text.endswith("Answer:") and answer and answer in text and prompt.sum() <= 500
+    ends = [data.tokenizer(text).input_ids[-1] for text in ("\n", ":")]
+    prompts = [Asked(torch.tensor([5, end]), torch.zeros(2), "harbour", "x", 0.5) for end in ends]
+    rows = AskedRows(prompts, data.tokenizer)
+    assert [data.tokenizer.decode(row[2:]) for row, _ in rows.rows] == ["harbour", " harbour"]
     again = _data(asked)
     again.setup("fit")
     assert again._identity == data._identity

@@ -17,7 +17,7 @@ from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.quality.module import TokenQuality
 from lightning_modules.token_pruning.saliency import TokenSaliency
-from lightning_modules.token_pruning.samples import check_data, split_batch
+from lightning_modules.token_pruning.samples import check_choice, check_data, split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.soft_mask import Budget
@@ -376,3 +376,8 @@ def test_data_that_does_not_fit_is_refused(base, data, saliency):  # noqa: F811
         check_data(data, config)
     with pytest.raises(ValueError, match="packing"):
         check_data(SimpleNamespace(packing=True), config)
+    config, short = SimpleNamespace(num_hidden_layers=6), SimpleNamespace(block_size=60)
+    with pytest.raises(ValueError, match=r"schedule: of a prompt of 60 tokens the stages after layers \[1\] keep only"):
+        check_choice(Schedule(layers=[1], keep=0.5, of="prompt"), short, config)
+    with pytest.warns(UserWarning, match=r"layers \[3\] keep only"):
+        check_choice(Schedule(layers=[1, 3], keep=[0.9, 0.5], of="prompt"), short, config)
