@@ -109,7 +109,7 @@ class TaskEvaluation(L.LightningModule):
 
     def inputs(self) -> list[Any]:
         """Folders, files and hub names that are read."""
-        return [*self.models.values(), *self.include, *(one.file for one in self.local)]
+        return [*self.models.values(), *self.include, *(one.file for one in self.local if one.file is not None)]
 
     def evaluate(self, device: torch.device) -> dict[str, Any]:
         """Ask all models all tasks; fields of the run record.

@@ -1,5 +1,6 @@
 """What a task made of the user's own files is: items, and how lm-eval asks them."""
 
+import functools
 import json
 import random
 import re
@@ -11,6 +12,7 @@ from typing import Any, Self
 from common.files import replacing
 from common.variants import Variant
 from lightning_modules.data.corpus import find_corpus
+from lightning_modules.data.embedded import EmbeddedDocs
 from lightning_modules.data.readers import document_text, read_records
 
 _END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’]))(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)\s+")
@@ -21,7 +23,8 @@ class LocalTask(Variant, ABC):
     """Items from a file, so that tasks need no network; the same file, number and seed give the same items.
 
     Args:
-        file: Where the items come from.
+        file: Where the items come from; None takes the documentation that is on every machine, the part of it that
+            ``EmbeddedDocs`` keeps for validation.
         items: How many, at most.
         seed: Draws them.
         label: Name of the task in tables; by default what kind it is, and the file's name.
@@ -30,7 +33,7 @@ class LocalTask(Variant, ABC):
     chance: float | None = None
     """Share of right answers of a model that knows nothing; None where answers are free."""
 
-    def __init__(self, file: str, items: int = 500, seed: int = 0, label: str | None = None) -> None:
+    def __init__(self, file: str | None = None, items: int = 500, seed: int = 0, label: str | None = None) -> None:
         if items < 1:
             raise ValueError(f"items must be at least 1, got {items}")
         self.file, self.items, self.seed, self.label = file, items, seed, label
@@ -44,7 +47,8 @@ class LocalTask(Variant, ABC):
     def task(self) -> str:
         """The task's name for lm-eval."""
         kind = type(self).__module__.rpartition(".")[2]
-        return self.label or f"{kind}_{re.sub(r'[^0-9a-zA-Z]+', '_', Path(self.file).stem)}"
+        of = "documentation" if self.file is None else re.sub(r"[^0-9a-zA-Z]+", "_", Path(self.file).stem)
+        return self.label or f"{kind}_{of}"
 
     def check(self) -> None:
         """Refuse a file that is not there, or is none that can be read; reads nothing.
@@ -53,6 +57,8 @@ class LocalTask(Variant, ABC):
             FileNotFoundError: There is no such file.
             ValueError: See ``find_corpus``.
         """
+        if self.file is None:
+            return
         path = Path(self.file).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"local: {type(self).__name__}: no such file or folder: {self.file}")
@@ -74,7 +80,8 @@ class LocalTask(Variant, ABC):
         """
         found = list(self.candidates())
         if not found:
-            raise ValueError(f"local: {type(self).__name__}: {self.file} gives no item; {self._needs()}")
+            source = self.file or "documentation"
+            raise ValueError(f"local: {type(self).__name__}: {source} gives no item; {self._needs()}")
         if len(found) > self.items:
             chosen = sorted(random.Random(self.seed).sample(range(len(found)), self.items))
             found = [found[i] for i in chosen]
@@ -116,14 +123,27 @@ class LocalTask(Variant, ABC):
 
     def passages(self, context: int) -> Iterator[list[str]]:
         """Every run of ``context`` whole sentences and one more within a document; they overlap."""
-        for record, where, _ in read_records(find_corpus(Path(self.file).expanduser()).files):
+        for text in self._texts():
             run: list[str] = []
-            for paragraph in document_text(record, where).split("\n\n"):
+            for paragraph in text.split("\n\n"):
                 for sentence in _END.split(" ".join(paragraph.split())):
                     fits = len(sentence.split()) in _WORDS and "=" not in sentence
                     run = [*run[-context:], sentence] if fits else []
                     if len(run) == context + 1 and "<unk>" not in sentence:
                         yield run
+
+    def _texts(self) -> Iterator[str]:
+        if self.file is None:
+            yield from documentation()
+            return
+        for record, where, _ in read_records(find_corpus(Path(self.file).expanduser()).files):
+            yield document_text(record, where)
+
+
+@functools.cache
+def documentation() -> tuple[str, ...]:
+    """See ``LocalTask``; read once for all tasks."""
+    return tuple(text for split, text in EmbeddedDocs().documents() if split == "val")
 
 
 def shuffled(right: str, wrong: list[str], key: str) -> dict[str, Any]:

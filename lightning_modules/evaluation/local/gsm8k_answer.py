@@ -37,7 +37,7 @@ class Gsm8kAnswer(LocalTask):
 
     def candidates(self) -> Iterator[dict[str, Any]]:
         """See ``LocalTask.candidates``; records without a question, or whose result is no number, are passed over."""
-        records = read_records(find_corpus(Path(self.file).expanduser()).files)
+        records = read_records(find_corpus(Path(str(self.file)).expanduser()).files)
         for number, (record, where, _) in enumerate(records):
             if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
                 raise ValueError(f"local: {where} has no fields question and answer; give GSM8K's JSON lines")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from common.variants import variants
-from lightning_modules.evaluation.local import LocalTask
+from lightning_modules.evaluation.local import LocalTask, base
 from lightning_modules.evaluation.local.cloze import Cloze
 from lightning_modules.evaluation.local.gsm8k_answer import Gsm8kAnswer
 from lightning_modules.evaluation.local.next_sentence import NextSentence
@@ -69,6 +69,17 @@ def test_how_a_number_is_written_does_not_tell_which_one_is_right(tmp_path):
     (item,) = Gsm8kAnswer(str(tmp_path / "large.jsonl")).drawn()
     assert item["choices"][item["label"]] == "1250000"
     assert all(re.fullmatch(r"\d+", choice) for choice in item["choices"])
+
+
+def test_without_a_file_items_are_of_documentation_that_nothing_was_trained_on(monkeypatch):
+    documents = [("train", "It was trained on. " * 9), ("val", prose(60))]
+    monkeypatch.setattr(base.EmbeddedDocs, "documents", lambda self: iter(documents))
+    base.documentation.cache_clear()
+    task = NextSentence(items=10)
+    task.check()
+    assert task.task == "next_sentence_documentation" and len(task.drawn()) == 10
+    assert not any("trained" in sentence for item in task.drawn() for sentence in item["choices"])
+    base.documentation.cache_clear()
 
 
 def test_the_same_file_number_and_seed_give_the_same_items(text):
