@@ -309,7 +309,9 @@ _SCHEDULE = "lightning_modules.token_pruning.schedule.Schedule"
 
 def _together(make: _Maker, model: str, data: Sequence[str], first: Sequence[str], given: Given | None) -> list[Step]:
     sizes = ("--data.block_size", "512", "--data.batch_size", "2", "--data.max_val_blocks", "64")
-    weights = [] if _missing(_TORCHAO, "quant") else ["--trainer.callbacks.weights", "int8"]
+    lacks = _missing(_TORCHAO, "quant")
+    without = f", int8 left out ({lacks})" if lacks else ""
+    weights = [] if lacks else ["--trainer.callbacks.weights", "int8"]
     after = given.layers // 2 if given else 2
     arguments = f'{{"layers": [{after}], "keep": 0.25}}'
     weights += ["--trainer.callbacks.schedule", f'{{"class_path": "{_SCHEDULE}", "init_args": {arguments}}}']
@@ -317,9 +319,10 @@ def _together(make: _Maker, model: str, data: Sequence[str], first: Sequence[str
         weights += ["--trainer.callbacks.windows", "24", "--trainer.callbacks.repeats", "5"]
     brief = ["--trainer.callbacks.repeats", "1", "--trainer.callbacks.windows", "2"]
     brief += ["--trainer.callbacks.prompt_tokens", "128", "--trainer.callbacks.suffix", "16"]
+    what = f"all of it on one model: what each step costs and gains{without}"
     return [
         make(
-            "together", "all of it on one model: what each step costs and gains", "validate", "evaluation/together",
+            "together", what, "validate", "evaluation/together",
             240 if given else 40, "--model.pretrained", model, *data, *(sizes if given else ()), *weights,
             needs=[*first, "recovery", "packed", "packed-int8"], brief=[*_SMALL, *brief],
         )

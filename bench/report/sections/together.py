@@ -13,11 +13,15 @@ _LEAD = (
 _COLUMNS = {
     "rung": "step",
     "nll_rise": "rise of the loss (nats)",
+    "own_rise": "of it this step's (nats)",
     "right": "right answers (share)",
     "prefill_speedup": "prefill (×)",
     "prefill_bound": "bound of it (×)",
+    "prefill_gain": "of it this step's (×)",
     "decode_speedup": "decode (×)",
     "decode_bound": "bound of that (×)",
+    "decode_gain": "of that this step's (×)",
+    "weight_bytes": "weights (bytes)",
     "file_bytes": "files (bytes)",
     "kv_bytes": "cache (bytes)",
 }
@@ -25,7 +29,11 @@ _COLUMNS = {
 
 def parse(block: Any) -> list[list[Any]]:
     """Rows of the record's block `ladder`, in the order of `_COLUMNS`; the first one is the dense model."""
-    rungs: list[Mapping[str, Any]] = list(block["rungs"])
+    given: list[Mapping[str, Any]] = list(block["rungs"])
+    rungs = [dict(rung) for rung in given]
+    for before, rung in zip(given, rungs[1:], strict=False):
+        if "nll_rise" in before and "nll_rise" in rung:
+            rung["own_rise"] = rung["nll_rise"] - before["nll_rise"]
     return [[str(rung["rung"]), *(rung.get(name) for name in list(_COLUMNS)[1:])] for rung in rungs]
 
 
