@@ -50,7 +50,7 @@ def free_parts(
         parts = uniform_parts(cut, groups, rest, layout.multiple)
         notes = [group_step(cut, groups, gone, _share(cut, layout), sum(s.parameters for s in shapes))]
     else:
-        chosen = damage and LayerDamage(damage.dense, [damage.without[i] for i in stay])
+        chosen = damage and damage.of(stay)
         removals = _removals(cut, layout, rest, chosen, scores and [scores[i] for i in stay])
         parts = whole_parts(cut, removals, rest, layout.multiple)
     kept = dict(zip(stay, parts, strict=True))

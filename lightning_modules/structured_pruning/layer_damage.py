@@ -8,7 +8,7 @@ layer l starts at layer l.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,22 @@ from lightning_modules.structured_pruning.provenance import settings_hash
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """Losses in nats per token: of the whole model, and with each layer skipped."""
+    """Losses in nats per token.
+
+    Attributes:
+        dense: Of the whole model.
+        without: With each layer skipped.
+        partly: With each layer cut: shares of its parts that go, and the losses then; empty where not measured.
+    """
 
     dense: float
     without: list[float]
+    partly: list[list[tuple[float, float]]] = field(default_factory=list)
+
+    def of(self, layers: Sequence[int]) -> "LayerDamage":
+        """The same of some layers."""
+        partly = [self.partly[i] for i in layers] if self.partly else []
+        return LayerDamage(self.dense, [self.without[i] for i in layers], partly)
 
 
 def measure(
@@ -55,7 +67,7 @@ def measure(
             done(before + count)
 
         if index > 1:
-            states, at = _entering(model, batches, index - 1, at, states), index - 1
+            states, at = entering(model, batches, index - 1, at, states), index - 1
         with _starting_after(layers, index - 1, states) if index else nullcontext():
             losses.append(mean_nll(model, batches, counted))
         write_text(cache, json.dumps({"losses": losses, "hash": settings_hash(losses)}))
@@ -79,7 +91,7 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def _entering(model: Any, batches: Sequence[Batch], layer: int, start: int, states: list[Tensor]) -> list[Tensor]:
+def entering(model: Any, batches: Sequence[Batch], layer: int, start: int, states: list[Tensor]) -> list[Tensor]:
     """Hidden states ``[B, T, H]`` that enter a layer, of every batch.
 
     Args:
@@ -97,7 +109,7 @@ def _entering(model: Any, batches: Sequence[Batch], layer: int, start: int, stat
 
     with ExitStack() as changes:
         if states:
-            changes.enter_context(_starting_before(layers, start, states))
+            changes.enter_context(starting_before(layers, start, states))
         changes.enter_context(replaced(layers[layer], caught))
         for batch in batches:
             try:
@@ -119,7 +131,7 @@ def _starting_after(layers: Sequence[nn.Module], layer: int, states: list[Tensor
 
 
 @contextmanager
-def _starting_before(layers: Sequence[nn.Module], layer: int, states: list[Tensor]) -> Iterator[None]:
+def starting_before(layers: Sequence[nn.Module], layer: int, states: list[Tensor]) -> Iterator[None]:
     """Within the block, passes begin at a layer, with what enters it."""
     given = iter(states)
     with ExitStack() as changes:

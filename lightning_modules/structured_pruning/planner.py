@@ -1,12 +1,11 @@
 """Score, allocate, plan: from a model and text to a pruning plan, every measurement kept in a file."""
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.files import replacing_file, write_text
+from common.files import replacing_file
 from lightning_modules.perplexity import mean_nll
-from lightning_modules.structured_pruning import layer_damage
+from lightning_modules.structured_pruning import layer_curves, layer_damage, loss_file
 from lightning_modules.structured_pruning.block_influence import block_influence
 from lightning_modules.structured_pruning.compensation import Compensation
 from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
@@ -157,7 +156,33 @@ class Planner:
         total, before = len(self.shapes) + 1, len(layer_damage.measured(path))
         count = len(self.probes)
         with self.stage("Skipping each layer", total * count, "batches", start=before * count) as done:
-            return layer_damage.measure(self.model, self.probes, path, done)
+            found = layer_damage.measure(self.model, self.probes, path, done)
+        free = self.layout.shape == "free"
+        return replace(found, partly=self._curves()) if free and self.layout.divides.rates else found
+
+    def _curves(self) -> list[list[tuple[float, float]]]:
+        """Shares of each layer's parts and the losses without them, see ``LayerDamage.partly``."""
+        cuts = [[self._cut(i, rate) for rate in self.layout.divides.rates] for i in range(len(self.shapes))]
+        path, total = self._curves_path, sum(map(len, cuts))
+        known = loss_file.read(path)
+        before = sum(layer_curves.key(i, plan) in known for i, mine in enumerate(cuts) for plan, _ in mine)
+        with self.stage("Cutting into each layer", total, "losses", start=before) as done:
+            plans = [[plan for plan, _ in mine] for mine in cuts]
+            losses = layer_curves.measure(self.model, self.probes, plans, path, done)
+        return [
+            [(share, loss) for (_, share), loss in zip(mine, found, strict=True)]
+            for mine, found in zip(cuts, losses, strict=True)
+        ]
+
+    def _cut(self, index: int, rate: float) -> tuple[LayerPlan, float]:
+        """What a layer keeps when about so much goes of what may go, and the share that goes."""
+        shape, share = self.shapes[index], self.layout.attention_share
+        groups = shape.groups if share == 0 else max(1, round((1 - rate) * shape.groups))
+        channels = shape.channels if share == 1 else max(1, round((1 - rate) * shape.channels))
+        mine = [(share != 0) * shape.group_parameters, (share != 1) * shape.channel_parameters]
+        gone = (shape.groups - groups) * mine[0] + (shape.channels - channels) * mine[1]
+        may_go = shape.groups * mine[0] + shape.channels * mine[1]
+        return self._chosen(self.scores[index], Keep(groups, channels), shape.n_rep), gone / may_go
 
     def work(self, target: int) -> dict[str, float]:
         """What a plan for this target has still to measure, in token passes, see ``estimate.described``."""
@@ -173,8 +198,11 @@ class Planner:
         if (max(drops) and layout.drop_by == "damage") or (not stock and layout.divides.needs_damage):
             left = count + 1 - len(layer_damage.measured(self._damage_path))
             found["layers"] = tokens["probes"] * layer_damage.cost(count, left)
-        elif max(drops) and not _read_losses(self._influence_path):
+        elif max(drops) and not loss_file.read(self._influence_path):
             found["layers"] = float(tokens["probes"])
+        if not stock and layout.divides.rates:
+            left = max(0, count * len(layout.divides.rates) - len(loss_file.read(self._curves_path)))
+            found["cut layers"] = tokens["probes"] * left / 2  # a pass starts at the layer
         if self._read_scores(self._scores_path) is None:
             found[self.importance.name] = tokens["all"] * self.importance.passes
         if self.importance.rescores:
@@ -203,22 +231,22 @@ class Planner:
 
     @cached_property
     def _influence(self) -> list[float]:
-        known = _read_losses(self._influence_path)
+        known = loss_file.read(self._influence_path)
         if not known:
             with self.stage("Influence of each layer", len(self.probes), "batches") as done:
                 found = block_influence(self.model, self.probes, done)
             known = {str(layer): value for layer, value in enumerate(found)}
-            _write_losses(self._influence_path, known)
+            loss_file.write(self._influence_path, known)
         return [known[str(layer)] for layer in range(len(self.shapes))]
 
     def _tried(self, candidate: Candidate) -> float:
         """Loss of the model in a shape, by masks; measured once."""
         path, key = self._trials_path, self._key(candidate)
-        known = _read_losses(path)
+        known = loss_file.read(path)
         if key not in known:
             with masked(self.model, self._shaped(candidate)):
                 known[key] = mean_nll(self.model, self.probes)
-            _write_losses(path, known)
+            loss_file.write(path, known)
         return known[key]
 
     @cached_property
@@ -250,13 +278,13 @@ class Planner:
     def _refitted(self, candidate: Candidate) -> float:
         """Loss of the model in a shape after a quick refit on other text than it is tried on; measured once."""
         path, key = self._trials_path, self._refit_key(candidate)
-        known = _read_losses(path)
+        known = loss_file.read(path)
         if key not in known:
             plan = self._shaped(candidate)
             sliced = slice_model(self.model, plan)
             refit(self.model, sliced, plan, self._refit_rows, self.compensation.quick())
             known[key] = mean_nll(sliced, self.probes)
-            _write_losses(path, known)
+            loss_file.write(path, known)
         return known[key]
 
     def _shaped(self, candidate: Candidate) -> PruningPlan:
@@ -270,7 +298,7 @@ class Planner:
 
     def _untried(self, space: Space) -> tuple[int, int]:
         """How many shapes of a search have still to be tried, and refitted, damages being known."""
-        known = _read_losses(self._trials_path)
+        known = loss_file.read(self._trials_path)
         missing, unfitted = list[Candidate](), list[Candidate]()
 
         def loss(candidate: Candidate, key: Callable[[Candidate], str], new: list[Candidate]) -> float:
@@ -325,6 +353,11 @@ class Planner:
     @property
     def _damage_path(self) -> Path:
         return self._folder / f"damage-{text_hash(self.probes)[:16]}.json"
+
+    @property
+    def _curves_path(self) -> Path:
+        key = settings_hash([self.importance.name, self.importance.config(), self.text])
+        return self._folder / f"curves-{text_hash(self.probes)[:16]}-{key[:16]}.json"
 
     @property
     def _influence_path(self) -> Path:
@@ -403,20 +436,6 @@ def check_steps(shapes: Sequence[LayerShape], target: int, layout: Layout, round
             f"rounds: {target:,} parameters cannot go in {rounds} rounds: {goes}; at most {target // step or 1} rounds "
             "have something to remove, or lower channel_multiple"
         )
-
-
-def _read_losses(path: Path) -> dict[str, float]:
-    """Measurements of before, by name; a file that is not as it was written counts as none."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        losses: dict[str, float] = read["losses"]
-        return losses if read["hash"] == settings_hash(losses) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_losses(path: Path, losses: dict[str, float]) -> None:
-    write_text(path, json.dumps({"losses": losses, "hash": settings_hash(losses)}))
 
 
 def _tokens(batches: Sequence[dict[str, Tensor]]) -> int:

@@ -25,6 +25,8 @@ class Allocation(Variant, ABC):
 
     needs_damage = False
     needs_scores = False
+    rates: tuple[float, ...] = ()
+    """Shares of a layer's parts that ``LayerDamage.partly`` is asked for at."""
 
     def __init__(self, floor: float = 0.0, cap: float = 0.7) -> None:
         if not 0 <= floor <= cap <= 1:

@@ -1,5 +1,6 @@
 """Budgets are met exactly, floors and caps hold, and more damage means less pruning."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from common.variants import variants
 from lightning_modules.structured_pruning.allocation import Allocation
 from lightning_modules.structured_pruning.allocation.base import WeightedAllocation, prunable_parameters, water_fill
+from lightning_modules.structured_pruning.allocation.curves import Curves, lower_hull
 from lightning_modules.structured_pruning.allocation.global_ranking import Global
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.inverse_ppl import InversePPL
@@ -49,6 +51,35 @@ def test_more_damage_means_less_pruning(allocation):
     order = sorted(range(6), key=lambda i: DAMAGE.without[i])
     rates = [removals[i].groups for i in order]
     assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
+
+
+def test_curves_divide_so_that_the_sum_of_rises_is_least():
+    """Against all divisions in steps of a twentieth."""
+    shapes, rates = SHAPES[:3], (0.25, 0.5)
+    partly = [[(0.25, 3.2), (0.5, 3.6)], [(0.25, 3.01), (0.5, 4.0)], [(0.25, 3.5), (0.5, 3.55)]]
+    damage = LayerDamage(3.0, [9.0, 9.0, 4.0], partly)
+    method = Curves(cap=0.75, rates=rates)
+    curves = [
+        dict(lower_hull([(0.0, 3.0), *some, (1.0, last)])) for some, last in zip(partly, damage.without, strict=True)
+    ]
+
+    def rise(index: int, rate: float) -> float:
+        xs = sorted(curves[index])
+        end = next(x for x in xs if x >= rate)
+        start = xs[max(xs.index(end) - 1, 0)]
+        low, high = curves[index][start], curves[index][end]
+        return low + (high - low) * (rate - start) / (end - start or 1)
+
+    for twentieths in (6, 15, 30):
+        found = [r.channels / LAYER.channels for r in method.removals(shapes, twentieths * WHOLE // 120, damage, None)]
+        every = itertools.product(range(16), repeat=3)
+        best = min(sum(rise(i, k / 20) for i, k in enumerate(ks)) for ks in every if sum(ks) == twentieths)
+        assert sum(found) == pytest.approx(twentieths / 20) and max(found) <= 0.75 + 1e-9
+        assert sum(rise(i, rate) for i, rate in enumerate(found)) == pytest.approx(best)
+    assert lower_hull([(0.0, 3.0), (0.0, 2.0), (1.0, 4.0)]) == [(0.0, 2.0), (1.0, 4.0)]
+    for wrong in ((), (0.5, 0.25), (0.0, 0.5), (0.5, 1.0)):
+        with pytest.raises(ValueError, match="rates must rise between 0 and 1"):
+            Curves(rates=wrong)
 
 
 def test_weights_are_what_they_say():

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_modules.loading import load, load_tokenizer
 from lightning_modules.structured_pruning import StructuredPruning, module
+from lightning_modules.structured_pruning.allocation.curves import Curves
 from lightning_modules.structured_pruning.allocation.global_ranking import Global
 from lightning_modules.structured_pruning.allocation.inverse import Inverse
 from lightning_modules.structured_pruning.allocation.uniform import Uniform
@@ -233,7 +234,8 @@ def test_rounds_with_recovery_remove_the_whole_budget(make, data, tmp_path):
         make().verify(data, CPU)
 
 
-def test_the_largest_budget_under_a_limit_is_found(make, data, base):
+@pytest.mark.parametrize("allocation", [Inverse, Curves])
+def test_the_largest_budget_under_a_limit_is_found(allocation, make, data, base):
     # What the model itself finds likeliest: any pruning makes it less likely.
     text = load(base).generate(batches(1)[0]["input_ids"][:, :2], max_new_tokens=18, do_sample=False)
     likely, asked = [{"input_ids": text, "labels": text}], []
@@ -245,7 +247,7 @@ def test_the_largest_budget_under_a_limit_is_found(make, data, base):
     def pruned(validation):
         data.calibration, data.val_dataloader = drawn, lambda: validation
         return make(
-            max_ppl_ratio=1.2, search_blocks=2, budget=0.6, allocation=Inverse(cap=0.8), compensation=Unchanged(),
+            max_ppl_ratio=1.2, search_blocks=2, budget=0.6, allocation=allocation(cap=0.8), compensation=Unchanged(),
             overwrite=True,
         ).prune(data, CPU)["structure"]  # fmt: skip
 
