@@ -13,6 +13,7 @@ from callbacks.prefill_timing import PrefillTiming
 from callbacks.progress import Progress
 from callbacks.quantization_timing import QuantizationTiming
 from callbacks.run_folders import RunFolders
+from callbacks.run_log import RunLog
 from callbacks.run_record import RunRecord
 from callbacks.throughput import Throughput
 from callbacks.tier_schedule import TierSchedule
@@ -34,6 +35,7 @@ __all__ = [
     "Progress",
     "QuantizationTiming",
     "RunFolders",
+    "RunLog",
     "RunRecord",
     "Throughput",
     "TierSchedule",

@@ -9,7 +9,17 @@ import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader
 
-from callbacks import GracefulStop, GradientGuard, Progress, RunRecord, Throughput, TimeToQuality, Trace, TrafficMonitor
+from callbacks import (
+    GracefulStop,
+    GradientGuard,
+    Progress,
+    RunLog,
+    RunRecord,
+    Throughput,
+    TimeToQuality,
+    Trace,
+    TrafficMonitor,
+)
 from common.records import record
 from strategies import CompressedFSDP2
 from strategies.compressors.int8 import Int8
@@ -19,6 +29,7 @@ MAKE = {
     "GracefulStop": lambda folder: GracefulStop(),
     "GradientGuard": lambda folder: GradientGuard(),
     "Progress": lambda folder: Progress(),
+    "RunLog": lambda folder: RunLog(),
     "RunRecord": lambda folder: RunRecord(f"{folder}/results.jsonl", "a"),
     "Throughput": lambda folder: Throughput(1),
     "TimeToQuality": lambda folder: TimeToQuality(30.0),
