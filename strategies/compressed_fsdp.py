@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import CustomPolicy
 
+from strategies import transport
 from strategies.compressors import Compressor
 from strategies.engine import CompressedEngine, Start
 from strategies.kernels import Choice
@@ -163,7 +164,7 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
             sharded = module.sharding_strategy != ShardingStrategy.NO_SHARD
             install_hook(module, unit, self._reduce_sharded if sharded else self._reduce_replicated)
             if sharded:
-                count_parameter_gathers(module, unit)
+                count_parameter_gathers(module, unit, transport.gather_parameters)
             if is_trained(module):
                 units.append(unit)
         self._take_units(units)

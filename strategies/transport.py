@@ -53,7 +53,7 @@ def all_reduce_mean(grad: Tensor, unit: Unit) -> None:
 def all_gather(shard: Tensor, output: Tensor, unit: Unit, role: str = "values") -> None:
     """Collect every rank's ``shard [s]`` into ``output [n·s]``; the bytes count as ``role``."""
     with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather"):
-        _all_gather(output, shard, group=unit.group)
+        _collect(_rows(output, unit.world_size), _bytes(shard), unit.group)
     unit.traffic.called(unit.name, "all_gather")
     count(unit, "all_gather", role, shard.nbytes * (unit.world_size - 1))
 
@@ -81,13 +81,17 @@ def all_to_all(payload: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
 
 
 def gather_parameters(shard: Tensor, output: Tensor, unit: Unit, async_op: bool = False) -> dist.Work | None:
-    """torch's own all-gather of a unit's parameters: ``shard [s]`` of every rank → ``output [n·s]``.
+    """Collect a unit's parameters as they are: ``shard [s]`` of every rank → ``output [n·s]``.
 
     Returns:
-        The pending work if ``async_op``, whose time on the wire is then not known.
+        The pending work if ``async_op`` (torch's own), whose time on the wire is then not known.
     """
+    work = None
     with unit.traffic.timed(unit.name, "wire", shard.device, "all_gather", parameters=True):
-        work = _all_gather(output, shard, group=unit.group, async_op=async_op)
+        if async_op:
+            work = _all_gather(output, shard, group=unit.group, async_op=True)
+        else:
+            _collect(_rows(output, unit.world_size), _bytes(shard), unit.group)
     unit.traffic.gathers(output.numel(), unit.world_size)
     unit.traffic.called(unit.name, "all_gather")
     count(unit, "all_gather", "parameters", shard.nbytes * (unit.world_size - 1))
@@ -171,7 +175,7 @@ def _collect(gathered: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> 
     See ``_exchange``; gloo's own all-gather does the same in turns, too. Around the ring, a row crosses the link
     between two nodes once, however many ranks they have.
     """
-    if dist.get_backend(group) != "gloo":
+    if dist.get_backend(group) != "gloo" or own.device.type != "cpu":
         _all_gather(gathered.view(-1), own, group=group)
         return
     rank, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
@@ -182,6 +186,15 @@ def _collect(gathered: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> 
         going = dist.P2POp(dist.isend, gathered[(rank - turn) % n], ranks[(rank + 1) % n], group)
         for work in dist.batch_isend_irecv([coming, going]):
             work.wait()
+
+
+def _rows(whole: Tensor, n: int) -> Tensor:
+    """``[n·s]`` as bytes of each rank, ``uint8 [n, …]``; a view."""
+    return whole.view(n, -1).view(torch.uint8)
+
+
+def _bytes(shard: Tensor) -> Tensor:
+    return shard.contiguous().view(-1).view(torch.uint8)
 
 
 def _like(sent: Tensor, received: Tensor) -> Tensor:

@@ -201,12 +201,22 @@ def install_hook(module: FSDP, unit: Unit, hook: Callable[..., None]) -> None:
     module._comm_hook, module._comm_hook_state = hook, unit
 
 
-def count_parameter_gathers(module: FSDP, unit: Unit) -> None:
-    """Count and time the parameter all-gathers that FSDP itself issues for this module."""
+def count_parameter_gathers(module: FSDP, unit: Unit, collect: Callable[[Tensor, Tensor, Unit], Any]) -> None:
+    """Count and time the parameter all-gathers of this module.
+
+    Args:
+        module: One FSDP module.
+        unit: Its unit.
+        collect: Gathers and counts on CPUs, where torch's own all-gather takes turns (see ``transport``): this rank's
+            shard, where all go, and the unit.
+    """
     handle = module._handle
     gather = type(handle)._all_gather_flat_param.__get__(handle)  # its own, also when this is called again
 
     def counted(unsharded: Tensor) -> Tensor:
+        if unsharded.is_cpu:
+            collect(handle.flat_param.data, unsharded, unit)
+            return unsharded
         with unit.traffic.timed(unit.name, "wire", unsharded.device, "all_gather", parameters=True):
             result = gather(unsharded)
         unit.traffic.called(unit.name, "all_gather")
