@@ -104,12 +104,13 @@ def _real(folder: Path) -> Numbers:
 def _kept(folder: Path) -> Numbers:
     """By who chooses: bounds of the speed of prefill, shares of the right answers kept in %, and their intervals."""
     points: dict[str, dict[float, list[float]]] = {}
-    for figure, one in _figures(folder, "token_answers.jsonl").items():
+    found = _figures(folder, "token_answers.jsonl")
+    for figure, one in sorted(found.items(), key=lambda item: str(item[1]["date"])):  # of one bound the newest
         row = one["details"]
         if figure.startswith(("needles-more-", "needles-calibrated-")) and "-unseen-" not in figure:
             name = "calibrated" if row["scorer"].startswith("calibrated-") else row["scorer"].partition("(")[0]
-            points.setdefault(name, {})[row["bound"]] = [row["bound"], one["value"], row["low"], row["high"]]
-    return {name: [found[bound] for bound in sorted(found)] for name, found in points.items()}
+            points.setdefault(name, {})[round(row["bound"], 2)] = [row["bound"], one["value"], row["low"], row["high"]]
+    return {name: [mine[bound] for bound in sorted(mine)] for name, mine in points.items()}
 
 
 def _needed(folder: Path) -> Numbers:
