@@ -102,7 +102,7 @@ def test_a_picture_is_old_when_its_numbers_change(tmp_path, monkeypatch):
     def draw(figure, taken):
         figure.subplots().plot(taken["dense"])
 
-    picture = pictures.Picture("one", lambda records: dict(numbers), draw, "bench.md")
+    picture = pictures.Picture(1, "one", lambda records: dict(numbers), draw, "bench.md")
     monkeypatch.setattr(pictures, "PICTURES", {"one": picture})
     for value in (80.0, 81.0):
         numbers["dense"] = [value, 1.0]

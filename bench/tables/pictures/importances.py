@@ -1,0 +1,40 @@
+"""Which heads and channels go."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bench.report.palette import GREY, hue
+from bench.tables.compare import lookup
+from bench.tables.pictures.picture import Numbers, Picture, figures_of
+
+
+def _take(folder: Path) -> Numbers:
+    """Perplexity by importance and allocation, a quarter removed, before recovery; and the dense model's."""
+    cells = [one for one in figures_of(folder, "ablation.jsonl").values() if lookup(one, "details.when") == "before"]
+    quarter = [one for one in cells if one["details"]["budget"] == "25%"]
+    rows: Numbers = {"dense": quarter[0]["details"]["dense_ppl"], "cells": {}}
+    for one in quarter:
+        name, allocation = (one["details"][field].strip("`") for field in ("importance", "allocation"))
+        rows["cells"].setdefault(name, {})[allocation] = one["value"]
+    return rows
+
+
+def _draw(figure: Figure, numbers: Numbers) -> None:
+    axes, cells = figure.subplots(), numbers["cells"]
+    for index, allocation in enumerate(("Uniform", "Inverse", "Global")):
+        values = [one[allocation] for one in cells.values()]
+        axes.plot(values, range(len(cells)), "osD"[index], color=hue(index), label=allocation)
+    axes.axvline(numbers["dense"], color=GREY, linestyle="--", label="dense")
+    axes.set_yticks(range(len(cells)), list(cells))
+    axes.set_title("perplexity, a quarter of the decoder removed")
+    figure.legend(loc="outside right center", title="budget divided")
+
+
+PICTURE = Picture(
+    80,
+    "Which heads and channels go decides what is lost: eight importances with three ways to divide the budget.",
+    _take,
+    _draw,
+    "structured_pruning.md",
+)
