@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 _SAYS = ("lightning.pytorch", "lightning.fabric")  # whose messages are the run's
 
@@ -28,8 +29,12 @@ class RunLog(Callback):
         if folder is None or not trainer.is_global_zero or self._file is not None:
             return
         path = Path(folder) / "run.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = logging.FileHandler(path, encoding="utf-8")
+        try:  # an error on this rank alone would leave the others waiting
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            rank_zero_warn(f"{path} cannot be written ({error}): the run has no log file")
+            return
         formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
         formatter.converter = time.gmtime
         self._file.setFormatter(formatter)
@@ -39,8 +44,8 @@ class RunLog(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Write what a step has logged, every ``log_every_n_steps``."""
-        step = trainer.global_step
-        if step != self._step and step % trainer.log_every_n_steps == 0:  # micro-batches are no steps
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if every and step != self._step and step % every == 0:  # micro-batches are no steps
             self._step = step
             self._metrics(f"step {step}", trainer.callback_metrics, "train/")
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import transformers
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -169,7 +170,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
 
 
 def beside(path: str | Path, name: str) -> Path | None:
-    """A file that lies beside a model's weights, on the Hub too; None where there is none.
+    """A file that lies beside a model's weights, on the Hub too; None where there is none, or nobody can be asked.
 
     Args:
         path: Hugging Face folder, GGUF file or Hub name.
@@ -179,8 +180,11 @@ def beside(path: str | Path, name: str) -> Path | None:
     if source.local:
         file = Path(source.name) / name
         return file if file.is_file() else None
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = cached_file(source.name, name, **quiet)
+    try:
+        found = cached_file(source.name, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        rank_zero_warn(f"the Hub cannot be asked whether {path} has a file {name}; it is taken to have none: {error}")
+        return None
     return Path(found) if found is not None else None
 
 

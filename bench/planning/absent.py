@@ -6,6 +6,7 @@ group). So methods need no formulas here, and what is planned is what is counted
 """
 
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -280,6 +281,9 @@ class _Count:
         held["optimizer"] = self._optimizer(self.module) * trained / max(self.found.trained, 1)
         self.units = [unit for unit, is_trained in units if is_trained]
         dtype = _gathered_dtype(engine, self.module)
+        with warnings.catch_warnings():  # Lightning warns of *-true at every look
+            warnings.simplefilter("ignore")
+            reduced = engine.mixed_precision_config.reduce_dtype or torch.float32
         if sharded:
             gathered = []
             for unit, is_trained in units:
@@ -287,7 +291,7 @@ class _Count:
                 transport.gather_parameters(whole[: unit.numel // ranks], whole, unit)
                 twice = engine.sharding_strategy == ShardingStrategy.FULL_SHARD and unit.name != "root"
                 self._take(self.batches * (2 if twice else 1))
-                gathered.append((whole.nbytes, _FP32 * unit.numel if is_trained else 0))
+                gathered.append((whole.nbytes, reduced.itemsize * unit.numel if is_trained else 0))
             self._gathered(gathered)
 
         def reduce(unit: Unit, grad: Tensor) -> None:
@@ -296,7 +300,7 @@ class _Count:
             else:
                 engine._reduce_replicated(unit, grad)
 
-        self._reduce(self.units, reduce)
+        self._reduce(self.units, reduce, dtype=reduced)
 
     # What they have in common.
 

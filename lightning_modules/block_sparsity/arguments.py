@@ -35,8 +35,10 @@ def check_mix(
     Raises:
         ValueError: They do not go together, or no mix takes so many bits.
     """
-    k = topk if isinstance(topk, int) else min(_TOPK, most_topk(block, values))
-    check_sizes(block, k, values)
+    # maps are of no type: what any has is exported in another, too
+    k = topk if isinstance(topk, int) else min(_TOPK, most_topk(block, values), most_topk(block))
+    for form in ("float16", values):
+        check_sizes(block, k, form)
     if topk == "auto" and target_bits is None:
         raise ValueError("topk auto needs target_bits: it is chosen with the mix of tiers")
     if target_bits is None:

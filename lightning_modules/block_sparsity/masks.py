@@ -56,12 +56,12 @@ def refuse(found: int, when: str) -> int:
 def unstructured(scores: Scored, sparsity: float, keep_RC: Tensor) -> Tensor:
     """Mask that drops the lowest weights of every row, bool ``[R, C]``; of equals the first are dropped.
 
-    The comparison inside a row is that of Wanda (arXiv 2306.11695, §3). Weights already pruned stay pruned: a row that
-    has more zeros, because an update chose among several rows, loses no more.
+    The comparison inside a row is that of Wanda (arXiv 2306.11695, §3). Weights already pruned stay pruned: where a row
+    has more zeros, because an update chose among several rows, the others lose that much less.
 
     Args:
         scores: Scores, not negative.
-        sparsity: Share of every row that is zero afterwards, at least.
+        sparsity: Share of every row that is zero afterwards; of all rows together where some have more already.
         keep_RC: The mask so far.
 
     Raises:
@@ -71,11 +71,23 @@ def unstructured(scores: Scored, sparsity: float, keep_RC: Tensor) -> Tensor:
     zeros_R = (~keep_RC).sum(1)
     if zeros_R.sum() > count * math.ceil(sparsity * columns - 1e-9):
         raise ValueError(f"there are more zeros than sparsity {sparsity:g} asks for: pruned weights do not come back")
-    drop_R = zeros_R.clamp_min(round(sparsity * columns))
+    drop_R = _levelled(zeros_R, count * round(sparsity * columns))
     found = torch.empty_like(keep_RC)
     for rows, scores_rC in scores.slabs():
         here = scores_rC.masked_fill_(~keep_RC[rows], -1.0)
         found[rows] = ~lowest(here, torch.ones_like(keep_RC[rows]), drop_R[rows])
+    return found
+
+
+def _levelled(zeros_R: Tensor, total: int) -> Tensor:
+    """So many zeros for every row: at least what it has, and otherwise alike, so that all have the total."""
+    low, high = 0, total // len(zeros_R) + 1
+    while high - low > 1:  # the highest level that does not need too many
+        level = (low + high) // 2
+        low, high = (level, high) if int(zeros_R.clamp_min(level).sum()) <= total else (low, level)
+    found = zeros_R.clamp_min(low)
+    below = (found == low).nonzero().flatten()[: max(0, total - int(found.sum()))]
+    found[below] += 1
     return found
 
 

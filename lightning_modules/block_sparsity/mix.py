@@ -88,7 +88,7 @@ def in_bands(map_rc: Tensor, bits: Callable[[Ratios], float]) -> Ratios:
 
 def choices(block: int, values: str = "float16") -> tuple[int, ...]:
     """What is tried for k, where values are packed as a type."""
-    most = most_topk(block, values)
+    most = min(most_topk(block, values), most_topk(block))
     return tuple(sorted({min(max(1, round(share * block * block)), most) for share in TRIED}))
 
 

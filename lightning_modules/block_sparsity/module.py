@@ -177,7 +177,7 @@ class BlockSparsity(CausalLM):
                 load_config(path)
         if command in ("fit", "prune", "export"):
             check_output(self.output, "model.output", self.inputs_of(data), self.overwrite)
-        folder, packed, maps = self.folder, (self.folder / PACKED_FILE).is_file(), tiers_file(self.maps)
+        folder, packed, maps = self.folder, (self.folder / PACKED_FILE).is_file(), self._maps_file()
         if maps is None and self.maps != folder:
             raise FileNotFoundError(f"model.tier_maps: {self.maps} is or has no tier maps ({TIERS_FILE})")
         if command in ("export", "verify") and maps is None:
@@ -210,11 +210,15 @@ class BlockSparsity(CausalLM):
         if packed:
             found = read_packed(folder)
             self.pruner.adopt(found.tiers(), found.iteration, str(folder / PACKED_FILE))
-        elif maps := tiers_file(self.maps) or beside(self.pretrained, TIERS_FILE):
+        elif maps := self._maps_file():
             self.pruner.load(maps)
         if not any(matrix.weight.is_meta for matrix in self.pruner.matrices.values()):  # ranks have their rows later
             refuse(violations(self.pruner.matrices, self.pruner.keep), f"in {self.pretrained}")
         return model.train()
+
+    def _maps_file(self) -> Path | None:
+        """The tier maps to go on from, of a model on the Hub too; None of a dense model."""
+        return tiers_file(self.maps) or beside(self.pretrained, TIERS_FILE)
 
     def configure_model(self) -> None:
         """Build the model, and adapters over it for LoRA."""

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -108,8 +109,17 @@ def digest(loaded: Any) -> str:
     found = hashlib.sha256()
     for name, task in sorted(loaded["tasks"].items()):
         for part in ([name, task.dump_config()], *task.eval_docs):
-            found.update(json.dumps(part, sort_keys=True, default=str).encode())
+            found.update(json.dumps(part, sort_keys=True, default=_told).encode())
     return found.hexdigest()
+
+
+def _told(value: Any) -> str:
+    """The same in every process: a function by its source, not by where it lies in memory."""
+    if not callable(value):
+        return str(value)
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(value)
+    return getattr(value, "__qualname__", type(value).__name__)
 
 
 def _why(name: str, error: BaseException) -> str:

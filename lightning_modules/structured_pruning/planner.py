@@ -18,6 +18,7 @@ from common.files import replacing_file
 from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning import layer_curves, layer_damage, loss_file
 from lightning_modules.structured_pruning.block_influence import block_influence
+from lightning_modules.structured_pruning.budget import widths_of
 from lightning_modules.structured_pruning.compensation import Compensation
 from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.free import check_free, free_parts
@@ -174,6 +175,14 @@ class Planner:
             for mine, found in zip(cuts, losses, strict=True)
         ]
 
+    def _uncut(self) -> int:
+        """Losses of cut layers that have still to be measured; all of them where which parts go is not known yet."""
+        rates, layers = self.layout.divides.rates, range(len(self.shapes))
+        if self._read_scores(self._scores_path) is None:
+            return len(self.shapes) * len(rates)
+        known = loss_file.read(self._curves_path)
+        return len({layer_curves.key(i, self._cut(i, rate)[0]) for i in layers for rate in rates} - known.keys())
+
     def _cut(self, index: int, rate: float) -> tuple[LayerPlan, float]:
         """What a layer keeps when about so much goes of what may go, and the share that goes."""
         shape, share = self.shapes[index], self.layout.attention_share
@@ -201,8 +210,7 @@ class Planner:
         elif max(drops) and not loss_file.read(self._influence_path):
             found["layers"] = float(tokens["probes"])
         if not stock and layout.divides.rates:
-            left = max(0, count * len(layout.divides.rates) - len(loss_file.read(self._curves_path)))
-            found["cut layers"] = tokens["probes"] * left / 2  # a pass starts at the layer
+            found["cut layers"] = tokens["probes"] * self._uncut() / 2  # a pass starts at the layer
         if self._read_scores(self._scores_path) is None:
             found[self.importance.name] = tokens["all"] * self.importance.passes
         if self.importance.rescores:
@@ -419,23 +427,30 @@ def check_steps(shapes: Sequence[LayerShape], target: int, layout: Layout, round
     Raises:
         ValueError: The message says what can be removed.
     """
-    channels = [s.channel_parameters for s in shapes]
+    firsts = [s.channels - max((0, *widths_of(s.channels, layout.multiple)[:-1])) for s in shapes]
+    channels = [first * s.channel_parameters for first, s in zip(firsts, shapes, strict=True)]
+    groups = [s.group_parameters for s in shapes if s.groups > 1]
     uneven = len({(s.groups, s.channels) for s in shapes}) > 1  # a stock shape of such layers takes the surplus first
     if layout.dropped or (layout.shape == "stock" and uneven):
         return
-    step = layout.multiple * (sum(channels) if layout.shape == "stock" else min(channels))
+    together = sum if layout.shape == "stock" else min
+    step = min(together(channels), together(groups)) if len(groups) == len(shapes) else together(channels)
     of, total = "every layer" if layout.shape == "stock" else "a layer", sum(s.parameters for s in shapes)
-    goes = f"channels go {layout.multiple} at a time in {of}, {step / total:.2%} of these layers"
+    goes = f"the least that goes is {layout.multiple} channels or a group of {of}, {step / total:.2%} of these layers"
     if 2 * target <= step:
         raise ValueError(
             f"budget: {target:,} parameters are too few to remove: {goes}; remove more than half of that, or lower "
             "channel_multiple"
         )
-    if rounds > 1 and target < rounds * step:
-        raise ValueError(
-            f"rounds: {target:,} parameters cannot go in {rounds} rounds: {goes}; at most {target // step or 1} rounds "
-            "have something to remove, or lower channel_multiple"
-        )
+    removed = 0  # what a round leaves, or takes too much, is the next one's
+    for number in range(1, rounds + 1):
+        steps = round((round(number / rounds * target) - removed) / step)
+        if not steps:
+            raise ValueError(
+                f"rounds: {target:,} parameters cannot go in {rounds} rounds, round {number} would remove nothing: "
+                f"{goes}; take fewer rounds, or lower channel_multiple"
+            )
+        removed += steps * step
 
 
 def _tokens(batches: Sequence[dict[str, Tensor]]) -> int:

@@ -158,7 +158,7 @@ class TokenPruning(L.LightningModule):
             check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
             if self.saliency_path is not None:
                 check_saliency(Path(self.saliency_path).expanduser(), {"layers": layers})
-        check_choice(self.schedule, data, config)
+            check_choice(self.schedule, data, config)
 
     def inputs(self) -> list[Any]:
         """See ``CausalLM.inputs``."""

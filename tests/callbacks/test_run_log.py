@@ -68,6 +68,13 @@ def test_messages_metrics_and_the_end_stand_in_order_and_a_further_run_is_append
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_log_that_cannot_be_written_costs_no_run(tmp_path):
+    (tmp_path / "logs/one").mkdir(parents=True)
+    (tmp_path / "logs/one/run.log").mkdir()
+    _fit(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_without_logs_nothing_is_written(tmp_path):
     _fit(tmp_path, logger=False)
     assert not list(tmp_path.rglob("run.log"))

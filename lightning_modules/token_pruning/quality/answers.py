@@ -73,7 +73,8 @@ def answer_in_full(
 def is_right(asked: Asked, text: str) -> bool:
     """Whether a text comes to the answer before another of its kind; case, spaces and punctuation do not count."""
     said = f" {_words(text)} "
-    found = said.find(f" {_words(asked.answer)} ")
+    places = [said.find(f" {_words(answer)} ") for answer in (asked.answer, *asked.also)]
+    found = min((place for place in places if place >= 0), default=-1)
     return found >= 0 and not any(f" {_words(other)} " in said[: found + 1] for other in asked.others)
 
 

@@ -24,6 +24,7 @@ class Asked:
         kind: What is asked for, such as "code" or "speaker".
         depth: Where the answer begins, as a share of the prompt.
         others: What the text says of the same kind and the question does not: to come to one of these first is wrong.
+        also: Other answers that are as right.
     """
 
     ids: Tensor
@@ -32,6 +33,7 @@ class Asked:
     kind: str
     depth: float
     others: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
 def render(

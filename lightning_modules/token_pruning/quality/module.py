@@ -11,7 +11,7 @@ from rich.console import Console
 from common.progress import stage
 from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
 from lightning_modules.token_pruning.peers import Peer
-from lightning_modules.token_pruning.quality import asking
+from lightning_modules.token_pruning.quality import asking, longbench
 from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_files, of_peers, of_schedules
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.planted import plant
@@ -19,7 +19,6 @@ from lightning_modules.token_pruning.quality.questions import find_questions
 from lightning_modules.token_pruning.quality.tasks import (
     Window,
     check_repeatable,
-    longbench_windows,
     repeated_windows,
     response_windows,
     stack,
@@ -30,8 +29,9 @@ from lightning_modules.token_pruning.scorers import Scorer
 from lightning_modules.token_pruning.scorers.oracle import Oracle
 
 _FREE = ("random", "recency")  # what costs nothing, and every other scorer must beat
-_ASKED = ("needles", "questions")
-Task = Literal["suffix", "repeated", "response", "longbench", "needles", "questions"]
+_ASKED = ("needles", "questions", "longbench_answers")
+_FILED = ("longbench", "longbench_answers")
+Task = Literal["suffix", "repeated", "response", "longbench", "needles", "questions", "longbench_answers"]
 
 
 class TokenQuality(L.LightningModule):
@@ -48,7 +48,8 @@ class TokenQuality(L.LightningModule):
         keep: Shares that every stage keeps.
         tasks: "suffix" (the end of a text), "repeated" (a passage of the prompt comes again), "response" (the data's
             own prompts and responses: recall, instructions), "longbench" (a file), "needles" (facts planted in the
-            validation texts, answered freely), "questions" (what these texts answer themselves, answered freely).
+            validation texts, answered freely), "questions" (what these texts answer themselves, answered freely),
+            "longbench_answers" (the questions of that file, answered freely).
         windows: Samples of each task; prompts of tasks that ask.
         suffix: Tokens of the suffix in blocks of plain text.
         longbench: LongBench-style file with ``context``, ``input`` and ``answers``.
@@ -108,8 +109,8 @@ class TokenQuality(L.LightningModule):
         names = [scorer.name for scorer in scorers]
         if len(set(names)) < len(names):
             raise ValueError(f"scorers: one of each name, or their rows would be one; got {names}")
-        if "longbench" in tasks and longbench is None:
-            raise ValueError("the task longbench needs a file: give model.longbench")
+        if set(_FILED) & set(tasks) and longbench is None:
+            raise ValueError(f"tasks {' and '.join(_FILED)} need a file: give model.longbench")
         if max_new_tokens < 1 or not lengths:
             raise ValueError("max_new_tokens must be at least 1, and lengths must not be empty")
         if schedules is None:
@@ -150,17 +151,20 @@ class TokenQuality(L.LightningModule):
                 arm.pruner.check(config)
         if set(self.tasks) & set(_ASKED):
             room = getattr(config.get_text_config(), "max_position_embeddings", None)
-            if room is not None and max(self.lengths) + self.max_new_tokens > room:
+            longest = {"lengths": max(self.lengths), "max_prompt": self.max_prompt}
+            used = {"max_prompt" if task == "longbench_answers" else "lengths" for task in self.tasks if task in _ASKED}
+            name, most = max(((name, longest[name]) for name in used), key=lambda pair: pair[1])
+            if room is not None and most + self.max_new_tokens > room:
                 raise ValueError(
-                    f"lengths: {max(self.lengths)} tokens and {self.max_new_tokens} of answer are more than the "
+                    f"{name}: {most} tokens and {self.max_new_tokens} of answer are more than the "
                     f"{room} that the model reads"
                 )
-            if not hasattr(data, "documents"):
+            if {"needles", "questions"} & set(self.tasks) and not hasattr(data, "documents"):
                 raise ValueError(
                     f"data: {type(data).__name__} has no plain texts to ask about; needles and questions need some, "
                     "as TextCorpus and EmbeddedDocs have them"
                 )
-        if "longbench" in self.tasks and not self.longbench.is_file():
+        if set(_FILED) & set(self.tasks) and not self.longbench.is_file():
             raise FileNotFoundError(f"model.longbench: no such file: {self.longbench}")
         if "repeated" in self.tasks:
             check_repeatable(data.block_size, self.suffix)
@@ -209,8 +213,10 @@ class TokenQuality(L.LightningModule):
         return rows
 
     def _ask(self, task: Task, data: Any) -> list[dict[str, Any]]:
-        texts = [text for split, text in data.documents() if split == "val"]
-        if task == "needles":
+        texts = [text for split, text in data.documents() if split == "val"] if task != "longbench_answers" else []
+        if task == "longbench_answers":
+            prompts = longbench.asked(self.longbench, data.tokenizer, self.max_prompt, self.windows)
+        elif task == "needles":
             prompts = plant(
                 texts, data.tokenizer, self.lengths, self.windows, self.prefix, self.seed, "test", self.distractors
             )
@@ -231,7 +237,7 @@ class TokenQuality(L.LightningModule):
 
     def _all(self, task: Task, data: Any) -> Iterator[Window]:
         if task == "longbench":
-            yield from longbench_windows(self.longbench, data.tokenizer, self.max_prompt)
+            yield from longbench.windows(self.longbench, data.tokenizer, self.max_prompt)
             return
         for batch in data.val_dataloader():
             if task == "response":

@@ -3,14 +3,11 @@
 Shape legend: B samples, N prompt tokens, M suffix tokens.
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.token_pruning.samples import Samples, split_batch
@@ -87,52 +84,6 @@ def stack(windows: list[Window]) -> list[Window]:
     for window in windows:
         groups.setdefault((window.prompt.shape[1], window.suffix.shape[1]), []).append(window)
     return [Window(*(torch.cat(parts) for parts in zip(*group, strict=True))) for group in groups.values()]
-
-
-def longbench_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_prompt: int) -> Iterator[Window]:
-    """Samples of a LongBench-style file: the context and the question are the prompt, the first answer the suffix.
-
-    A context that is too long loses its middle, as in LongBench (arXiv 2308.14508).
-
-    Args:
-        path: JSON lines, or a JSON array, of ``{"context", "input", "answers"}``.
-        tokenizer: The model's.
-        max_prompt: Longest prompt in tokens.
-
-    Raises:
-        ValueError: a sample without context, question or answer, naming it; a benchmark without its contexts measures
-            nothing.
-    """
-    for number, record in enumerate(_records(path), 1):
-        for field in ("context", "input", "answers"):
-            value = record.get(field) if isinstance(record, dict) else None
-            empty = not value or (isinstance(value, str) and not value.strip())
-            if empty and not (field == "input" and value == ""):  # summaries have no question
-                raise ValueError(f"{path}, sample {number}: {field} is missing or empty; nothing would be measured")
-        answers = record["answers"]
-        answer = answers[0] if isinstance(answers, list) else answers
-        question = tokenizer(f"\n\n{record['input']}\n", add_special_tokens=False).input_ids
-        context = tokenizer(record["context"], add_special_tokens=False).input_ids
-        room = max_prompt - len(question)
-        if room < 1:
-            raise ValueError(f"{path}, sample {number}: its question alone is longer than max_prompt {max_prompt}")
-        if len(context) > room:
-            context = context[: room - room // 2] + (context[-(room // 2) :] if room > 1 else [])
-        prompt = torch.tensor([context + question])
-        suffix = torch.tensor([tokenizer(answer, add_special_tokens=False).input_ids])
-        yield Window(prompt, suffix, suffix)
-
-
-def _records(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no LongBench-style file {path}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path} is neither JSON lines nor a JSON array: {error}") from error
 
 
 def answered(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -167,7 +167,7 @@ def test_a_row_that_has_more_zeros_already_loses_no_more():
     keep = torch.ones(4, 40, dtype=torch.bool)
     keep[0, :16] = False  # 10 % of the matrix, but 40 % of this row
     found = unstructured(scored(_scores((4, 40))), 0.2, keep)
-    assert (~found).sum(1).tolist() == [16, 8, 8, 8] and not (found & ~keep).any()
+    assert (~found).sum(1).tolist() == [16, 6, 5, 5] and not (found & ~keep).any()  # 20 % of the matrix
 
 
 @pytest.mark.parametrize(

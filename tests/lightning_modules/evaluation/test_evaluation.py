@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,25 @@ def test_what_was_answered_is_not_asked_again_and_another_model_is(place, tmp_pa
     (tmp_path / "results.json").write_text("{")
     evaluation(place, tmp_path, models=["dense"]).evaluate(CPU)
     assert len(asked) == 5, "a damaged file counts as none"
+
+
+def _judge():
+    def right(doc):
+        return doc["a"] == 1
+
+    return right
+
+
+@needs_harness
+def test_a_task_with_functions_is_the_same_in_every_process():
+    from lightning_modules.evaluation import harness
+
+    def loaded(judge):
+        config = {"task": "t", "fewshot": {"doc_to_text": judge}}
+        return {"tasks": {"t": SimpleNamespace(dump_config=lambda: config, eval_docs=[{"a": 1}])}}
+
+    assert harness.digest(loaded(_judge())) == harness.digest(loaded(_judge()))
+    assert harness.digest(loaded(_judge())) != harness.digest(loaded(loaded))
 
 
 @needs_harness

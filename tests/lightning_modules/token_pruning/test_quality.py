@@ -20,8 +20,8 @@ from lightning_modules.token_pruning.peers.snap_kv import SnapKV
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.pruning_file import content
-from lightning_modules.token_pruning.quality import asking, tasks
-from lightning_modules.token_pruning.quality.answers import Answer
+from lightning_modules.token_pruning.quality import asking, longbench, tasks
+from lightning_modules.token_pruning.quality.answers import Answer, is_right
 from lightning_modules.token_pruning.quality.arms import UNPRUNED, in_words, of_peers, of_schedules
 from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.measure import Arm, interval, proportion, read, summarise
@@ -91,7 +91,7 @@ def test_longbench_files_keep_their_contexts(tmp_path):
     path = tmp_path / "qa.jsonl"
     sample = {"context": "the fox " * 50 + "the dog " * 50, "input": "quick?", "answers": ["brown"]}
     path.write_text(json.dumps(sample) + "\n" + json.dumps({**sample, "context": "short"}) + "\n")
-    long, short = tasks.longbench_windows(path, tokenizer, 40)
+    long, short = longbench.windows(path, tokenizer, 40)
     assert long.prompt.shape == (1, 40) and short.prompt.shape[1] < 40
     text = tokenizer.decode(long.prompt[0])
     assert "fox" in text and "dog" in text and text.endswith("quick?\n")  # the middle is lost, the question never
@@ -99,10 +99,30 @@ def test_longbench_files_keep_their_contexts(tmp_path):
     for wrong in ({"context": ""}, {"context": "  "}, {"answers": []}):
         path.write_text(json.dumps([sample, {**sample, **wrong}]))
         with pytest.raises(ValueError, match=f"sample 2: {next(iter(wrong))}"):
-            list(tasks.longbench_windows(path, tokenizer, 40))
+            list(longbench.windows(path, tokenizer, 40))
     with pytest.raises(ValueError, match="neither JSON"):
         path.write_text("{")
-        list(tasks.longbench_windows(path, tokenizer, 40))
+        list(longbench.windows(path, tokenizer, 40))
+
+
+def test_questions_of_longbench_files_are_asked_freely_and_any_answer_is_right(tmp_path):
+    words = "the quick brown fox jumps over the lazy dog of Fenwick near York. "
+    tokenizer = train_bpe(iter([[words * 20, "Question: Answer: Who is it?"]]), 400)
+    path = tmp_path / "qa.jsonl"
+    sample = {"context": words * 30, "input": "Who is it?", "answers": ["Fenwick", "York"]}
+    records = [sample, {**sample, "input": ""}, {**sample, "context": words, "answers": ["nobody"]}]
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    long, short = longbench.asked(path, tokenizer, 120, 9)  # a summary asks nothing
+    assert 100 < len(long.ids) <= 120 and len(short.ids) < 100
+    assert tokenizer.decode(long.ids).endswith("Who is it?\nAnswer:")
+    assert "Fenwick" in tokenizer.decode(long.ids[long.evidence]) and not short.evidence.any()
+    assert is_right(long, "It is York, I think") and is_right(long, "fenwick") and not is_right(long, "the fox")
+    assert len(longbench.asked(path, tokenizer, 120, 1)) == 1
+    with pytest.raises(ValueError, match="sample 1: its question alone is longer than max_prompt"):
+        longbench.asked(path, tokenizer, 4, 1)
+    path.write_text(json.dumps({**sample, "input": ""}))
+    with pytest.raises(ValueError, match="no sample has a question"):
+        longbench.asked(path, tokenizer, 120, 9)
 
 
 def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
