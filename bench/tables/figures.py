@@ -88,15 +88,25 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def latest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The newest record of each figure (by date, then by place in the file), in order of first appearance."""
-    newest: dict[str, Mapping[str, Any]] = {}
+    """The newest record of each figure (by date, then by place in the file), in order of first appearance.
+
+    What was measured on another GPU is another figure: one card's do not hide another's.
+    """
+    newest: dict[tuple[str, str], Mapping[str, Any]] = {}
     for entry in records:
         if entry.get("kind") != "figure":
             continue
-        known = newest.get(entry["figure"])
+        name = entry["figure"], gpu(entry)
+        known = newest.get(name)
         if known is None or entry["date"] >= known["date"]:
-            newest[entry["figure"]] = entry
+            newest[name] = entry
     return list(newest.values())
+
+
+def gpu(entry: Mapping[str, Any]) -> str:
+    """The GPUs that a record was made on; "" for none."""
+    cards = (entry.get("machine") or {}).get("gpus") or []
+    return ", ".join(str(card.get("name", card)) if isinstance(card, Mapping) else str(card) for card in cards)
 
 
 def measured(entry: Mapping[str, Any], digits: int | None = None) -> str:
@@ -156,17 +166,21 @@ def render_table(
     Args:
         records: Records of any kind; those that are not figures are passed over.
         only: Identifiers of the figures to show, in this order, `*` for anything; None shows all.
-        columns: Columns to show, of `COLUMNS` and `commit`; commits are told apart also where they differ.
+        columns: Columns to show, of `COLUMNS`, `commit` and `GPU`; commits and cards are told apart also where they differ.
 
     Raises:
         ValueError: There is no figure among the records, not one of those asked for, or no such column.
     """
-    found = {entry["figure"]: entry for entry in latest(records)}
-    wanted = {name: [figure for figure in found if fnmatchcase(figure, name)] for name in only or found}
+    found = latest(records)
+    names = list(dict.fromkeys(entry["figure"] for entry in found))
+    wanted = {name: [figure for figure in names if fnmatchcase(figure, name)] for name in only or names}
     missing = [name for name, figures in wanted.items() if not figures]
     if missing or not found:
-        raise ValueError(f"no figure {', '.join(missing)} among the records; there are: {', '.join(found) or 'none'}")
-    chosen = [found[name] for name in dict.fromkeys(chain.from_iterable(wanted.values()))]
+        raise ValueError(f"no figure {', '.join(missing)} among the records; there are: {', '.join(names) or 'none'}")
+    order = list(dict.fromkeys(chain.from_iterable(wanted.values())))
+    chosen = sorted((e for e in found if e["figure"] in order), key=lambda e: order.index(e["figure"]))
+    if len({gpu(entry) for entry in chosen if gpu(entry)}) > 1:
+        columns = [*columns, "GPU"]
     if len({commit(entry) for entry in chosen}) > 1:
         columns = [*columns, "commit"]
     makers = {
@@ -175,6 +189,7 @@ def render_table(
         "target": lambda entry: entry["target"],
         "reached": _verdict,
         "commit": commit,
+        "GPU": gpu,
     }
     unknown = [name for name in columns if name not in makers]
     if unknown:

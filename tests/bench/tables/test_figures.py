@@ -49,6 +49,18 @@ def test_figures_of_two_machines_and_two_commits_are_told_apart(tmp_path):
     assert of_b.startswith("Measured on 1 × NVIDIA X") and f"({'b' * 10} with local changes, " in of_b
 
 
+def test_one_cards_figures_do_not_hide_anothers(tmp_path):
+    entry = figures.append(tmp_path / "figures.jsonl", figure="gpu-a", value=2.0, reached=True, **BASE)
+    records = [
+        {**entry, "machine": {**entry["machine"], "gpus": [{"name": f"NVIDIA {card}"}]}, "value": value}
+        for card, value in (("X", 1.0), ("Y", 3.0), ("X", 2.0))
+    ]
+    header, _, first, second = figures.render_table(records).splitlines()[:4]
+    assert header.endswith("| reached | GPU |")
+    assert "| 2 × |" in first and first.endswith("| NVIDIA X |") and second.endswith("| NVIDIA Y |")
+    assert len(figures.latest(records)) == 2
+
+
 def test_chosen_figures_in_the_order_asked_for(tmp_path):
     path = tmp_path / "figures.jsonl"
     for name in ("a", "b", "c"):
