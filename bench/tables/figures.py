@@ -166,7 +166,7 @@ def render_table(
     Args:
         records: Records of any kind; those that are not figures are passed over.
         only: Identifiers of the figures to show, in this order, `*` for anything; None shows all.
-        columns: Columns to show, of `COLUMNS`, `commit` and `GPU`; commits and cards are told apart also where they differ.
+        columns: Columns to show, of `COLUMNS`, `commit` and `GPU`; where commits or cards differ, these two are added.
 
     Raises:
         ValueError: There is no figure among the records, not one of those asked for, or no such column.
