@@ -28,7 +28,7 @@ from strategies.fsdp2_collectives import (
     UnitReduceScatter,
     count_replica_all_reduce,
 )
-from strategies.fsdp2_units import ShardedModule, sharded_modules
+from strategies.fsdp2_units import ShardedModule, shard_group, sharded_modules
 from strategies.kernels import Choice
 from strategies.traffic import Traffic
 from strategies.units import Unit, shard_between
@@ -387,12 +387,12 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole (averaged) gradient, on device; call between backward and the optimizer step."""
-        squared, shards = torch.zeros((), device=self.root_device, dtype=torch.float32), None
+        squared = torch.zeros((), device=self.root_device, dtype=torch.float32)
         for parameter in self.model.parameters():
             if isinstance(grad := parameter.grad, DTensor):
                 squared += grad.to_local().float().pow(2).sum()
-                shards = grad.device_mesh.get_group(grad.device_mesh.ndim - 1)  # with replicas: (replicate, shard)
-        if shards is not None:
+        # not the gradients' mesh: DTensor may give them an equal one of an earlier training, whose groups are gone
+        if self.model is not None and (shards := shard_group(self.model)) is not None:
             dist.all_reduce(squared, group=shards)
         return squared.sqrt()
 

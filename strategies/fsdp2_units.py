@@ -66,6 +66,13 @@ def sharded_modules(root: nn.Module, traffic: Traffic) -> list[ShardedModule]:
     return found
 
 
+def shard_group(root: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that share a sharded model; None where nothing is sharded."""
+    groups = (group for module in root.modules() if isinstance(module, FSDPModule) for group in _groups(module))
+    first = next(groups, None)
+    return None if first is None else first.mesh_info.shard_process_group
+
+
 def _groups(module: FSDPModule) -> list[Any]:
     """torch 2.13 keeps a list of parameter groups, older versions at most one."""
     state: Any = module._get_fsdp_state()
