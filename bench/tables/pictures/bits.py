@@ -4,7 +4,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.report.drawing import plain_numbers
 from bench.report.palette import GREY, hue
 from bench.tables.pictures.picture import Numbers, Picture, figures_of
 
@@ -16,6 +15,7 @@ _KINDS = {  # by how the names of arms begin, and how they are drawn
     "4:8": ("4:8", "D"),
     "unstructured": ("unstructured", "^"),
 }
+_TICKS = (1, 2, 3, 4, 5, 7, 10, 20, 50, 100, 1000)
 _METHODS = {"sparsegpt": hue(0), "wanda": hue(1), "ria": hue(2), "magnitude": hue(3)}
 
 
@@ -41,7 +41,10 @@ def _draw(figure: Figure, numbers: Numbers) -> None:
             axes.errorbar(bits, value, yerr=spread, marker=marker, markersize=size, color=_METHODS[method])
         axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_yscale("log")
-        plain_numbers(axes.yaxis)
+        most = max((point[3] for point in points), default=1.0)
+        ticks = [tick for tick in _TICKS if tick <= 1.2 * most]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("bits a pruned weight takes, of 16")
         axes.set_title(f"perplexity, times the dense model's: {_TEXTS[text]}")
     kinds = {kind for points in numbers.values() for kind, *_ in points}
