@@ -20,7 +20,7 @@ HELP = {
     "main.py prune --help": ("main.py", "prune", "--help"),
     "python -m bench --help": ("-m", "bench", "--help"),
 }
-PYTEST = ("pytest", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder")  # as CI runs it
+PYTEST = ("pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")  # as CI runs it
 
 
 def run(records: Path, folder: Path) -> None:

@@ -15,6 +15,9 @@ class Spy:
     def __init__(self) -> None:
         self.calls = []
 
+    def within(self):
+        return [self]
+
     def warm_up(self, job, use="reduce"):
         return set()
 

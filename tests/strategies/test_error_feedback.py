@@ -162,7 +162,10 @@ def _three_owe(storage):
         unit = make_unit(12)
         residuals.store(unit, "residual", gradient(rank, 12), storage)
         units.append(dict(unit.state))
-    return units, residuals.split(units, 14), residuals.norm([unit])
+    layout = [["a", [12], 0]]
+    now = make_unit(14)
+    now.parameters = [ParameterSlice("a", (12,), 0)]
+    return units, residuals.split(units, layout, now), residuals.norm([unit])
 
 
 def test_on_another_number_of_ranks_the_mean_still_owed_is_kept(two_ranks):
