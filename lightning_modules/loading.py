@@ -169,19 +169,15 @@ def load_config(path: str | Path) -> PretrainedConfig:
     return config
 
 
-def beside(path: str | Path, name: str) -> Path | None:
-    """A file that lies beside a model's weights, on the Hub too; None where there is none, or nobody can be asked.
+def hub_file(path: str, name: str) -> Path | None:
+    """A file that lies beside a model's weights on the Hub; None where there is none, or nobody can be asked.
 
     Args:
-        path: Hugging Face folder, GGUF file or Hub name.
+        path: Hub name.
         name: The file's.
     """
-    source = _locate(path)
-    if source.local:
-        file = Path(source.name) / name
-        return file if file.is_file() else None
     try:
-        found = cached_file(source.name, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(_locate(path).name, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         rank_zero_warn(f"the Hub cannot be asked whether {path} has a file {name}; it is taken to have none: {error}")
         return None

@@ -73,7 +73,7 @@ def _times_mean(op: Any, unit: Unit) -> int:
 
 
 class CountedAllGather(_Allocator, AllGather):
-    """torch's own all-gather of one module's parameters, counted and timed.
+    """Gathers one module's parameters as they are, counted and timed.
 
     Args:
         sharded: The module.

@@ -3,8 +3,8 @@
 Wanda, SparseGPT, RIA and magnitude; unstructured, 2:4, 4:8 and the schedule's tiers; then the mix of tiers that is
 found for as many bytes as the schedule's last row, and for those of plain 2:4. Each text is cut in two: the first
 half is calibrated on (a mixture of all texts), the second evaluated on. Runs that are finished in a `--folder` are
-not repeated, so that it may be stopped at any time; the models they leave are removed once they are measured. About
-three hours of one core for a model of 135 M parameters. `block_tuning` goes on from here with training,
+not repeated, so that it may be stopped at any time; the models they leave are removed once they are measured. Five
+to six hours of one core for a model of 135 M parameters. `block_tuning` goes on from here with training,
 `block_official` compares with the authors' code.
 """
 

@@ -46,6 +46,7 @@ def run(records: Path, folder: Path) -> None:
             details={"repeats": taken},
         )
     results = folder / "tests.xml"
+    say(f"tests: a quarter of an hour or more; what they say is in {folder / 'tests.log'}")
     minutes = _seconds(("-m", *PYTEST, f"--junitxml={results}"), folder / "tests.log") / 60
     suites = ElementTree.parse(results).getroot().iter("testsuite")
     counted = [{name: int(suite.get(name, 0)) for name in ("tests", "skipped")} for suite in suites]

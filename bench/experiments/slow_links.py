@@ -69,7 +69,7 @@ def _model(records: Path, runs: Runs) -> None:
                 records,
                 figure=f"wire-{operation}-{network}",
                 what=f"time of `{operation}` at {network} over its bytes/rate, waiting for the other rank included "
-                "(`none_a2a`: parameters through torch's all-gather, gradients through Pare's exchange)",
+                "(`none_a2a`: parameters as they are, gradients through an exchange)",
                 value=one["comm_time_ms_by_op"][operation] / ideal_ms,
                 unit="× bytes/rate",
                 target="report",

@@ -148,7 +148,7 @@ def _figure(folder: Path, words: list[str], options: Mapping[str, str]) -> str:
 
 
 def _single(folder: Path, file: str, figure: str, digits: str | None = None) -> str:
-    found = {one["figure"]: one for one in figures.latest(_read(folder, file))}
+    found = figures.newest(_read(folder, file))
     if figure not in found:
         raise ValueError(f"no figure {figure} in {file}")
     return figures.measured(found[figure], int(digits) if digits else None)

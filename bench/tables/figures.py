@@ -92,15 +92,20 @@ def latest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
     What was measured on another GPU is another figure: one card's do not hide another's.
     """
-    newest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
     for entry in records:
         if entry.get("kind") != "figure":
             continue
         name = entry["figure"], gpu(entry)
-        known = newest.get(name)
+        known = found.get(name)
         if known is None or entry["date"] >= known["date"]:
-            newest[name] = entry
-    return list(newest.values())
+            found[name] = entry
+    return list(found.values())
+
+
+def newest(records: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The newest record of each figure by its name, whatever it was measured on."""
+    return {one["figure"]: one for one in sorted(latest(records), key=lambda one: str(one["date"]))}
 
 
 def gpu(entry: Mapping[str, Any]) -> str:

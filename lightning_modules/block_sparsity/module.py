@@ -35,7 +35,7 @@ from lightning_modules.block_sparsity.tiers import TOPK
 from lightning_modules.block_sparsity.updates import Update
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import beside, load, load_config
+from lightning_modules.loading import hub_file, load, load_config
 
 _CHECKPOINT = "block_sparsity"
 _SHARDING = (FSDPStrategy, ModelParallelStrategy)
@@ -218,7 +218,9 @@ class BlockSparsity(CausalLM):
 
     def _maps_file(self) -> Path | None:
         """The tier maps to go on from, of a model on the Hub too; None of a dense model."""
-        return tiers_file(self.maps) or beside(self.pretrained, TIERS_FILE)
+        if self.maps != self.folder or self.folder.exists():
+            return tiers_file(self.maps)
+        return hub_file(self.pretrained, TIERS_FILE)
 
     def configure_model(self) -> None:
         """Build the model, and adapters over it for LoRA."""

@@ -40,7 +40,8 @@ from lightning_modules.structured_pruning.memory import Workload, peaks
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.needs import check_request, most_inputs, plan_inputs
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
-from lightning_modules.structured_pruning.planner import Planner, check_possible
+from lightning_modules.structured_pruning.planner import Planner
+from lightning_modules.structured_pruning.possible import check_possible
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.refitted import check_refitted, put_refitted, refitted_hashes
 from lightning_modules.structured_pruning.refitting import compensate

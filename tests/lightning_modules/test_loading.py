@@ -43,18 +43,16 @@ def test_dtype_and_attention_reach_the_model(folder):
     assert load(folder).dtype == torch.float32 and load(folder, "auto").dtype == torch.float16
 
 
-def test_a_file_beside_a_model_is_found_on_the_hub_as_in_a_folder(folder, tmp_path, monkeypatch):
-    assert loading.beside(folder, "config.json") == folder / "config.json"
-    assert loading.beside(folder, "tiers.map") is None
+def test_a_file_beside_a_model_is_found_on_the_hub(tmp_path, monkeypatch):
     snapshot = tmp_path / "hub/models--owner--name/snapshots/abc"
     snapshot.mkdir(parents=True)
     (tmp_path / "hub/models--owner--name/refs").mkdir()
     (tmp_path / "hub/models--owner--name/refs/main").write_text("abc")
     (snapshot / "tiers.map").write_text("maps")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    found = loading.beside("owner/name", "tiers.map")
+    found = loading.hub_file("owner/name", "tiers.map")
     assert found is not None and found.read_text() == "maps"
-    assert loading.beside("owner/name", "another.map") is None
+    assert loading.hub_file("owner/name", "another.map") is None
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [

@@ -35,4 +35,4 @@ class Picture(NamedTuple):
 
 def figures_of(folder: Path, file: str) -> dict[str, Mapping[str, Any]]:
     """The newest record of every figure of a file, by the figure's name."""
-    return {one["figure"]: one for one in figures.latest(record.read(folder / file)[0])}
+    return figures.newest(record.read(folder / file)[0])

@@ -59,6 +59,8 @@ def test_one_cards_figures_do_not_hide_anothers(tmp_path):
     assert header.endswith("| reached | GPU |")
     assert "| 2 × |" in first and first.endswith("| NVIDIA X |") and second.endswith("| NVIDIA Y |")
     assert len(figures.latest(records)) == 2
+    older = {**records[1], "date": "2000-01-01T00:00:00+00:00"}
+    assert figures.newest([records[0], older])["gpu-a"]["value"] == 1.0
 
 
 def test_chosen_figures_in_the_order_asked_for(tmp_path):

@@ -83,3 +83,11 @@ def test_nothing_to_export_or_verify_is_said_before_anything_is_loaded(fitted, d
         module_of(dense, tmp_path / "x", teacher=str(tmp_path / "no teacher here")).check_arguments("fit", None)
     with pytest.raises(FileNotFoundError, match="no model here"):
         module_of(tmp_path / "no model here", tmp_path / "x").check_arguments("prune", None)
+
+
+def test_tier_maps_that_are_none_are_refused_though_others_lie_beside_the_model(dense, tmp_path):
+    (tmp_path / "pruned").mkdir()
+    for name in ("config.json", "tiers.map"):
+        (tmp_path / "pruned" / name).write_bytes((dense / name).read_bytes() if (dense / name).exists() else b"maps")
+    with pytest.raises(FileNotFoundError, match="is or has no tier maps"):
+        module_of(tmp_path / "pruned", tmp_path / "x", tier_maps=str(tmp_path / "wrong")).check_arguments("prune", None)

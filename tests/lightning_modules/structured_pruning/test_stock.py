@@ -30,7 +30,8 @@ from lightning_modules.structured_pruning.layers import LayerShape, decoder_laye
 from lightning_modules.structured_pruning.layout import Layout
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import LayerPlan
-from lightning_modules.structured_pruning.planner import Planner, check_possible
+from lightning_modules.structured_pruning.planner import Planner
+from lightning_modules.structured_pruning.possible import check_possible
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
 from lightning_modules.structured_pruning.stock import group_step, groups_for_share, possible_groups, uniform_parts
