@@ -5,6 +5,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 
 _SOCKET_PATH = 107  # bytes of a Unix socket's path on Linux (macOS: 103)
 _BELOW_TEMPORARY = len("/pymp-12345678/listener-12345678")  # what Python's multiprocessing appends
@@ -39,6 +40,12 @@ def end_with(parent: int, name: str, grace_s: float = 10.0, poll_s: float = 0.5)
 def first_on_node() -> bool:
     """Whether this is the first rank of its node, or the only process."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+
+
+def warn_on_node(said: str) -> None:
+    """Warn once, however many ranks of a node find the same; the warning names the caller's caller."""
+    if first_on_node():
+        warnings.warn(said, stacklevel=3)
 
 
 def check_temporary_folder() -> None:

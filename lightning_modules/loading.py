@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import transformers
-from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -26,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.files import recover
 from common.manifest import check_manifest
-from common.processes import first_on_node
+from common.processes import first_on_node, warn_on_node
 from common.records.machine import isa_flags
 
 GgufConfig: Any = getattr(transformers, "GgufConfig", None)  # before there was one, transformers always expanded
@@ -179,7 +178,7 @@ def hub_file(path: str, name: str) -> Path | None:
     try:
         found = cached_file(_locate(path).name, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        rank_zero_warn(f"the Hub cannot be asked whether {path} has a file {name}; it is taken to have none: {error}")
+        warn_on_node(f"the Hub cannot be asked whether {path} has a file {name}; it is taken to have none: {error}")
         return None
     return Path(found) if found is not None else None
 

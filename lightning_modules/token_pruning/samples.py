@@ -7,9 +7,9 @@ import hashlib
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from common.processes import warn_on_node
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.token_pruning.schedule import Schedule
 
@@ -136,4 +136,4 @@ def check_choice(schedule: Schedule, data: Any, config: Any) -> None:
         return
     if schedule.starved(data.block_size, layers) == schedule.resolve(layers):
         raise ValueError(f"schedule: {said}")
-    rank_zero_warn(f"schedule: {said}")
+    warn_on_node(f"schedule: {said}")
