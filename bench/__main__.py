@@ -27,6 +27,7 @@ from bench.tables import pivot as pivots
 from bench.tour import tour
 from common import moved
 from common.files import write_text
+from common.front import screens
 from common.front.forms import Forms, unknown
 from common.output import Refused, one_object, quiet, silent
 from common.records import record
@@ -102,7 +103,7 @@ def compare(results: Path, runs: str | None = None, fields: str | None = None, m
 
 
 def table(file: Path | None = None, only: str | None = None, check: bool = False) -> int:
-    """Write tables and pictures of all documents anew from their records, or show one file's figures against targets.
+    """Write tables and pictures in documents anew from their records, or show one file's figures.
 
     Args:
         file: The .jsonl file with the figures to show; without it, the documents are written.
@@ -139,12 +140,12 @@ def pivot(
     repeat: str = "seed",
     markdown: bool = False,
 ) -> None:
-    """Show values of many records by row and column, mean ± sd over repeats: rows compress_method, column strategy.
+    """Show values of many records by row and column, mean ± sd over repeats.
 
     Args:
         records: The .jsonl file.
-        rows: Fields that make a row, separated by commas; dots reach into blocks.
-        column: Field whose values become columns.
+        rows: Fields that make a row, separated by commas, such as compress_method; dots reach into blocks.
+        column: Field whose values become columns, such as strategy.
         values: Fields to show, separated by commas; runs also have `limits.measured_over_model` and the rest of
             `bounds.annotate`.
         where: Only records with these values: "kind=wire,world_size=2".
@@ -157,7 +158,9 @@ def pivot(
 
 
 def trace(traces: Path, markdown: bool = False) -> None:
-    """Say where the step time went: compute, communication by operator, overlap, idle; with --json, of every step.
+    """Say where the step time went: compute, communication by operator, overlap, idle.
+
+    With --json, of every step.
 
     Args:
         traces: A Chrome trace of torch.profiler (.json or .json.gz), or a folder of them, one a rank.
@@ -179,11 +182,12 @@ def link(
     ranks_per_host: int = 1,
     command: list[str] | None = None,
 ) -> int:
-    """Run a command as one rank on each of several emulated hosts: python -m bench link --rate 1gbit -- COMMAND ...
+    """Run a command as one rank on each of several emulated hosts.
 
-    Needs root and iproute2. Ranks see the variables torchrun sets; so `trainer.num_nodes` is the number of hosts and
-    `trainer.devices` is `ranks_per_host`. Lines of ranks other than 0 start with `[host i]`, or `[rank i]` where a host
-    has several. Exits with the status of the first rank that failed.
+    `python -m bench link --rate 1gbit -- COMMAND ...`. Needs root and iproute2. Ranks see the variables torchrun
+    sets; so `trainer.num_nodes` is the number of hosts and `trainer.devices` is `ranks_per_host`. Lines of ranks
+    other than 0 start with `[host i]`, or `[rank i]` where a host has several. Exits with the status of the first
+    rank that failed.
 
     Args:
         rate: Rate of each host's cable in each direction: a number and kbit, mbit or gbit.
@@ -197,7 +201,7 @@ def link(
 
 
 def env(full: bool = False) -> int:
-    """Check versions, machine, speed, and what really runs; the exit status is 1 when a requirement is missing.
+    """Check versions, machine, speed, and what really runs; exit status 1 when something is missing.
 
     Args:
         full: Also try torch.compile on each device, which takes 10 s and more.
@@ -264,7 +268,7 @@ def report(
     overwrite: bool = False,
     against: Path | None = None,
 ) -> None:
-    """Make one self-contained HTML file of a results file: what was compared, what it cost, how to run it again.
+    """Make one self-contained HTML file of a results file: what was compared, and what it cost.
 
     Args:
         results: The results.jsonl file, or a folder of such files.
@@ -295,10 +299,10 @@ def configuration(results: Path, run: str) -> None:
 
 
 def bounds(results: Path, rate: str | None = None, markdown: bool = False) -> None:
-    """Show what each run could take at best, beside what it took: compute, bytes over bandwidth, best speed-up.
+    """Show what each run could take at best, beside what it took.
 
-    Compute time comes from a run of the same work on one rank, where the file has one, else from the run's own steps
-    without communication, encoding and decoding.
+    That is compute and bytes over bandwidth. Compute time comes from a run of the same work on one rank, where the
+    file has one, else from the run's own steps without communication, encoding and decoding.
 
     Args:
         results: The results.jsonl file.
@@ -317,7 +321,7 @@ def memory(
     bf16: bool = False,
     markdown: bool = False,
 ) -> None:
-    """Show what training holds in the memory of each rank, computed from the model's shapes; nothing is loaded.
+    """Show what training holds in each rank's memory, from the model's shapes; nothing is loaded.
 
     Args:
         models: Hugging Face folders or hub names, or llama-1b, llama-8b, llama-70b; separated by commas.
@@ -341,11 +345,11 @@ def plan(
     markdown: bool = False,
     command: list[str] = [],  # noqa: B006 - never changed; jsonargparse shows it as the default
 ) -> None:
-    """Say what each rank will hold and send: python -m bench plan --config … --world_size 64 --node_size 8
+    """Say what each rank of a cluster will hold and send, by a configuration.
 
-    By the engine's own code on tensors without memory: no weight is read, no text, and no rank has to be there. Not
-    counted are activations, which depend on the length, and what libraries take for themselves. Arguments of `fit`
-    after `--` are added to the configuration's.
+    `python -m bench plan --config … --world_size 64 --node_size 8`. By the engine's own code on tensors without
+    memory: no weight is read, no text, and no rank has to be there. Not counted are activations, which depend on the
+    length, and what libraries take for themselves. Arguments of `fit` after `--` are added to the configuration's.
 
     Args:
         configuration: Of `main.py fit`; `--config` is the same. Its number of devices and nodes does not matter.
@@ -370,24 +374,41 @@ _PROGRAM, _HELP = "python -m bench", {"-h", "--help"}
 _COMMANDS: dict[str, Any] = {
     command.__name__: command
     for command in (
-        env,
-        compare,
-        table,
-        pivot,
-        trace,
-        link,
-        experiment,
-        gpu,
+        tour,
         sweep,
-        collectives,
+        compare,
+        pivot,
         bounds,
-        memory,
-        plan,
         report,
         configuration,
-        tour,
+        trace,
+        plan,
+        memory,
+        link,
+        collectives,
+        env,
+        gpu,
+        experiment,
+        table,
     )
 }
+
+
+def _overview() -> str:
+    """All commands, a line each."""
+    does = {name: (inspect.getdoc(command) or "").splitlines()[0] for name, command in _COMMANDS.items()}
+    lines = [
+        f"usage: {_PROGRAM} COMMAND [options]",
+        "",
+        "Measure what making a language model cheaper costs, and show it.",
+        "",
+        *(f"  {name:<14} {said}" for name, said in does.items()),
+        "",
+        *screens.rows((*screens.OUTPUT_FORMS, ("COMMAND --help", "what a command takes"))),
+        "",
+        screens.STATUS,
+    ]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -397,6 +418,9 @@ def main(argv: list[str] | None = None) -> int:
     if old := moved.hint(arguments):
         return forms.refuse(name, old.strip(), f"{_PROGRAM} {name} --help", status=1)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if name in _HELP:
+        print(_overview())
+        return 0
     if not own or (not name.startswith("-") and name not in _COMMANDS):
         return forms.refuse(name, unknown(name, _COMMANDS), f"{_PROGRAM} --help")
     if not forms.json or _HELP & set(own):

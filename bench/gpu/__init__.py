@@ -31,7 +31,7 @@ def gpu(
     tiny: bool = False,
     fold: Path | None = None,
 ) -> int:
-    """Check a machine with GPUs: every feature right, every kernel fast, against what the hardware allows.
+    """Check a machine with GPUs: every feature right, every kernel fast beside what the card allows.
 
     Takes at most 12 minutes on one GPU and needs no network. The exit status is 1 when a check failed.
 

@@ -44,12 +44,13 @@ def sweep(
     cluster: dict[str, Any] = {},  # noqa: B006
     command: list[str] = [],  # noqa: B006
 ) -> int:
-    """Run a matrix of `main.py fit` and gather the records: python -m bench sweep --config configs/bench/….yaml
+    """Run a matrix of `main.py fit` and gather the records.
 
-    A run that is in the results already is skipped, so the same command continues a sweep that was interrupted. A run
-    that fails leaves a record of kind "failure" and is tried again next time. Runs on a link that cannot be emulated
-    here run without it, and their step time on it is modelled from the bytes sent (`step_time_ms_modelled`). Arguments
-    after `--` are added to every run. Exits with 1 when a run failed.
+    `python -m bench sweep --config configs/bench/….yaml`. A run that is in the results already is skipped, so the
+    same command continues a sweep that was interrupted. A run that fails leaves a record of kind "failure" and is
+    tried again next time. Runs on a link that cannot be emulated here run without it, and their step time on it is
+    modelled from the bytes sent (`step_time_ms_modelled`). Arguments after `--` are added to every run. Exits with 1
+    when a run failed.
 
     Args:
         name: Name of the sweep.

@@ -29,12 +29,13 @@ def tour(
     short: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Every feature once: a compressed training, pruned prompts, fewer parameters and weights, all together, a report.
+    """Run every feature once, command by command, to one table and one report.
 
-    Without a model it trains small ones and takes about ten minutes on two CPU cores; nothing is downloaded. With one
-    it takes about forty for 135 million parameters. Every step is a command that is shown and can be given by itself.
-    What is done is not done again: the same command goes on after an interruption. A step that fails does not stop
-    those that do not need it. Ends with a table, `table.md`, and `report.html`. Exits with 1 when a step failed.
+    A compressed training, pruned prompts, fewer parameters and weights, and all together. Without a model it trains
+    small ones and takes about ten minutes on two CPU cores; nothing is downloaded. With one it takes about forty for
+    135 million parameters. Every step is a command that is shown and can be given by itself. What is done is not done
+    again: the same command goes on after an interruption. A step that fails does not stop those that do not need it.
+    Ends with a table, `table.md`, and `report.html`. Exits with 1 when a step failed.
 
     Args:
         model: Hugging Face folder, GGUF file or hub name of a chat model to make the tour on.

@@ -149,7 +149,7 @@ _MORE = (
     ("COMMAND --help_all", "every argument"),
     ("COMMAND --model.help NAME", "arguments of one class; so --data.help, --trainer.strategy.help, …"),
 )
-_STATUS = "exit status: 0 done, 1 it failed, 2 wrong arguments or configuration, 130 Ctrl-C, 143 SIGTERM"
+STATUS = "exit status: 0 done, 1 it failed, 2 wrong arguments or configuration, 130 Ctrl-C, 143 SIGTERM"
 
 
 def overview() -> str:
@@ -166,10 +166,10 @@ def overview() -> str:
         f"  python {PROGRAM} prune --config mine/prune.yaml",
         f'  python {PROGRAM} generate --config mine/prune.yaml --chat true --prompt "What is a river?"',
         "",
-        *_rows(OUTPUT_FORMS),
-        *_rows(_MORE),
+        *rows(OUTPUT_FORMS),
+        *rows(_MORE),
         "",
-        _STATUS,
+        STATUS,
     ]
     return "\n".join(lines)
 
@@ -181,12 +181,13 @@ def screen(name: str) -> str:
     lines = [f"usage: python {PROGRAM} {name} {usage}", "", command.does, ""]
     lines += [f"  python {PROGRAM} {line}" for line in command.example]
     if command.options:
-        lines += ["", f"options of {name}:", *_rows(command.options)]
+        lines += ["", f"options of {name}:", *rows(command.options)]
     if command.common:
-        lines += ["", "options of every command:", *_rows(COMMON), *_rows(OUTPUT_FORMS)]
-        lines += ["", "more:", *_rows(_MORE[1:])]
-    return "\n".join([*lines, "", _STATUS])
+        lines += ["", "options of every command:", *rows(COMMON), *rows(OUTPUT_FORMS)]
+        lines += ["", "more:", *rows(_MORE[1:])]
+    return "\n".join([*lines, "", STATUS])
 
 
-def _rows(options: tuple[tuple[str, str], ...]) -> list[str]:
+def rows(options: tuple[tuple[str, str], ...]) -> list[str]:
+    """Options and what they mean, in two columns."""
     return [f"  {option:<{_WIDTH + 3}} {means}" for option, means in options]

@@ -85,3 +85,12 @@ def test_forms_after_the_dashes_are_another_commands(monkeypatch):
     monkeypatch.setattr(entry.links, "run", lambda command, *rest: given.append(command) or 0)
     assert main(["link", "--quiet", "--", "python", "main.py", "fit", "--json", "--help"]) == 0
     assert given == [["python", "main.py", "fit", "--json", "--help"]]
+
+
+def test_the_overview_is_one_screen_with_every_command(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 32 and max(map(len, lines)) <= 120
+    assert [line.split()[0] for line in lines if line.startswith("  ") and "-" not in line.split()[0]][:-1] == [
+        *entry._COMMANDS
+    ]
