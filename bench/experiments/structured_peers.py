@@ -7,8 +7,8 @@ adapters on the calibration text, beside the dense model tuned alike. Chance is 
 ``Random``: arms that are compared run with three seeds, variations with one.
 
 A budget and a seed are measured in a process of their own (``main``), in which the model is loaded once; scores are
-kept for all budgets. Figures are appended after every seed, of all seeds so far. Killed, it goes on with what is
-missing.
+kept for all budgets. What is compared comes before what is varied, and what nothing is trained for before recoveries,
+which take longest. Figures are appended after every seed, of all that is there. Killed, it goes on with the rest.
 """
 
 import argparse
@@ -63,6 +63,7 @@ SEEDS = (1, 2, 3)
 FIRST, LAST = 4, 3  # layers that LLM-Pruner leaves whole
 RECOVERY_STEPS, RECOVERY_RATE = 16, 1e-3
 DENSE = "dense"
+WHEN = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Arm:
         drop_by: Whole layers alone go, in this order, as many as fit the budget; None for parts of layers.
         uniform: The same rate in the middle layers, by LLM-Pruner's protocol, in a free shape.
         seeds: With how many seeds it runs.
-        recovered: Whether it is recovered, with the first seed.
+        recovered: Whether it is recovered, with the first seed; so are those that are compared.
     """
 
     what: str
@@ -158,18 +159,17 @@ def _figures(
 ) -> None:
     """What the seeds so far say of one budget and text."""
     for name, arm in ARMS.items():
-        lines = [one for one in found if one["arm"] == name]
-        target = most if name == "pare" else None
-        _append(records, model, name, arm, budget, text, lines, "before", found, target, commit)
-        if arm.recovered:
-            _append(records, model, name, arm, budget, text, lines, "after", found, None, commit)
+        for when in WHEN:
+            if lines := _of(found, name, when):
+                target = most if (name, when) == ("pare", "before") else None
+                _append(records, model, name, arm, budget, text, lines, when, found, target, commit)
     _margin(records, budget, text, found, commit)
 
 
 def _lines(folder: Path, model: Path, texts: Mapping[str, Path], seed: int, budget: float) -> Iterator[dict[str, Any]]:
     """The cells of one seed and budget: those of before, then what is missing, as they come."""
     kept, wanted = folder / f"seed-{seed}.jsonl", _wanted(seed, budget)
-    known = [line for line in _known(kept) if (line["arm"], line["budget"]) in wanted]
+    known = [line for line in _known(kept) if _key(line) in wanted]
     yield from known
     if len(known) == len(wanted):
         return
@@ -180,8 +180,17 @@ def _lines(folder: Path, model: Path, texts: Mapping[str, Path], seed: int, budg
     for line in json_lines(__name__, *given, log=folder / f"seed-{seed}.log"):
         record.append(kept, line)
         shown = ", ".join(f"{text} {value:.1f}" for text, value in line["ppl"].items())
-        say(f"seed {seed}, {line['arm']}, {line['budget']:.0%}: {shown}")
+        say(f"seed {seed}, {line['arm']}, {line['budget']:.0%}, {line['when']}: {shown}")
         yield line
+
+
+def _key(line: Mapping[str, Any]) -> tuple[str, float, str]:
+    return line["arm"], line["budget"], line["when"]
+
+
+def _of(found: Sequence[dict[str, Any]], arm: str, when: str) -> list[dict[str, Any]]:
+    """The cells of an arm."""
+    return [one for one in found if (one["arm"], one["when"]) == (arm, when)]
 
 
 def _known(kept: Path) -> list[dict[str, Any]]:
@@ -189,13 +198,18 @@ def _known(kept: Path) -> list[dict[str, Any]]:
     return record.read(kept)[0] if kept.exists() else []
 
 
-def _wanted(seed: int, budget: float) -> list[tuple[str, float]]:
-    """Arms of a seed, each with the budget; the dense model first."""
-    return [(DENSE, 0.0), *((name, budget) for name, arm in ARMS.items() if seed in SEEDS[: arm.seeds])]
+def _wanted(seed: int, budget: float) -> list[tuple[str, float, str]]:
+    """Cells of a seed and budget, the dense model's first."""
+    arms = {name: arm for name, arm in ARMS.items() if seed in SEEDS[: arm.seeds]}
+    compared = [name for name, arm in arms.items() if arm.recovered]
+    found = [(DENSE, 0.0, "before"), *((name, budget, "before") for name in compared)]
+    if seed == SEEDS[0]:
+        found += [(DENSE, 0.0, "after"), *((name, budget, "after") for name in compared)]
+    return found + [(name, budget, "before") for name in arms if name not in compared]
 
 
 def cell(
-    model: Any, base: str, data: Mapping[str, Any], arm: Arm | None, budget: float, seed: int, cache: Path
+    model: Any, base: str, data: Mapping[str, Any], arm: Arm | None, budget: float, seed: int, cache: Path, when: str
 ) -> dict[str, Any]:
     """One way to prune, measured.
 
@@ -207,9 +221,10 @@ def cell(
         budget: Share of the decoder to remove.
         seed: Of what is drawn.
         cache: Folder for damages, scores and trials.
+        when: "before" or "after" a short recovery.
 
     Returns:
-        ``removed``, the share that went; ``ppl`` by text; ``recovered``, the same after a short recovery, or None.
+        ``removed``, the share that went, and ``ppl`` by text.
     """
     batches = next(iter(data.values())).calibration(CALIBRATION_BLOCKS, run_seed())
     decoder = sum(p.numel() for p in model.model.layers.parameters())
@@ -225,17 +240,12 @@ def cell(
         made = slice_model(model, plan)
         compensate(model, made, plan, batches, arm.compensation)
     left = sum(p.numel() for p in made.model.layers.parameters())
-    found = {
-        "removed": 1 - left / decoder,
-        "ppl": {name: validation_perplexity(made, one) for name, one in data.items()},
-    }
-    recovered = None
-    if (arm is None or arm.recovered) and seed == SEEDS[0]:
+    if when == "after":
         torch.manual_seed(seed)  # the adapters' first values
         with stage("Recovery", RECOVERY_STEPS, "steps") as done:
-            tuned, _ = short_recovery(made, batches, RECOVERY_STEPS, RECOVERY_RATE, done)
-        recovered = {name: validation_perplexity(tuned, one) for name, one in data.items()}
-    return {**found, "recovered": recovered}
+            made, _ = short_recovery(made, batches, RECOVERY_STEPS, RECOVERY_RATE, done)
+    ppl = {name: validation_perplexity(made, one) for name, one in data.items()}
+    return {"removed": 1 - left / decoder, "ppl": ppl}
 
 
 def _layout(model: Any, arm: Arm, count: int | None) -> Layout:
@@ -252,9 +262,8 @@ def _layout(model: Any, arm: Arm, count: int | None) -> Layout:
 
 def _ratios(lines: Sequence[dict[str, Any]], text: str, when: str, found: Sequence[dict[str, Any]]) -> list[float]:
     """Perplexities of an arm over the dense model's, left alone or tuned alike, one a seed."""
-    field = {"before": "ppl", "after": "recovered"}[when]
-    dense = next(one for one in found if one["arm"] == DENSE and one[field])[field][text]
-    return [one[field][text] / dense for one in lines if one[field]]
+    dense: float = _of(found, DENSE, when)[0]["ppl"][text]
+    return [one["ppl"][text] / dense for one in lines]
 
 
 def _append(
@@ -301,7 +310,7 @@ def _append(
 def _margin(records: Path, budget: float, text: str, found: Sequence[dict[str, Any]], commit: str | None) -> None:
     """How far the best published way is behind the default, and whether that is more than their spread."""
     ratios = {
-        name: _ratios([one for one in found if (one["arm"], one["budget"]) == (name, budget)], text, "before", found)
+        name: _ratios(_of(found, name, "before"), text, "before", found)
         for name, arm in ARMS.items()
         if name == "pare" or name in PEERS
     }
@@ -334,11 +343,12 @@ def main() -> None:
     os.environ["PL_GLOBAL_SEED"] = str(options.seed)  # what `run_seed` reads: decides the order of the text
     model = load(options.model, "fast", supported=family)
     data = {name: _data(options.model, options.train, path) for name, path in _pairs(options.texts)}
-    done = {(line["arm"], line["budget"]) for line in _known(Path(options.kept))}
-    for name, budget in _wanted(options.seed, options.budget):
-        if (name, budget) not in done:
-            measured = cell(model, options.model, data, ARMS.get(name), budget, options.seed, Path(options.cache))
-            print(json.dumps({"arm": name, "budget": budget, "seed": options.seed, **measured}), flush=True)
+    done = {_key(line) for line in _known(Path(options.kept))}
+    for name, budget, when in _wanted(options.seed, options.budget):
+        if (name, budget, when) not in done:
+            given = (model, options.model, data, ARMS.get(name), budget, options.seed, Path(options.cache), when)
+            told = {"arm": name, "budget": budget, "when": when, "seed": options.seed}
+            print(json.dumps(told | cell(*given)), flush=True)
 
 
 def _pairs(texts: str) -> list[list[str]]:

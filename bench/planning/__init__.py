@@ -123,6 +123,9 @@ class Plan:
         """The same for readers; with the time that bytes between nodes take at ``rate``."""
         found, told = self.found, self.as_dict()
         rows: list[list[Any]] = [[f"memory of a rank: {name}", _size(value)] for name, value in told["held"].items()]
+        counted = f"{self.name}: {found.parameters / 1e6:,.1f} M parameters, {found.trained / 1e6:,.1f} M trained"
+        if self.world_size == 1:
+            return Table(["what", "size"], rows, f"{counted}; one rank, which sends nothing")
         for name in ("gradients", "parameters"):
             if found.sent.get(name):
                 rows.append([f"sent by a rank in a step: {name}", _size(found.sent[name])])
@@ -131,11 +134,8 @@ class Plan:
         if rate is not None:
             seconds = told["inter_of_a_node"] * 8 / links.rate_bits_per_s(rate)
             rows.append([f"… which takes at {rate}", f"{seconds:.3g} s"])
-        title = (
-            f"{self.name}: {found.parameters / 1e6:,.1f} M parameters, {found.trained / 1e6:,.1f} M trained, "
-            f"{found.units} units; {self.world_size} ranks on {self.world_size // self.node_size} nodes, {self.backend}"
-        )
-        return Table(["what", "size"], rows, title)
+        ranks = f"{self.world_size} ranks on {self.world_size // self.node_size} nodes, {self.backend}"
+        return Table(["what", "size"], rows, f"{counted}, {found.units} units; {ranks}")
 
 
 def _size(count: float) -> str:

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
@@ -18,6 +18,7 @@ import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, ShardingStrategy
@@ -91,7 +92,7 @@ def planned(
     """Shard a module as its trainer's strategy would, and count.
 
     Args:
-        trainer: Has one of Pare's engines, and as many nodes and devices as are planned for.
+        trainer: Has one of Pare's engines, or one rank, and as many nodes and devices as are planned for.
         module: Its ``configure_model`` builds the model.
         node_size: Ranks of a node.
         backend: Who moves bytes; gloo's own reduce-scatter sends twice what it must.
@@ -100,17 +101,20 @@ def planned(
     Raises:
         ValueError: The strategy is no engine of Pare's, or cannot have so many ranks.
     """
-    engine = trainer.strategy
-    if not isinstance(engine, CompressedEngine):
+    engine: Any = trainer.strategy
+    compressed = isinstance(engine, CompressedEngine)
+    if not compressed and not isinstance(engine, SingleDeviceStrategy):
         raise ValueError(
             f"trainer.strategy {type(engine).__name__} cannot be planned; give CompressedDDP, CompressedFSDP, "
-            "CompressedFSDP2 or CompressedDiLoCo"
+            "CompressedFSDP2 or CompressedDiLoCo, or one rank"
         )
     world_size = trainer.num_nodes * trainer.num_devices
-    engine.check_ranks(world_size)
-    with absent_ranks(world_size, backend), _at(engine, step):
+    if compressed:
+        engine.check_ranks(world_size)
+    with absent_ranks(world_size, backend), _at(engine, step) if compressed else nullcontext():
         engine.connect(module)
-        engine.set_world_ranks()
+        if compressed:
+            engine.set_world_ranks()
         precision = engine.precision_plugin
         with torch.device("meta"), precision.module_init_context():
             module.trainer = trainer
@@ -153,7 +157,7 @@ class _Count:
     def all(self) -> Planned:
         """Count everything."""
         engine, held = self.engine, self.found.held
-        if engine.compressor is None:  # torch's own path, which nobody counts
+        if isinstance(engine, CompressedEngine) and engine.compressor is None:  # torch's own path, which nobody counts
             engine.compressor = uncompressed()
         if buffers := sum(b.nbytes for b in self.module.buffers()):
             held["buffers"] = float(buffers)

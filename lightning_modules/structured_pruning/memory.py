@@ -27,6 +27,9 @@ class Workload:
         batch_tokens: Tokens of one calibration batch.
         calibration_tokens: Tokens of all calibration text.
         verify_tokens: Tokens of the text that verification compares logits on.
+        probe_tokens: Tokens of all text that shapes are tried on; 0 where none are.
+        probe_batch_tokens: The same of one batch of it.
+        refit_tokens: Tokens that tried shapes are refitted on; 0 where they are not.
     """
 
     model: ModelShape
@@ -35,21 +38,36 @@ class Workload:
     batch_tokens: int
     calibration_tokens: int
     verify_tokens: int
+    probe_tokens: int = 0
+    probe_batch_tokens: int = 0
+    refit_tokens: int = 0
 
     @property
     def shapes(self) -> list[LayerShape]:
         """Of the model's layers."""
         return self.model.shapes
 
-    @property
-    def states(self) -> int:
-        """Bytes of one hidden state for every calibration token."""
-        return self.calibration_tokens * self.hidden * self.model.bytes_per_parameter
+    def states(self, tokens: int) -> int:
+        """Bytes of one hidden state for so many tokens."""
+        return tokens * self.hidden * self.model.bytes_per_parameter
 
-    def forward(self) -> int:
-        """Bytes of activations that a forward pass over a batch holds at once, without logits."""
-        widest = max(4 * shape.channels for shape in self.shapes) + 3 * self.hidden
-        return self.batch_tokens * widest * self.model.bytes_per_parameter
+    def forward(self, tokens: int, wide: int = 3) -> int:
+        """Bytes of activations that a forward pass over a batch holds at once, without logits.
+
+        Args:
+            tokens: Of the batch.
+            wide: Activations as wide as the MLP: two factors and their product.
+        """
+        widest = max(wide * shape.channels for shape in self.shapes) + 3 * self.hidden
+        return tokens * widest * self.model.bytes_per_parameter
+
+    def loss(self, tokens: int) -> int:
+        """Bytes that a pass over a batch holds at once when nothing but its loss is asked for.
+
+        That is activations; or logits, these in float32 where they are not, and their log-probabilities.
+        """
+        size = self.model.bytes_per_parameter
+        return max(self.forward(tokens), tokens * self.vocabulary * (size + SINGLE * (size < SINGLE) + SINGLE))
 
     def backward(self, gates: bool) -> int:
         """Bytes that a forward and backward pass over a batch hold at once, no weight wanting a gradient.
@@ -79,7 +97,8 @@ def peaks(work: Workload, kept: Sequence[LayerPlan], importance: Any, compensati
         compensation: See ``Compensation.memory``.
 
     Returns:
-        Bytes by step: "load", "score", "slice", "compensate", "verify".
+        Bytes by step: "load", "perplexity" (before and after, on batches of the calibration's size), "score", "slice",
+        "compensate", "verify"; and, where shapes are tried, "probe layers" and "try shapes".
     """
     size = work.model.bytes_per_parameter
     whole = work.model.footprint(1).weight_bytes
@@ -93,12 +112,24 @@ def peaks(work: Workload, kept: Sequence[LayerPlan], importance: Any, compensati
     with_slice = layers + max(6 * logits, 4 * logits + DOUBLE * work.model.head_parameters, 3 * logits + sliced)
     dense = work.model.footprint(1).decoder_parameters * size - layers  # what is zeroed, to be put back
     dense += logits + max(_wide(work, s, s.groups, s.channels) for s in work.shapes)
+    pruned = whole - work.model.footprint(1).decoder_parameters * size + layers
+    tried = {}
+    if work.probe_tokens:
+        loss = work.loss(work.probe_batch_tokens)
+        inputs = max(max(s.channels, s.groups * s.n_rep * s.head_dim) for s in work.shapes)  # where layers go whole
+        # what enters a layer, and what entered the one before
+        tried["probe layers"] = whole + loss + 2 * work.states(work.probe_tokens)
+        refit = compensation.quick().memory(inputs, work.hidden, work.states(work.refit_tokens))
+        tried["try shapes"] = whole + max(loss, (layers + max(refit, loss)) * (work.refit_tokens > 0))
     return {
         "load": whole,
+        # after, what has been written is loaded again beside what was written
+        "perplexity": max(whole, 2 * pruned) + work.loss(work.batch_tokens),
+        **tried,
         "score": whole + importance.memory(work),
         "slice": whole + layers,
         "verify": whole + max(with_slice, dense),
-        "compensate": whole + layers + compensation.memory(widest, work.hidden, work.states),
+        "compensate": whole + layers + compensation.memory(widest, work.hidden, work.states(work.calibration_tokens)),
     }
 
 

@@ -276,7 +276,7 @@ class StructuredPruning(CausalLM):
         measured: dict[str, Any]
         if dry_run and self._needs_no_weights():
             plan = self._planner(self._weightless, [], layout).plan(self._target(whole), self._settings())
-            measured = {"peak_bytes": self._peaks(whole, plan, datamodule)}
+            measured = {"peak_bytes": self._peaks(whole, plan, datamodule, {})}
             return _shown(self.base, self._structure(whole, plan, datamodule, measured))
         batches = datamodule.calibration(self.calibration_blocks, run_seed())
         apart: list[dict[str, Tensor]] = []
@@ -298,7 +298,7 @@ class StructuredPruning(CausalLM):
             plan = self._plan(planner, whole, apart, part, removed)
             self._check_text(plan_inputs(planner.shapes, plan.layers), datamodule)
             if dry_run:
-                measured["peak_bytes"] = self._peaks(whole, plan, datamodule)
+                measured["peak_bytes"] = self._peaks(whole, plan, datamodule, planner.tried_tokens())
                 return _shown(self.base, self._structure(whole, plan, datamodule, measured))
             measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_bytes_so_far(device)}
             del planner  # it holds the model that is about to be replaced
@@ -327,11 +327,11 @@ class StructuredPruning(CausalLM):
         write_text(self.output / CARD, report.card(self.base, datamodule.name, structure, model.config))
         return _shown(self.base, structure) | {"val_ppl": structure["ppl_after"]}
 
-    def _peaks(self, whole: ModelShape, plan: PruningPlan, data: Any) -> dict[str, int]:
+    def _peaks(self, whole: ModelShape, plan: PruningPlan, data: Any, tried: dict[str, int]) -> dict[str, int]:
         """See ``memory.peaks``."""
         block, config = data.block_size, self._weightless.config
         tokens = [data.batch_size * block, self.calibration_blocks * block, self.verify_blocks * block]
-        work = Workload(whole, config.hidden_size, config.vocab_size, *tokens)
+        work = Workload(whole, config.hidden_size, config.vocab_size, *tokens, **tried)
         return peaks(work, plan.layers, self.importance, self.compensation)
 
     def _needs_no_weights(self) -> bool:

@@ -231,6 +231,14 @@ class Planner:
                 left -= len(found[-1]["input_ids"])
         return found
 
+    def tried_tokens(self) -> dict[str, int]:
+        """How much text shapes are tried on, by the names of ``memory.Workload``; nothing where none are tried."""
+        if self.layout.shape != "stock" or not self.probes:
+            return {}
+        most = max(one["input_ids"].numel() for one in self.probes)
+        refitted = _tokens(self._refit_rows)
+        return {"probe_tokens": _tokens(self.probes), "probe_batch_tokens": most, "refit_tokens": refitted}
+
     def _worthless(self) -> list[int]:
         """Layers that may be dropped, the least worth first."""
         worth = self.damage.without if self.layout.drop_by == "damage" else self._influence

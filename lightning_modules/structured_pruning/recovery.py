@@ -173,7 +173,7 @@ class LoraRecovery(CausalLM):
         """
         model = load(self.base, self._stored(), self.loading["attention"], supported=family)
         # as in float32, so that it is the same whatever the adapters are trained beside
-        self.base_hash = model_hash(model, widened=True)
+        self.base_hash = "" if model.device.type == "meta" else model_hash(model, widened=True)
         self._convert(model)
         weights = None
         if self.adapter is not None:
@@ -209,7 +209,8 @@ class LoraRecovery(CausalLM):
             if self.hidden_weight:
                 kept = self._kept_layers(*layers)
                 self._pairs = [*list(enumerate(kept))[1:], (layers[1], layers[0])]  # what is embedded is the same
-            if self._trainer is None or self.trainer.world_size == 1:  # sharding would cut what is shared twice
+            alone = self._trainer is None or self.trainer.world_size == 1  # sharding would cut what is shared twice
+            if alone and teacher.device.type != "meta":
                 shared = share_equal(teacher, self.model)
                 rank_zero_info(f"teacher: {shared / 1e6:,.1f} MB of its weights are the base's own, and held once")
 

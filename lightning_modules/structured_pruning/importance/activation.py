@@ -26,7 +26,7 @@ class Activation(Importance):
 
     def memory(self, work: Workload) -> int:
         """See ``Importance.memory``."""
-        return work.forward()
+        return work.forward(work.batch_tokens, wide=4)  # what is read is squared
 
 
 class Sums(NamedTuple):

@@ -74,7 +74,7 @@ class Refitted(Importance):
         """See ``Importance.memory``: the backward pass; or Σ x xᵀ of a layer, its inverse, and what follows from it."""
         products = 2 * len(work.shapes) * work.hidden**2 * SINGLE if self.by_loss else 0
         channels = max(shape.channels for shape in work.shapes)
-        elimination = work.states + DOUBLE * (6 * channels**2 + 2 * channels * work.hidden)
+        elimination = work.states(work.calibration_tokens) + DOUBLE * (6 * channels**2 + 2 * channels * work.hidden)
         return products + max(elimination, work.backward(gates=False) if self.by_loss else 0)
 
 

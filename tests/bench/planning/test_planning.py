@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 from bench import __main__ as command
 from bench.planning import check_shape, plan
 from bench.planning.absent import planned
+from lightning_modules.data.tokenizer import train_bpe
 from strategies import CompressedDDP, CompressedDiLoCo, CompressedFSDP, CompressedFSDP2, ShardedDiLoCo
 from strategies.compressors import Bidirectional, ErrorFeedback, Int4, Int8, PowerSGD, TwoHops
 from tests.bench.test_memory import Module
 from tests.conftest import ROOT
+from tests.lightning_modules.structured_pruning.toy import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse by an old name
 _QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
@@ -126,6 +128,24 @@ def test_a_configuration_is_planned_for_many_nodes(capfd):
     assert told["inter_of_a_node"] == 8 * told["inter"]
 
 
+def test_one_rank_without_an_engine_holds_the_whole_model_and_sends_nothing(tmp_path, capfd):
+    base, teacher = tmp_path / "base", tmp_path / "teacher"
+    tokenizer = train_bpe(iter([["the quick brown fox jumps over the lazy dog " * 20]]), 300)
+    for folder, sizes in ((base, {}), (teacher, {"intermediate_size": 96})):
+        model = tiny(vocab_size=320, **sizes)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    whole = model.num_parameters() + tiny(vocab_size=320).num_parameters()
+    given = ["--model.base", str(base), "--model.teacher", str(teacher), "--data.tokenizer", str(base)]
+    words = ["plan", "--config", str(ROOT / "configs/structured_pruning/recover.yaml"), "--json", "--", *given]
+    assert command.main(words) == 0
+    told = json.loads(capfd.readouterr().out)["result"]
+    assert told["parameters"] == whole + told["trained"] and 0 < told["trained"] < whole
+    held = told["held"]
+    assert (held["parameters"], held["gradients"]) == (4 * told["parameters"], 4 * told["trained"])
+    assert held["optimizer"] == pytest.approx(8 * told["trained"], rel=0.01) and not told["sent"]["total"]
+
+
 def test_impossible_shapes_are_refused_by_name(monkeypatch, capsys):
     with pytest.raises(ValueError, match="world_size=10 ranks do not fill nodes of node_size=4"):
         check_shape(10, 4)
@@ -133,8 +153,8 @@ def test_impossible_shapes_are_refused_by_name(monkeypatch, capsys):
         check_shape(0, 1)
     with pytest.raises(ValueError, match="replicas=2 makes groups of 3 ranks, which would lie across nodes of 2"):
         planned(_trainer("ddp, two levels", 2, nodes=3), Module(), 2)
-    with pytest.raises(ValueError, match="cannot be planned"):
-        planned(L.Trainer(accelerator="cpu", devices=1, **_QUIET), Module(), 1)
+    with pytest.raises(ValueError, match="DDPStrategy cannot be planned"):
+        planned(L.Trainer(accelerator="cpu", devices=2, strategy="ddp", **_QUIET), Module(), 1)
     with pytest.raises(FileNotFoundError, match="no file nowhere"):
         plan(Path("nowhere"), 8, 8, None, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -1,24 +1,31 @@
 """Peaks by arithmetic against what torch really allocates, on a small model."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from common.measure.memory import peak_bytes
+from common.progress import stage
 from lightning_modules.loading import load
+from lightning_modules.perplexity import mean_nll
 from lightning_modules.structured_pruning.compensation.least_squares import LeastSquares
 from lightning_modules.structured_pruning.compensation.reconstruction import Reconstruction
 from lightning_modules.structured_pruning.compensation.unchanged import Unchanged
 from lightning_modules.structured_pruning.importance.activation import Activation
 from lightning_modules.structured_pruning.importance.gate_taylor import GateTaylor
+from lightning_modules.structured_pruning.importance.magnitude import Magnitude
 from lightning_modules.structured_pruning.importance.refitted import Refitted
 from lightning_modules.structured_pruning.layers import LayerShape
+from lightning_modules.structured_pruning.layout import Layout
 from lightning_modules.structured_pruning.memory import Workload, peaks
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import LayerPlan
+from lightning_modules.structured_pruning.planner import Planner
 from lightning_modules.structured_pruning.refitting import refit
 from lightning_modules.structured_pruning.slicing import slice_model
+from lightning_modules.structured_pruning.trials import Candidate
 from lightning_modules.structured_pruning.verify import proven_slice
 from tests.lightning_modules.structured_pruning.toy import plan_for, tiny
 
@@ -66,6 +73,26 @@ def test_every_step_takes_what_arithmetic_says(dtype, vocabulary, tmp_path):
         expected = peaks(work, KEPT, importance, LeastSquares())
         for step, taken in measured.items():
             assert expected[step] == pytest.approx(taken, rel=0.1), (step, importance, expected[step] / taken)
+
+
+@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 500), (torch.bfloat16, 4000)])
+def test_shapes_are_tried_in_what_arithmetic_says(dtype, vocabulary, tmp_path):
+    model, text = _model(dtype, vocabulary), 4 * _text()
+    planner = Planner(model, "toy", text, Magnitude(), Layout(), tmp_path, stage, 6, LeastSquares())
+    _ = planner.scores
+    whole = sum(p.numel() * p.itemsize for p in model.parameters())
+    tried = Candidate(3, 320), Candidate(3, 512, (1,))  # about as many parameters go
+    plan = plan_for(model, [LayerPlan([], []) if i == 1 else LayerPlan([0, 1, 2], list(range(512))) for i in range(3)])
+    pruned = sum(p.numel() * p.itemsize for p in slice_model(model, plan).parameters())
+    measured = {
+        "probe layers": whole + peak_bytes(lambda: planner.damage, CPU),
+        "try shapes": whole + max(peak_bytes(lambda one=one: planner._refitted(one), CPU) for one in tried),
+        "perplexity": max(whole, 2 * pruned) + peak_bytes(lambda: mean_nll(model, text), CPU),
+    }
+    work = replace(_work(model, dtype, 128), **planner.tried_tokens())
+    expected = peaks(work, plan.layers, Magnitude(), LeastSquares())
+    for step, taken in measured.items():
+        assert expected[step] == pytest.approx(taken, rel=0.1), (step, expected[step] / taken)
 
 
 def test_learning_takes_what_arithmetic_says_where_there_is_much_text():

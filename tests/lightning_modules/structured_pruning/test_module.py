@@ -178,7 +178,10 @@ def test_dry_run_writes_no_model_and_counts_as_the_real_run_does(make, data, tmp
     planned = make().prune(data, CPU, dry_run=True)["structure"]
     out = capsys.readouterr().out
     assert not (tmp_path / "pruned").exists() and "KV cache per token" in out
-    assert planned["peak_bytes"].keys() == {"load", "score", "slice", "verify", "compensate"} and "memory at the" in out
+    assert (
+        planned["peak_bytes"].keys() == {"load", "perplexity", "score", "slice", "verify", "compensate"}
+        and "memory at the" in out
+    )
     real = make().prune(data, CPU)["structure"]
     assert planned["layers"] == real["layers"]
     assert all(real[name] == value for name, value in planned.items() if name.endswith(("before", "after")))
