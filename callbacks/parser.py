@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from callbacks.commands import PareTrainer
 from common import moved
+from common.front.screens import PROGRAM
 from common.output import Refused
 from common.variants import variants
 
@@ -37,7 +38,8 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # a parser inside another: the outer one explains
             super().error(message, ex)
         parser: ArgumentParser = getattr(ex, "subcommand_parser", None) or self
-        program = parser.prog.replace(" [options]", "")
+        # `python -m bench` reads configurations of main.py, too
+        program = parser.prog.replace(" [options]", "").replace("__main__.py", PROGRAM)
         told = explain(message, program.split()[-1]) + moved.hint(sys.argv)
         print(f"error: {told}\nhelp: {program} --help", file=sys.stderr)
         raise Refused(told)

@@ -155,6 +155,12 @@ def test_impossible_shapes_are_refused_by_name(monkeypatch, capsys):
         planned(_trainer("ddp, two levels", 2, nodes=3), Module(), 2)
     with pytest.raises(ValueError, match="DDPStrategy cannot be planned"):
         planned(L.Trainer(accelerator="cpu", devices=2, strategy="ddp", **_QUIET), Module(), 1)
+    recover = str(ROOT / "configs/structured_pruning/recover.yaml")
+    monkeypatch.setattr("sys.argv", [str(ROOT / "bench/__main__.py")])  # as `python -m bench` has it
+    with pytest.raises(SystemExit) as stop:
+        command.main(["plan", "--config", recover, "--", "--model.base", "/nowhere"])
+    assert stop.value.code == 2
+    assert "no model folder at /nowhere" in (said := capsys.readouterr().err) and "help: main.py" in said
     with pytest.raises(FileNotFoundError, match="no file nowhere"):
         plan(Path("nowhere"), 8, 8, None, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
