@@ -155,6 +155,10 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         )
         if self._built is not None:
             self._built.forget()
+        if root.sharding_strategy == ShardingStrategy.NO_SHARD and self.world_size > 1:
+            for module in FSDP.fsdp_modules(root):  # torch's ``sync_module_states`` wants a GPU
+                if module._handle is not None:
+                    dist.broadcast(module._handle.flat_param.data, 0)
         lightning_fsdp._setup_activation_checkpointing(root, self._activation_checkpointing_kwargs)
         return root
 

@@ -182,8 +182,9 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
             self._built.fill_shards(model, self.root_device)
         _materialize_distributed_module(model, self.root_device)
         self.model_to_device()
+        self._equalize_replicas(model)
         self._install(model)
-        self._warm_up(self.world_size // self.replicas)
+        self._warm_up(self.world_size // self.replicas, torch.float32)  # see ``reduce_dtype``
         self.barrier()
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
@@ -242,6 +243,15 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
                 fully_shard(module, **inner)
         fully_shard(model, **options)
 
+    def _equalize_replicas(self, model: nn.Module) -> None:
+        """Let all replicas begin with the weights of the first: ranks may have drawn others."""
+        with torch.no_grad():
+            for sharded in sharded_modules(model, self.traffic):
+                replicas = self._between or sharded.replicas
+                if replicas is not None:
+                    for part in sharded.local_shards():
+                        dist.broadcast(part, dist.get_process_group_ranks(replicas)[0], group=replicas)
+
     def _install(self, model: nn.Module) -> None:
         """Give every FSDP module its own collectives (torch's setters do not recurse)."""
         units: list[Unit] = []
@@ -271,8 +281,8 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
         if codec is None:
             return CountedAllGather(sharded)
         if not self.parameter_differences:
-            return EncodedAllGather(sharded, codec)
-        self._differences.append(DifferenceAllGather(sharded, codec, lambda: self._version))
+            return EncodedAllGather(sharded, codec, self._tell_time)
+        self._differences.append(DifferenceAllGather(sharded, codec, self._tell_time, lambda: self._version))
         return self._differences[-1]
 
     def _weights_changed(self) -> None:

@@ -68,6 +68,7 @@ class CompressedEngine(ParallelStrategy):
     start: Start = "whole"
     codec_backend: str | None = None
     _built: ShardedStart | None = None  # what a sharded start has kept
+    _seed: int | None = None  # the first rank's, once training has begun
     loaded_from: Path | None = None  # the checkpoint that is being restored, for messages
     owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
     _served: Any = None  # the module whose units these are
@@ -212,8 +213,8 @@ class CompressedEngine(ParallelStrategy):
             return
         backend, found = choose(self.kernels, self.root_device), set()
         whole = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-        dtype = dtype or whole.get(str(self.precision_plugin.precision), torch.float32)
-        job = Job(backend, self.root_device, ranks, dtype)
+        own = whole.get(str(self.precision_plugin.precision), torch.float32)
+        job = Job(backend, self.root_device, ranks, dtype or own)
         parameters: Compressor | None = getattr(self, "parameter_compressor", None)
         between = self.replica_compressor
         first = self.cluster_environment.local_rank() == 0
@@ -223,7 +224,7 @@ class CompressedEngine(ParallelStrategy):
             if turn == first and between is not None:
                 found |= between.warm_up(replace(job, ranks=self.replicas))
             if turn == first and parameters is not None:
-                found |= parameters.warm_up(replace(job, dtype=torch.float32), "apart")
+                found |= parameters.warm_up(replace(job, dtype=own), "apart")
             if backend in ("compiled", "triton"):
                 self.barrier()
         self.codec_backend = ", ".join(sorted(found)) or None
@@ -232,7 +233,8 @@ class CompressedEngine(ParallelStrategy):
         """See ``Strategy.setup_optimizers``.
 
         Raises:
-            ValueError: The compressor freezes a variance that the optimizers do not have, or where it cannot.
+            ValueError: The compressor freezes a variance that the optimizers do not have, or where it cannot; or it
+                keeps gradients from step to step whose scale changes.
         """
         super().setup_optimizers(trainer)
         method, between = self.compressor, self.replica_compressor
@@ -240,9 +242,14 @@ class CompressedEngine(ParallelStrategy):
         inner += [] if between is None else between.within()
         if misplaced := [one for one in inner if one.frozen_from is not None]:
             raise ValueError(f"{misplaced[0]!r} must be the strategy's compressor itself, not inside or beside another")
+        methods = [*([method, *inner] if isinstance(method, Compressor) else inner)]
+        kept = [one for one in methods if one.owes or one.frozen_from is not None]
+        if kept and self.world_size > 1 and str(self.precision_plugin.precision) == "16-mixed":
+            raise ValueError(
+                f"{type(kept[0]).__name__} keeps gradients from step to step, and precision=16-mixed scales them by a "
+                "factor that changes: use bf16-mixed"
+            )
         if self._frozen_from() is not None:
-            if str(self.precision_plugin.precision) == "16-mixed":
-                raise ValueError("OneBitAdam does not know the scaled gradients of precision=16-mixed: use bf16-mixed")
             check_adam(self.optimizers, method.arguments()["beta1"])
 
     def _frozen_from(self) -> int | None:
@@ -256,9 +263,14 @@ class CompressedEngine(ParallelStrategy):
             optimizer = FrozenVariance(optimizer, step)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
+    @property
+    def seed(self) -> int:
+        """What random methods draw by: alike on all ranks, whatever seeds they have themselves."""
+        return run_seed() if self._seed is None else self._seed
+
     def _tell_time(self, unit: Unit) -> None:
         """What random methods and schedules go by."""
-        unit.seed = run_seed()
+        unit.seed = self.seed
         unit.step = self.lightning_module.trainer.global_step
 
     def on_train_start(self) -> None:
@@ -273,12 +285,14 @@ class CompressedEngine(ParallelStrategy):
         super().on_train_start()
         if self.world_size == 1:
             return
-        own, ranks = _position(self.lightning_module.trainer), [None] * self.world_size
+        own: tuple[dict[str, int], int] = (_position(self.lightning_module.trainer), run_seed())
+        ranks = [own] * self.world_size
         dist.all_gather_object(ranks, own)
-        for rank, other in enumerate(ranks):
-            if other != ranks[0]:
+        first, self._seed = ranks[0]
+        for rank, (other, _) in enumerate(ranks):
+            if other != first:
                 raise RuntimeError(
-                    f"ranks have not read the same checkpoint: rank 0 goes on at {ranks[0]}, rank {rank} at {other}. "
+                    f"ranks have not read the same checkpoint: rank 0 goes on at {first}, rank {rank} at {other}. "
                     "Is another run still writing there, or do nodes not share the folder? Then start again"
                 )
 

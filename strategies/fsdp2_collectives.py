@@ -104,11 +104,20 @@ class EncodedAllGather(_Allocator, AllGather):
     Args:
         sharded: The module.
         codec: Encodes a shard as one row; "linear" or stochastic methods are fine, stateful ones make no sense.
+        tell_time: Sets a unit's seed and step, which stochastic methods draw by.
     """
 
-    def __init__(self, sharded: ShardedModule, codec: Codec) -> None:
+    def __init__(self, sharded: ShardedModule, codec: Codec, tell_time: Callable[[Unit], None] | None = None) -> None:
         self.sharded = sharded
         self.codec = codec
+        self._tell_time = tell_time
+
+    def _payload(self, values: Tensor) -> dict[str, Tensor]:
+        """This rank's shard ``[s]``, encoded; the same for all gathers between two optimizer steps."""
+        unit = self.sharded.gathered
+        if self._tell_time is not None:
+            self._tell_time(unit)
+        return self.codec.encode(values[None], unit)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -118,7 +127,7 @@ class EncodedAllGather(_Allocator, AllGather):
             return _inside_node(self.sharded, output_tensor, input_tensor, group, async_op)
         unit, traffic = self.sharded.gathered, self.sharded.gathered.traffic
         with traffic.timed(unit.name, "encode", output_tensor.device):
-            payload = self.codec.encode(self.sharded.master_shard()[None], unit)
+            payload = self._payload(self.sharded.master_shard())
         gathered = transport.gather_encoded(payload, unit, parameters=True)
         traffic.gathers(unit.numel, unit.world_size)
         with traffic.timed(unit.name, "decode", output_tensor.device):
@@ -149,14 +158,17 @@ class DifferenceAllGather(EncodedAllGather):
     Args:
         sharded: The module.
         codec: Encodes a shard's difference as one row.
+        tell_time: See ``EncodedAllGather``.
         version: Counts whatever changes weights, alike on all ranks.
 
     Attributes:
         kept: This rank's shard of the weights as all know them, for checkpoints.
     """
 
-    def __init__(self, sharded: ShardedModule, codec: Codec, version: Callable[[], int]) -> None:
-        super().__init__(sharded, codec)
+    def __init__(
+        self, sharded: ShardedModule, codec: Codec, tell_time: Callable[[Unit], None], version: Callable[[], int]
+    ) -> None:
+        super().__init__(sharded, codec, tell_time)
         gathered = sharded.gathered
         self.kept = replace(gathered, name=f"{gathered.name} as known", state={})
         self.version = version
@@ -188,7 +200,7 @@ class DifferenceAllGather(EncodedAllGather):
         unit, traffic = self.sharded.gathered, self.sharded.gathered.traffic
         with traffic.timed(unit.name, "encode", known.device):
             difference = self.sharded.master_shard().sub_(known[unit.rank])
-            payload = self.codec.encode(difference[None], unit)
+            payload = self._payload(difference)
         gathered = transport.gather_encoded(payload, unit, parameters=True)
         traffic.gathers(unit.numel, unit.world_size)
         with traffic.timed(unit.name, "decode", known.device):

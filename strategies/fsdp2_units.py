@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from common.names import clean_name
 from strategies.traffic import Traffic
-from strategies.units import ParameterSlice, Unit
+from strategies.units import ParameterSlice, Unit, prefix_of
 
 
 @dataclass
@@ -40,7 +40,11 @@ class ShardedModule:
 
         FSDP2 casts to the compute dtype before it hands a shard to the all-gather; this is the shard from before.
         """
-        return torch.cat([p._sharded_param_data for p in self._parameters])
+        return torch.cat(self.local_shards())
+
+    def local_shards(self) -> list[Tensor]:
+        """This rank's shard of each parameter, padded and flat, as the optimizer sees it."""
+        return [p._sharded_param_data for p in self._parameters]
 
 
 def sharded_modules(root: nn.Module, traffic: Traffic) -> list[ShardedModule]:
@@ -58,7 +62,14 @@ def sharded_modules(root: nn.Module, traffic: Traffic) -> list[ShardedModule]:
             label, ranks = clean_name(name) or "root", group.mesh_info.shard_process_group
             trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
             units = [
-                Unit(label, list(_slices(part, names, ranks.size())), _width(part) * ranks.size(), ranks, traffic)
+                Unit(
+                    label,
+                    list(_slices(part, names, ranks.size())),
+                    _width(part) * ranks.size(),
+                    ranks,
+                    traffic,
+                    prefix=prefix_of(label),
+                )
                 for part in (trained, group.fsdp_params)
             ]
             replicas = getattr(group.mesh_info, "replicate_process_group", None)

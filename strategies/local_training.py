@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from common.randomness import run_seed
 from strategies import transport
 from strategies.checkpoints import peer_lost, reason
 from strategies.compressors import Compressor
@@ -62,7 +61,7 @@ class LocalTraining(CompressedEngine):
 
     def _reduce_progress(self, unit: Unit, delta: Tensor, meeting: int) -> None:
         """Average ``delta [N]`` over replicas in place."""
-        unit.seed, unit.step = run_seed(), meeting
+        unit.seed, unit.step = self.seed, meeting
         unit.traffic.baseline(unit.name, 0.0, 0.0)  # counted step by step: see ``optimizer_step``
         method = self._between_replicas()
         assert method is not None

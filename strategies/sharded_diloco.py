@@ -121,14 +121,10 @@ class ShardedDiLoCo(LocalTraining, CompressedFSDP2):
         super().setup(trainer)
 
     def _install(self, model: nn.Module) -> None:
-        """As ``CompressedFSDP2``; and all replicas begin with the weights of the first."""
+        """As ``CompressedFSDP2``; and what replicas agree on at their meetings."""
         super()._install(model)
         own = {clean_name(name): _local(p) for name, p in model.named_parameters() if p.requires_grad}
         own = {name: part for name, part in own.items() if part.numel()}
-        first = dist.get_process_group_ranks(self._between)[0]
-        with torch.no_grad():
-            for part in own.values():
-                dist.broadcast(part, first, group=self._between)
         group = self._between
         if self.meetings.delay:  # used from another thread
             group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)

@@ -59,6 +59,7 @@ class Unit:
         level: "intra" or "inter" where gradients are reduced inside groups of ranks first and then between them.
         shard: Which one of how many shards of a gradient this is the whole of; ranks of other shards hold other units
             under the same name.
+        prefix: What makes a parameter's name here its full name: the wrapped module's, or nothing.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Unit:
     part: str = ""
     level: str = ""
     shard: tuple[int, int] = (0, 1)
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         self.world_size = dist.get_world_size(self.group)
@@ -115,8 +117,8 @@ def shard_between(unit: Unit, numel: int, replicas: dist.ProcessGroup) -> Unit:
             slices.append(ParameterSlice(parameter.fqn, parameter.shape if whole else (last - first,), first - start))
     padding = unit.padding_within(start, stop)
     shard = (unit.rank, unit.world_size)
-    label = f"{unit.name} between replicas"
-    return Unit(label, slices, size, replicas, unit.traffic, padding=padding, level="inter", shard=shard)
+    own: dict[str, Any] = {"padding": padding, "level": "inter", "shard": shard, "prefix": unit.prefix}
+    return Unit(f"{unit.name} between replicas", slices, size, replicas, unit.traffic, **own)
 
 
 def _gaps(parameters: list[ParameterSlice]) -> list[tuple[int, int]]:
@@ -143,7 +145,13 @@ def fsdp_units(root: FSDP, traffic: Traffic) -> Iterator[tuple[FSDP, Unit]]:
         trained = [fqn for fqn, p in zip(flat._fqns, flat._params or (), strict=False) if p.requires_grad]
         if is_trained(module) and len(trained) < len(flat._params or ()):
             raise mixed(f"{clean}.{trained[0]}")
-        yield module, Unit(clean, list(_slices(flat)), _padded_numel(module), module.process_group, traffic)
+        slices, numel, prefix = list(_slices(flat)), _padded_numel(module), prefix_of(clean)
+        yield module, Unit(clean, slices, numel, module.process_group, traffic, prefix=prefix)
+
+
+def prefix_of(module: str) -> str:
+    """See ``Unit.prefix``, of a unit that is named after its module."""
+    return "" if module == "root" else f"{module}."
 
 
 def flat_unit(
@@ -155,7 +163,7 @@ def flat_unit(
         slices.append(ParameterSlice(fqn, shape, offset))
         offset += -(-slices[-1].numel // 4) * 4
     ranks = dist.get_world_size(group)
-    return Unit(name, slices, -(-offset // ranks) * ranks, group, traffic)
+    return Unit(name, slices, -(-offset // ranks) * ranks, group, traffic, prefix=prefix_of(name))
 
 
 def is_trained(module: FSDP) -> bool:

@@ -28,6 +28,7 @@ class Compressor(Variant):
         linear: C(x) + C(y) = C(x + y), so codes can be summed on the way.
         sparsifier: Sends only some elements.
         stateful: Keeps something in ``unit.state`` between steps.
+        owes: What it keeps are gradients that have yet to be sent.
         frozen_from: Optimizer steps after which what is reduced is Adam's momentum, and its variance is frozen.
         every_step: Is about the gradients of consecutive steps, and nothing that is averaged more rarely.
     """
@@ -37,6 +38,7 @@ class Compressor(Variant):
     linear: bool = False
     sparsifier: bool = False
     stateful: bool = False
+    owes: bool = False
     every_step: bool = False
     frozen_from: int | None = None
 

@@ -1,5 +1,6 @@
 """Both halves of an all-reduce in codes: gradients on the way to their owners, and the mean on its way back."""
 
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -62,7 +63,7 @@ class Bidirectional(Compressor):
 
     def warm_up(self, job: Job, use: Use = "reduce") -> set[str]:
         """See ``Compressor.warm_up``."""
-        return self.inner.warm_up(job, use) | self._codec.warm_up(job, "apart")
+        return self.inner.warm_up(job, use) | self._codec.warm_up(replace(job, dtype=torch.float32), "apart")
 
     def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit, sent: Tensor | None = None) -> None:
         """See ``Compressor.reduce_scatter``."""

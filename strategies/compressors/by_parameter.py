@@ -124,8 +124,8 @@ class ByParameter(Compressor):
             size = numel // unit.world_size
             found: dict[str, _Group] = {}
             for parameter in unit.parameters:
-                name = f"{unit.name}.{parameter.fqn}" if unit.name != "root" else parameter.fqn
-                label, method = self._choose(ParameterSlice(name, parameter.shape, parameter.offset))
+                named = ParameterSlice(unit.prefix + parameter.fqn, parameter.shape, parameter.offset)
+                label, method = self._choose(named)
                 group = found.setdefault(label, _Group(method, label, [[] for _ in range(unit.world_size)]))
                 first, stop = parameter.offset, parameter.offset + parameter.numel
                 for row in range(first // size, -(-stop // size)):

@@ -32,7 +32,7 @@ class DGC(Compressor):
     """
 
     sparsifier = True
-    stateful = True
+    stateful = owes = True
     feedback = True
     every_step = True
 

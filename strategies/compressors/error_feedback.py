@@ -41,7 +41,7 @@ class ErrorFeedback(Compressor):
         ValueError: ``inner`` has error feedback already, or no contractive form.
     """
 
-    stateful = True
+    stateful = owes = True
 
     def __init__(self, inner: Compressor, storage: residuals.Storage = "float32") -> None:
         if any(keeps_residual(method) for method in inner.within()):

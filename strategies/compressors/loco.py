@@ -33,7 +33,7 @@ class LoCo(Compressor):
             contractive.
     """
 
-    stateful = True
+    stateful = owes = True
     feedback = True
 
     def __init__(

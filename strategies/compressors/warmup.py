@@ -40,5 +40,11 @@ class WarmUp(Compressor):
 
     def reduce_scatter(self, grad: Tensor, output: Tensor, unit: Unit, sent: Tensor | None = None) -> None:
         """See ``Compressor.reduce_scatter``."""
-        method = self._dense if unit.step < self.steps else self.inner
-        method.reduce_scatter(grad, output, unit, sent)
+        self._now(unit).reduce_scatter(grad, output, unit, sent)
+
+    def all_reduce(self, grad: Tensor, unit: Unit) -> None:
+        """See ``Compressor.all_reduce``; the way back is the inner method's, too."""
+        self._now(unit).all_reduce(grad, unit)
+
+    def _now(self, unit: Unit) -> Compressor:
+        return self._dense if unit.step < self.steps else self.inner

@@ -13,6 +13,7 @@ from strategies.compressors.int8 import Int8
 from strategies.compressors.onebit import OneBit
 from strategies.compressors.powersgd import PowerSGD
 from strategies.compressors.topk import TopK
+from strategies.compressors.warmup import WarmUp
 from strategies.traffic import Traffic
 from strategies.units import ParameterSlice, Unit
 from tests.strategies.reductions import bytes_passed_on, gradient, make_unit
@@ -118,3 +119,15 @@ def test_error_feedback_outside_or_a_way_back_without_a_codec_is_refused_with_th
         ErrorFeedback(Bidirectional(Int8()))
     with pytest.raises(ValueError, match="back="):
         Bidirectional(PowerSGD())
+
+
+def _bytes(method):
+    unit = make_unit(1 << 12)
+    method.all_reduce(gradient(dist.get_rank(), 1 << 12), unit)
+    return unit.traffic.take().gradient_bytes()
+
+
+def test_a_warm_up_sends_both_ways_as_the_method_that_it_ends_in(two_ranks):
+    inner = Bidirectional(Int8())
+    (after, alone), *_ = zip(two_ranks.run(_bytes, WarmUp(inner, 0)), two_ranks.run(_bytes, inner), strict=True)
+    assert after == alone < two_ranks.run(_bytes, WarmUp(inner, 1))[0] / 3

@@ -1,11 +1,18 @@
 """What holds for every engine: FSDP1, FSDP2 and DDP on gloo ranks, through the Trainer."""
 
+from unittest import mock
+
 import pytest
 import torch
 
+from strategies import CompressedDDP
+from strategies.compressors.bidirectional import Bidirectional
+from strategies.compressors.by_parameter import ByParameter
+from strategies.compressors.error_feedback import ErrorFeedback
+from strategies.compressors.int4 import Int4
 from strategies.compressors.int8 import Int8
 from strategies.compressors.none import NoCompression
-from tests.strategies.engines import ENGINES, Module, error, fit, reference, tolerance
+from tests.strategies.engines import ENGINES, Module, Net, error, fit, reference, tolerance
 from tests.strategies.test_compressed_fsdp import COMPRESSORS, WAYS
 
 by_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -126,3 +133,63 @@ def _fused(engine):
 def test_bf16_mixed_clips_under_a_fused_optimizer(engine, two_ranks):
     for result in two_ranks.run(_fused, engine):
         assert result["step"] == 2
+
+
+class Unlike(Module):
+    """Every rank draws other weights."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(torch.distributed.get_rank())
+        self.net = Net()
+
+
+def _unlike(engine, **options):
+    return fit(Int8(16), module=Unlike(), engine=engine, steps=1, **options)
+
+
+REPLICATED = [("ddp", {}), ("fsdp1", {"sharding_strategy": "NO_SHARD"}), ("fsdp2", {"replicas": 2})]
+REPLICATED += [("fsdp2", {"replicas": 2, "replica_compressor": Int8(16)})]
+
+
+@pytest.mark.parametrize(("engine", "options"), REPLICATED, ids=repr)
+def test_replicas_begin_with_one_model_whatever_they_drew(engine, options, four_ranks):
+    first, *others = four_ranks.run(_unlike, engine, **options)
+    for other in others:
+        assert all(torch.equal(weight, other["weights"][name]) for name, weight in first["weights"].items())
+
+
+def _named(engine, options):
+    method = ByParameter(Int4(16), {"net.outlet.*": NoCompression(), "net.blocks.0.up.weight": Int8(16)}, 0, False)
+    seen = []
+    with mock.patch.object(method, "_choose", lambda parameter: seen.append(parameter.fqn) or ("inner", method.inner)):
+        fit(method, engine=engine, **options)
+    return set(seen), {name for name, _ in Module().named_parameters()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rules_see_full_names_under_every_engine(engine, two_ranks):
+    for seen, names in two_ranks.run(_named, engine, {}):
+        assert seen == names
+
+
+def test_residuals_are_refused_where_gradients_are_scaled_by_what_changes(two_ranks):
+    for said in two_ranks.run(_refused_scaled):
+        assert said == (
+            "ErrorFeedback keeps gradients from step to step, and precision=16-mixed scales them by a factor that "
+            "changes: use bf16-mixed"
+        )
+
+
+class Scaled(CompressedDDP):
+    def setup_optimizers(self, trainer):
+        with mock.patch.object(self.precision_plugin, "precision", "16-mixed"):  # which CPUs do not have
+            super().setup_optimizers(trainer)
+
+
+def _refused_scaled():
+    try:
+        fit(Bidirectional(ErrorFeedback(Int4(16)), Int8(16)), engine=Scaled)
+    except ValueError as error:
+        return str(error)
+    return None
