@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.measurement import computed_in
 from callbacks.model_card import HFExport
 from callbacks.run_folders import check_apart, check_callbacks, to_continue
 from callbacks.run_record import RunRecord
@@ -104,8 +105,7 @@ class PareTrainer(Trainer):
                 refuse(command, datamodule)
         check_callbacks(self.callbacks, command, model, datamodule)
         check_apart(self, command, model)
-        halves = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.precision).partition("-")[0])
-        if halves is not None and is_slow(halves):
+        if is_slow(computed_in(self.precision)):
             rank_zero_info(
                 f"trainer.precision {self.precision}: this processor has no instructions for it and may take tens of "
                 "times as long as in float32 (--trainer.precision 32-true)"

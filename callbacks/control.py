@@ -92,6 +92,8 @@ class Control(TimeToQuality):
         """
         if command != "fit":
             return
+        if not hasattr(model, "base"):
+            raise ValueError(f"Control: {type(model).__name__} has no base that was pruned from a dense model")
         self.dense = self.dense or getattr(model, "teacher_path", None) or ""
         if not self.dense:
             raise ValueError("Control.dense: give the dense model, which the base was pruned from, or a teacher")

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.measurement import Measurement
+from callbacks.measurement import Measurement, computed_in
 from common import progress
 from common.measure.inference import compare_models, decode_work, prefill_work
 from lightning_modules.loading import load, load_config
@@ -74,7 +74,7 @@ class InferenceTiming(Measurement):
         """Measure, on rank 0 and only in ``validate``."""
         if trainer.state.fn != "validate" or not trainer.is_global_zero:
             return
-        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        dtype = computed_in(trainer.precision)
         device = trainer.strategy.root_device
         models: dict[str, Any] = {
             name: load(folder, dtype, self.attention).to(device) for name, folder in self.folders.items()

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from callbacks.inference_timing import decoding
-from callbacks.measurement import Measurement
+from callbacks.measurement import Measurement, computed_in
 from callbacks.prefill_timing import given, read, validation_text
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from common.progress import stage
@@ -28,7 +28,7 @@ from lightning_modules.token_pruning.quality import measure
 from lightning_modules.token_pruning.quality.answers import answer, is_right
 from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.planted import plant
-from lightning_modules.token_pruning.quality.tasks import Window, suffix_windows
+from lightning_modules.token_pruning.quality.tasks import Window, plain_ids, suffix_windows
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
 
@@ -196,7 +196,7 @@ class Ladder(Measurement):
         return {rung.name: once[rung.folder, rung.weights] for rung in self.rungs}
 
     def _load(self, rung: Rung, trainer: Trainer) -> Any:
-        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        dtype = computed_in(trainer.precision)
         model: Any = load(rung.folder, dtype, self.attention).to(trainer.strategy.root_device)
         if rung.weights is not None:
             quantize(model, rung.weights)
@@ -209,7 +209,7 @@ class Ladder(Measurement):
         found: list[Window] = []
         left = self.windows
         for batch in data.val_dataloader():
-            found.append(suffix_windows(batch["input_ids"][:left], self.suffix))
+            found.append(suffix_windows(plain_ids(batch, "Ladder")[:left], self.suffix))
             left -= len(found[-1].prompt)
             if left <= 0:
                 break

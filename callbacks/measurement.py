@@ -23,6 +23,12 @@ class Measurement(Callback):
         """Fields of the run record (``common.records.schema``), on rank 0 at the end; none if nothing was measured."""
 
 
+def computed_in(precision: Any) -> torch.dtype:
+    """What a Trainer of this precision computes in: "bf16-true", "16-mixed", "32-true", …"""
+    halves = {"bf16": torch.bfloat16, "16": torch.float16}
+    return halves.get(str(precision).partition("-")[0], torch.float32)
+
+
 def completes_step(trainer: Trainer) -> bool:
     """Whether the micro-batch that just ended was the last of its optimizer step; call in ``on_train_batch_end``."""
     return not trainer.fit_loop._should_accumulate()

@@ -40,12 +40,14 @@ class OtherText(Callback):
 
         Raises:
             FileNotFoundError: There is no such file or folder.
-            ValueError: See ``find_corpus``.
+            ValueError: See ``find_corpus``; or the module has no perplexity of its own.
         """
         for name, path in self.texts.items():
             if not path.exists():
                 raise FileNotFoundError(f"OtherText.texts.{name}: no such file or folder: {path}")
             find_corpus(path)
+        if not hasattr(model, "val_nll"):
+            raise ValueError(f"OtherText: {type(model).__name__} measures no perplexity to measure on other texts")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the texts.

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from callbacks.inference_timing import decoding, given_models
-from callbacks.measurement import Measurement
+from callbacks.measurement import Measurement, computed_in
 from common.measure.timing import interleaved, percentiles, ratio_with_spread
 from common.progress import stage
 from common.tables import Table
@@ -88,7 +88,7 @@ class QuantizationTiming(Measurement):
         if trainer.state.fn != "validate":
             return
         data: Any = trainer.datamodule
-        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        dtype = computed_in(trainer.precision)
         self.rows, arms = [], {}
         for name, folder in self.folders.items():
             for form in (None, *self.formats):

@@ -70,7 +70,9 @@ class RunRecord(Measurement):
         self._trained = True
         if completes_step(trainer) and outputs is not None:
             # modules that minimise something else than the cross entropy hand that over beside it
-            loss = outputs.get("train_loss", outputs["loss"])
+            loss = outputs.get("train_loss")
+            if loss is None and outputs["loss"] is not None:  # which Lightning has divided
+                loss = outputs["loss"] * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
             if loss is not None:
                 self._losses.append(loss.detach())
 

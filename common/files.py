@@ -41,7 +41,7 @@ def check_output(
 
     Raises:
         ValueError: The destination is, contains or lies inside an input; or holds what Pare did not write; or cannot be
-            written to.
+            written to, or is where a volume is mounted.
     """
     folder = Path(folder).expanduser().resolve()
     recover(folder)
@@ -60,6 +60,10 @@ def check_output(
         raise ValueError(
             f"{field}: {folder} holds what Pare did not write ({found}); choose another folder, or allow its loss with "
             "overwrite"
+        )
+    if os.path.ismount(folder):  # it cannot be renamed, and so nothing can take its place
+        raise ValueError(
+            f"{field}: {folder} is where a volume is mounted, and cannot be replaced as a whole; choose a folder in it"
         )
     above = next(parent for parent in folder.parents if os.path.lexists(parent))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

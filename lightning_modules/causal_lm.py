@@ -1,5 +1,6 @@
 """The base of every LightningModule here that trains a causal language model."""
 
+import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,23 @@ from lightning_modules.export import export
 from lightning_modules.loading import Dtype, check_vocabulary
 from lightning_modules.metrics import WeightedMean
 from lightning_modules.perplexity import batch_nll, perplexity
+
+
+def whole_steps(trainer: Any, lr_schedule: str) -> int:
+    """Optimizer steps of a whole run.
+
+    Raises:
+        ValueError: Nothing says how many, and the learning rate's schedule needs to know.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not math.isinf(steps):
+        return int(steps)
+    if lr_schedule in ("constant", "constant_with_warmup"):
+        return 0  # not looked at
+    raise ValueError(
+        f"trainer.max_steps: the learning rate's schedule {lr_schedule!r} needs to know how long training is; give "
+        "max_steps or max_epochs, beside max_time too"
+    )
 
 
 class CausalLM(L.LightningModule):
@@ -165,7 +183,7 @@ class CausalLM(L.LightningModule):
         # grad scaler, and under autocast without sharding even where nothing is scaled.
         fused = self.trainer.precision != "16-mixed" and not isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
-        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.scheduler(optimizer, whole_steps(self.trainer, self.lr_schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:

@@ -133,5 +133,10 @@ def repl(model: Any, tokenizer: PreTrainedTokenizerBase, chat: bool = False, **o
         if not line:
             return
         said.append({"role": "user", "content": line})
-        answer = stream(model, tokenizer, said if chat else line, **options)
+        try:
+            answer = stream(model, tokenizer, said if chat else line, **options)
+        except ValueError as error:  # such as a conversation that has become too long
+            said.pop()
+            print(f"error: {error}", file=sys.stderr)
+            continue
         said.append({"role": "assistant", "content": answer})

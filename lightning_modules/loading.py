@@ -271,7 +271,7 @@ def may_be_on_hub(name: str) -> bool:
 def _locate(path: str | Path) -> _Source:
     """Find a model without reading it."""
     name, local = str(path), Path(path).expanduser()
-    recover(local)
+    recover(local.resolve())
     if local.is_dir():
         if not (local / "config.json").is_file():
             files = sorted(file.name for file in local.glob(f"*{_GGUF}"))

@@ -39,9 +39,11 @@ def quantize(model: Any, format: Format) -> None:
         format: See ``Format``.
 
     Raises:
-        ValueError: torchao is not there, a width is no multiple of the group, or a kernel does not take the dtype.
+        ValueError: torchao is not there, most weights are not of linear layers, a width is no multiple of the
+            group, or a kernel does not take the dtype.
     """
     check_available()
+    _check_linear(model, format)
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     device = next(model.parameters()).device.type
@@ -75,6 +77,21 @@ def weight_bytes(model: nn.Module) -> int:
 
 def _in_decoder(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and _DECODER in name
+
+
+def _check_linear(model: nn.Module, format: str) -> None:
+    """Refuse models of which more would stay as it is: GPT-2's own layers, experts in one parameter."""
+    linear = [module.weight for name, module in model.named_modules() if _in_decoder(module, name)]
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    known = {id(weight) for weight in (*linear, *embeddings, head)}
+    left = {name: p for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in known}
+    if sum(p.numel() for p in left.values()) >= sum(weight.numel() for weight in linear):
+        largest = max(left, key=lambda name: left[name].numel(), default="nothing")
+        raise ValueError(
+            f"{format}: {type(model).__name__} has most of its weights outside of torch.nn.Linear in decoder layers "
+            f"({largest}), where they would stay as they are; leave quantization out"
+        )
 
 
 def _check_groups(model: nn.Module) -> None:

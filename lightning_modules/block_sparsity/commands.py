@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from common.files import replacing, write_text
+from common.files import inputs_of, replacing, write_text
 from common.manifest import CARD
 from common.tables import cell
 from lightning_modules.block_sparsity.layer_files import layer_folder, remove_layers
@@ -34,7 +34,7 @@ def save(module: "BlockSparsity", data: Any) -> None:
     with module.whole_model() as model:
         if model is None or module.global_rank:
             return
-        with replacing(module.output, "model", module.inputs_of(data), module.overwrite) as folder:
+        with replacing(module.output, "model", inputs_of(module, data), module.overwrite) as folder:
             write_model(folder, model, module.stored)
             data.tokenizer.save_pretrained(folder)
             module.pruner.save(folder)
@@ -98,7 +98,7 @@ def export(module: "BlockSparsity", data: Any) -> dict[str, Any]:
     model = module.plain_model
     values = module.export_values
     model.config.dtype = module.stored
-    with replacing(module.output, "packed model", module.inputs_of(data), module.overwrite) as folder:
+    with replacing(module.output, "packed model", inputs_of(module, data), module.overwrite) as folder:
         form = (values, module.export_bands, pruner.iteration)
         sizes = write_packed(folder, model, model.state_dict(), pruner.tiers, *form)
         data.tokenizer.save_pretrained(folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
-from common.files import check_output
+from common.files import check_output, inputs_of
 from lightning_modules.block_sparsity import commands, lora, sharded
 from lightning_modules.block_sparsity.arguments import check_mix, check_numbers
 from lightning_modules.block_sparsity.demotion import Ratios, Scope
@@ -176,7 +176,7 @@ class BlockSparsity(CausalLM):
             if path is not None:
                 load_config(path)
         if command in ("fit", "prune", "export"):
-            check_output(self.output, "model.output", self.inputs_of(data), self.overwrite)
+            check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
         folder, packed, maps = self.folder, (self.folder / PACKED_FILE).is_file(), self._maps_file()
         if maps is None and self.maps != folder:
             raise FileNotFoundError(f"model.tier_maps: {self.maps} is or has no tier maps ({TIERS_FILE})")
@@ -190,9 +190,9 @@ class BlockSparsity(CausalLM):
         if command == "verify" and not (self.output / PACKED_FILE).is_file():
             raise FileNotFoundError(f"model.output: {self.output} has no packed model ({PACKED_FILE}); export it first")
 
-    def inputs_of(self, data: Any) -> list[Any]:
-        """What is read, and so must not be written over."""
-        return [self.pretrained, self.teacher, self.maps, *(data.inputs() if hasattr(data, "inputs") else ())]
+    def inputs(self) -> list[Any]:
+        """See ``CausalLM.inputs``."""
+        return [self.pretrained, self.teacher, self.maps]
 
     def leaves(self, command: str) -> Path | None:
         """See ``CausalLM.leaves``."""

@@ -19,6 +19,8 @@ from lightning_modules.data.prepare import FORMAT, Preparation, finished, prepar
 from lightning_modules.data.shards import open_shards
 from lightning_modules.data.tokenizer import load_tokenizer
 
+_NAME_BYTES = 100  # of a cache folder's name, which has a hash and ".lock" besides; file systems take 255
+
 
 class PreparedData(OrderedData):
     """Text prepared once, kept in a cache folder, and read from disk in an order that can be continued anywhere.
@@ -150,7 +152,8 @@ class PreparedData(OrderedData):
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def _folder(self, key: str) -> Path:
-        return self._cache_root / f"{self.name}-{key[:16]}"
+        name = self.name.encode()[:_NAME_BYTES].decode(errors="ignore")  # of many files: the key tells caches apart
+        return self._cache_root / f"{name}-{key[:16]}"
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from common.files import write_text
+from common.locks import lock
 from common.randomness import run_seed
+from common.records.machine import version
 from common.tables import Table
 from lightning_modules.evaluation.local import LocalTask
 from lightning_modules.loading import Dtype, load, load_config, load_tokenizer
@@ -133,7 +135,7 @@ class TaskEvaluation(L.LightningModule):
         }
         done = self._done()
         for model_name, path in self.models.items():
-            wanted = {name: key for name in asked if (key := self._key(path, name, asked[name])) not in done}
+            wanted = {name: key for name in asked if (key := self._key(path, name, asked[name], device)) not in done}
             if not wanted:
                 rank_zero_info(f"{model_name}: all tasks were answered before, see {self.folder / _DONE}")
                 continue
@@ -146,14 +148,16 @@ class TaskEvaluation(L.LightningModule):
                     model, tokenizer, loaded, title, self.batch_size, **self.asking, run_code=self.run_code,
                     seed=run_seed(),
                 )  # fmt: skip
-                done[key] = rows
-                write_text(self.folder / _DONE, json.dumps(done, indent=1) + "\n")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with lock(self.folder / _DONE, wait=True):  # another run may have answered others meanwhile
+                    done = self._done() | done | {key: rows}
+                    write_text(self.folder / _DONE, json.dumps(done, indent=1) + "\n")
             del model
         rows = [
             {"model": model_name, **row, "chance": self._chance(row["task"], row["metric"])}
             for model_name, path in self.models.items()
             for name in asked
-            for row in done[self._key(path, name, asked[name])]
+            for row in done[self._key(path, name, asked[name], device)]
         ]
         Console().print(table(rows))
         settings = {**self.asking, "quantization": self.quantization, "dtype": self.loading["dtype"]}
@@ -173,12 +177,15 @@ class TaskEvaluation(L.LightningModule):
             return {}
         return found
 
-    def _key(self, path: str, task: str, asked: str) -> str:
+    def _key(self, path: str, task: str, asked: str, device: torch.device) -> str:
         """Everything that a result depends on: the model's files, the task and its items, and how it is asked."""
         folder = Path(path).expanduser()
         files = sorted(folder.glob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
         weights = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
-        parts = [path, weights, task, asked, self.asking, self.loading, self.quantization, run_seed()]
+        if not weights:  # a name on the Hub: which of its commits is here
+            weights = [[getattr(load_config(path), "_commit_hash", None)]]
+        made_by = [device.type, *map(version, ("lm_eval", "torch", "transformers", "torchao"))]
+        parts = [path, weights, task, asked, self.asking, self.loading, self.quantization, run_seed(), made_by]
         return json.dumps(parts, sort_keys=True, default=str)
 
     def _chance(self, task: str, metric: str) -> float | None:

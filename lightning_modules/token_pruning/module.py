@@ -13,6 +13,7 @@ from common.files import check_output, inputs_of
 from common.randomness import run_seed, step_seed
 from lightning_modules.batches import IGNORED
 from lightning_modules.batches import logits as logits_of
+from lightning_modules.causal_lm import whole_steps
 from lightning_modules.data.tokenizer import fingerprint
 from lightning_modules.distillation import divergence
 from lightning_modules.frozen import Frozen
@@ -361,7 +362,7 @@ class TokenPruning(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW on the scorers, linear warm-up and a cosine to 0."""
         optimizer = torch.optim.AdamW(self.pruner.parameters(), lr=self.learning_rate, weight_decay=0.01)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = whole_steps(self.trainer, "cosine")
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from callbacks import GradientGuard, RunRecord, Throughput, TimeToQuality, Trace, TrafficMonitor
 from callbacks.measurement import StepClock
+from common.records import record
 from strategies.compressors.error_feedback import ErrorFeedback
 from strategies.compressors.int8 import Int8
 from strategies.compressors.onebit import OneBit
@@ -312,3 +313,20 @@ def test_step_clock_reads_the_devices_times_once_and_keeps_no_event(monkeypatch)
     _Event.passed = 4
     step()
     assert clock.last_ms() == 1.0 and clock.finished == 2 and len(clock._unfinished) == 1
+
+
+class _Constant(Net):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss - loss.detach() + 4.0
+
+
+def test_the_recorded_loss_is_that_of_a_token_however_many_batches_a_step_has(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=2, accumulate_grad_batches=4, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=[RunRecord(path, "a")],
+    )  # fmt: skip
+    trainer.fit(_Constant(), DataLoader(Rows(), batch_size=2))
+    (found,), _ = record.read(path)
+    assert found["train_loss"] == pytest.approx(4.0)

@@ -258,3 +258,12 @@ def test_files_keep_mode_suffix_and_the_link_to_them(tmp_path):
         beside.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "new" and sorted(p.name for p in tmp_path.iterdir()) == ["link.html", "page.html"]
+
+
+def test_where_a_volume_is_mounted_nothing_can_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(
+        ValueError, match=f"model.output: {tmp_path} is where a volume is mounted.* choose a folder in it"
+    ):
+        check_output(tmp_path, "model.output")
+    check_output(tmp_path / "within", "model.output")

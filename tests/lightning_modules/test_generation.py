@@ -122,6 +122,14 @@ def test_a_chat_is_rendered_by_the_tokenizers_template(model, tokenizer, capsys,
         ["the fox"], ["the fox", "yes", "the dog"],
     ]  # fmt: skip
 
+    def full(m, t, prompt, **options):
+        raise ValueError("prompt: the conversation has 9 tokens, and only 3 leave room for max_new_tokens")
+
+    lines = iter(["the fox", ""])
+    monkeypatch.setattr(generation, "stream", full)
+    generation.repl(model, tokenizer, chat=True, max_new_tokens=2)  # says so, and goes on
+    assert "the conversation has 9 tokens" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}])
 def test_options_out_of_range_are_refused_before_anything_is_loaded(options):

@@ -239,3 +239,9 @@ def test_text_in_another_models_tokens_is_refused(tmp_path, tokenizer):
                 check_vocabulary(read, wrong)
     with pytest.raises(ValueError, match="has 400 tokens but the model embeds only 320"):
         check_vocabulary(model, range(400))
+
+
+def test_the_folder_that_one_stands_in_is_a_model_too(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for here in (".", "./"):
+        assert load_config(here).model_type == load_config(folder).model_type

@@ -1,5 +1,6 @@
 """Building, exporting and talking to models."""
 
+import math
 from types import SimpleNamespace
 
 import lightning.pytorch as L
@@ -7,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.files import replacing
+from common.files import inputs_of, replacing
 from common.names import clean_name
 from lightning_modules import generation
+from lightning_modules.block_sparsity import BlockSparsity
+from lightning_modules.causal_lm import whole_steps
 from lightning_modules.data.recall import Recall
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.export import export
@@ -177,3 +180,16 @@ def test_a_trained_model_is_loaded_and_predicts_english():
     ids = tokenizer("It was the best of times, it was the worst of", return_tensors="pt").input_ids
     with torch.no_grad():
         assert module.model(ids, labels=ids).loss < 6  # an untrained model of 4,096 tokens is at 8.3
+
+
+def test_no_export_takes_the_place_of_what_a_module_reads():
+    module = BlockSparsity("base", teacher="dense")
+    assert {"base", "dense"} <= set(map(str, inputs_of(module))) and Pretraining(pretrained="base").inputs() == ["base"]
+
+
+def test_only_a_schedule_without_an_end_can_do_without_a_length():
+    endless = SimpleNamespace(estimated_stepping_batches=math.inf)
+    assert whole_steps(SimpleNamespace(estimated_stepping_batches=7), "cosine") == 7
+    assert whole_steps(endless, "constant_with_warmup") == 0
+    with pytest.raises(ValueError, match=r"trainer.max_steps: .* 'cosine' needs to know how long training is"):
+        whole_steps(endless, "cosine")

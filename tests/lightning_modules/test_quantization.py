@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_modules import quantization
 from lightning_modules.quantization import quantize, weight_bytes
@@ -13,6 +14,7 @@ from tests.lightning_modules.structured_pruning.toy import ids, tiny
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install -e '.[quant]'"
 )
+MOE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 8}
 
 
@@ -55,3 +57,17 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs the package torchao: pip install -e '\.\[quant\]'"):
         quantize(tiny(), "int8")
+
+
+@needs_torchao
+@pytest.mark.parametrize(
+    ("name", "sizes", "told"),
+    [
+        ("gpt2", {"n_layer": 1, "n_embd": 32, "n_head": 2}, r"transformer\.h\.0\.mlp\.c_\w+\.weight"),
+        ("mixtral", {"num_local_experts": 2, "num_hidden_layers": 1, **MOE}, r"model\.layers\.0\.mlp\.experts\.\w+"),
+    ],
+)
+def test_models_of_which_most_would_stay_are_refused(name, sizes, told):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=97, **sizes))
+    with pytest.raises(ValueError, match=rf"int8: \w+ has most of its weights outside .* \({told}\)"):
+        quantize(model, "int8")

@@ -19,6 +19,7 @@ from lightning_modules.token_pruning.quality.questions import find_questions
 from lightning_modules.token_pruning.quality.tasks import (
     Window,
     check_repeatable,
+    plain_ids,
     repeated_windows,
     response_windows,
     stack,
@@ -243,9 +244,9 @@ class TokenQuality(L.LightningModule):
             if task == "response":
                 yield from stack(list(response_windows(batch, self.suffix)))
             elif task == "suffix":
-                yield suffix_windows(batch["input_ids"], self.suffix)
+                yield suffix_windows(plain_ids(batch, "the task suffix"), self.suffix)
             else:
-                yield repeated_windows(batch["input_ids"], self.suffix)
+                yield repeated_windows(plain_ids(batch, "the task repeated"), self.suffix)
 
 
 def _line(row: dict[str, Any]) -> str:

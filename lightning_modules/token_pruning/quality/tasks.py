@@ -3,7 +3,7 @@
 Shape legend: B samples, N prompt tokens, M suffix tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,21 @@ class Window(NamedTuple):
         prompt[:, : self.prompt.shape[1]] = True
         labels = torch.cat([torch.full_like(self.prompt, IGNORED), self.labels], 1)
         return Samples(ids, labels, torch.ones_like(prompt), prompt)
+
+
+def plain_ids(batch: Mapping[str, Tensor], task: str) -> Tensor:
+    """Tokens ``[B, N]`` of a batch whose rows are text from end to end.
+
+    Raises:
+        ValueError: Rows are padded or hold several samples, whose ends are not those of the rows.
+    """
+    mask = batch.get("attention_mask")
+    if "position_ids" in batch or (mask is not None and not bool(mask.all())):
+        raise ValueError(
+            f"data: {task} reads rows to their end, and these are padded or hold several samples; take plain text "
+            "(--data TextCorpus), or the task response"
+        )
+    return batch["input_ids"]
 
 
 def suffix_windows(ids: Tensor, suffix: int) -> Window:

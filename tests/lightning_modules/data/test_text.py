@@ -206,3 +206,8 @@ def test_a_real_book(tmp_path):
     assert sum(described["documents"].values()) == 65
     assert sum(described["tokens"].values()) > 200_000
     assert "the" in data.tokenizer.decode(data.train[0]["input_ids"])
+
+
+def test_many_files_of_long_names_fit_a_file_systems_name(tmp_path):
+    files = [write(tmp_path / f"articles_of_a_long_name_part_{i:02d}.json", sentences(i, 20)) for i in range(12)]
+    assert ready(corpus(tmp_path, files)).describe()["documents"]["train"] > 0

@@ -100,6 +100,15 @@ def test_what_was_answered_is_not_asked_again_and_another_model_is(place, tmp_pa
     (tmp_path / "results.json").write_text("{")
     evaluation(place, tmp_path, models=["dense"]).evaluate(CPU)
     assert len(asked) == 5, "a damaged file counts as none"
+    kept = tmp_path / "results.json"
+
+    def meanwhile(*a, **k):
+        kept.write_text(json.dumps(json.loads(kept.read_text()) | {"of another run": []}))
+        return real(*a, **k)
+
+    monkeypatch.setattr(harness, "ask", meanwhile)
+    evaluation(place, tmp_path, models=["dense"], limit=2).evaluate(CPU)
+    assert len(json.loads(kept.read_text())) == 3, "what another run answers meanwhile stays"
 
 
 def _judge():

@@ -432,3 +432,11 @@ def test_what_cannot_be_asked_is_refused_before_any_weight_is_read(tmp_path, opt
 )
 def test_intervals_of_shares_are_those_published(successes, trials, low, high):
     assert proportion(successes, trials) == pytest.approx((successes / trials, low, high), abs=5e-5)
+
+
+def test_rows_that_end_in_padding_have_no_end_to_read():
+    ids, mask = torch.ones(2, 6, dtype=torch.long), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    assert tasks.plain_ids({"input_ids": ids, "attention_mask": mask[:1]}, "x") is ids
+    for batch in ({"attention_mask": mask}, {"position_ids": mask}):
+        with pytest.raises(ValueError, match=r"data: the task suffix reads rows to their end, .* or the task response"):
+            tasks.plain_ids({"input_ids": ids, **batch}, "the task suffix")
