@@ -74,6 +74,10 @@ class CompressedDDP(CompressedEngine, DDPStrategy):
         self.traffic = Traffic()
         self.units: list[Unit] = []
 
+    def describe(self) -> dict[str, Any]:
+        """See ``CompressedEngine.describe``."""
+        return {**super().describe(), **({"overlaps": True} if self.overlap and self.world_size > 1 else {})}
+
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         """Wrap ``model``; Lightning registers hooks on CUDA only."""
         if self.compressor is None or self.world_size == 1:

@@ -42,7 +42,8 @@ class LocalTraining(CompressedEngine):
 
     def describe(self) -> dict[str, Any]:
         """See ``CompressedEngine.describe``."""
-        return {**super().describe(), "local_steps": vars(self.meetings)}
+        overlaps = {"overlaps": True} if self.meetings.delay else {}
+        return {**super().describe(), "local_steps": vars(self.meetings), **overlaps}
 
     def setup(self, trainer: Any) -> None:
         """See ``DDPStrategy.setup``.

@@ -102,6 +102,19 @@ def sent_per_step(record: Record) -> float | None:
     return _sum(_per_step(record, "bytes_compressed_total"), _per_step(record, "bytes_parameters_total"))
 
 
+def leaving_per_step(record: Record) -> float | None:
+    """Bytes that pass a host's link in a step: what a rank sends, or several ranks to other hosts.
+
+    None where they were not counted: where a host has several ranks, methods that know no levels tell what they send,
+    not how much of it leaves the host.
+    """
+    ranks = record.get("ranks_per_host") or 1
+    if ranks == 1:
+        return sent_per_step(record)
+    between, steps = (record.get("bytes_by_level") or {}).get("inter"), record.get("steps_measured")
+    return None if between is None or not steps else ranks * between / steps
+
+
 def modelled_step_ms(record: Record, bits_per_s: float) -> float | None:
     """Step time on a link of another rate: the median step without its communication, and bytes over rate.
 
@@ -112,9 +125,11 @@ def modelled_step_ms(record: Record, bits_per_s: float) -> float | None:
         bits_per_s: The link's rate.
 
     Returns:
-        Milliseconds; None when the record lacks bytes or communication time.
+        Milliseconds; None when the record lacks bytes or communication time, or where reductions overlap backward.
     """
-    sent, step = sent_per_step(record), record.get("step_time_ms_p50")
+    if record.get("overlaps"):  # how much of the communication the step has waited for is not known
+        return None
+    sent, step = leaving_per_step(record), record.get("step_time_ms_p50")
     wire = _per_step(record, "comm_time_ms_total")
     if sent is None or step is None or wire is None:
         return None
@@ -173,6 +188,8 @@ def _limits(record: Record, single_ranks: Mapping[str, Record], bytes_per_s: flo
         # where communication overlaps compute the rest of the step says too little about compute, but never too much
         compute = None if step is None or spent is None else max(step - spent, 0.0)
 
+    alone = (record.get("ranks_per_host") or 1) == 1
+
     def wire(nbytes: float | None) -> float | None:
         return None if nbytes is None or not speed else nbytes / speed * 1e3
 
@@ -180,8 +197,8 @@ def _limits(record: Record, single_ranks: Mapping[str, Record], bytes_per_s: flo
         compute_ms=compute,
         compute_from=str(single.get("run_name")) if single is not None else "",
         codec_ms=codec,
-        wire_ms=wire(sent_per_step(record)),
-        parameter_wire_ms=wire(_per_step(record, "bytes_parameters_total")),
+        wire_ms=wire(leaving_per_step(record)),
+        parameter_wire_ms=wire(_per_step(record, "bytes_parameters_total")) if alone else None,
         measured_ms=record.get("step_time_ms_modelled") if record.get("link_emulated") is False else step,
         noise=max(noise(record), noise(single) if single is not None else 0.0),
     )
@@ -200,6 +217,7 @@ def suspicions(record: Record, limits: Bounds) -> list[str]:
     if (
         counted is not None
         and seen is not None
+        and (record.get("ranks_per_host") or 1) == 1  # else what stays inside a host does not pass it
         and seen < 0.99 * (counted + (record.get("bytes_parameters_total") or 0))
     ):
         found.append(f"{counted:,} gradient bytes counted, but the interface sent only {seen:,} in all")

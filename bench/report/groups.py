@@ -1,6 +1,7 @@
 """Runs grouped over seeds: what ran (method), under which circumstances (setting), and what came out."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from common.tables import NOT_RECORDED
 # Methods that send what they would have sent anyway; the first that ran in a setting is its baseline.
 UNCOMPRESSED = ("none", "native", "none_a2a")
 _METHOD = ("compress_method", "compress_config", "parameter_compress_method", "parameter_compress_config")
+_RATE = re.compile(r"^ +learning_rate: ([-+.\deE]+)$", re.M)
+_WAYS = ("backward_within", "parameter_differences")
 _REPLICAS = ("replica_compress_method", "replica_compress_config", "local_steps")
 
 
@@ -39,6 +42,11 @@ def machine(record: Record) -> str:
     return ", ".join([*hardware, text(found.get("cpu")), f"{text(found.get('cores_usable'))} cores"])
 
 
+def _learning_rate(record: Record) -> str:
+    found = _RATE.search(str(record.get("config") or ""))  # the configuration is long: it is not read as a whole
+    return f"{float(found[1]):g}" if found else NOT_RECORDED
+
+
 # What must be equal for two runs to be compared; the names are table headers.
 SETTING: dict[str, Callable[[Record], str]] = {
     "model": _model,
@@ -52,6 +60,7 @@ SETTING: dict[str, Callable[[Record], str]] = {
     "accumulated": lambda r: text(r.get("accumulate_grad_batches")),
     "precision": lambda r: text(r.get("precision")),
     "steps": lambda r: text(r.get("steps")),
+    "learning rate": _learning_rate,
     "machine": machine,
 }
 
@@ -175,6 +184,7 @@ def _flat_method(record: Record) -> tuple[Named, dict[str, str]]:
     replica, replica_config, local = (record.get(name) for name in _REPLICAS)
     configs = {"": config, "parameters.": parameter_config, "replicas.": replica_config, "local.": local}
     arguments = {f"{prefix}{key}": value for prefix, c in configs.items() for key, value in _flatten(c)}
+    arguments |= {name: text(record[name]) for name in _WAYS if record.get(name)}
     others = ["" if one in (None, "none") else text(one) for one in (parameter, replica)]
     return (text(method), others[0], others[1], isinstance(local, dict)), arguments
 

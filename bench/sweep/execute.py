@@ -118,11 +118,13 @@ def to_record(run: Run, sweep: str, emulated: bool, ended: Ended, folder: Path) 
         "link_rate": run.link,
         "link_delay": run.delay,
         "link_emulated": emulated if run.link else None,
+        "ranks_per_host": run.ranks_per_host if run.link else None,
     }
     written = [r for path in sorted(folder.rglob("*.jsonl")) for r in record.read(path)[0] if r.get("kind") == "run"]
     if ended.exit_status == 0 and not ended.timed_out and written:
-        modelled = bounds.modelled_step_ms(written[-1], links.rate_bits_per_s(run.link)) if run.link else None
-        return {**written[-1], **fields, "step_time_ms_modelled": modelled}
+        found = {**written[-1], **fields}
+        modelled = bounds.modelled_step_ms(found, links.rate_bits_per_s(run.link)) if run.link else None
+        return {**found, "step_time_ms_modelled": modelled}
     error = ended.last_lines
     if ended.timed_out:
         error = f"stopped after {ended.wall_s:.0f} s, its time limit\n{error}"

@@ -203,3 +203,18 @@ def test_a_title_evades_a_factor_above_the_axis(largest):
     assert bool(factor.get_text()) == (largest > 1e6)
     if factor.get_text():
         assert not title.get_window_extent().overlaps(factor.get_window_extent())
+
+
+def test_runs_that_differ_in_more_than_the_seed_stay_apart():
+    base = synthetic.template()
+    ways = [{}, {"backward_within": 2}, {"parameter_differences": True}]
+    found = groups.group([base | way | {"seed": seed} for way in ways for seed in (1, 2)])
+    assert [len(one.records) for one in found] == [2, 2, 2] and len({one.method for one in found}) == 3
+    rates = [base | {"config": f"model:\n  init_args:\n    learning_rate: {rate}\n"} for rate in ("1.0e-3", "0.002")]
+    assert [one.setting["learning rate"] for one in groups.group(rates)] == ["0.001", "0.002"]
+
+
+def test_no_line_of_scaling_is_made_of_runs_whose_link_was_not_there():
+    base = synthetic.template()
+    runs = [base | {"world_size": ranks, "link_rate": "1gbit", "link_emulated": False} for ranks in (2, 4)]
+    assert scaling.lines(groups.group(runs)) == []

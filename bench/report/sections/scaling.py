@@ -11,6 +11,7 @@ from bench.report import drawing
 from bench.report.content import Chart, Section
 from bench.report.evidence import Evidence
 from bench.report.groups import Group, panels
+from bench.report.link import modelled
 from bench.report.palette import TEXT
 from bench.report.values import Record, Spread, ratio
 from common.tables import NOT_RECORDED, Table
@@ -43,7 +44,9 @@ def lines(groups: Sequence[Group]) -> list[Line]:
     A single rank uses no link, so its run is the start of the lines on all links.
     """
     found = []
-    for wide in panels([g for g in groups if _ranks(g) and g.spread("tokens_per_s")], across=("ranks", "link")):
+    for wide in panels(
+        [g for g in groups if _ranks(g) and g.spread("tokens_per_s") and not _modelled(g)], across=("ranks", "link")
+    ):
         methods: dict[str, dict[str, dict[int, Spread]]] = defaultdict(lambda: defaultdict(dict))
         runs: dict[str, list[Record]] = defaultdict(list)
         for group in wide.groups:
@@ -60,6 +63,11 @@ def lines(groups: Sequence[Group]) -> list[Line]:
                 if len({**single, **points}) > 1
             ]
     return found
+
+
+def _modelled(group: Group) -> bool:
+    """Whether its ranks had no link: their tokens per second are those without it."""
+    return _ranks(group) != 1 and any(map(modelled, group.records))
 
 
 def _title(setting: str, link: str) -> str:

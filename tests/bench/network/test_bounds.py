@@ -102,3 +102,17 @@ def test_the_command_shows_a_row_a_run(tmp_path, capsys):
     assert len(lines) == 4 and lines[2].startswith("| two | 90 | one | 10 | 80 | 170 | 90 | 190 |")
     append(tmp_path / "none.jsonl", {"kind": "failure"})
     assert main(["bounds", str(tmp_path / "none.jsonl")]) == 1 and "no run" in capsys.readouterr().err
+
+
+def test_several_ranks_of_a_host_share_its_link_and_their_own_bytes_do_not_pass_it():
+    levels = {"bytes_by_level": {"intra": 35_000_000, "inter": 5_000_000}, "ranks_per_host": 2}
+    limits = bounds.bounds(_run(**levels, bytes_nic_total=10_000_000))
+    assert limits.wire_ms == 20 and limits.parameter_wire_ms is None  # of 40 MB of each two ranks, 10 leave the host
+    assert not bounds.suspicions(_run(**levels, step_time_ms_p50=140.0, bytes_nic_total=10_000_000), limits)
+    assert bounds.modelled_step_ms(_run(**levels), 40e6) == pytest.approx(190 - 80 + 200)
+    flat = _run(ranks_per_host=2)
+    assert bounds.bounds(flat).wire_ms is None and bounds.modelled_step_ms(flat, 40e6) is None
+
+
+def test_what_overlaps_is_not_taken_from_the_step():
+    assert bounds.modelled_step_ms(_run(overlaps=True), 40e6) is None
