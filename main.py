@@ -9,12 +9,13 @@ Without arguments, and with `--help`, it shows them on one screen; `COMMAND --he
 import sys
 
 from common import front
-from common.output import quiet
+from common.output import quiet, steady
 
 
 def main() -> None:
     """Run the command line; see docs/commands.md for what it prints and how it ends."""
-    answer = front.answer(sys.argv[1:])
+    with steady():
+        answer = front.answer(sys.argv[1:])
     if isinstance(answer, int):
         sys.exit(answer)
     quiet()

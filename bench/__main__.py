@@ -29,7 +29,7 @@ from common import moved
 from common.files import write_text
 from common.front import screens
 from common.front.forms import Forms, unknown
-from common.output import Refused, one_object, quiet, silent
+from common.output import Refused, one_object, quiet, silent, steady
 from common.records import record
 from common.tables import Table
 from common.trace import summary as trace_summary
@@ -453,4 +453,6 @@ def _run(arguments: list[str]) -> tuple[int, str | None]:
 
 if __name__ == "__main__":
     quiet()
-    sys.exit(main())
+    with steady():
+        status = main()
+    sys.exit(status)

@@ -32,8 +32,8 @@ def tour(
     """Run every feature once, command by command, to one table and one report.
 
     A compressed training, pruned prompts, fewer parameters and weights, and all together. Without a model it trains
-    small ones and takes about ten minutes on two CPU cores; nothing is downloaded. With one it takes about forty for
-    135 million parameters. Every step is a command that is shown and can be given by itself. What is done is not done
+    small ones and takes ten to fifteen minutes on two CPU cores; nothing is downloaded. With one it takes longer.
+    Every step is a command that is shown and can be given by itself. What is done is not done
     again: the same command goes on after an interruption. A step that fails does not stop those that do not need it.
     Ends with a table, `table.md`, and `report.html`. Exits with 1 when a step failed.
 

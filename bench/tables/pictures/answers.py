@@ -9,8 +9,9 @@ from bench.tables.pictures.picture import Numbers, Picture, figures_of
 
 _KEPT = {  # by the scorer's name in the records; others by that name
     "calibrated": "calibrated",
-    "random": "random, same schedule",
-    "last_window": "all heads, 16 last tokens, same schedule",
+    "calibrated before": "an earlier calibration",
+    "random": "random, the earlier schedules",
+    "last_window": "all heads, the earlier schedules",
     "snap_kv": "SnapKV (a smaller cache only)",
     "expected_attention": "ExpectedAttention (cache only)",
     "random_cache": "random cache (cache only)",
@@ -28,8 +29,11 @@ def _take(folder: Path) -> Numbers:
         row = one["details"]
         if figure.startswith(("needles-more-", "needles-calibrated-")) and "-unseen-" not in figure:
             name = "calibrated" if row["scorer"].startswith("calibrated-") else row["scorer"].partition("(")[0]
+            if name == "calibrated" and figure.startswith("needles-more-"):
+                name = "calibrated before"
             points.setdefault(name, {})[round(row["bound"], 2)] = [row["bound"], one["value"], row["low"], row["high"]]
-    return {name: [mine[bound] for bound in sorted(mine)] for name, mine in points.items()}
+    order = sorted(points, key=lambda name: [*_KEPT, name].index(name))
+    return {name: [points[name][bound] for bound in sorted(points[name])] for name in order}
 
 
 def _draw(figure: Figure, numbers: Numbers) -> None:
