@@ -18,7 +18,8 @@ class GradientGuard(Measurement):
 
     Args:
         nonfinite: "stop" ends training with an error; "skip" drops the step (the optimizer's state is untouched, the
-            schedule moves on) and counts it in ``nan_steps``.
+            schedule moves on) and counts it in ``nan_steps``. What error feedback had owed and sent in that step is
+            lost with it; what its gradient still owes comes later, where it was finite.
     """
 
     def __init__(self, nonfinite: Literal["stop", "skip"] = "stop") -> None:

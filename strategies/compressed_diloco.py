@@ -119,9 +119,8 @@ class CompressedDiLoCo(LocalTraining, CompressedDDP):
                 "weights": self.outer.own_weights() if common["apart"] else {},
                 "optimizers": checkpoint["optimizer_states"],
             }
-            replicas = [None] * self.world_size if self.global_rank == 0 else None
-            dist.gather_object(apply_to_collection(own, Tensor, Tensor.cpu), replicas)
-            checkpoint["diloco"] = {**common, "replicas": replicas}
+            told = self._told_first(apply_to_collection(own, Tensor, Tensor.cpu))
+            checkpoint["diloco"] = {**common, "replicas": told}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

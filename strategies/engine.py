@@ -68,6 +68,7 @@ class CompressedEngine(ParallelStrategy):
     start: Start = "whole"
     codec_backend: str | None = None
     _built: ShardedStart | None = None  # what a sharded start has kept
+    _hosts: dist.ProcessGroup | None = None  # gloo, where gradients go another way
     _seed: int | None = None  # the first rank's, once training has begun
     loaded_from: Path | None = None  # the checkpoint that is being restored, for messages
     owed: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed; every rank's state in that checkpoint
@@ -306,9 +307,7 @@ class CompressedEngine(ParallelStrategy):
         owed = residuals.collect(keeping, self._methods()) if stateful else None
         if self.saves_one_file:
             if owed is not None:
-                ranks = [None] * self.world_size if self.global_rank == 0 else None
-                dist.gather_object(owed, ranks)
-                checkpoint["compressor"] = ranks
+                checkpoint["compressor"] = self._told_first(owed)
             with ExitStack() as held:  # three steps: where rank 0 fails, the others must not wait in the next one
                 with agreed(path, self._gather):
                     if self.global_rank == 0:
@@ -322,6 +321,14 @@ class CompressedEngine(ParallelStrategy):
             super().save_checkpoint(checkpoint, beside, storage_options)
             if owed is not None:
                 torch.save(owed, residuals.rank_file(beside, self.global_rank))
+
+    def _told_first(self, told: Any) -> list[Any] | None:
+        """What every rank told, on the first one, through host memory: NCCL would gather it in the first rank's GPU."""
+        if self._hosts is None and dist.get_backend() != "gloo":
+            self._hosts = dist.new_group(backend="gloo")
+        every: list[Any] | None = [None] * self.world_size if self.global_rank == 0 else None
+        dist.gather_object(told, every, group=self._hosts)
+        return every
 
     def _gather(self, told: Any) -> list[Any]:
         """What every rank told, on every rank."""

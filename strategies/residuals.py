@@ -65,6 +65,8 @@ def nbytes(unit: Unit) -> int:
 def collect(units: list[Unit], method: str) -> dict[str, Any]:
     """This rank's state of all units, for a checkpoint: plain tensors, numbers and strings (``weights_only`` loads it).
 
+    In host memory: other ranks' GPUs, from which pickled tensors would come back, are not this one's.
+
     Args:
         units: The engine's units.
         method: What identifies the compressor, its ``repr``.
@@ -72,7 +74,12 @@ def collect(units: list[Unit], method: str) -> dict[str, Any]:
     return {
         "method": method,
         "units": {
-            unit.name: {"layout": _layout(unit), "shard": list(unit.shard), "state": dict(unit.state)} for unit in units
+            unit.name: {
+                "layout": _layout(unit),
+                "shard": list(unit.shard),
+                "state": {name: part.cpu() for name, part in unit.state.items()},
+            }
+            for unit in units
         },
     }
 
