@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 LONG = (
     "tests/bench/test_fault_injection.py",
     "tests/bench/sweep/test_sweep.py",
+    "tests/test_readme_runs.py",
     "tests/test_cli.py",
     "tests/test_cli_engines.py",
     "tests/bench/network",

@@ -1,7 +1,8 @@
 """README.md's commands run as they stand, one after another, in a folder that has nothing but what the repository has.
 
-Only sizes are added, so that each takes seconds; `FOLDER` is a small random Llama. Left out are installing and testing,
-the tour (CI makes it), and what must find facts, which takes a model that answers questions: the tour trains one.
+Only sizes are added, so that each takes seconds; a command without an entry must be short by itself. `FOLDER` is a
+small random Llama. Left out are installing and testing, the tour (CI makes it), and what must find facts, which takes
+a model that answers questions: the tour trains one.
 """
 
 import json
@@ -38,6 +39,7 @@ SIZES = {
     "bench/smoke.yaml": ["--only=local/int8"],
     "mine/prune.yaml": [*DOCS, "--model.calibration_blocks=16", "--model.probe_blocks=1"],
     "structured_pruning/prune.yaml": [*DOCS, "--model.calibration_blocks=16", "--model.probe_blocks=1"],
+    "structured_pruning/recover.yaml": [*DOCS, *STEPS],
     "block_sparsity/oneshot.yaml": [*DOCS, "--model.calibration_blocks=2"],
     "block_sparsity/progressive.yaml": [
         *DOCS, "--model.calibration_blocks=2", "--trainer.limit_train_batches=1", "--model.warmup_steps=1",
