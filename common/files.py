@@ -56,14 +56,14 @@ def check_output(
         raise ValueError(
             f"{field}: {folder} is a file that exists; choose another name, or allow its loss with overwrite"
         )
+    if os.path.ismount(folder):  # it cannot be renamed, and so nothing can take its place
+        raise ValueError(
+            f"{field}: {folder} is where a volume is mounted, and cannot be replaced as a whole; choose a folder in it"
+        )
     if not overwrite and (found := _foreign(folder)) is not None:
         raise ValueError(
             f"{field}: {folder} holds what Pare did not write ({found}); choose another folder, or allow its loss with "
             "overwrite"
-        )
-    if os.path.ismount(folder):  # it cannot be renamed, and so nothing can take its place
-        raise ValueError(
-            f"{field}: {folder} is where a volume is mounted, and cannot be replaced as a whole; choose a folder in it"
         )
     above = next(parent for parent in folder.parents if os.path.lexists(parent))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

@@ -155,10 +155,14 @@ class CompressedFSDP(CompressedEngine, FSDPStrategy):
         )
         if self._built is not None:
             self._built.forget()
-        if root.sharding_strategy == ShardingStrategy.NO_SHARD and self.world_size > 1:
-            for module in FSDP.fsdp_modules(root):  # torch's ``sync_module_states`` wants a GPU
-                if module._handle is not None:
-                    dist.broadcast(module._handle.flat_param.data, 0)
+        for module in FSDP.fsdp_modules(root) if self.world_size > 1 else ():
+            # torch's ``sync_module_states`` wants a GPU
+            if module.sharding_strategy == ShardingStrategy.NO_SHARD and module._handle is not None:
+                first = dist.get_process_group_ranks(module.process_group)[0]
+                whole = module._handle.flat_param.data
+                moved = whole.to(self.root_device)  # with ``cpu_offload`` it is elsewhere
+                dist.broadcast(moved, first, group=module.process_group)
+                whole.copy_(moved)
         lightning_fsdp._setup_activation_checkpointing(root, self._activation_checkpointing_kwargs)
         return root
 

@@ -28,7 +28,7 @@ from strategies.fsdp2_collectives import (
     UnitReduceScatter,
     count_replica_all_reduce,
 )
-from strategies.fsdp2_units import ShardedModule, shard_group, sharded_modules
+from strategies.fsdp2_units import ShardedModule, replicated_shards, shard_group, sharded_modules
 from strategies.kernels import Choice
 from strategies.traffic import Traffic
 from strategies.units import Unit, shard_between
@@ -246,11 +246,11 @@ class CompressedFSDP2(CompressedEngine, ModelParallelStrategy):
     def _equalize_replicas(self, model: nn.Module) -> None:
         """Let all replicas begin with the weights of the first: ranks may have drawn others."""
         with torch.no_grad():
-            for sharded in sharded_modules(model, self.traffic):
-                replicas = self._between or sharded.replicas
-                if replicas is not None:
-                    for part in sharded.local_shards():
-                        dist.broadcast(part, dist.get_process_group_ranks(replicas)[0], group=replicas)
+            for replicas, parts in replicated_shards(model):
+                group = self._between or replicas
+                if group is not None:
+                    for part in parts:
+                        dist.broadcast(part, dist.get_process_group_ranks(group)[0], group=group)
 
     def _install(self, model: nn.Module) -> None:
         """Give every FSDP module its own collectives (torch's setters do not recurse)."""

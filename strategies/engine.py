@@ -266,7 +266,7 @@ class CompressedEngine(ParallelStrategy):
 
     @property
     def seed(self) -> int:
-        """What random methods draw by: alike on all ranks, whatever seeds they have themselves."""
+        """What random methods draw by: alike on all ranks in training, whatever seeds they have themselves."""
         return run_seed() if self._seed is None else self._seed
 
     def _tell_time(self, unit: Unit) -> None:

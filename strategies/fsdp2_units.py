@@ -40,11 +40,7 @@ class ShardedModule:
 
         FSDP2 casts to the compute dtype before it hands a shard to the all-gather; this is the shard from before.
         """
-        return torch.cat(self.local_shards())
-
-    def local_shards(self) -> list[Tensor]:
-        """This rank's shard of each parameter, padded and flat, as the optimizer sees it."""
-        return [p._sharded_param_data for p in self._parameters]
+        return torch.cat([p._sharded_param_data for p in self._parameters])
 
 
 def sharded_modules(root: nn.Module, traffic: Traffic) -> list[ShardedModule]:
@@ -75,6 +71,14 @@ def sharded_modules(root: nn.Module, traffic: Traffic) -> list[ShardedModule]:
             replicas = getattr(group.mesh_info, "replicate_process_group", None)
             found.append(ShardedModule(module, units[0] if trained else None, units[1], replicas, group.fsdp_params))
     return found
+
+
+def replicated_shards(root: nn.Module) -> Iterator[tuple[dist.ProcessGroup | None, list[Tensor]]]:
+    """Of every group of parameters the ranks that hold the same shards, where torch knows any, and this rank's."""
+    for module in root.modules():
+        for group in _groups(module) if isinstance(module, FSDPModule) else ():
+            replicas = getattr(group.mesh_info, "replicate_process_group", None)
+            yield replicas, [p._sharded_param_data for p in group.fsdp_params]
 
 
 def shard_group(root: nn.Module) -> dist.ProcessGroup | None:

@@ -105,14 +105,17 @@ def sent_per_step(record: Record) -> float | None:
 def leaving_per_step(record: Record) -> float | None:
     """Bytes that pass a host's link in a step: what a rank sends, or several ranks to other hosts.
 
-    None where they were not counted: where a host has several ranks, methods that know no levels tell what they send,
-    not how much of it leaves the host.
+    None where they were not counted: where a host has several ranks, what knows no levels tells what it sends, not how
+    much of that leaves the host.
     """
     ranks = record.get("ranks_per_host") or 1
     if ranks == 1:
         return sent_per_step(record)
-    between, steps = (record.get("bytes_by_level") or {}).get("inter"), record.get("steps_measured")
-    return None if between is None or not steps else ranks * between / steps
+    levels, sent = record.get("bytes_by_level") or {}, sent_per_step(record)
+    steps = record.get("steps_measured")
+    if sent is None or not steps or sum(levels.values()) / steps < 0.999 * sent:  # a part has no level
+        return None
+    return ranks * float(levels.get("inter", 0)) / steps
 
 
 def modelled_step_ms(record: Record, bits_per_s: float) -> float | None:

@@ -134,8 +134,11 @@ class TaskEvaluation(L.LightningModule):
             for name in [*self.tasks, *written]
         }
         done = self._done()
+        keys = {
+            (path, name): self._key(path, name, asked[name], device) for path in self.models.values() for name in asked
+        }
         for model_name, path in self.models.items():
-            wanted = {name: key for name in asked if (key := self._key(path, name, asked[name], device)) not in done}
+            wanted = {name: key for name in asked if (key := keys[path, name]) not in done}
             if not wanted:
                 rank_zero_info(f"{model_name}: all tasks were answered before, see {self.folder / _DONE}")
                 continue
@@ -157,7 +160,7 @@ class TaskEvaluation(L.LightningModule):
             {"model": model_name, **row, "chance": self._chance(row["task"], row["metric"])}
             for model_name, path in self.models.items()
             for name in asked
-            for row in done[self._key(path, name, asked[name], device)]
+            for row in done[keys[path, name]]
         ]
         Console().print(table(rows))
         settings = {**self.asking, "quantization": self.quantization, "dtype": self.loading["dtype"]}

@@ -110,8 +110,9 @@ def test_several_ranks_of_a_host_share_its_link_and_their_own_bytes_do_not_pass_
     assert limits.wire_ms == 20 and limits.parameter_wire_ms is None  # of 40 MB of each two ranks, 10 leave the host
     assert not bounds.suspicions(_run(**levels, step_time_ms_p50=140.0, bytes_nic_total=10_000_000), limits)
     assert bounds.modelled_step_ms(_run(**levels), 40e6) == pytest.approx(190 - 80 + 200)
-    flat = _run(ranks_per_host=2)
-    assert bounds.bounds(flat).wire_ms is None and bounds.modelled_step_ms(flat, 40e6) is None
+    partly = {"bytes_by_level": {"intra": 5_000_000, "inter": 5_000_000}}  # parameters went among all ranks at once
+    for flat in (_run(ranks_per_host=2), _run(ranks_per_host=2, **partly)):
+        assert bounds.bounds(flat).wire_ms is None and bounds.modelled_step_ms(flat, 40e6) is None
 
 
 def test_what_overlaps_is_not_taken_from_the_step():
