@@ -124,12 +124,14 @@ def test_the_modules_give_the_teacher_its_share_and_log_each_loss_under_its_name
 
 
 def _step_done():
-    return SimpleNamespace(fit_loop=SimpleNamespace(_should_accumulate=lambda: False))
+    return SimpleNamespace(accumulate_grad_batches=1, fit_loop=SimpleNamespace(_should_accumulate=lambda: False))
 
 
 def test_a_loss_that_is_no_cross_entropy_is_not_recorded_as_one():
     record = RunRecord()
     record.on_train_batch_end(_step_done(), None, {"loss": torch.tensor(7.0), "train_loss": None}, {}, 0)
     assert record.summary().get("train_loss") is None
-    record.on_train_batch_end(_step_done(), None, {"loss": torch.tensor(2.0)}, {}, 0)
+    record.on_train_batch_end(
+        _step_done(), SimpleNamespace(automatic_optimization=True), {"loss": torch.tensor(2.0)}, {}, 0
+    )
     assert record.summary()["train_loss"] == 2.0

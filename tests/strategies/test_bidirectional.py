@@ -121,7 +121,7 @@ def test_error_feedback_outside_or_a_way_back_without_a_codec_is_refused_with_th
         Bidirectional(PowerSGD())
 
 
-def _bytes(method):
+def _sent(method):
     unit = make_unit(1 << 12)
     method.all_reduce(gradient(dist.get_rank(), 1 << 12), unit)
     return unit.traffic.take().gradient_bytes()
@@ -129,5 +129,5 @@ def _bytes(method):
 
 def test_a_warm_up_sends_both_ways_as_the_method_that_it_ends_in(two_ranks):
     inner = Bidirectional(Int8())
-    (after, alone), *_ = zip(two_ranks.run(_bytes, WarmUp(inner, 0)), two_ranks.run(_bytes, inner), strict=True)
-    assert after == alone < two_ranks.run(_bytes, WarmUp(inner, 1))[0] / 3
+    (after, alone), *_ = zip(two_ranks.run(_sent, WarmUp(inner, 0)), two_ranks.run(_sent, inner), strict=True)
+    assert after == alone < two_ranks.run(_sent, WarmUp(inner, 1))[0] / 3
