@@ -69,10 +69,12 @@ class RunRecord(Measurement):
         """Remember the last losses; on the device, since reading each would make the host wait."""
         self._trained = True
         if completes_step(trainer) and outputs is not None:
-            # modules that minimise something else than the cross entropy hand that over beside it
-            loss = outputs.get("train_loss")
-            if loss is None and outputs["loss"] is not None:  # which Lightning has divided
-                loss = outputs["loss"] * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+            # modules that minimise something else than the cross entropy hand that over beside it, or None
+            loss = outputs["loss"]
+            if "train_loss" in outputs:
+                loss = outputs["train_loss"]
+            elif loss is not None and pl_module.automatic_optimization:
+                loss = loss * trainer.accumulate_grad_batches  # by which Lightning has divided
             if loss is not None:
                 self._losses.append(loss.detach())
 
