@@ -77,7 +77,7 @@ class Arm:
         drop_by: Whole layers alone go, in this order, as many as fit the budget; None for parts of layers.
         uniform: The same rate in the middle layers, by LLM-Pruner's protocol, in a free shape.
         seeds: With how many seeds it runs.
-        recovered: Whether it is recovered, with the first seed; so are those that are compared.
+        recovered: Whether it is compared: measured before the variations and, with the first seed, recovered, too.
     """
 
     what: str

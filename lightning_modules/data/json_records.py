@@ -18,12 +18,13 @@ Record = tuple[Any, str, int]
 _READ = 1 << 16
 _DIGITS = 4000  # Python refuses to read longer integers, for the time it would take
 
-# Possessive (*+, ++): they never go back, so that a long string costs its length and no memory.
-_BODY = rb'(?:[^"\\\x00-\x1f]++|\\.)*+'  # of a string
+# Runs are possessive (++): they never go back, so that a long string costs its length and little memory. Groups are
+# not: Python 3.11.2 takes what the last, failed try of a possessive group has passed for a part of the match.
+_BODY = rb'(?:[^"\\\x00-\x1f]++|\\.)*'  # of a string
 _PLAIN = rb"\s:0-9+.\-EINaefilnrstuy"  # what numbers, true, false, null, NaN and Infinity consist of, and white space
 _IN_STRING = re.compile(_BODY, re.DOTALL)
-_IN_ARRAY = re.compile(rb'(?:[%b]++|"%b")*+' % (_PLAIN, _BODY), re.DOTALL)
-_IN_RECORD = re.compile(rb'(?:[%b,]++|"%b")*+' % (_PLAIN, _BODY), re.DOTALL)
+_IN_ARRAY = re.compile(rb'(?:[%b]++|"%b")*' % (_PLAIN, _BODY), re.DOTALL)
+_IN_RECORD = re.compile(rb'(?:[%b,]++|"%b")*' % (_PLAIN, _BODY), re.DOTALL)
 
 
 class Ambiguous(dict[str, Any]):
