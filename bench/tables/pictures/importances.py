@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from bench.report.palette import GREY, hue
+from bench.report.palette import hue
 from bench.tables.compare import lookup
 from bench.tables.pictures.picture import Numbers, Picture, figures_of
 
@@ -21,13 +22,18 @@ def _take(folder: Path) -> Numbers:
 
 
 def _draw(figure: Figure, numbers: Numbers) -> None:
-    axes, cells = figure.subplots(), numbers["cells"]
+    axes, dense = figure.subplots(), numbers["dense"]
+    cells = dict(sorted(numbers["cells"].items(), key=lambda cell: max(cell[1].values())))
     for index, allocation in enumerate(("Uniform", "Inverse", "Global")):
-        values = [one[allocation] for one in cells.values()]
-        axes.plot(values, range(len(cells)), "osD"[index], color=hue(index), label=allocation)
-    axes.axvline(numbers["dense"], color=GREY, linestyle="--", label="dense")
+        lost = [one[allocation] / dense - 1 for one in cells.values()]
+        # one below the other: equal values would hide each other
+        places = [place + 0.2 * (index - 1) for place in range(len(cells))]
+        axes.plot(lost, places, "osD"[index], markersize=4, color=hue(index), label=allocation)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.set_yticks(range(len(cells)), list(cells))
-    axes.set_title("perplexity, a quarter of the decoder removed")
+    axes.invert_yaxis()
+    axes.set_title("perplexity above dense, a quarter of the decoder removed")
     figure.legend(loc="outside right center", title="budget divided")
 
 

@@ -3,24 +3,28 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from bench.report.palette import GREY, hue
 from bench.tables.pictures.picture import Numbers, Picture, figures_of
 
 _LEVELS = {
-    "flat_none": "one group: fp32",
+    "flat_none": "fp32",
     "flat_int8": "int8 gradients",
     "flat_two_hops": "int8 gradients in two hops",
     "flat_within": "int8, backward gathers inside hosts",
     "flat_int8_both": "int8 gradients and parameters",
     "flat_differences": "two hops, int4 parameter differences",
-    "hsdp_none": "sharded inside hosts: fp32 between",
+    "hsdp_none": "fp32 between",
     "hsdp_int8": "int8 between",
     "hsdp_int4": "int4 between",
-    "ddp_none": "whole on each rank: fp32",
+    "ddp_none": "fp32",
     "ddp_int8": "int8, one group",
     "ddp_two_int8": "int8 between, reduced inside first",
 }
+
+
+_GROUPS = {"flat": "one group", "hsdp": "sharded inside hosts", "ddp": "whole on each rank"}
 
 
 def _take(folder: Path) -> Numbers:
@@ -32,17 +36,20 @@ def _take(folder: Path) -> Numbers:
 
 def _draw(figure: Figure, numbers: Numbers) -> None:
     titles = {"MB": "MB from host to host in a step", "s": "seconds of a step"}
+    groups = [method.partition("_")[0] for method in numbers]
     colours = {"flat": GREY, "hsdp": hue(0), "ddp": hue(1)}
     for axes, (field, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        colour = [colours[method.partition("_")[0]] for method in numbers]
-        bars = axes.barh(
-            [_LEVELS[method] for method in numbers], [one[field] for one in numbers.values()], color=colour
-        )
+        # groups stand apart, and methods of two groups have the same names
+        places = [place + 0.6 * list(colours).index(group) for place, group in enumerate(groups)]
+        values = [one[field] for one in numbers.values()]
+        bars = axes.barh(places, values, color=[colours[group] for group in groups])
         axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
         axes.margins(x=0.12)
         axes.set_title(title)
-        axes.tick_params(axis="y", labelsize=8)
+        axes.set_yticks(places, [_LEVELS[method] for method in numbers], fontsize=8)
     axes.invert_yaxis()
+    shown = [Patch(color=colours[group], label=label) for group, label in _GROUPS.items()]
+    figure.legend(handles=shown, loc="outside lower center", ncols=len(shown))
 
 
 PICTURE = Picture(
