@@ -43,6 +43,7 @@ KEPT = {
 }
 RISE = {"suffix-calibrated-1.7": 2.0}
 _CALIBRATED = "calibrated-"
+_LEFT_OUT = {"told": "the sentence that tells them", "beside": "another sentence as long"}
 _PROTECTED = 0.03  # of the tokens stays whatever its score
 Row = dict[str, Any]
 
@@ -58,6 +59,7 @@ class _Task:
         peers: Published methods by name; all where None.
         scorers: What else takes the calibrated schedules.
         distractors: See `TokenQuality`.
+        controls: See `TokenQuality`.
     """
 
     kind: str
@@ -66,13 +68,14 @@ class _Task:
     peers: tuple[str, ...] | None = None
     scorers: tuple[str, ...] = ("LastWindow", "Random")
     distractors: int = 0
+    controls: bool = False
 
 
 TASKS = {
     "needles": _Task("needles", 104, (2.0, 2.5), ("SnapKV",), ("Random",)),
     "needles-more": _Task("needles", 104, (2.0, 3.0, 3.5)),
     "needles-among-others": _Task("needles", 48, (2.0, 2.5), (), distractors=2),
-    "questions": _Task("questions", 200, (2.0, 2.5), ("SnapKV",)),
+    "questions": _Task("questions", 200, (2.0, 2.5), ("SnapKV",), controls=True),
 }
 
 
@@ -143,6 +146,7 @@ def _asked(
     arguments += ["--model.scorers", json.dumps([{"class_path": name} for name in task.scorers])]
     arguments += ["--model.peers", json.dumps(_peers(model, compared[0], task.peers))]
     arguments += ["--model.distractors", str(task.distractors), "--model.lengths", str(LENGTHS)]
+    arguments += ["--model.controls", str(task.controls).lower()]
     arguments += ["--model.known_only", "true", "--model.answers", str(folder / "answers.jsonl"), *cache]
     arguments += ["--data.train", str(texts["calibration"]), "--data.val", str(texts["asked"])]
     arguments += ["--data.tokenizer", str(model)]
@@ -237,6 +241,10 @@ def _answers(records: Path, model: Path, task: str, rows: Sequence[Row], commit:
         arm = _arm(row, names)
         details = {**row, "model": model.name, "measured_at": commit, "task": task, "arm": arm}
         _kept(records, f"{task}-{arm}", f"{task}: ", row["whole_right"], row["kept_right"], details)
+        if row["kept_read"] is not None and row["left_out"] != "told":
+            details = {**details, "task": f"{task}, not guessed"}
+            what = f"{task}, without those that it guesses: "
+            _kept(records, f"{task}-read-{arm}", what, row["read_right"], row["kept_read"], details)
         unseen = [count for kind, count in row["kinds"].items() if kind in FACTS and FACTS[kind].held_out]
         if row["scorer"].startswith(_CALIBRATED) and unseen:
             whole, kept = (sum(count[field] for count in unseen) for field in ("whole_right", "kept_right"))
@@ -248,6 +256,9 @@ def _answers(records: Path, model: Path, task: str, rows: Sequence[Row], commit:
 def _kept(records: Path, figure: str, what: str, whole: int, share: float, details: Row) -> None:
     scorer, wanted = details["scorer"], KEPT.get(figure)
     _, low, high = proportion(round(share * whole), max(whole, 1))
+    keeps = f"those that `{scorer}` keeps (bound {details['bound']:.2f}×, cache {100 * details['kv_share']:.0f} %)"
+    if details.get("left_out"):
+        keeps = f"those that it gives without {_LEFT_OUT[details['left_out']]}, too"
     reached = None
     if wanted is not None:
         asked = float(scorer.removeprefix(_CALIBRATED)) if scorer.startswith(_CALIBRATED) else 0.0
@@ -255,8 +266,7 @@ def _kept(records: Path, figure: str, what: str, whole: int, share: float, detai
     figures.append(
         records,
         figure=figure,
-        what=f"{what}of {whole} right answers of the unpruned model, those that `{scorer}` keeps "
-        f"(bound {details['bound']:.2f}×, cache {100 * details['kv_share']:.0f} %)",
+        what=f"{what}of {whole} right answers of the unpruned model, {keeps}",
         value=100 * share,
         spread=50 * (high - low),
         unit="%",

@@ -8,7 +8,8 @@ from bench.report.evidence import Evidence, run_name
 from bench.report.features.base import Axis, Case, Feature, Point, Speed
 from bench.report.values import Record, number, text
 
-_CONTROLS = ("random", "recency", "stride", "random_cache")  # what needs no look at the prompt
+_UNPRUNED = ("answer_left_out", "sentence_left_out")
+_CONTROLS = ("random", "recency", "stride", "random_cache", *_UNPRUNED)  # what needs no look at the prompt
 
 
 def _cases(evidence: Evidence) -> list[Case]:

@@ -33,6 +33,8 @@ _COLUMNS = {
     "prefill_share": "prefill time (share)",
 }
 
+_WHOLE = ("unpruned", "answer_left_out", "sentence_left_out")  # read without pruning
+
 
 @dataclass(frozen=True)
 class Point:
@@ -82,7 +84,7 @@ def section(evidence: Evidence) -> Section | None:
     rows = [[name, *(getattr(p, field) for field in _COLUMNS)] for name, points in shown for p in points]
     table = Table(["run", *_COLUMNS.values()], rows)
     said = f"{len(rows)} arms, {len({p.scorer for _, points in shown for p in points})} scorers."
-    best = max((p for _, ps in shown for p in ps if p.kept_right is not None and p.scorer != "unpruned"),
+    best = max((p for _, ps in shown for p in ps if p.kept_right is not None and p.scorer not in _WHOLE),
                key=lambda p: p.kept_right or 0.0, default=None)  # fmt: skip
     if best:
         said += f" Most answers stay with {best.scorer} on {best.task}: {best.kept_right:.0%}."

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.variants import Variant
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.peers import Peer
 from lightning_modules.token_pruning.prefill import PromptPruner
+from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
 
@@ -28,12 +29,21 @@ class Candidate:
         keep: What the schedule, or the peer, keeps; None where nothing is dropped.
         schedule: The schedule in words: its arguments that are not the defaults; of a peer, the peer's.
         pruner: None reads prompts whole.
+        left_out: A sentence that the prompt lacks: "told", the one that tells the answer, or "beside", another.
     """
 
     scorer: str
     keep: float | list[float] | None
     schedule: str
     pruner: PromptPruner | Peer | None
+    left_out: Literal["told", "beside"] | None = None
+
+    def reads(self, asked: Asked) -> Asked | None:
+        """The prompt that is put to it; None where the sentence to leave out is not known."""
+        if self.left_out is None:
+            return asked
+        tokens = asked.told if self.left_out == "told" else asked.beside
+        return None if tokens is None else asked.without(tokens)
 
     def bound(self, cost: Cost, length: int) -> float:
         """Greatest possible speed-up of the prefill of a prompt of `length` tokens."""
@@ -68,6 +78,11 @@ class Candidate:
 
 
 UNPRUNED = Candidate("unpruned", None, "", None)
+GUESSES = Candidate("answer_left_out", None, "", None, "told")
+"""The model itself, without the sentence that tells the answer: what it answers rightly all the same, it guesses."""
+
+CHANGES = Candidate("sentence_left_out", None, "", None, "beside")
+"""The model itself, without another sentence of that length: what any change of the prompt costs."""
 
 
 def of_schedules(schedules: Sequence[Schedule], scorers: Sequence[Scorer]) -> list[Candidate]:

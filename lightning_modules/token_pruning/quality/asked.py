@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Asked:
         depth: Where the answer begins, as a share of the prompt.
         others: What the text says of the same kind and the question does not: to come to one of these first is wrong.
         also: Other answers that are as right.
+        told: Tokens of the sentence that tells the answer, bool `[N]`; None where that is not known.
+        beside: Tokens of another sentence, as long as that one as nearly as any; None where there is none.
     """
 
     ids: Tensor
@@ -34,6 +37,13 @@ class Asked:
     depth: float
     others: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    told: Tensor | None = None
+    beside: Tensor | None = None
+
+    def without(self, left_out: Tensor) -> "Asked":
+        """The same question about a text that lacks these tokens, bool `[N]`."""
+        stays = ~left_out
+        return replace(self, ids=self.ids[stays], evidence=self.evidence[stays], told=None, beside=None)
 
 
 def render(
@@ -44,6 +54,7 @@ def render(
     kind: str,
     prefix: str = "",
     others: Iterable[str] = (),
+    told: tuple[int, int] | None = None,
 ) -> Asked:
     """Ask about a text: as a chat where the tokenizer has a template, else as plain text.
 
@@ -55,6 +66,7 @@ def render(
         kind: See `Asked`.
         prefix: The beginning of the answer, which the model goes on with; "" lets it answer freely.
         others: What else of the kind the text says.
+        told: Characters [start, end) of `text` that tell the answer, the answer among them.
 
     Raises:
         ValueError: The tokenizer cannot say which characters a token holds, or its template changes the text.
@@ -75,14 +87,34 @@ def render(
                 "the tokenizer's chat template changes what is said: the answer cannot be found in it again"
             )
         begins += prompt.index(content)
-    start, end = begins + span[0], begins + span[1]
     # a template writes the special tokens itself
     coded = tokenizer(prompt, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True)
-    # tokens that are parts of one character all have its place
-    evidence = torch.tensor([first < end and last > start for first, last in coded["offset_mapping"]])
+
+    def tokens_of(place: tuple[int, int]) -> Tensor:
+        start, said = begins + place[0], text[slice(*place)].rstrip()  # the space after a sentence is the next one's
+        end = start + len(said)
+        # tokens that are parts of one character all have its place
+        return torch.tensor([first < end and last > start for first, last in coded["offset_mapping"]])
+
+    evidence, beside = tokens_of(span), None if told is None else _beside(text, told)
     depth = int(evidence.int().argmax()) / len(evidence)
     rivals = tuple(sorted(other for other in others if other not in question))
-    return Asked(torch.tensor(coded["input_ids"]), evidence, text[span[0] : span[1]], kind, depth, rivals)
+    return Asked(
+        torch.tensor(coded["input_ids"]),
+        evidence,
+        text[span[0] : span[1]],
+        kind,
+        depth,
+        rivals,
+        told=None if told is None else tokens_of(told),
+        beside=None if beside is None else tokens_of(beside),
+    )
+
+
+def _beside(text: str, told: tuple[int, int]) -> tuple[int, int] | None:
+    """The sentence that is as long as what was told, as nearly as any; the first of equals."""
+    apart = [one for one in pairwise([0, *sentences(text), len(text)]) if one[1] <= told[0] or one[0] >= told[1]]
+    return min(apart, key=lambda one: abs((one[1] - one[0]) - (told[1] - told[0])), default=None)
 
 
 def sentences(text: str) -> list[int]:

@@ -19,7 +19,7 @@ from common.tables import Table, percent
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.identity import identity_of
 from lightning_modules.token_pruning.quality.answers import Answer, answer_in_full, is_right
-from lightning_modules.token_pruning.quality.arms import Candidate
+from lightning_modules.token_pruning.quality.arms import GUESSES, Candidate
 from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.measure import proportion
 
@@ -66,6 +66,8 @@ class Result(NamedTuple):
         whole_right: Whether the unpruned model's was.
         cached: Cache entries of the prompt, as a share of the unpruned model's.
         bound: Greatest possible speed-up of its prefill.
+        guessed: Whether the unpruned model's answer is right without the sentence that tells it; None where it was not
+            asked so.
     """
 
     asked: Asked
@@ -73,6 +75,7 @@ class Result(NamedTuple):
     whole_right: bool
     cached: float
     bound: float
+    guessed: bool | None = None
 
 
 def compare(
@@ -93,7 +96,7 @@ def compare(
         tokenizer: Its tokenizer.
         prompts: What is asked.
         lengths: Longest prompts of each class in the map.
-        arms: The first is the unpruned model.
+        arms: The first is the unpruned model; ``GUESSES`` comes next where it is among them.
         answers: Where they are kept.
         known_only: Put what the unpruned model answers wrongly to no other arm: nothing can be kept of it.
 
@@ -104,14 +107,17 @@ def compare(
     results: list[list[Result]] = [[] for _ in arms]
     with stage(f"Task {task}", len(prompts) * len(arms), "answers") as show:
         for number, asked in enumerate(prompts):
-            whole = False
+            whole, guessed = False, None
             for place, arm in enumerate(arms):
-                if known_only and arm.pruner is not None and not whole:
+                prompt = arm.reads(asked)
+                if prompt is None or (known_only and place and not whole):
                     continue
-                found = answers.of(model, tokenizer, asked, arm)
+                found = answers.of(model, tokenizer, prompt, arm)
                 right = is_right(asked, found.text)
-                whole = right if arm.pruner is None else whole
-                results[place].append(Result(asked, right, whole, found.cached, arm.bound(cost, len(asked.ids))))
+                whole = whole if place else right
+                guessed = right if arm == GUESSES else guessed
+                bound = arm.bound(cost, len(asked.ids))
+                results[place].append(Result(asked, right, whole, found.cached, bound, guessed))
                 show(number * len(arms) + place + 1)
     if not all(results):
         rank_zero_info(
@@ -125,18 +131,23 @@ def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Seq
 
     Returns:
         ``right``: share of right answers; ``kept_right``: of the unpruned model's right answers, those that are right
-        still (None where it had none); both with 95 % intervals over prompts. ``bound`` (FLOPs, mean over prompts),
-        ``kv_share``, ``samples``, ``whole_right`` (how many the unpruned model had right), ``map``: counts by length
-        and depth, and ``kinds``: counts by kind of question.
+        still (None where it had none); both with 95 % intervals over prompts. With ``GUESSES`` among the arms,
+        ``read_right``: how many of the unpruned model's right answers it does not give without the sentence that tells
+        them, and ``kept_read``: of these, those that are right still, with its interval. ``left_out``: see `Candidate`.
+        ``bound`` (FLOPs, mean over prompts), ``kv_share``, ``samples``, ``whole_right`` (how many the unpruned model
+        had right), ``map``: counts by length and depth, and ``kinds``: counts by kind of question.
     """
     right, low, high = proportion(sum(result.right for result in results), len(results))
     kept = [result.right for result in results if result.whole_right]
     kept_right, kept_low, kept_high = proportion(sum(kept), len(kept)) if kept else (None, None, None)
+    read = [result.right for result in results if result.whole_right and result.guessed is False]
+    kept_read, read_low, read_high = proportion(sum(read), len(read)) if read else (None, None, None)
     return {
         "task": task,
         "scorer": arm.scorer,
         "keep": arm.keep,
         "schedule": arm.schedule,
+        "left_out": arm.left_out,
         "samples": len(results),
         "right": right,
         "right_low": low,
@@ -145,6 +156,10 @@ def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Seq
         "kept_right": kept_right,
         "kept_right_low": kept_low,
         "kept_right_high": kept_high,
+        "read_right": len(read),
+        "kept_read": kept_read,
+        "kept_read_low": read_low,
+        "kept_read_high": read_high,
         "bound": sum(result.bound for result in results) / len(results),
         "kv_share": sum(result.cached for result in results) / len(results),
         "map": _map(results, lengths),
@@ -183,14 +198,18 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     costs = [[f"{row['bound']:.2f} ×", percent(row["kv_share"])] for row in rows]
     of_all = ["asked of these alone" if row["samples"] < rows[0]["samples"] else _share(row, "right") for row in rows]
     shares = _joined(costs, [[right, _share(row, "kept_right")] for right, row in zip(of_all, rows, strict=True)])
+    heads = ["scorer", "schedule", "bound", "KV", "right", "of the unpruned's"]
+    if any(row["kept_read"] is not None for row in rows):
+        heads.append("of those not guessed")
+        shares = _joined(shares, [["" if row["kept_read"] is None else _share(row, "kept_read")] for row in rows])
     places = [(field, value) for field in ("tokens", "depth") for value in sorted({c[field] for c in rows[0]["map"]})]
     counts = [[_count(row["map"], *place) for place in places] for row in rows]
-    heads = [f"≤ {value:,}" if field == "tokens" else f"from {value:.0%}" for field, value in places]
+    cells = [f"≤ {value:,}" if field == "tokens" else f"from {value:.0%}" for field, value in places]
     task, whole = rows[0]["task"], rows[0]["whole_right"]
     title = f"{task}: {rows[0]['samples']} prompts, {whole} answered rightly by the unpruned model"
     return [
-        Table(["scorer", "schedule", "bound", "KV", "right", "of the unpruned's"], _joined(names, shares), title),
-        Table(["scorer", "schedule", *heads], _joined(names, counts), f"{task}: right answers by tokens, and by depth"),
+        Table(heads, _joined(names, shares), title),
+        Table(["scorer", "schedule", *cells], _joined(names, counts), f"{task}: right answers by tokens, and by depth"),
         Table(["schedule", ""], [[number, words] for number, words in enumerate(schedules, 1)]),
     ]
 

@@ -12,7 +12,7 @@ from common.progress import stage
 from lightning_modules.loading import Dtype, check_vocabulary, load, load_config
 from lightning_modules.token_pruning.peers import Peer
 from lightning_modules.token_pruning.quality import asking, longbench
-from lightning_modules.token_pruning.quality.arms import UNPRUNED, of_files, of_peers, of_schedules
+from lightning_modules.token_pruning.quality.arms import CHANGES, GUESSES, UNPRUNED, of_files, of_peers, of_schedules
 from lightning_modules.token_pruning.quality.measure import Arm, read, savings, summarise
 from lightning_modules.token_pruning.quality.planted import plant
 from lightning_modules.token_pruning.quality.questions import find_questions
@@ -68,6 +68,9 @@ class TokenQuality(L.LightningModule):
         answers: File that free answers are appended to as they come; what it holds is not asked again.
         known_only: In tasks that ask, put what the unpruned model answers wrongly to no arm: where it knows little,
             most of the time goes into answers of which nothing can be kept.
+        controls: Ask needles and questions of the unpruned model twice more, for scale: without the sentence that tells
+            the answer, which says what it guesses, and without another one as long, which says what any change of a
+            prompt costs. Answers kept are then also counted of those that were not guessed.
         peers: Published ways to read or to keep less of a prompt, put beside the scorers in tasks that ask. They read
             one prompt at a time and sit out the others.
 
@@ -98,6 +101,7 @@ class TokenQuality(L.LightningModule):
         seed: int = 0,
         answers: str = "runs/answers.jsonl",
         known_only: bool = False,
+        controls: bool = False,
         peers: list[Peer] = [],  # noqa: B006
     ) -> None:
         super().__init__()
@@ -128,7 +132,7 @@ class TokenQuality(L.LightningModule):
         self.base, self.scorers, self.tasks, self.windows, self.suffix = base, scorers, tasks, windows, suffix
         self.lengths, self.prefix, self.distractors = lengths, prefix, distractors
         self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.answers, self.known_only = answers, known_only
+        self.answers, self.known_only, self.controls = answers, known_only, controls
         self.longbench, self.max_prompt = Path(longbench or "").expanduser(), max_prompt
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
@@ -224,6 +228,8 @@ class TokenQuality(L.LightningModule):
         else:
             prompts = find_questions(texts, data.tokenizer, self.lengths, self.windows, self.seed)
         arms = [arm for arm in self.arms if not arm.oracle]
+        if self.controls and task != "longbench_answers":  # whose answers need not stand in one sentence
+            arms[1:1] = [GUESSES, CHANGES]
         answers = asking.Answers(Path(self.answers), self.model, self.max_new_tokens)
         return asking.compare(task, self.model, data.tokenizer, prompts, self.lengths, arms, answers, self.known_only)
 

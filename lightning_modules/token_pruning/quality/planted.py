@@ -225,12 +225,14 @@ def _planted(
             answers.append(answer)
     said = [fact.sentence(*one) for one in zip(about, answers, strict=True)]
     at = [_nearest(places, depth * len(text)) for depth in depths]
-    begins = at[0] + said[0][1] + sum(len(said[i][0]) + 1 for i in range(1, len(at)) if at[i] < at[0])
+    told = at[0] + sum(len(said[i][0]) + 1 for i in range(1, len(at)) if at[i] < at[0])
+    begins = told + said[0][1]
     for i in sorted(range(len(at)), key=lambda i: (at[i], i), reverse=True):  # from the end, so that places hold
         text = f"{text[: at[i]]}{said[i][0]} {text[at[i] :]}"
     beginning = fact.said.format(about[0]) if prefix else ""
     span = (begins, begins + len(answers[0]))
-    return render(tokenizer, text, span, fact.asked.format(about[0]), kind, beginning, answers[1:])
+    sentence = (told, told + len(said[0][0]) + 1)
+    return render(tokenizer, text, span, fact.asked.format(about[0]), kind, beginning, answers[1:], sentence)
 
 
 def _nearest(places: Sequence[int], wanted: float) -> int:

@@ -66,12 +66,14 @@ class Found(NamedTuple):
         kind: Name of the rule.
         question: What it asks.
         span: Where in the passage the answer stands, [start, end).
+        told: Where what tells it stands, the answer in it.
         others: Of the answer's kind, in the passage too: names or years.
     """
 
     kind: str
     question: str
     span: tuple[int, int]
+    told: tuple[int, int]
     others: frozenset[str] = frozenset()
 
 
@@ -148,7 +150,7 @@ def _one_of(text: str, tokenizer: PreTrainedTokenizerBase, draw: random.Random) 
     if not kinds:
         return None
     found = draw.choice(kinds[draw.choice(sorted(kinds))])
-    return render(tokenizer, text, found.span, found.question, found.kind, others=found.others)
+    return render(tokenizer, text, found.span, found.question, found.kind, others=found.others, told=found.told)
 
 
 def ask(text: str) -> Iterator[Found]:
@@ -174,10 +176,13 @@ _OTHERS = {"speaker": 2, "year": 1, "place": 2, "agent": 2}
 
 
 def _spoken(text: str) -> Iterator[Found]:
+    ends = sentences(text)
     for match in _SPOKEN.finditer(text):
         if match["answer"] not in _NO_NAMES and text.count(match["line"]) == 1:
             line = " ".join(match["line"].split()).rstrip(" ,.")
-            yield Found("speaker", f'Who said "{line}"?', match.span("answer"))
+            begins = max((place for place in (0, *ends) if place <= match.start()), default=0)
+            told = (begins, min(place for place in (*ends, len(text)) if place >= match.end()))
+            yield Found("speaker", f'Who said "{line}"?', match.span("answer"), told)
 
 
 def _facts(text: str) -> Iterator[Found]:
@@ -189,4 +194,5 @@ def _facts(text: str) -> Iterator[Found]:
                 continue
             subject = re.sub("^(The|A|An) ", lambda article: article[0].lower(), match["subject"])
             first, last = match.span("answer")
-            yield Found(kind, f"{words} {match['was']} {subject} {match['done']}?", (start + first, start + last))
+            question = f"{words} {match['was']} {subject} {match['done']}?"
+            yield Found(kind, question, (start + first, start + last), (start, end))

@@ -46,7 +46,12 @@ def test_evidence_is_the_tokens_of_the_planted_value_and_no_others(kind_of, pref
         assert tokenizer.decode(asked.ids[places]).strip(' ".') == asked.answer
         for end in (places[1:], places[:-1]):  # each of them is needed
             assert asked.answer not in tokenizer.decode(asked.ids[end])
+        told, beside = (tokenizer.decode(asked.ids[part]).strip() for part in (asked.told, asked.beside))
+        assert told.startswith(FACTS[asked.kind].said.split("{}")[0]) and asked.answer in told and len(told) < 90
+        assert "Smith saw" in beside and not (asked.told & asked.beside).any()
         whole = tokenizer.decode(asked.ids)
+        assert asked.answer not in tokenizer.decode(asked.without(asked.told).ids)
+        assert len(asked.without(asked.beside).ids) == len(asked.ids) - int(asked.beside.sum())
         assert whole.count(asked.answer) == 1 and whole.index(asked.answer) < whole.index("Question: ")
         ending = whole[whole.index("?", whole.index("Question: ")) :]
         free = "?<|end|>\n<|assistant|>\n" if kind_of == "chatting" else "?\nAnswer:"

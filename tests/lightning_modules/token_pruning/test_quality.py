@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from lightning_modules.token_pruning.pruner import TokenPruner
 from lightning_modules.token_pruning.pruning_file import content
 from lightning_modules.token_pruning.quality import asking, longbench, tasks
 from lightning_modules.token_pruning.quality.answers import Answer, is_right
-from lightning_modules.token_pruning.quality.arms import UNPRUNED, in_words, of_peers, of_schedules
+from lightning_modules.token_pruning.quality.arms import CHANGES, GUESSES, UNPRUNED, in_words, of_peers, of_schedules
 from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.measure import Arm, interval, proportion, read, summarise
 from lightning_modules.token_pruning.quality.module import TokenQuality
@@ -240,6 +241,33 @@ def test_kept_answers_are_those_that_the_unpruned_model_had_right(monkeypatch, t
     assert places.rows[1][2:] == ["2/4", "3/4", "0/2", "1/2", "2/2", "2/2"]
     assert schedules.rows == [[1, in_words(SCHEDULE)]] and [row[1] for row in shares.rows] == ["", 1, 1]
     assert recency["schedule"] == "layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3" and recency["keep"] == 0.6
+
+
+def test_what_is_guessed_and_what_any_change_costs_stand_beside_what_is_kept(monkeypatch, tmp_path):
+    asked = []
+    for n, one in enumerate(prompts()):
+        told, beside = (torch.zeros(len(one.ids), dtype=torch.bool) for _ in range(2))
+        told[n : n + 5], beside[20 + n : 23 + n] = True, True
+        asked.append(replace(one, told=told, beside=beside if n else None))
+
+    def right(name, one):
+        n, short = int(one.answer[1:]), 60 - 20 * (int(one.answer[1:]) % 2 == 0) - len(one.ids)
+        known = {0: range(6), 5: range(2), 3: range(1, 6)}[short] if name == "unpruned" else range(1, 4)
+        return n in known
+
+    arms = [UNPRUNED, GUESSES, CHANGES, ARMS[1]]
+    rows, _ = compared(monkeypatch, tmp_path / "a", right, arms, asked)
+    assert [row["scorer"] for row in rows] == ["unpruned", "answer_left_out", "sentence_left_out", "random"]
+    assert [row["left_out"] for row in rows] == [None, "told", "beside", None]
+    whole, guesses, changes, random = rows
+    assert guesses["kept_right"] == 2 / 6 and changes["kept_right"] == 5 / 5 and changes["samples"] == 7
+    # those of w0 and w1 are guessed, and of the other four random keeps two
+    assert random["kept_right"] == 3 / 6 and (random["read_right"], random["kept_read"]) == (4, 2 / 4)
+    assert whole["kept_read"] is None and (random["kept_read_low"], random["kept_read_high"]) == proportion(2, 4)[1:]
+    assert asking.tables(rows)[0].headers[-1] == "of those not guessed"
+    assert asking.tables(rows)[0].rows[0][-1] == "" and asking.tables(rows)[0].rows[3][-1].startswith("50 %")
+    without, _ = compared(monkeypatch, tmp_path / "b", right, ARMS[:2], asked)
+    assert asking.tables(without)[0].headers[-1] == "of the unpruned's"
 
 
 def test_a_model_that_knows_nothing_keeps_nothing(monkeypatch, tmp_path):

@@ -105,6 +105,11 @@ def test_prompts_hold_their_answers_and_do_not_overlap(tokenizer):
         passage, _, question = text.partition("\n\nQuestion: ")
         line = question.split('"')[1]
         assert f"“{line},” said {asked.answer}." in passage and asked.answer not in question
+        told, other = (tokenizer.decode(asked.ids[part]).strip() for part in (asked.told, asked.beside))
+        assert told == f"“{line},” said {asked.answer}." and other in passage and abs(len(other) - len(told)) < 40
+        assert (
+            not (asked.told & asked.beside).any() and line not in tokenizer.decode(asked.without(asked.told).ids)[:-200]
+        )
         assert len(asked.others) > 1 and asked.answer not in asked.others
         assert all(other in passage and other not in question for other in asked.others)
         places.append((stream.index(passage), stream.index(passage) + len(passage)))
