@@ -2,10 +2,10 @@
 
 Schedules are calibrated for several speed-ups on the first text. On the second, facts are planted and asked for, some
 of kinds that calibration does not know, then facts among others of their kind, and questions that the text answers
-itself; every arm of a task gets the same prompts. Beside the calibrated arms stand random scores, the same schedule
-read by all heads (`LastWindow` as it is), and published methods at the share of the cache that the first arm leaves.
-The loss of plain text is measured on the third, a text of another kind. No two texts may share a document. Figures
-are appended as a task is finished; killed, the experiment goes on where it was.
+itself; every arm of a task gets the same prompts. Beside the calibrated arms stand random scores, an oracle, the same
+schedule read by all heads (`LastWindow` as it is), and published methods at the share of the cache that the first arm
+leaves. The loss of plain text is measured on the third, a text of another kind. No two texts may share a
+document. Figures are appended as a task is finished; killed, the experiment goes on where it was.
 """
 
 import itertools
@@ -44,6 +44,7 @@ KEPT = {
 RISE = {"suffix-calibrated-1.7": 2.0}
 _CALIBRATED = "calibrated-"
 _LEFT_OUT = {"told": "the sentence that tells them", "beside": "another sentence as long"}
+_GIVEN = {"SaliencyOracle": {"target": {"class_path": "FutureAttention"}}}  # a gradient takes several times that
 _PROTECTED = 0.03  # of the tokens stays whatever its score
 Row = dict[str, Any]
 
@@ -72,7 +73,7 @@ class _Task:
 
 
 TASKS = {
-    "needles": _Task("needles", 104, (2.0, 2.5), ("SnapKV",), ("Random",)),
+    "needles": _Task("needles", 104, (2.0, 2.5), ("SnapKV",), ("Random", "SaliencyOracle")),
     "needles-more": _Task("needles", 104, (2.0, 3.0, 3.5)),
     "needles-among-others": _Task("needles", 48, (2.0, 2.5), (), distractors=2),
     "questions": _Task("questions", 200, (2.0, 2.5), ("SnapKV",), controls=True),
@@ -143,7 +144,8 @@ def _asked(
     arguments = ["--model.base", str(model), "--model.tasks", f"[{task.kind}]", "--model.windows", str(task.prompts)]
     arguments += ["--model.pruners", json.dumps([str(_folder(folder, speedup)) for speedup in task.speedups])]
     arguments += ["--model.schedules", json.dumps(list(map(_configured, compared)))]
-    arguments += ["--model.scorers", json.dumps([{"class_path": name} for name in task.scorers])]
+    scorers = [{"class_path": name, "init_args": _GIVEN.get(name, {})} for name in task.scorers]
+    arguments += ["--model.scorers", json.dumps(scorers)]
     arguments += ["--model.peers", json.dumps(_peers(model, compared[0], task.peers))]
     arguments += ["--model.distractors", str(task.distractors), "--model.lengths", str(LENGTHS)]
     arguments += ["--model.controls", str(task.controls).lower()]

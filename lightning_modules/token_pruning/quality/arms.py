@@ -7,13 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from common.variants import Variant
 from lightning_modules.token_pruning.flops import Cost
 from lightning_modules.token_pruning.peers import Peer
 from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.quality.asked import Asked
+from lightning_modules.token_pruning.quality.tasks import Window
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Scorer
+from lightning_modules.token_pruning.scorers.oracle import Oracle
 
 FORMAT = 2
 """Of `Candidate.identity`: raise it when equal arguments come to drop other tokens, and all is asked again."""
@@ -55,6 +59,16 @@ class Candidate:
     def oracle(self) -> bool:
         """Whether it looks at what comes after the prompt."""
         return isinstance(self.pruner, PromptPruner) and self.pruner.scorer.oracle
+
+    def look(self, model: Any, tokenizer: Any, asked: Asked, answer: str) -> None:
+        """Show an oracle the answer that the unpruned model gives; others need no look."""
+        if not isinstance(self.pruner, PromptPruner) or not isinstance(self.pruner.scorer, Oracle):
+            return
+        said = tokenizer(answer, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]  # silence is one, too
+        device = model.get_input_embeddings().weight.device
+        prompt, response = asked.ids[None].to(device), torch.tensor([said], device=device)
+        layers = self.pruner.schedule.resolve(model.config.get_text_config().num_hidden_layers)
+        self.pruner.scorer.look(model, Window(prompt, response, response).samples(), layers)
 
     @cached_property
     def identity(self) -> list[Any]:

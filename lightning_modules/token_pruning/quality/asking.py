@@ -44,10 +44,21 @@ class Answers:
             rank_zero_info(record.passed_over(path, broken) + "; what they held is asked again")
         self._known = {line["key"]: Answer(line["said"], line["cached"]) for line in lines if "key" in line}
 
-    def of(self, model: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked, arm: Candidate) -> Answer:
-        """What the model says to a prompt, asked now unless it was before."""
+    def of(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked, arm: Candidate, whole: str = ""
+    ) -> Answer:
+        """What the model says to a prompt, asked now unless it was before.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            asked: The prompt.
+            arm: How it is read.
+            whole: What the unpruned model says to it; oracles look at that.
+        """
         key = _digest([self._model, asked.ids.tolist(), self.max_new_tokens, arm.identity])
         if key not in self._known:
+            arm.look(model, tokenizer, asked, whole)
             found = answer_in_full(model, tokenizer, asked, arm.pruner, self.max_new_tokens)
             line: dict[str, Any] = {"key": key, "scorer": arm.scorer, "schedule": arm.schedule}
             line |= {"kind": asked.kind, "tokens": len(asked.ids), "depth": asked.depth, "answer": asked.answer}
@@ -107,14 +118,14 @@ def compare(
     results: list[list[Result]] = [[] for _ in arms]
     with stage(f"Task {task}", len(prompts) * len(arms), "answers") as show:
         for number, asked in enumerate(prompts):
-            whole, guessed = False, None
+            whole, guessed, said = False, None, ""
             for place, arm in enumerate(arms):
                 prompt = arm.reads(asked)
                 if prompt is None or (known_only and place and not whole):
                     continue
-                found = answers.of(model, tokenizer, prompt, arm)
+                found = answers.of(model, tokenizer, prompt, arm, said)
                 right = is_right(asked, found.text)
-                whole = whole if place else right
+                whole, said = (whole, said) if place else (right, found.text)
                 guessed = right if arm == GUESSES else guessed
                 bound = arm.bound(cost, len(asked.ids))
                 results[place].append(Result(asked, right, whole, found.cached, bound, guessed))
@@ -148,6 +159,7 @@ def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Seq
         "keep": arm.keep,
         "schedule": arm.schedule,
         "left_out": arm.left_out,
+        "oracle": arm.oracle,
         "samples": len(results),
         "right": right,
         "right_low": low,

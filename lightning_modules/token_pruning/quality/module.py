@@ -45,7 +45,7 @@ class TokenQuality(L.LightningModule):
     Args:
         base: Hugging Face folder, GGUF file or hub name of the model.
         schedule: Where to prune; its shares are replaced by those of ``keep``. None is the default schedule.
-        scorers: What to compare. Oracles, which must see a response, sit out tasks that ask.
+        scorers: What to compare. In tasks that ask, oracles are shown the unpruned model's own answer.
         keep: Shares that every stage keeps.
         tasks: "suffix" (the end of a text), "repeated" (a passage of the prompt comes again), "response" (the data's
             own prompts and responses: recall, instructions), "longbench" (a file), "needles" (facts planted in the
@@ -227,7 +227,7 @@ class TokenQuality(L.LightningModule):
             )
         else:
             prompts = find_questions(texts, data.tokenizer, self.lengths, self.windows, self.seed)
-        arms = [arm for arm in self.arms if not arm.oracle]
+        arms = list(self.arms)
         if self.controls and task != "longbench_answers":  # whose answers need not stand in one sentence
             arms[1:1] = [GUESSES, CHANGES]
         answers = asking.Answers(Path(self.answers), self.model, self.max_new_tokens)

@@ -27,11 +27,13 @@ from lightning_modules.token_pruning.quality.arms import CHANGES, GUESSES, UNPRU
 from lightning_modules.token_pruning.quality.asked import Asked
 from lightning_modules.token_pruning.quality.measure import Arm, interval, proportion, read, summarise
 from lightning_modules.token_pruning.quality.module import TokenQuality
+from lightning_modules.token_pruning.quality.planted import plant
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.blocks import Blocks
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
 from lightning_modules.token_pruning.scorers.learned import Learned
+from lightning_modules.token_pruning.scorers.oracle import Oracle
 from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.scorers.recency import Recency
 from lightning_modules.token_pruning.scorers.saliency import SaliencyOracle
@@ -270,6 +272,30 @@ def test_what_is_guessed_and_what_any_change_costs_stand_beside_what_is_kept(mon
     assert asking.tables(without)[0].headers[-1] == "of the unpruned's"
 
 
+class Looking(Oracle):
+    """Remembers what it is shown."""
+
+    def __init__(self):
+        self.shown = []
+
+    def measure(self, model, samples, layers):
+        self.shown.append(samples)
+        return {layer: torch.zeros(samples.prompt.shape) for layer in layers}
+
+
+def test_oracles_are_shown_what_the_unpruned_model_answers(tmp_path):
+    tokenizer, model, oracle = train_bpe(iter([TOLD]), 400), shared("llama", vocab_size=400), Looking()
+    answers = asking.Answers(tmp_path / "a", model, 4)
+    arms = [UNPRUNED, *of_schedules([SCHEDULE], [oracle])]
+    (asked,) = plant(TOLD, tokenizer, [500], 1)
+    for _ in range(2):  # what is known needs no look
+        asking.compare("needles", model, tokenizer, [asked], [500], arms, answers)
+    whole = answers.of(model, tokenizer, asked, UNPRUNED).text
+    (shown,) = oracle.shown
+    assert shown.input_ids[0, : len(asked.ids)].equal(asked.ids) and shown.prompt.sum() == len(asked.ids)
+    assert whole and tokenizer.decode(shown.labels[0, len(asked.ids) :]) == whole
+
+
 def test_a_model_that_knows_nothing_keeps_nothing(monkeypatch, tmp_path):
     rows, _ = compared(monkeypatch, tmp_path / "a", lambda name, asked: False, ARMS)
     assert all(row["kept_right"] is None and row["whole_right"] == 0 for row in rows)
@@ -406,12 +432,15 @@ def test_the_command_asks_needles_and_questions(tmp_path, capsys):
     rows = bench.verify(data, torch.device("cpu"))["token_quality"]
     json.dumps(rows)
     assert [(r["task"], r["scorer"]) for r in rows] == [
-        (task, scorer) for task in ("needles", "questions") for scorer in ("unpruned", "random", "random")
+        (task, scorer)
+        for task in ("needles", "questions")
+        for scorer in ("unpruned", *("random", "oracle_future_attention") * 2)
     ]
-    for whole, gentle, hard in (rows[:3], rows[3:]):
+    assert [row["oracle"] for row in rows] == [False, *(False, True) * 2] * 2
+    for whole, gentle, _, hard, _ in (rows[:5], rows[5:]):
         assert whole["bound"] == whole["kv_share"] == 1.0 < gentle["bound"] < hard["bound"]
         assert hard["kv_share"] < gentle["kv_share"] < 0.9 and {row["samples"] for row in (whole, gentle, hard)} == {2}
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 20
     shown = capsys.readouterr().out
     for task in ("needles", "questions"):
         assert f"{task}: 2 prompts" in shown and f"{task}: right answers by tokens" in shown
