@@ -1,6 +1,7 @@
 """What a pretrained model's perplexity costs in bits of a pruned weight, by pattern."""
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -8,58 +9,65 @@ from bench.report.palette import GREY, hue
 from bench.tables.pictures.picture import Numbers, Picture, figures_of
 
 _TEXTS = {"wikitext2": "WikiText-2", "novel": "a novel"}
-_KINDS = {  # by how the names of arms begin, and how they are drawn
-    "mix": ("the best mix of tiers found", "*"),
-    "tiers": ("three tiers by the schedule", "s"),
-    "2:4": ("2:4", "o"),
-    "4:8": ("4:8", "D"),
-    "unstructured": ("unstructured", "^"),
+_KINDS = {  # by how the names of arms begin
+    "mix": "the best mix of tiers found",
+    "tiers": "three tiers by the schedule",
+    "2:4": "2:4",
+    "4:8": "4:8",
+    "unstructured": "unstructured",
 }
-_TICKS = (1, 2, 3, 4, 5, 7, 10, 20, 50, 100, 1000)
-_METHODS = {"sparsegpt": hue(0), "wanda": hue(1), "ria": hue(2), "magnitude": hue(3)}
+_TICKS = (1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100, 1000)
+_METHODS = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "ria": "RIA", "magnitude": "size of weights"}
 
 
 def _take(folder: Path) -> Numbers:
-    """By text: of every arm its kind, method, bits, perplexity over dense and spread."""
-    points: dict[str, list[list[object]]] = {text: [] for text in _TEXTS}
+    """By arm in words: bits of a weight, and by text the perplexity over dense and its spread."""
+    arms: Numbers = {}
     for one in figures_of(folder, "block_peers.jsonl").values():
         row = one["details"]
         kind = next((kind for kind in _KINDS if str(row.get("arm", "")).startswith(kind)), None)
-        if kind is None or row.get("bits") is None or row["tuned_tokens"] or row["text"] not in points:
+        if kind is None or row.get("bits") is None or row["tuned_tokens"] or row["text"] not in _TEXTS:
             continue
-        method = str(row["arm"]).rpartition("-")[2]
-        method = method if method in _METHODS else "sparsegpt"  # mixes
-        points[row["text"]].append([kind, method, row["bits"], one["value"], one["spread"] or 0.0])
-    return dict(points)
+        method = _METHODS.get(str(row["arm"]).rpartition("-")[2], "SparseGPT")  # mixes
+        arm = arms.setdefault(str(row["arm"]), {"label": f"{_KINDS[kind]}, {method}", "bits": row["bits"], "texts": {}})
+        arm["texts"][row["text"]] = [one["value"], one["spread"] or 0.0]
+    return dict(sorted(arms.items(), key=lambda arm: min(value for value, _ in arm[1]["texts"].values())))
 
 
 def _draw(figure: Figure, numbers: Numbers) -> None:
-    for axes, (text, points) in zip(figure.subplots(1, 2, sharey=True), numbers.items(), strict=True):
-        for kind, method, bits, value, spread in points:
-            marker = _KINDS[kind][1]
-            size = 11 if marker == "*" else 6
-            axes.errorbar(bits, value, yerr=spread, marker=marker, markersize=size, color=_METHODS[method])
-        axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
-        axes.set_yscale("log")
-        most = max((point[3] for point in points), default=1.0)
-        ticks = [tick for tick in _TICKS if tick <= 1.2 * most]
-        axes.set_yticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("bits a pruned weight takes, of 16")
-        axes.set_title(f"perplexity, times the dense model's: {_TEXTS[text]}")
-    kinds = {kind for points in numbers.values() for kind, *_ in points}
-    methods = {method for points in numbers.values() for _, method, *_ in points}
-    shapes = [axes.plot([], [], _KINDS[k][1], color=GREY, label=_KINDS[k][0])[0] for k in _KINDS if k in kinds]
-    colours = [axes.plot([], [], "o", color=c, label=m)[0] for m, c in _METHODS.items() if m in methods]
-    figure.legend(handles=[*shapes, *colours], loc="outside right center")
+    axes, arms = figure.subplots(), list(numbers.values())
+    for index, (text, label) in enumerate(_TEXTS.items()):
+        places = [place + 0.24 * index - 0.12 for place in range(len(arms))]
+        values, spreads = zip(*(arm["texts"][text] for arm in arms), strict=True)
+        style: dict[str, Any] = {
+            "marker": "os"[index],
+            "markersize": 4,
+            "linestyle": "",
+            "capsize": 2,
+            "color": hue(index),
+        }
+        axes.errorbar(values, places, xerr=spreads, label=label, zorder=3, **style)
+        for value, place in zip(values, places, strict=True):
+            axes.annotate(f"{value:.2f}", (value, place), (8, -2.5), textcoords="offset points", fontsize=7)
+    axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    most = max(value for arm in arms for value, _ in arm["texts"].values())
+    ticks = [tick for tick in _TICKS if tick <= 1.3 * most]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(0.95, 1.25 * most)
+    axes.set_yticks(range(len(arms)), [f"{arm['label']}: {arm['bits']:.2f} bits" for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set_title("perplexity, times the dense model's")
+    figure.legend(loc="outside lower center", ncols=2)
 
 
 PICTURE = Picture(
     85,
-    "What a pruned weight takes in a file, and what that costs a pretrained chat model in perplexity, nothing trained: "
-    "patterns, and the methods that choose within them. Bars are seeds.",
+    "What a pruned weight takes in a file, of 16 bits, and what that costs a pretrained chat model in perplexity, "
+    "nothing trained: patterns, and the methods that choose within them. Bars are seeds.",
     _take,
     _draw,
     "block_sparsity.md",
-    (9.6, 3.2),
+    (8.4, 3.4),
 )
