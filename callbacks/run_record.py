@@ -156,6 +156,7 @@ class RunRecord(Measurement):
         fields = {
             **(dict.fromkeys(schema.REQUIRED) | _NATIVE if training else {}),
             **self._identity(trainer, pl_module, data),
+            **record.link(),
             **record.stamp(),
             **measured,
         }

@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 
 from bench.network.launch import Host, run_hosts, stop_signals_raise
-from bench.network.link import RATE_VARIABLE
 from common.records import record
 from common.tables import Table
 
@@ -91,14 +90,14 @@ def _start(ranks: int, arguments: list[str]) -> int:
 def _record(points: list[dict[str, Any]], backend: str, device: str, world_size: int) -> dict[str, Any]:
     from bench.network import collectives as measuring
 
-    rate = os.environ.get(RATE_VARIABLE)
     return {
         "kind": "collectives",
         "backend": backend,
         "device": device,
         "world_size": world_size,
-        "link_rate": rate,
-        "link_emulated": True if rate else None,
+        "link_rate": None,
+        "link_emulated": None,
+        **record.link(),
         "points": points,
         "summary": measuring.summary(points),
         "peer_bandwidth": measuring.peer_copies(),

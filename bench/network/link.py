@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 
 from bench.network.launch import Host, Outcome, StopRequested, run_hosts, stop_signals_raise
+from common.records import record
 
 INTERFACE = "eth0"
-RATE_VARIABLE = "PARE_LINK_RATE"  # tells a command on an emulated host how fast its link is
 MASTER_PORT = 29500  # free by construction: each host has its own port space
 _PREFIX = "pare"
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)")
@@ -255,13 +255,14 @@ def _run(
     command: Sequence[str], rate: str, hosts: int, delay: str | None, ranks: int
 ) -> tuple[Outcome, list[dict[str, int]]]:
     """Set up, run, clean up; the outcome and each host's traffic while the command ran."""
+    cable = {record.LINK_RATE: rate, **({record.LINK_DELAY: delay} if delay else {})}
     with emulated_network(hosts, rate, delay) as names:
         before = [interface_bytes(name) for name in names]
         outcome = run_hosts(
             [
                 Host(
                     ["ip", "netns", "exec", name, *command],
-                    {**rank_environment(i, hosts, local, ranks), RATE_VARIABLE: rate},
+                    {**rank_environment(i, hosts, local, ranks), **cable},
                     f"rank {i * ranks + local}" if ranks > 1 else f"host {i}",
                 )
                 for i, name in enumerate(names)

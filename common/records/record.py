@@ -24,6 +24,7 @@ from common.records import machine
 from common.records.schema import OPTIONAL, REQUIRED, Field
 
 DIGEST = "digest"
+LINK_RATE, LINK_DELAY = "PARE_LINK_RATE", "PARE_LINK_DELAY"  # of the link between emulated hosts, for what runs there
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -78,6 +79,20 @@ def stamp() -> dict[str, Any]:
         "versions": machine.versions(),
         "machine": machine.identity(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def link() -> dict[str, Any]:
+    """The fields about the emulated link that this process was started on, see `schema.OPTIONAL`; none without."""
+    rate = os.environ.get(LINK_RATE)
+    if rate is None:
+        return {}
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return {
+        "link_rate": rate,
+        "link_delay": os.environ.get(LINK_DELAY),
+        "link_emulated": True,
+        "ranks_per_host": ranks,
     }
 
 

@@ -1,12 +1,14 @@
 """What the report computes, apart from drawing it."""
 
 import math
+from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from bench import report
 from bench.report import drawing, export, groups, values
 from bench.report.content import Chart
 from bench.report.evidence import sort
@@ -15,6 +17,7 @@ from bench.report.palette import HUES, Colours
 from bench.report.sections import breakdown, curves, prefill, quality, rates, scaling, tiers
 from common.tables import Table
 from tests.bench import report_records as synthetic
+from tests.conftest import ROOT
 
 
 def run(method="none", **fields):
@@ -212,6 +215,33 @@ def test_runs_that_differ_in_more_than_the_seed_stay_apart():
     assert [len(one.records) for one in found] == [2, 2, 2] and len({one.method for one in found}) == 3
     rates = [base | {"config": f"model:\n  init_args:\n    learning_rate: {rate}\n"} for rate in ("1.0e-3", "0.002")]
     assert [one.setting["learning rate"] for one in groups.group(rates)] == ["0.001", "0.002"]
+
+
+def test_what_decides_a_result_keeps_runs_apart():
+    base = synthetic.template()
+    ways = [{}, {"ranks_per_host": 2}, {"val_stride": 64}, {"link_rate": "1gbit"}]
+    ways += [{"config": "trainer:\n  num_nodes: 2\n"}]
+    assert [len(one.records) for one in groups.group([base | way for way in ways])] == [1] * len(ways)
+    assert link_label({"world_size": 2, "config": "trainer:\n  num_nodes: '2'\n"}) == "between 2 machines"
+    assert link_label({"world_size": 2, "config": "trainer:\n  num_nodes: 1\n"}) == "none"
+
+
+def test_recorded_runs_of_one_machine_and_of_two_hosts_are_no_seeds():
+    found = report.read(Path(ROOT) / "docs/results/records/profile.jsonl")[0].groups
+    assert sorted(run["run_name"] for one in found for run in one.records) == [
+        "profile_1_rank",
+        "profile_2_hosts_1gbit",
+        "profile_2_ranks",
+    ]
+    assert len(found) == 3
+
+
+def test_runs_of_other_features_are_no_training_compared():
+    trained = run(val_ppl=30.0)
+    other = [{**trained, name: {}} for name in ("structure", "tiers", "recovery", "ladder", "calibration")]
+    other += [{**trained, "token_quality": []}, {**trained, "compress_method": None}]
+    (found,) = sort([trained, *other]).groups
+    assert len(found.records) == 1
 
 
 def test_no_line_of_scaling_is_made_of_runs_whose_link_was_not_there():

@@ -190,6 +190,17 @@ def test_two_files_are_compared_figure_by_figure_and_run_by_run():
     assert comparison.section(old) is None
 
 
+def test_runs_of_two_machines_are_never_averaged():
+    run = {**synthetic.varied(36)[33], "step_time_ms_p50": 100.0}
+    slow = {**run, "step_time_ms_p50": 300.0, "machine": {"cpu": "slow"}}
+    pairs, only = _compared(sort([slow, run]), sort([{**run, "step_time_ms_p50": 200.0}])).blocks
+    assert [row[2].mean for row in pairs.table.rows if row[1] == "step time (ms)"] == [200.0]
+    assert [row[3].mean for row in pairs.table.rows if row[1] == "step time (ms)"] == [100.0]
+    assert [row[1] for row in only.table.rows] == ["this file"]
+    (elsewhere,) = _compared(sort([slow]), sort([run])).blocks
+    assert {row[6] for row in elsewhere.table.rows} == {"another machine; no spread in the other file and this file"}
+
+
 def test_without_known_spreads_nobody_knows_whether_something_changed():
     run = {**synthetic.varied(36)[33], "step_time_ms_p50": 100.0}
     old = sort([figure("f", 2.0, "e", spread=0.1), figure("g", 2.0, "e", spread=0.1, machine={"cpu": "old"}), run])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 import warnings
 from types import SimpleNamespace
@@ -145,10 +146,9 @@ def test_a_network_interface_that_is_not_there_is_named():
 
 def _recorded(folder):
     path = f"{folder}/results.jsonl"
-    guard = GradientGuard()
-    _fit(
-        [Throughput(2), TrafficMonitor(2), guard, TimeToQuality(30.0, 1e9), RunRecord(path, "a")], folder, **_VALIDATED
-    )
+    callbacks = [Throughput(2), TrafficMonitor(2), GradientGuard(), TimeToQuality(30.0, 1e9), RunRecord(path, "a")]
+    with mock.patch.dict(os.environ, {record.LINK_RATE: "1gbit"}):  # as `bench link` does
+        _fit(callbacks, folder, **_VALIDATED)
     if torch.distributed.get_rank() > 0:
         return None
     with open(path) as file:
@@ -163,6 +163,7 @@ def test_the_record_holds_what_every_callback_measured(two_ranks, tmp_path):
     assert fields["run_name"] == "a" and fields["compress_method"] == "int8" and fields["steps"] == 8
     assert fields["compress_config"] == {"block_size": 256, "stochastic": False}
     assert "residual_norm" not in fields  # no error feedback
+    assert fields["link_rate"] == "1gbit" and fields["link_emulated"] is True
     assert [point["step"] for point in fields["val_curve"]] == [2, 4, 6, 8]
     assert fields["val_ppl"] == pytest.approx(100 / 9)
     # 100/3 at step 2 misses the target of 30, 100/5 at step 4 meets it

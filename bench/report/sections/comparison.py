@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from bench.report.content import Section, Sheet
@@ -64,32 +65,42 @@ def _figures(new: Evidence, old: Evidence, lonely: list[list[Any]]) -> Sheet | N
 def _runs(new: Evidence, old: Evidence, lonely: list[list[Any]]) -> Sheet | None:
     ours = {id(run) for one in new.groups for run in one.records}
     every = group([run for one in (*old.groups, *new.groups) for run in one.records])  # names depend on all of them
-    found: dict[tuple[str, ...], dict[bool, list[Record]]] = {}
-    names: dict[tuple[str, ...], Group] = {}
+    found: dict[tuple[str, ...], dict[bool, dict[str, Group]]] = {}  # by setting, side and machine
     for one in every:
-        key = _key(one)
-        names.setdefault(key, one)
-        for run in one.records:
-            found.setdefault(key, {}).setdefault(id(run) in ours, []).append(run)
+        sides = found.setdefault(_key(one), {False: {}, True: {}})
+        for side, machines in sides.items():
+            if records := [run for run in one.records if (id(run) in ours) == side]:
+                machines[one.setting["machine"]] = replace(one, records=records)
     rows: list[list[Any]] = []
-    for key, sides in found.items():
-        one = names[key]
-        what = f"{one.method}, {one.where(('model', 'engine', 'ranks', 'link', 'steps'))}"
-        if len(sides) < 2:
-            lonely.append([f"runs of {what}", "this file" if True in sides else "the other file"])
-            continue
-        before, after = (Group(one.method, one.setting, sides[side], one.uncompressed) for side in (False, True))
-        elsewhere = len({g.setting["machine"] for g in every if _key(g) == key}) > 1
-        for name, read in _MEASURES.items():
-            pair = read(before), read(after)
-            if any(pair):
-                rows.append([what, name, *pair, _percent(*pair), _beyond(*pair), _remarks(*pair, elsewhere)])
+    for sides in found.values():
+        pairs = _pairs(sides[False], sides[True])
+        paired = {id(one) for pair in pairs for one in pair}
+        for side, machines in sides.items():
+            left = [f"runs of {_what(one)}" for one in machines.values() if id(one) not in paired]
+            lonely += [[what, "this file" if side else "the other file"] for what in left]
+        for before, after in pairs:
+            elsewhere = before.setting["machine"] != after.setting["machine"]
+            for name, read in _MEASURES.items():
+                pair = read(before), read(after)
+                if any(pair):
+                    remarks = _remarks(*pair, elsewhere)
+                    rows.append([_what(after), name, *pair, _percent(*pair), _beyond(*pair), remarks])
     if not rows:
         return None
     ways = count(len({row[0] for row in rows}), "way")
     said = f"{ways} of training in both: of {len(rows)} measurements {_counted([row[5] for row in rows])}."
     headers = ["runs", "measured", "other file", "this file", "change (%)", "beyond the spread", "remarks"]
     return Sheet("compared-runs", "Runs in both", Table(headers, rows), "", said, "measured")
+
+
+def _pairs(old: dict[str, Group], new: dict[str, Group]) -> list[tuple[Group, Group]]:
+    """The groups of each machine that both sides have; without such a machine, the last of each side."""
+    same = [(old[name], one) for name, one in new.items() if name in old]
+    return same or ([([*old.values()][-1], [*new.values()][-1])] if old and new else [])
+
+
+def _what(one: Group) -> str:
+    return f"{one.method}, {one.where(('model', 'engine', 'ranks', 'link', 'steps'))}"
 
 
 def _key(one: Group) -> tuple[str, ...]:

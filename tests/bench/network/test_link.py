@@ -28,6 +28,7 @@ if rank == 0:
 else:
     dist.recv(block, 0)
     assert block.sum() == 0
+assert os.environ["PARE_LINK_RATE"] == "400mbit"
 os.write(1, f"rank {rank} of {size} local {os.environ['LOCAL_RANK']} group {os.environ['GROUP_RANK']}\\n".encode())
 dist.barrier()
 dist.destroy_process_group()

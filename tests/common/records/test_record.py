@@ -210,6 +210,18 @@ def test_git_state_tells_commit_dirt_and_absence(tmp_path):
     assert machine.git_state(code) == {**clean, "git_dirty": True}
 
 
+def test_a_run_between_emulated_hosts_says_so(monkeypatch):
+    for name in (record.LINK_RATE, record.LINK_DELAY, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert record.link() == {}
+    monkeypatch.setenv(record.LINK_RATE, "1gbit")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    told = {"link_rate": "1gbit", "link_delay": None, "link_emulated": True, "ranks_per_host": 2}
+    assert record.link() == told and not record.check_types(told, schema.OPTIONAL)
+    monkeypatch.setenv(record.LINK_DELAY, "1ms")
+    assert record.link()["link_delay"] == "1ms"
+
+
 def test_stamp_is_storable_and_names_no_host(tmp_path):
     stamp = record.stamp()
     record.validate({**RUN, **stamp, "config": {"a": 1}})
