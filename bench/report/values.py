@@ -90,6 +90,11 @@ def text(value: Any) -> str:
     return " ".join(cell(value).split()) or NOT_RECORDED
 
 
+def shares(keep: Any) -> str:
+    """What stays at each stage of a prompt: "0.5", or "0.3, 0.1" where stages differ; "" where it is not a share."""
+    return "" if keep is None else text(keep)
+
+
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """ "1 run", "2 runs"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

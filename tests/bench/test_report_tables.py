@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench.report import build, columns, page, palette
+from bench.report import build, columns, drawing, page, palette
 from bench.report.content import LONG, Sheet
 from bench.report.drawing import label
 from bench.report.evidence import sort
@@ -12,7 +12,7 @@ from bench.report.features import blocks, gradients, structure, tokens
 from bench.report.features.base import Case, Point, Speed, verdict
 from bench.report.groups import UNCOMPRESSED
 from bench.report.provenance import ranges
-from bench.report.sections import breakdown, comparison
+from bench.report.sections import breakdown, comparison, frontier
 from bench.report.values import Spread
 from common.tables import NOT_RECORDED, Table
 from tests.bench import report_records as synthetic
@@ -80,7 +80,7 @@ def test_a_setting_that_was_not_recorded_is_not_told():
 
 
 def test_the_verdict_is_the_largest_saving_that_keeps_the_quality():
-    points = [Point("weak", 1.5, 99.0), Point("good", 2.0, 96.0), Point("bold", 3.0, 60.0),
+    points = [Point("weak", 1.5, 99.0), Point("good", 2.0, 96.0, records=({},)), Point("bold", 3.0, 60.0),
               Point("random", 2.05, 12.0, control=True), Point("worse", 1.9, 95.5)]  # fmt: skip
     case = Case("model, needles", points)
     said = verdict(tokens.FEATURE, [case], [Speed("reading", "m", 1.9, 2.0), Speed("reading", "m", 9.0, 2.0)])
@@ -90,7 +90,11 @@ def test_the_verdict_is_the_largest_saving_that_keeps_the_quality():
     counted = verdict(tokens.FEATURE, [Case("m, t", [Point("good", 2.0, 96.0, arithmetic=True)])], [])
     assert counted.claim == "With 2.0 × less arithmetic in prefill 96 % of the answers stay."
     bad = verdict(tokens.FEATURE, [Case("m, t", points[2:4])], [])
-    assert bad.claim.startswith("No measured way keeps 95 % of the answers: at 3.0 ×") and "No record" in bad.speed
+    assert bad.claim.startswith("On m, t, no measured way keeps 95 % of the answers: at 3.0 ×")
+    assert "No record" in bad.speed
+    kept = verdict(tokens.FEATURE, [Case("m, t", points[2:4]), Case("n, t", points[:2])], [])
+    assert kept.claim.endswith("60 % of the answers stay; on n, t: at 2.0 × prefill 96 % of the answers stay.")
+    assert len(kept.records) == 1
 
 
 def test_the_speed_that_is_told_is_the_newest_of_its_kind_and_no_luckier_than_its_bound():
@@ -136,6 +140,22 @@ def test_answers_of_a_real_model_are_points_chance_beside_them():
         ("calibrated", 96.0, False),
         ("random", 30.0, True),
     ]
+
+
+def test_schedules_with_a_share_for_every_stage_are_points_and_drawn():
+    timed = {"task": "suffix", "nll_rise": 0.1, "accuracy": 0.45, "prefill_ms": 5.0, "prefill_ms_unpruned": 10.0}
+    rows = [{**timed, "scorer": "calibrated", "keep": [0.3, 0.1]}, {**timed, "scorer": "tokens", "keep": None}]
+    evidence = sort([{**synthetic.template(), "token_quality": [*synthetic.TOKEN_QUALITY, *rows]}])
+    (case,) = tokens.FEATURE.cases(evidence)
+    assert [(p.name, p.saving, p.quality) for p in case.points[-2:]] == [
+        ("calibrated, keep 0.3, 0.1", 2.0, 90.0),
+        ("tokens", 2.0, 90.0),
+    ]
+    assert len(case.points) == 4  # without the unpruned one and the oracle
+    chart, table = frontier.section(evidence).blocks
+    assert ["suffix", "calibrated", "0.3, 0.1", 0.5, 0.1] in chart.data.rows
+    assert [row[3] for row in table.table.rows] == [None, 0.7, 0.5, 0.7, "0.3, 0.1", None]
+    drawing.render(chart)
 
 
 def test_what_was_tuned_is_not_compared_with_what_was_not():

@@ -186,11 +186,24 @@ def verdict(feature: Feature, cases: Sequence[Case], speeds: Sequence[Speed]) ->
     control, again = _control(feature, cases[0], point), _elsewhere(cases, point)
     told = [f"{point.name}: {cases[0].title}", *(f"on {text}: {_short(feature, other)}" for text, other in again)]
     told += [f"beside it, {control.name}: {_short(feature, control)}"] if control else []
-    said = feature.said(point)
-    claim = said if feature.good(point) else f"No measured way keeps {feature.rule}: {said[:1].lower()}{said[1:]}"
-    sources = [point, *(other for _, other in again), *([control] if control else [])]
+    claim, sources = feature.said(point), [point, *(other for _, other in again), *([control] if control else [])]
+    if not feature.good(point):
+        claim = f"On {cases[0].title}, no measured way keeps {feature.rule}: {_within(claim)}"
+        for title, kept in _kept_best(feature, cases[1:]):
+            claim, sources = f"{claim}; on {title}: {_within(feature.said(kept))}", [*sources, kept]
     records = [*(one for source in sources for one in source.records), *records]
     return Verdict(f"{claim}.", f"({'; '.join(told)})", speed, records)
+
+
+def _within(said: str) -> str:
+    """A sentence within another."""
+    return f"{said[:1].lower()}{said[1:]}"
+
+
+def _kept_best(feature: Feature, cases: Sequence[Case]) -> list[tuple[str, Point]]:
+    """The title and the point of the largest saving that keeps the quality; nothing where no point does."""
+    chosen = [(case.title, point) for case in cases if (point := feature.chosen(case)) and feature.good(point)]
+    return sorted(chosen, key=lambda one: one[1].saving)[-1:]
 
 
 def _fastest(speeds: Sequence[Speed]) -> tuple[str, list[Record]]:

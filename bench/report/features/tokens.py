@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.report.evidence import Evidence, run_name
 from bench.report.features.base import Axis, Case, Feature, Point, Speed
-from bench.report.values import Record, number, text
+from bench.report.values import Record, number, shares, text
 
 _UNPRUNED = ("answer_left_out", "sentence_left_out")
 _CONTROLS = ("random", "recency", "stride", "random_cache", *_UNPRUNED)  # what needs no look at the prompt
@@ -37,9 +37,10 @@ def _rows(run: Record) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
         task = text(row.get("task"))
-        whole = next((one for one in rows if one.get("task") == row.get("task") and one.get("keep") is None), {})
-        name = text(row.get("scorer")) + (f", keep {row['keep']:g}" if isinstance(row.get("keep"), float) else "")
-        point = _asked(name, row, run) or _read(row, whole, run)
+        whole = next(
+            (one for one in rows if one.get("task") == row.get("task") and one.get("scorer") == "unpruned"), {}
+        )
+        point = _asked(_name(row), row, run) or _read(row, whole, run)
         if point and not row.get("oracle"):
             found[task].append(point)
     return found
@@ -59,16 +60,18 @@ def _read(row: Mapping[str, Any], whole: Mapping[str, Any], source: Record) -> P
     """Answers read token by token: right tokens as a share of the unpruned model's, and the prefill time measured."""
     right, all_right = number(row, "accuracy"), number(whole, "accuracy")
     pruned, unpruned = number(row, "prefill_ms"), number(row, "prefill_ms_unpruned")
-    if row.get("keep") is None or right is None or not all_right or not pruned or not unpruned:
+    if row.get("scorer") in ("unpruned", *_UNPRUNED) or right is None or not all_right or not pruned or not unpruned:
         return None
     low, high = (number(row, f"accuracy_{end}") for end in ("low", "high"))
     error = (0.0, 0.0) if low is None or high is None else (right - low, high - right)
-    name = text(row.get("scorer"))
-    shares = tuple(100 * one / all_right for one in error)
-    return Point(
-        f"{name}, keep {row['keep']:g}", unpruned / pruned, 100 * right / all_right, (shares[0], shares[1]),
-        _is_control(name), (source,),
-    )  # fmt: skip
+    below, above = (100 * one / all_right for one in error)
+    name = _name(row)
+    return Point(name, unpruned / pruned, 100 * right / all_right, (below, above), _is_control(name), (source,))
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """The scorer, and what it keeps."""
+    return ", keep ".join(filter(None, (text(row.get("scorer")), shares(row.get("keep")))))
 
 
 def _is_control(name: str) -> bool:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
-from bench.report.values import Record, number
+from bench.report.values import Record, number, shares
 from common.tables import Table
 
 _LEAD = (
@@ -38,11 +38,11 @@ _WHOLE = ("unpruned", "answer_left_out", "sentence_left_out")  # read without pr
 
 @dataclass(frozen=True)
 class Point:
-    """One scorer at one budget; None where not recorded."""
+    """One scorer at one budget, several shares being text; None where not recorded."""
 
     task: str
     scorer: str
-    keep: float | None
+    keep: float | str | None
     nll_rise: float | None
     nll_rise_low: float | None
     nll_rise_high: float | None
@@ -64,9 +64,11 @@ def parse(block: Any) -> list[Point]:
 def _point(entry: Mapping[str, Any]) -> Point:
     pruned, whole = number(entry, "prefill_ms"), number(entry, "prefill_ms_unpruned")
     share = pruned / whole if pruned and whole else None
-    measured = {name: number(entry, name) for name in list(_COLUMNS)[2:-1]}
+    measured = {name: number(entry, name) for name in list(_COLUMNS)[3:-1]}
+    keep: float | str | None = number(entry, "keep")
+    keep = keep if keep is not None else shares(entry.get("keep")) or None
     task, scorer, oracle = str(entry["task"]), str(entry["scorer"]), bool(entry.get("oracle"))
-    return Point(task, scorer, prefill_share=share, oracle=oracle, **measured)
+    return Point(task, scorer, keep, prefill_share=share, oracle=oracle, **measured)
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -78,7 +80,7 @@ def section(evidence: Evidence) -> Section | None:
     blocks: list[Block] = []
     runs = evidence.having("token_quality")
     for index, (name, points) in enumerate(shown):
-        drawn = [p for p in points if p.nll_rise is not None and p.prefill_share is not None and p.keep is not None]
+        drawn = [p for p in points if p.nll_rise is not None and p.prefill_share is not None and p.scorer not in _WHOLE]
         if drawn:
             blocks.append(_chart(index, name, drawn, runs))
     rows = [[name, *(getattr(p, field) for field in _COLUMNS)] for name, points in shown for p in points]
@@ -90,7 +92,7 @@ def section(evidence: Evidence) -> Section | None:
         said += f" Most answers stay with {best.scorer} on {best.task}: {best.kept_right:.0%}."
     least = min((p for _, ps in shown for p in ps if _is_method(p)), key=lambda p: p.nll_rise or 0.0, default=None)
     if least:
-        said += f" The loss rises least with {least.scorer} on {least.task} at keep {least.keep:g}: "
+        said += f" The loss rises least with {least.scorer} on {least.task}{_at(least)}: "
         said += f"{least.nll_rise:.3g} nats a token."
     blocks.append(
         Sheet("frontier-table", "What pruning costs", table, drawing.last_runs(len(found)), said, records=runs)
@@ -99,7 +101,11 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def _is_method(point: Point) -> bool:
-    return point.keep is not None and point.nll_rise is not None and not point.oracle
+    return point.scorer not in _WHOLE and point.nll_rise is not None and not point.oracle
+
+
+def _at(point: Point) -> str:
+    return "" if point.keep is None else f" at keep {shares(point.keep)}"
 
 
 def _chart(index: int, name: str, points: list[Point], records: Sequence[Record]) -> Chart:
@@ -122,7 +128,7 @@ def _chart(index: int, name: str, points: list[Point], records: Sequence[Record]
         f"Loss against prefill time: {name}",
         "Scatter plot for each task, prefill time as a share of the unpruned model's across, rise of the loss in nats "
         "per token up, one colour and marker per scorer.",
-        f"Lowest: {best.scorer} on {best.task} at keep {best.keep:g} with {best.nll_rise:.3g} nats a token.",
+        f"Lowest: {best.scorer} on {best.task}{_at(best)} with {best.nll_rise:.3g} nats a token.",
         draw,
         Table(headers, [[p.task, p.scorer, p.keep, p.prefill_share, p.nll_rise] for p in points]),
         (width, height + drawing.legend_height(len({p.scorer for p in points})) + 0.2),
@@ -135,7 +141,7 @@ def _draw(axes: Axes, points: list[Point]) -> None:
     axes.axhline(0.0, color=palette.TEXT, linewidth=0.9)
     colours = palette.Colours(p.scorer for p in points if not p.oracle)  # those that it does not know are grey
     for name in dict.fromkeys(p.scorer for p in points):
-        mine = sorted((p for p in points if p.scorer == name), key=lambda p: p.keep or 0.0)
+        mine = sorted((p for p in points if p.scorer == name), key=lambda p: p.prefill_share or 0.0)
         axes.errorbar(
             [p.prefill_share or 0.0 for p in mine],
             [p.nll_rise or 0.0 for p in mine],
