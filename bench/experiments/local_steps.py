@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import sweep
+from bench.experiments.runs import claim, sweep
 from bench.tables import figures
 
 RECORDS = "local_steps.jsonl"
@@ -19,7 +19,12 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def run(records: Path, folder: Path) -> None:
-    """Run the sweeps and append the figures."""
+    """Run the sweeps and append the figures.
+
+    Raises:
+        ValueError: Links cannot be emulated here, or the folder is one that ``claim`` refuses.
+    """
+    claim(folder)
     _times(records, sweep("local_steps", folder))
     _quality(records, sweep("local_quality", folder))
 

@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from bench.experiments.runs import books_beside, sweep
+from bench.experiments.runs import BOOKS, books_beside, claim, sweep
 from bench.tables import figures
 
 RECORDS = "quality.jsonl"
@@ -13,10 +13,16 @@ _FEEDBACK = "ef_"
 
 
 def run(records: Path, folder: Path) -> None:
-    """Run the sweep, what is finished in a `--folder` excepted, and append a figure a method."""
+    """Run the sweep, what is finished in a `--folder` excepted, and append a figure a method.
+
+    Raises:
+        ValueError: The folder is one that ``claim`` refuses.
+    """
+    data = books_beside()
+    claim(folder, BOOKS / "train.json", BOOKS / "valid.json")
     ppl: dict[str, dict[str, float]] = {}
     bits: dict[str, float] = {}
-    for one in sweep("quality", folder, *books_beside()):
+    for one in sweep("quality", folder, *data):
         method = one["axes"]["method"]
         ppl.setdefault(method, {})[one["axes"]["seed"]] = one["val_ppl"]
         bits[method] = 32 / one["compression_ratio"]

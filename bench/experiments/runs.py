@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from bench.network import link
 from common.files import write_text
 from common.records import machine, record
 
@@ -228,12 +231,23 @@ def sweep(name: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
         The records of all of its runs.
 
     Raises:
+        ValueError: Its runs need a link, which cannot be emulated here: what is modelled is no measurement.
         CalledProcessError: A run failed; its output is below the folder.
     """
+    from bench.sweep.plan import plan  # which starts its runs by what stands here
+
+    asked = yaml.safe_load((ROOT / f"configs/bench/{name}.yaml").read_text(encoding="utf-8"))
+    matrix = {part: asked[part] for part in ("base", "axes", "arguments", "include", "exclude") if part in asked}
+    if any(one.link for one in plan(**matrix)) and (obstacle := link.check()):
+        raise ValueError(f"sweep {name} measures steps on a link, which cannot be emulated here: {obstacle}")
     results = folder / f"{name}.jsonl"
     command = ["-m", "bench", "sweep", "--config", f"configs/bench/{name}.yaml", "--results", str(results)]
     subprocess.run([sys.executable, *command, "--", *arguments], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
-    return [one for one in record.read(results)[0] if one.get("kind") == "run"]
+    runs = [one for one in record.read(results)[0] if one.get("kind") == "run"]
+    modelled = [one["run_name"] for one in runs if one.get("link_emulated") is False]
+    if modelled:
+        raise ValueError(f"{results} has runs whose link was not there ({', '.join(modelled)}): give another --folder")
+    return runs
 
 
 def losses(folder: Path) -> dict[int, float]:

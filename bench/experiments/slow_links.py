@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import sweep
+from bench.experiments.runs import claim, sweep
 from bench.network import bounds
 from bench.tables import figures
 from common.records import record
@@ -22,7 +22,12 @@ Runs = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
 def run(records: Path, folder: Path) -> None:
-    """Run the sweeps, keep their records and append the figures."""
+    """Run the sweeps, keep their records and append the figures.
+
+    Raises:
+        ValueError: Links cannot be emulated here, or the folder is one that ``claim`` refuses.
+    """
+    claim(folder)
     links, both_ways, time_to_target = (_kept(sweep(name, folder), records) for name in SWEEPS)
     _model(records, _by_axes(links, "network"))
     _both_ways(records, _by_axes(both_ways, "network"))
@@ -31,9 +36,10 @@ def run(records: Path, folder: Path) -> None:
 
 def _kept(runs: list[dict[str, Any]], records: Path) -> list[dict[str, Any]]:
     """The runs with their bounds; as they are, they stand among the experiment's records too, for `bench report`."""
-    known = {one.get("sweep_key") for one in record.read(records)[0]} if records.exists() else set()
+    found = record.read(records)[0] if records.exists() else []
+    known = {(one["sweep_key"], one["date"]) for one in found if "sweep_key" in one}
     for one in runs:
-        if one["sweep_key"] not in known:
+        if (one["sweep_key"], one["date"]) not in known:
             record.append(records, one)
     return bounds.annotate(runs)
 

@@ -7,7 +7,7 @@ each: collect saliency, train the scorers, and let `main.py verify` compare them
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import BOOKS, corpus, run_main, say
+from bench.experiments.runs import BOOKS, claim, corpus, run_main, say
 from bench.tables import figures
 from common.records import record
 
@@ -15,6 +15,7 @@ RECORDS = "token_quality.jsonl"
 CONFIGS = "configs/token_pruning"
 FOREIGN = BOOKS.parent / "wikitext2/valid.txt"  # text of another kind than models and scorers are trained on
 COMMAND = "python -m bench experiment token_quality --model FOLDER"
+ROLES = ("given", "reader", "reader-on-wikitext", "recall")  # what the figures call its models
 WINDOWS = 500
 Row = dict[str, Any]
 
@@ -23,10 +24,13 @@ def run(records: Path, folder: Path, model: Path) -> None:
     """Measure and append the figures, task by task; what is trained already in a `--folder` is not trained again.
 
     Raises:
-        FileNotFoundError: The text of another kind is not beside this checkout.
+        FileNotFoundError: The text of another kind, or the books, are not beside this checkout.
+        ValueError: The folder is one that ``claim`` refuses.
     """
     if not FOREIGN.is_file():
         raise FileNotFoundError(f"no text at {FOREIGN}: give any plain text of another kind than the books there")
+    corpus()  # says what is missing
+    claim(folder, model, BOOKS / "train.json", BOOKS / "valid.json", FOREIGN, model=model.name)
     _given(records, folder / "given", model)
     _reader(records, folder / "reader")
     _append(records, "recall", _recall(folder / "recall"))

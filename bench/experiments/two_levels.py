@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import sweep
+from bench.experiments.runs import claim, sweep
 from bench.network.link import rate_bits_per_s
 from bench.tables import figures
 
@@ -24,7 +24,12 @@ _RIVALS: dict[str, tuple[str, float, float | None]] = {
 
 
 def run(records: Path, folder: Path) -> None:
-    """Run the sweep and append the figures."""
+    """Run the sweep and append the figures.
+
+    Raises:
+        ValueError: Links cannot be emulated here, or the folder is one that ``claim`` refuses.
+    """
+    claim(folder)
     runs = {one["axes"]["method"]: one for one in sweep("two_levels", folder)}
     for method, one in runs.items():
         _counted(records, method, one)

@@ -4,10 +4,12 @@ What is finished is taken again only where it is of the same code, inputs and ar
 """
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from bench.experiments import runs
+from bench.experiments import local_steps, method_quality, runs, slow_links, token_quality, two_levels
+from common.records import record
 
 PROGRAM = """
 import json, sys, time
@@ -47,6 +49,49 @@ def test_json_lines_stops_the_program_with_its_reader(program, tmp_path):
     lines = runs.json_lines(program, "wait", log=tmp_path / "log")
     next(lines)  # it comes although the program goes on for ten minutes
     lines.close()  # returns once the program has ended
+
+
+def test_a_sweep_of_a_link_that_is_not_there_is_no_measurement(tmp_path, monkeypatch):
+    made = {"kind": "run", "run_name": "a", "link_emulated": False}
+
+    def make(command, **_):
+        results = Path(command[command.index("--results") + 1])
+        record.append(results, made)
+
+    monkeypatch.setattr(runs.subprocess, "run", make)
+    monkeypatch.setattr(runs.link, "check", lambda: "no root")
+    with pytest.raises(ValueError, match=r"sweep two_levels measures steps on a link, .*: no root"):
+        runs.sweep("two_levels", tmp_path)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(runs.link, "check", lambda: None)
+    with pytest.raises(ValueError, match=r"runs whose link was not there \(a\): give another --folder"):
+        runs.sweep("two_levels", tmp_path)
+    made["link_emulated"] = None
+    monkeypatch.setattr(runs.link, "check", lambda: "no root")
+    assert [one["run_name"] for one in runs.sweep("quality", tmp_path)] == ["a"]
+
+
+@pytest.mark.parametrize("module", [slow_links, local_steps, two_levels, method_quality, token_quality])
+def test_experiments_that_go_on_where_they_stopped_claim_their_folder(module, tmp_path, monkeypatch):
+    text = tmp_path / "text"
+    text.touch()
+    monkeypatch.setattr(method_quality, "books_beside", list)
+    monkeypatch.setattr(token_quality, "corpus", list)
+    monkeypatch.setattr(token_quality, "FOREIGN", text)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "quality.jsonl").touch()  # of nobody knows which commit
+    with pytest.raises(ValueError, match="nothing says what its runs are of"):
+        module.run(tmp_path / "records.jsonl", folder, *([tmp_path] if module is token_quality else []))
+
+
+def test_runs_that_were_made_again_stand_among_the_records(tmp_path, monkeypatch):
+    records = tmp_path / "records.jsonl"
+    monkeypatch.setattr(slow_links.bounds, "annotate", list)
+    first, again = ({"sweep_key": "k", "date": f"2026-01-0{day}"} for day in (1, 2))
+    for found in ([first], [first], [again]):
+        slow_links._kept(found, records)
+    assert record.read(records)[0] == [first, again]
 
 
 def test_a_folder_belongs_to_one_state_of_code_inputs_and_arguments(tmp_path, monkeypatch):
