@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -230,7 +230,8 @@ def experiment(
 
     Args:
         name: Name of a file in bench/experiments.
-        records: Where the figures go; by default the file in docs/results/records that the experiment names.
+        records: Where the figures go; by default the file in docs/results/records that the experiment names. A file
+            with its figures of another model is refused.
         folder: Working folder of the runs; by default a temporary one that is removed.
         model: Hugging Face folder of the model to experiment on, for experiments that need one.
         texts: Texts for experiments that need them: NAME=FILE,NAME=FILE.
@@ -255,9 +256,29 @@ def experiment(
             raise ValueError(f"experiment {name} {problem}")
     options = {option: value for option, value in given.items() if value is not None}
     records = records or documents.ROOT / documents.RECORDS / module.RECORDS
+    if model is not None:
+        _check_records(records, name, model.resolve().name, getattr(module, "ROLES", ()))
     with tempfile.TemporaryDirectory() as temporary:
         module.run(records.resolve(), (folder or Path(temporary)).resolve(), **options)
     table(records)
+
+
+def _check_records(records: Path, name: str, model: str, roles: Sequence[str]) -> None:
+    """Refuse a file with an experiment's figures of another model, for which the newest of a name would stand.
+
+    Args:
+        records: The file.
+        name: Name of the experiment.
+        model: Name of the model's folder.
+        roles: What the experiment's figures call models that are no folder.
+    """
+    found = [one for one in _read(records) if figures.experiment(one) == name] if records.exists() else []
+    others = {of for one in found if (of := one["details"].get("model")) not in (None, model, *roles)}
+    if others:
+        raise ValueError(
+            f"{records} has figures of {', '.join(sorted(others))}, and these would be of {model}: give another "
+            "file (--records runs/mine.jsonl)"
+        )
 
 
 def report(

@@ -4,8 +4,6 @@ Each text is cut in two: the first half is calibrated on (a mixture of all texts
 asked about the second half of the first text. Nothing is trained. Samples are small, so read ratios, not digits. How
 fast a calibrated pruner reads is timed by `prefill_speed`. Runs that are finished in a `--folder` are not repeated.
 About an hour and a half on one core for a model of 135 M parameters.
-
-The records of this repository are of one model: figures of another go to a file of their own (`--records`).
 """
 
 import json
@@ -14,7 +12,6 @@ from pathlib import Path
 
 from bench.experiments.runs import claim, halves, once, validated
 from bench.tables import figures
-from common.records import record
 from lightning_modules.token_pruning.pruning_file import read as read_pruner
 from lightning_modules.token_pruning.quality.measure import proportion
 from lightning_modules.token_pruning.schedule import Schedule
@@ -47,9 +44,8 @@ def run(records: Path, folder: Path, model: Path, texts: Mapping[str, Path]) -> 
         texts: Texts by name; the first should hold 150,000 tokens.
 
     Raises:
-        ValueError: A text too short to be cut in two, records of another model, or a folder that ``claim`` refuses.
+        ValueError: A text too short to be cut in two, or a folder that ``claim`` refuses.
     """
-    _check_records(records, model)
     commit = claim(folder, model, *texts.values(), model=model.name, texts={n: str(p) for n, p in texts.items()})
     options = {name: _data(folder, model, path) for name, path in halves(folder, texts).items()}
     _weights(records, folder, model, options, commit)
@@ -94,17 +90,6 @@ def _blocks(arm: str) -> tuple[str, ...]:
     kept, mid, topk = SHARES[arm]
     shares = {"iterations": 1, "dense": kept, "mid_2_4": mid, "topk": topk}
     return ("--model.schedule", json.dumps({"class_path": "LinearSchedule", "init_args": shares}))
-
-
-def _check_records(records: Path, model: Path) -> None:
-    """Refuse a file with figures of another model: the newest of a name stands, so these would stand for those."""
-    found = record.read(records)[0] if records.exists() else []
-    others = {name for one in found if (name := one.get("details", {}).get("model")) not in (None, model.name)}
-    if others:
-        raise ValueError(
-            f"{records} has figures of {', '.join(sorted(others))}, and these would be of {model.name}: give another "
-            "file (--records runs/mine.jsonl)"
-        )
 
 
 def _data(folder: Path, model: Path, evaluated: Path) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """The records of a report by kind, with everything in them that could not be read."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from common.records.schema import OPTIONAL, REQUIRED
 
 Parsed = TypeVar("Parsed")
 _FLAWS = {"run": " without run_name", "figure": " with missing or mistyped fields"}
-_EXPERIMENT = re.compile(r"-m bench experiment (\w+)")
 _RESULTS = ("step_time_ms_p50", "val_ppl", "train_loss", "bytes_compressed_total")
 _OTHER = ("structure", "tiers", "recovery", "token_quality", "ladder", "calibration")  # runs of another feature
 
@@ -59,7 +57,7 @@ class Evidence:
         """Figures by the experiment that measures them, "" where the command names none."""
         found: dict[str, list[Record]] = defaultdict(list)
         for one in self.figures:
-            found[experiment(one)].append(one)
+            found[figures.experiment(one)].append(one)
         return dict(found)
 
     def figures_of(self, name: str) -> list[Record]:
@@ -101,12 +99,6 @@ class Evidence:
                     f"{run_name(run)}: block {name!r} not understood ({type(error).__name__}: {error})"
                 )
         return found
-
-
-def experiment(figure: Record) -> str:
-    """Name of the experiment that measures a figure; "" where its command names none."""
-    found = _EXPERIMENT.search(figure["command"])
-    return found[1] if found else ""
 
 
 def run_name(run: Record) -> str:
@@ -155,7 +147,7 @@ def _newest(found: Sequence[Record]) -> list[Record]:
     """The newest record of each figure; those of two experiments or models are two, whatever they are called."""
     apart: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for one in found:
-        apart[experiment(one), measured_on(one)].append({"date": "", **one})
+        apart[figures.experiment(one), measured_on(one)].append({"date": "", **one})
     return [one for some in apart.values() for one in figures.latest(some)]
 
 

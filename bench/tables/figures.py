@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from common.records import record
 from common.records.schema import Field
 from common.tables import Table, cell
 
+_EXPERIMENT = re.compile(r"-m bench experiment (\w+)")
 FIELDS: dict[str, Field] = {
     "kind": Field("str", "", "always 'figure'", nullable=False),
     "figure": Field("str", "", "identifier; the newest record of an identifier stands", nullable=False),
@@ -106,6 +108,12 @@ def latest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def newest(records: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The newest record of each figure by its name, whatever it was measured on."""
     return {one["figure"]: one for one in sorted(latest(records), key=lambda one: str(one["date"]))}
+
+
+def experiment(entry: Mapping[str, Any]) -> str:
+    """Name of the experiment that measures a figure; "" where its command names none."""
+    found = _EXPERIMENT.search(str(entry.get("command") or "")) if entry.get("kind") == "figure" else None
+    return found[1] if found else ""
 
 
 def gpu(entry: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from bench.experiments import real_model, runs
+from bench.experiments import runs
 
 
 def test_texts_are_cut_in_two(tmp_path):
@@ -19,17 +19,6 @@ def test_texts_are_cut_in_two(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b"}))
     with pytest.raises(ValueError, match=r"b\.jsonl: too short"):
         runs.halves(tmp_path, {"two": tmp_path / "b.jsonl"})
-
-
-def test_figures_of_another_model_do_not_replace_those_of_the_records(tmp_path):
-    records, model = tmp_path / "real_model.jsonl", tmp_path / "mine"
-    real_model._perplexity(records, tmp_path / "smollm2", "two-four", "2:4", "novel", 10.0, 20.0, 50.0, "abc")
-    before = records.read_bytes()
-    with pytest.raises(ValueError, match=r"has figures of smollm2, .* of mine: give another file \(--records"):
-        real_model.run(records, tmp_path / "work", model, {"one": tmp_path / "a.json"})
-    assert records.read_bytes() == before and not (tmp_path / "work").exists()
-    real_model._check_records(records, tmp_path / "smollm2")
-    real_model._check_records(tmp_path / "none.jsonl", model)
 
 
 def test_a_validation_is_read_or_run_once(tmp_path, monkeypatch):

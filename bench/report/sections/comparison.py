@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from bench.report.content import Section, Sheet
-from bench.report.evidence import Evidence, experiment, measured_on
+from bench.report.evidence import Evidence, measured_on
 from bench.report.groups import Group, group, machine
 from bench.report.values import Record, Spread, count
+from bench.tables.figures import experiment
 from common.tables import Table
 
 _LEAD = (
