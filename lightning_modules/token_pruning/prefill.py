@@ -211,6 +211,8 @@ class Prefill:
                 f"this cache was pruned after layers {pruned.after}, and this schedule prunes after {self.layers}: go "
                 "on with the schedule that it was begun with"
             )
+        if pruned is not None:
+            pruned.permit = self.permit  # of this context: layers append to the cache before anything is pruned
         self._masks, self._passed, self._said = {}, [], 0
         if self._generating and self._read and cache is None:
             self._mode, self._said = "prompt" if self.stages else "plain", width - self.length
@@ -229,7 +231,7 @@ class Prefill:
         else:
             self._mode = "plain"
         if pruned is not None and self._mode == "plain":
-            self._mode, pruned.permit = "later", self.permit
+            self._mode = "later"
             self._grow(pruned, mask, given)
 
     def _plan(self, given: Tensor, mask: Tensor | None, past: int, warn: bool) -> bool:

@@ -167,6 +167,18 @@ def test_later_turns_are_pruned_when_asked_for(family, kernel):
     close(torch.cat(got, dim=1)[survivors], masked_logits(model, sequence, AFTER, visible)[survivors])
 
 
+@torch.no_grad()
+def test_a_context_for_every_turn_prunes_as_one_for_all():
+    model, turns, once, each = shared(), [tokens(1, N), tokens(1, 70, seed=6)], DynamicCache(), DynamicCache()
+    with talk().prefill(model):
+        wanted = [model(turn, past_key_values=once, use_cache=True).logits for turn in turns]
+    for turn, logits in zip(turns, wanted, strict=True):
+        with talk().prefill(model) as run:
+            assert torch.equal(model(turn, past_key_values=each, use_cache=True).logits, logits)
+        assert len(run.stages) == len(AFTER)
+    assert each.lengths() == once.lengths()
+
+
 @kernels
 @torch.no_grad()
 def test_later_turns_of_a_padded_batch_and_its_beams(kernel):
