@@ -1,6 +1,6 @@
 """What pruning costs on held-out text, and how well scores agree with saliency."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,15 @@ class PruningQuality(nn.Module):
         super().__init__()
         self.keep = keep
         self.baselines: dict[str, Scorer] = {"random": Random(), "recency": Recency()}
-        self.means: Any = nn.ModuleDict()
+        # all of them from the start: a rank that has nothing to add to one must still take part in its sum
+        arms = [f"{name}_{share:g}" for share in keep for name in ("learned", *self.baselines)]
+        self.means: Any = nn.ModuleDict({_key(f"nll {name}"): WeightedMean() for name in ("unpruned", *arms)})
+
+    def expect(self, layers: Sequence[int]) -> None:
+        """Name the layers after which scores will be compared with saliency, on every rank the same."""
+        for layer in layers:
+            if (key := _key(f"spearman {layer}")) not in self.means:
+                self.means[key] = WeightedMean()
 
     def update(
         self,
@@ -84,7 +92,7 @@ class PruningQuality(nn.Module):
         target: Target | None,
         samples: Samples,
     ) -> None:
-        """Measure on one batch; outside of inference mode, if there is a target."""
+        """Measure on one batch; outside of inference mode, if there is a target, whose layers were told `expect`."""
         logits = logits_of(model, samples.inputs())
         self._nll("unpruned", *response_nll(logits, samples.labels))
         scorers: dict[str, TokenPruner | Scorer] = {"learned": pruner, **self.baselines}
@@ -108,7 +116,7 @@ class PruningQuality(nn.Module):
 
         def see(index: int, hidden_BNH: Tensor, _: Any) -> None:
             if index - 1 in budget.stages:
-                scores[index - 1] = pruner(hidden_BNH, index - 1, samples.prompt)
+                scores[index - 1] = pruner(hidden_BNH, index - 1, samples.prompt).to(samples.prompt.device)
 
         with watched(model, see), ending_at(model, budget.stages[-1] + 1):
             logits_of(model, samples.inputs())
@@ -121,17 +129,19 @@ class PruningQuality(nn.Module):
                     self._add(f"spearman {layer}", found.nan_to_num(0.0), found.isfinite().sum())
 
     def _add(self, name: str, total: Tensor, weight: Tensor) -> None:
-        key = name.replace(".", "_")
-        if key not in self.means:
-            self.means[key] = WeightedMean().to(total.device)
-        self.means[key].update(total, weight)
+        mean = self.means[_key(name)]
+        mean.update(total.to(mean.total.device), weight.to(mean.weight.device))
 
     def compute(self) -> dict[str, Any]:
-        """Metrics by the name they are logged under."""
+        """Metrics by the name they are logged under, over all ranks; those that no rank added to are left out."""
         found = {}
         for key, mean in self.means.items():
             kind, _, name = key.partition(" ")
-            value = mean.compute().item()
+            with mean.sync_context():
+                total, weight = mean.total.item(), mean.weight.item()
+            if not weight:
+                continue
+            value = total / weight
             if kind == "spearman":
                 found[f"val/spearman_{name}"] = value
             elif name == "unpruned":
@@ -144,3 +154,8 @@ class PruningQuality(nn.Module):
         """Start again."""
         for mean in self.means.values():
             mean.reset()
+
+
+def _key(name: str) -> str:
+    """A metric's name as a module may have it."""
+    return name.replace(".", "_")

@@ -235,6 +235,10 @@ class TokenPruning(L.LightningModule):
         """Put the base model beside the scorers, or, where a device map has placed it, each scorer beside its layer."""
         check_data(self.trainer.datamodule, self.model.config)
         check_vocabulary(self.model, self.trainer.datamodule.tokenizer)
+        if self.target is not None:
+            with torch.inference_mode(False):  # sums are added to outside of it, see ``validation_step``
+                self.quality.expect(self.schedule.resolve(self.model.config.num_hidden_layers))
+                self.quality.to(self.device)
         if self.device_map is None:
             self.model.to(self.device)
         else:
@@ -357,7 +361,8 @@ class TokenPruning(L.LightningModule):
         """Log ``val/ppl`` (unpruned), ``val/ppl_SCORER_KEEP`` and ``val/spearman_LAYER``."""
         for name, value in self.quality.compute().items():
             self.log(name, value, prog_bar=name == "val/ppl", sync_dist=True)
-        self.quality.reset()
+        with torch.inference_mode(False):
+            self.quality.reset()
 
     def configure_optimizers(self) -> Any:
         """AdamW on the scorers, linear warm-up and a cosine to 0."""

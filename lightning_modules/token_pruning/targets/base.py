@@ -58,8 +58,8 @@ class Target(Variant):
             layers: Decoder layers, each with one after it.
 
         Returns:
-            What gives float32 [B, N] by layer; of no meaning outside the prompts. Not finite where half precision
-            overflowed.
+            What gives float32 [B, N] by layer, where the prompts are; of no meaning outside of them. Not finite where
+            half precision overflowed.
         """
 
     def values(self, model: PreTrainedModel, samples: Samples, layers: Sequence[int]) -> dict[int, Tensor]:
@@ -143,7 +143,8 @@ def hidden_gradients(
     def values(logits: Tensor | None) -> dict[int, Tensor]:
         gradients = loss_gradients(model, samples, logits, [hidden[layer] for layer in layers])
         pairs = zip(layers, gradients, strict=True)
-        return {layer: value(hidden[layer].detach().float(), gradient) for layer, gradient in pairs}
+        device = samples.prompt.device  # layers may be on others
+        return {layer: value(hidden[layer].detach().float(), gradient).to(device) for layer, gradient in pairs}
 
     return Reading(values, change=keep)
 

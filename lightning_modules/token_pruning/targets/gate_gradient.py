@@ -35,7 +35,9 @@ class GateGradient(Target):
             return hidden_BNH, gates[index]
 
         def values(logits: Tensor | None) -> dict[int, Tensor]:
-            gradients = dict(zip(gates, loss_gradients(model, samples, logits, list(gates.values())), strict=True))
+            device = samples.prompt.device  # layers may be on others
+            each = loss_gradients(model, samples, logits, list(gates.values()))
+            gradients = {index: gradient.to(device) for index, gradient in zip(gates, each, strict=True)}
             found = {}
             for layer in layers:
                 total_BN = torch.stack([gradient for index, gradient in gradients.items() if index > layer]).sum(0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.variants import variants
 from lightning_modules.token_pruning.losses import normalise
@@ -20,7 +21,7 @@ from lightning_modules.token_pruning.targets.gradient_times_hidden import Gradie
 from lightning_modules.token_pruning.targets.self_information import SelfInformation
 from lightning_modules.token_pruning.targets.signed_gradient_times_hidden import SignedGradientTimesHidden
 from lightning_modules.token_pruning.targets.weighted_sum import WeightedSum
-from tests.lightning_modules.token_pruning.models import build, shared, tokens
+from tests.lightning_modules.token_pruning.models import HIDDEN, LAYERS, build, shared, tokens
 
 RESPONSE, LENGTH, LAYER = 6, 30, 1
 
@@ -89,6 +90,21 @@ def test_gradient_norm_is_the_length_of_the_slopes_along_every_axis(double):
 
     slopes = (_losses(double, each, moved) - start) / 1e-6
     assert norm[0, 9].item() == pytest.approx(slopes.norm().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("target", [GateGradient(), GradientNorm()], ids=repr)
+def test_gradients_of_layers_on_several_devices_come_to_the_prompt(target, monkeypatch):
+    def gradients(model, samples, logits, tensors):
+        return [torch.zeros(one.shape, device=f"cuda:{number}") for number, one in enumerate(tensors)]
+
+    module = "gate_gradient" if isinstance(target, GateGradient) else "base"
+    monkeypatch.setattr(f"lightning_modules.token_pruning.targets.{module}.loss_gradients", gradients)
+    samples = _samples()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # knows of devices that are not there
+        reading = target.reading(shared(), samples, [1, 3])
+        for index in range(LAYERS):
+            reading.change(index, torch.zeros(*samples.prompt.shape, HIDDEN))
+        assert {str(value.device) for value in reading.values(None).values()} == {"cpu"}
 
 
 def test_future_attention_sums_to_1_over_what_the_response_sees():

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import lightning.pytorch as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import BertConfig
 
 from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.loading import load
 from lightning_modules.token_pruning import losses
+from lightning_modules.token_pruning.evaluation import PruningQuality
 from lightning_modules.token_pruning.module import TokenPruning
 from lightning_modules.token_pruning.networks.mlp import MLP
 from lightning_modules.token_pruning.pruner import TokenPruner
@@ -23,7 +25,7 @@ from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.soft_mask import Budget
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from lightning_modules.token_pruning.targets.gradient_norm import GradientNorm
-from tests.lightning_modules.token_pruning.models import LAYERS, on_disk
+from tests.lightning_modules.token_pruning.models import LAYERS, on_disk, shared, tokens
 from tests.lightning_modules.token_pruning.test_saliency import SCHEDULE, base, data  # noqa: F401 (fixtures)
 
 LOSSES = ("lm", "mse", "ranking", "cross_entropy", "kl", "ratio")
@@ -74,6 +76,8 @@ def test_only_the_scorers_learn_and_only_they_are_saved(base, data, saliency, tm
     assert saved.notes["target"]["class"] == "GateGradient"
     again = _module(base, tmp_path, pruner=str(tmp_path / "pruner"), target=GateGradient())
     validated = _trainer(limit_val_batches=2)
+    validated.validate(again, data, verbose=False)
+    assert validated.callback_metrics["val/ppl_learned_0_5"] == metrics["val/ppl_learned_0_5"]
     validated.validate(again, data, verbose=False)
     assert validated.callback_metrics["val/ppl_learned_0_5"] == metrics["val/ppl_learned_0_5"]
 
@@ -163,6 +167,30 @@ def test_text_in_another_models_tokens_is_refused_by_every_command(base, data, t
     ):
         with pytest.raises(ValueError, match=r"is not the one of .*/foreign"):
             run()
+
+
+def _measured(rank=None):
+    """What a rank finds where only the first has something to measure; without a rank the same alone."""
+    quality, ids = PruningQuality([0.5]), tokens(2, 40)
+    quality.expect(SCHEDULE.resolve(LAYERS))
+    torch.manual_seed(0)
+    pruner = TokenPruner(64, SCHEDULE.resolve(LAYERS), MLP(8))
+    if not rank:
+        with torch.no_grad():
+            samples = split_batch({"input_ids": ids, "labels": ids}, 8)
+            quality.update(shared(), pruner, SCHEDULE, GateGradient(), samples)
+    return quality.compute()
+
+
+def _measured_on_ranks():
+    return _measured(dist.get_rank())
+
+
+def test_a_rank_that_has_nothing_to_measure_takes_part(two_ranks):
+    alone = _measured()
+    assert {"val/ppl", "val/ppl_random_0_5", "val/spearman_3"} < set(alone)
+    assert two_ranks.run(_measured_on_ranks) == [pytest.approx(alone, rel=1e-6)] * 2
+    assert PruningQuality([0.5]).compute() == {}
 
 
 def test_an_offloaded_model_validates_to_the_same_numbers(base, data, tmp_path):  # noqa: F811
