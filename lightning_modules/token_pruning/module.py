@@ -48,7 +48,7 @@ class TokenPruning(L.LightningModule):
         pruner: Start from this saved pruner (``validate`` measures it) instead of random weights.
         saliency: Folder that ``predict`` wrote; None trains without saliency.
         target: Saliency that validation compares scores with; the one that was collected.
-        network: Kind and size of the scorers; None takes ``MLP``, or those of ``pruner``.
+        network: Kind and size of the scorers; None takes ``MLP``, or those of ``pruner``, which can have no others.
         lm_weight: Weight of the pruned model's loss on the responses. With this and ``kl_weight`` at 0 the model only
             reads, which takes a fraction of the time.
         mse_weight: Weight of the squared distance from saliency, which has mean 0 and deviation 1 in each prompt.
@@ -109,12 +109,10 @@ class TokenPruning(L.LightningModule):
             raise ValueError(f"loss weights must not be negative, nor all 0; got {self.weights}")
         if temperature <= 0 or learning_rate <= 0 or pairs < 1 or response < 1:
             raise ValueError("temperature and learning_rate must be positive, pairs and response at least 1")
-        if saliency is None and mse_weight + ranking_weight + cross_entropy_weight > 0 and pruner is None:
-            raise ValueError(
-                "mse_weight, ranking_weight and cross_entropy_weight need saliency: give its folder, or set them to 0"
-            )
         self.base, self.schedule, self.output, self.pruner_path = base, schedule, Path(output).expanduser(), pruner
         self.saliency_path, self.target, self.network = saliency, target, network
+        if pruner is None:  # one that is only measured needs no saliency
+            self._check_saliency()
         self.pairs, self.temperature, self.response, self.eval_keep = pairs, temperature, response, eval_keep
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.device_map, self.overwrite = device_map, overwrite
@@ -138,8 +136,9 @@ class TokenPruning(L.LightningModule):
 
         Raises:
             FileNotFoundError: No such base, pruner or saliency.
-            ValueError: A model, schedule, pruner or data that do not go together, an attention that takes no mask, a
-                device map while training, or see ``common.files.check_output``.
+            ValueError: A model, schedule, pruner, network or data that do not go together, an attention that takes no
+                mask, a device map while training or losses without the saliency that they need, or see
+                ``common.files.check_output``.
         """
         if command not in ("fit", "validate"):
             return
@@ -152,10 +151,11 @@ class TokenPruning(L.LightningModule):
         if self.pruner_path is not None:
             pruner = TokenPruner.load(self.pruner_path)
             pruner.check_base(config)
-            self._check_layers(pruner, layers)
+            self._check_pruner(pruner, layers)
         if command == "fit":
             if self.device_map is not None:
                 raise ValueError("model.device_map is for validate: leave it out to train")
+            self._check_saliency()
             check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
             if self.saliency_path is not None:
                 check_saliency(Path(self.saliency_path).expanduser(), {"layers": layers})
@@ -169,9 +169,18 @@ class TokenPruning(L.LightningModule):
         """See ``CausalLM.leaves``."""
         return self.output if command == "fit" else None
 
-    def _check_layers(self, pruner: TokenPruner, layers: list[int]) -> None:
+    def _check_pruner(self, pruner: TokenPruner, layers: list[int]) -> None:
         if list(pruner.layers) != layers:
             raise ValueError(f"{self.pruner_path} scores layers {list(pruner.layers)}, the schedule {layers}")
+        if self.network is not None and self.network.describe() != pruner.network.describe():
+            raise ValueError(f"network: the scorers of {self.pruner_path} are {pruner.network!r}; leave it out")
+
+    def _check_saliency(self) -> None:
+        taught = ("mse", "ranking", "cross_entropy")
+        if self.saliency_path is None and any(self.weights[name] for name in taught):
+            raise ValueError(
+                "mse_weight, ranking_weight and cross_entropy_weight need saliency: give its folder, or set them to 0"
+            )
 
     @property
     def model(self) -> Any:
@@ -200,7 +209,7 @@ class TokenPruning(L.LightningModule):
             self.pruner = TokenPruner.for_model(model, layers, self.network)
         else:
             self.pruner = TokenPruner.load(self.pruner_path, model)
-            self._check_layers(self.pruner, layers)
+            self._check_pruner(self.pruner, layers)
         trained = sum(p.numel() for p in self.pruner.parameters())
         rank_zero_info(f"scorers after layers {layers}: {trained / 1e6:.2f} M parameters")
 
@@ -208,11 +217,13 @@ class TokenPruning(L.LightningModule):
         """Read the saliency, and put the base model beside the scorers.
 
         Raises:
-            ValueError: With a device map, since training keeps the model on one device; in float16; or with saliency of
-                other layers, of another tokenizer or another model; or with data of another tokenizer than the model's.
+            ValueError: With a device map, since training keeps the model on one device; in float16; without saliency
+                that a loss needs, or with saliency of other layers, of another tokenizer or another model; or with data
+                of another tokenizer than the model's.
         """
         if self.device_map is not None:
             raise ValueError("model.device_map is for validate: leave it out to train")
+        self._check_saliency()
         if self.model.dtype == torch.float16:  # see ``soft_mask.FLOOR``
             raise ValueError("model.dtype: the base model is float16, which cannot hold the mask; take bfloat16")
         check_data(self.trainer.datamodule, self.model.config)

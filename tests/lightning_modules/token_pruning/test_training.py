@@ -324,6 +324,8 @@ def test_a_run_in_half_precision_yields_a_pruner_for_float32(base, data, salienc
         ({"schedule": Schedule(layers=[LAYERS - 1])}, "nothing is left to skip"),
         ({"pruner": "saved", "schedule": Schedule(layers=[2])}, "scores layers"),
         ({"pruner": "nowhere"}, "nowhere"),
+        ({"pruner": "saved", "network": MLP(9)}, r"network: the scorers of saved are MLP\(width=8\)"),
+        ({"pruner": "saved", "ranking_weight": 1.0}, "ranking_weight and cross_entropy_weight need saliency"),
         ({"saliency": "nowhere"}, "collect saliency first"),
         ({"device_map": "auto"}, "device_map is for validate"),
         ({"attention": "flash_attention_2"}, "must take masks"),
