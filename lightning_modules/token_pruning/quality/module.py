@@ -146,7 +146,8 @@ class TokenQuality(L.LightningModule):
 
         Raises:
             FileNotFoundError: No such base, or no LongBench-style file.
-            ValueError: A model, schedule or scorer that do not go together, or blocks too short for a task.
+            ValueError: A model, schedule or scorer that do not go together, blocks too short for a task, or prompts
+                longer than the model has positions for.
         """
         if command != "verify":
             return
@@ -154,25 +155,29 @@ class TokenQuality(L.LightningModule):
         for arm in self.arms:
             if arm.pruner is not None:
                 arm.pruner.check(config)
-        if set(self.tasks) & set(_ASKED):
-            room = getattr(config.get_text_config(), "max_position_embeddings", None)
-            longest = {"lengths": max(self.lengths), "max_prompt": self.max_prompt}
-            used = {"max_prompt" if task == "longbench_answers" else "lengths" for task in self.tasks if task in _ASKED}
-            name, most = max(((name, longest[name]) for name in used), key=lambda pair: pair[1])
-            if room is not None and most + self.max_new_tokens > room:
-                raise ValueError(
-                    f"{name}: {most} tokens and {self.max_new_tokens} of answer are more than the "
-                    f"{room} that the model reads"
-                )
-            if {"needles", "questions"} & set(self.tasks) and not hasattr(data, "documents"):
-                raise ValueError(
-                    f"data: {type(data).__name__} has no plain texts to ask about; needles and questions need some, "
-                    "as TextCorpus and EmbeddedDocs have them"
-                )
+        for task in self.tasks:
+            self._check_positions(task, config, data)
+        if {"needles", "questions"} & set(self.tasks) and not hasattr(data, "documents"):
+            raise ValueError(
+                f"data: {type(data).__name__} has no plain texts to ask about; needles and questions need some, "
+                "as TextCorpus and EmbeddedDocs have them"
+            )
         if set(_FILED) & set(self.tasks) and not self.longbench.is_file():
             raise FileNotFoundError(f"model.longbench: no such file: {self.longbench}")
         if "repeated" in self.tasks:
             check_repeatable(data.block_size, self.suffix)
+
+    def _check_positions(self, task: Task, config: Any, data: Any) -> None:
+        """Refuse what is longer than the model has positions for."""
+        room = getattr(config.get_text_config(), "max_position_embeddings", None)
+        answer = self.max_new_tokens if task in _ASKED else 1 if task == "longbench" else 0
+        if task in _FILED:
+            name, most = "max_prompt", self.max_prompt
+        else:
+            name, most = ("lengths", max(self.lengths)) if task in _ASKED else ("data.block_size", data.block_size)
+        if room is not None and most + answer > room:
+            said = f" and {answer} of answer" if answer else ""
+            raise ValueError(f"{name}: {most} tokens{said} are more than the {room} that the model reads")
 
     def verify(self, datamodule: Any, device: torch.device) -> dict[str, Any]:
         """Run all tasks; returns the record's ``token_quality``."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -398,7 +399,7 @@ def test_peers_are_asked_beside_scorers_and_sit_out_what_reads_batches(tmp_path)
         str(tmp_path / "model"), scorers=[Recency()], schedules=[SCHEDULE], windows=1, tasks=["needles", "suffix"],
         lengths=[500], max_new_tokens=2, answers=str(tmp_path / "answers.jsonl"), peers=peers,
     )  # fmt: skip
-    data.val_dataloader = lambda: [{"input_ids": tokens(2, 200)}]
+    data.val_dataloader, data.block_size = lambda: [{"input_ids": tokens(2, 200)}], 200
     bench.check_arguments("verify", data)
     rows = bench.verify(data, torch.device("cpu"))["token_quality"]
     names = ["unpruned", "recency", "snap_kv", "gem_filter(last_window)", "fast_kv(snap_kv, last_window)"]
@@ -474,6 +475,19 @@ def test_what_cannot_be_asked_is_refused_before_any_weight_is_read(tmp_path, opt
     bench = TokenQuality(str(tmp_path), SCHEDULE, [Random()], tasks=["needles"], **{"lengths": [600], **options})
     with pytest.raises(ValueError, match=names):
         bench.check_arguments("verify", data)
+
+
+@pytest.mark.parametrize("task", ["suffix", "repeated", "response", "longbench", "longbench_answers"])
+def test_no_task_reads_more_than_the_model_has_positions_for(tmp_path, task):
+    build("gpt2").config.save_pretrained(tmp_path)
+    (tmp_path / "qa.jsonl").touch()
+    field = "max_prompt" if "longbench" in task else "data.block_size"
+    for most, fits in ((480, True), (513, False)):
+        bench = TokenQuality(
+            str(tmp_path), SCHEDULE, [Random()], tasks=[task], longbench=str(tmp_path / "qa.jsonl"), max_prompt=most
+        )
+        with nullcontext() if fits else pytest.raises(ValueError, match=rf"^{field}: 513 tokens .*than the 512 that"):
+            bench.check_arguments("verify", SimpleNamespace(block_size=most))
 
 
 @pytest.mark.parametrize(
