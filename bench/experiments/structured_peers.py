@@ -18,7 +18,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Arm:
         uniform: The same rate in the middle layers, by LLM-Pruner's protocol, in a free shape.
         seeds: With how many seeds it runs.
         recovered: Whether it is compared: measured before the variations and, with the first seed, recovered, too.
+        text: How many times the calibration text of the others it has.
     """
 
     what: str
@@ -87,6 +88,7 @@ class Arm:
     uniform: bool = False
     seeds: int = 3
     recovered: bool = True
+    text: int = 1
 
 
 def _varied(what: str, compensation: Compensation | None = None, scored: Importance | None = None) -> Arm:
@@ -116,6 +118,7 @@ ARMS = {
     "pare-unrefitted": Arm("the default without refitting"),
     **PEERS,
     **{f"{name}-refitted": _refitted(arm) for name, arm in PEERS.items()},
+    "pare-more-text": replace(_varied("the default, calibrated on four times the text"), text=4),
     "pare-following": _varied("the default, refitted to the dense model's states", LeastSquares(follow=True)),
     "pare-learned": _varied(
         "the default, refitted to the dense model's states, and MLPs then learn what is missing", Reconstruction()
@@ -226,7 +229,8 @@ def cell(
     Returns:
         ``removed``, the share that went, and ``ppl`` by text.
     """
-    batches = next(iter(data.values())).calibration(CALIBRATION_BLOCKS, run_seed())
+    blocks = CALIBRATION_BLOCKS * (arm.text if arm is not None else 1)
+    batches = next(iter(data.values())).calibration(blocks, run_seed())
     decoder = sum(p.numel() for p in model.model.layers.parameters())
     if arm is None:
         made = copy.deepcopy(model)
