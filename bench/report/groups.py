@@ -225,7 +225,11 @@ class Panel:
     @cached_property
     def baseline(self) -> Group | None:
         """The uncompressed group that speed-ups are relative to; None when there is none."""
-        plain = [g for g in self.groups if g.uncompressed and g.step_ms]
+        return self.baseline_of(lambda one: one.step_ms)
+
+    def baseline_of(self, measured: Callable[[Group], object]) -> Group | None:
+        """The uncompressed group that others are compared with, of those for which something was measured."""
+        plain = [g for g in self.groups if g.uncompressed and measured(g)]
         return min(plain, key=lambda g: UNCOMPRESSED.index(g.records[0]["compress_method"]), default=None)
 
     def speedup(self, group: Group) -> Spread | None:

@@ -118,14 +118,16 @@ def test_records_of_every_experiment_become_points():
         figure("2:4-wanda-novel", 2.5, "block_peers", details=sparse),
         figure("quality-int8", 0.3, "method_quality", details={"bits_per_element": 8.0}),
         figure("gain-100mbit", 14.0, "local_steps", details={"network": "100mbit"}),
-        figure("step-a-over-b", 2.6, "two_levels", "step: `a` over `b`"),
+        figure("step-a-over-b", 2.6, "two_levels", "a step (were nothing sent: 4.18): `a` over `b`"),
     ])  # fmt: skip
     found = {one.name: one.cases(evidence)[0].points[0] for one in (gradients.FEATURE, tokens.FEATURE,
              structure.FEATURE, blocks.FEATURE)}  # fmt: skip
     values = {name: (point.saving, point.quality) for name, point in found.items()}
     assert values == {"gradient_compression": (4.0, 0.3), "token_pruning": (2.0, 96.0),
                       "structured_pruning": (25.0, 1.4), "block_sparsity": (50.0, 2.5)}  # fmt: skip
-    assert [speed.value for speed in gradients.FEATURE.speeds(evidence)] == [14.0, 2.6]
+    local, levels = gradients.FEATURE.speeds(evidence)
+    assert (local.value, levels.value, levels.bound) == (14.0, 2.6, 4.18)
+    assert levels.what == "a training step, `a` over `b`"
 
 
 def test_answers_of_a_real_model_are_points_chance_beside_them():
@@ -135,7 +137,7 @@ def test_answers_of_a_real_model_are_points_chance_beside_them():
         figure("needles-random", 30.0, "real_model", details={**row, "scorer": "random", "kept_right": 0.3}),
     ])  # fmt: skip
     (case,) = tokens.FEATURE.cases(evidence)
-    assert case.title == "m, needles"
+    assert case.title == "m, needles of real_model"
     assert [(p.name, p.quality, p.control) for p in case.points] == [
         ("calibrated", 96.0, False),
         ("random", 30.0, True),
@@ -175,15 +177,67 @@ def test_what_was_tuned_is_not_compared_with_what_was_not():
     ])  # fmt: skip
     found = {one.title: one.points for feature in (structure, blocks) for one in feature.FEATURE.cases(evidence)}
     assert {title: (point.name, point.quality, point.control) for title, (point,) in found.items()} == {
-        "m, novel, nothing trained": ("2:4-magnitude", 2.5, True),
-        "m, novel, recovered alike: rate 0.001 and steps 16": ("pare", 1.2, False),
-        "m, novel, recovered alike: rate 0.001 and steps 64": ("flap", 1.1, False),
-        "m, novel, recovered (how is not recorded)": ("old", 1.0, False),
-        "m, novel, fine-tuned alike on 56,320 tokens": ("2:4", 1.3, False),
-        "m, novel, fine-tuned alike on 1,000,000 tokens": ("2:4", 1.2, False),
+        "m, novel, nothing trained (structured_peers)": ("pare", 1.4, False),
+        "m, novel, nothing trained (block_peers)": ("2:4-magnitude", 2.5, True),
+        "m, novel, recovered alike: rate 0.001 and steps 16 (structured_peers)": ("pare", 1.2, False),
+        "m, novel, recovered alike: rate 0.001 and steps 64 (structured_peers)": ("flap", 1.1, False),
+        "m, novel, recovered (how is not recorded) (structured_peers)": ("old", 1.0, False),
+        "m, novel, fine-tuned alike on 56,320 tokens (block_tuning)": ("2:4", 1.3, False),
+        "m, novel, fine-tuned alike on 1,000,000 tokens (block_million)": ("2:4", 1.2, False),
     }
     before = structure.FEATURE.cases(evidence)[0].points[0]
     assert (before.saving, before.quality, before.error) == (25.0, 1.4, (0.1, 0.1))
+
+
+def test_points_of_two_settings_do_not_stand_together():
+    of, more = {"model": "m", "text": "novel"}, {"evaluated_tokens": 12_288}
+    sparse = {**of, "arm": "2:4", "tiers": {"sparsity": 0.5}}
+    right = {"model": "m", "task": "needles", "kept_right": 0.9, "bound": 2.0, "scorer": "last_window"}
+    needles = {**right, "arm": "calibrated-2"}
+    evidence = sort([
+        figure("2:4-novel", 2.5, "block_peers", details={**sparse, **more}),
+        figure("3:4-novel", 2.5, "block_peers", details=sparse),
+        figure("two-four-novel", 2.4, "real_model", details={**of, "arm": "two-four", "zeros": 50.0}),
+        figure("dense-tuned-novel", 1.0, "block_tuning", details={**sparse, "tiers": {"sparsity": 0.0}}),
+        figure("pare-25-novel", 1.4, "structured_peers", details={**of, **more, "arm": "pare", "removed": 0.25}),
+        figure("structured-25-novel", 1.5, "real_model", details={**of, "arm": "structured-25"}),
+        figure("needles-calibrated-2", 90.0, "token_answers", details=needles),
+        figure("needles-more-calibrated-2", 90.0, "token_answers", details=needles),
+        figure("needles-unseen-calibrated-2", 9.0, "token_answers", details={**needles, "task": "needles, unseen"}),
+        figure("needles-calibrated", 90.0, "real_model", details=right),
+    ])  # fmt: skip
+    titles = [[one.title for one in f.FEATURE.cases(evidence)] for f in (blocks, structure, tokens)]
+    assert titles == [
+        [f"m, novel, nothing trained ({by})" for by in ("block_peers, 12,288 tokens", "block_peers", "real_model")],
+        [f"m, novel, nothing trained ({by})" for by in ("structured_peers, 12,288 tokens", "real_model")],
+        [f"m, needles{task}" for task in (" of token_answers", "-more of token_answers",
+         ", unseen of token_answers", " of real_model")],
+    ]  # fmt: skip
+
+
+def test_dense_int8_is_no_speed_of_block_sparsity():
+    fast = [figure(f"product-{name}-8", value, "block_speed", f"decode: {name} over dense")
+            for name, value in (("int8", 3.0), ("packed-int8", 2.0), ("bands", 1.5))]  # fmt: skip
+    assert [speed.value for speed in blocks.FEATURE.speeds(sort(fast))] == [2.0, 1.5]
+
+
+def test_a_modelled_speed_is_told_as_such_and_only_without_a_measured_one():
+    modelled, measured = Speed("a", "m", 9.0, modelled=True), Speed("b", "m", 2.0)
+    assert verdict(gradients.FEATURE, [], [modelled]).speed == "Modelled: 9.00 × as fast for a."
+    assert verdict(gradients.FEATURE, [], [modelled, measured]).speed == "Measured: 2.00 × as fast for b."
+    times = {"none": 100.0, "int8": 50.0}
+    runs = [{**synthetic.template(), "compress_method": name, "link_rate": "1gbit", "link_emulated": False,
+             "step_time_ms_modelled": ms} for name, ms in times.items()]  # fmt: skip
+    (speed,) = gradients.FEATURE.speeds(sort(runs))
+    assert speed.modelled and speed.value == 2.0
+
+
+def test_bytes_are_compared_with_the_baseline_of_the_headline():
+    sent = {"native": 400, "none": 200, "int8": 100}
+    runs = [{**synthetic.template(), "compress_method": name, "bytes_compressed_total": size,
+             "bytes_parameters_total": 0, "val_ppl": 30.0} for name, size in sent.items()]  # fmt: skip
+    (case,) = gradients.FEATURE.cases(sort(runs))
+    assert {point.name: point.saving for point in case.points} == {"native": 0.5, "int8": 2.0}
 
 
 def test_mere_runs_are_no_verdict_on_blocks():

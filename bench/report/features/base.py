@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from bench.report.evidence import Evidence
 from bench.report.values import Record, count, number
+from bench.tables.figures import experiment
 
 _NOISE = 1.1
 
@@ -49,6 +50,12 @@ def of_figure(name: str, saving: float, over_dense: float | None, figure: Record
     return [Point(name, saving, over_dense, (spread, spread), control in name.lower(), (figure,))]
 
 
+def setting(figure: Record) -> str:
+    """What measured a figure, and on how many tokens: points of two settings do not compare."""
+    tokens = number(figure, "details.evaluated_tokens")
+    return experiment(figure) + (f", {tokens:,.0f} tokens" if tokens is not None else "")
+
+
 @dataclass(frozen=True)
 class Case:
     """Points that may be compared: one model, one text, one way of training."""
@@ -59,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Speed:
-    """A measured speed-up.
+    """A speed-up, measured unless it says otherwise.
 
     Attributes:
         what: What was faster, and with which method.
@@ -67,6 +74,7 @@ class Speed:
         value: Times as fast as without.
         bound: What the arithmetic or the bytes left out would allow; None where not recorded.
         records: What it was read from.
+        modelled: Whether it was computed for a link that was not there, not measured.
     """
 
     what: str
@@ -74,6 +82,7 @@ class Speed:
     value: float
     bound: float | None = None
     records: tuple[Record, ...] = ()
+    modelled: bool = False
 
     @property
     def doubtful(self) -> bool:
@@ -207,16 +216,17 @@ def _kept_best(feature: Feature, cases: Sequence[Case]) -> list[tuple[str, Point
 
 
 def _fastest(speeds: Sequence[Speed]) -> tuple[str, list[Record]]:
-    """The best speed-up and the least of the same method in words, and their records."""
+    """The best speed-up and the least of the same method in words, and their records; modelled if none is measured."""
     found = [one for one in speeds if not one.doubtful]
     out = len(speeds) - len(found)
+    found = [one for one in found if not one.modelled] or found
     found = list({one.what: one for one in sorted(found, key=_day)}.values())  # of one measurement the newest
     left = f" {count(out, 'measurement')} above the bound left out." if out else ""
     if not found:
         return f"No record has its speed.{left}", []
     best = max(found, key=lambda one: min(one.value, one.bound or one.value))  # what is above its bound is noise
     least = min((one for one in found if one.key == best.key), key=lambda one: one.value)
-    said = f"Measured: {_speed(best)}"
+    said = f"{'Modelled' if best.modelled else 'Measured'}: {_speed(best)}"
     if least is not best:
         said += f"; {'at least' if least.value > 1.05 else 'but'} {_speed(least)}"
     return f"{said}.{left}", [*best.records, *least.records]

@@ -4,10 +4,11 @@ import re
 from collections import defaultdict
 
 from bench.report.evidence import Evidence
-from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure
+from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure, setting
 from bench.report.values import Record, number, text
 
 _ZEROS = re.compile(r"([\d.]+) % zeros")
+_DENSE = re.compile(r"product-int8-\d+")  # of weights of which none is left out
 _PERPLEXITIES = ("block_peers", "block_tuning", "block_million")
 _CONTROL = "magnitude"
 
@@ -17,14 +18,14 @@ def _cases(evidence: Evidence) -> list[Case]:
     found: dict[str, list[Point]] = defaultdict(list)
     for one in (one for name in _PERPLEXITIES for one in evidence.figures_of(name)):
         zeros, arm = number(one, "details.tiers.sparsity"), text(one["details"].get("arm"))
-        if zeros is not None:
+        if zeros:
             tokens = number(one, "details.tuned_tokens")
             trained = f"fine-tuned alike on {tokens:,.0f} tokens" if tokens else "nothing trained"
             name = arm.partition("-")[2] if tokens else arm
             found[_title(one, trained)] += of_figure(name, 100 * zeros, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("real_model"):
         zeros = number(one, "details.zeros")
-        if zeros is not None:
+        if zeros:
             arm = text(one["details"].get("arm"))
             found[_title(one, "nothing trained")] += of_figure(arm, zeros, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("block_quality"):
@@ -38,14 +39,14 @@ def _cases(evidence: Evidence) -> list[Case]:
 
 
 def _title(one: Record, trained: str) -> str:
-    return f"{text(one['details'].get('model'))}, {text(one['details'].get('text'))}, {trained}"
+    return f"{text(one['details'].get('model'))}, {text(one['details'].get('text'))}, {trained} ({setting(one)})"
 
 
 def _speeds(evidence: Evidence) -> list[Speed]:
     found = []
     for one in evidence.figures_of("block_speed"):
-        value = number(one, "value")
-        if one["figure"].startswith("product-") and value is not None:
+        value, dense = number(one, "value"), _DENSE.fullmatch(one["figure"])
+        if one["figure"].startswith("product-") and not dense and value is not None:
             what = one["what"].partition(" over ")[0].rstrip(",")
             key = one["figure"].removeprefix("product-").rpartition("-")[0]
             found.append(Speed(what, key, value, number(one, "details.bound"), (one,)))

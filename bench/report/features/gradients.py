@@ -1,12 +1,15 @@
 """Gradient compression: bytes saved against perplexity, and what a training step gains on which link."""
 
+import re
+
 from bench.report.evidence import Evidence
 from bench.report.features.base import Axis, Case, Feature, Point, Speed
 from bench.report.groups import Group, Panel, panels
-from bench.report.link import link_rate
+from bench.report.link import link_rate, modelled
 from bench.report.values import Spread, number, quantity, ratio, text
 
 _BITS = 32  # of a gradient's element that nothing is done to
+_STEP = re.compile(r"(?: \(were nothing sent: ([\d.]+)\))?: (.*)")  # the bound of a step, and whose it is
 
 
 def _cases(evidence: Evidence) -> list[Case]:
@@ -29,7 +32,7 @@ def _runs(evidence: Evidence) -> list[Case]:
     """Runs that trained to a perplexity: all bytes that they sent, against an uncompressed run of the same setting."""
     cases = []
     for panel in panels(evidence.groups, ("link",)):
-        plain = next((one for one in panel.groups if one.uncompressed and one.ppl and one.bytes_per_step), None)
+        plain = panel.baseline_of(lambda one: one.ppl and one.bytes_per_step)
         points = [point for one in panel.groups if plain and one is not plain and (point := _point(plain, one))]
         if points:
             cases.append(Case(f"{panel.title or 'these runs'}, gradients and parameters", points))
@@ -59,9 +62,11 @@ def _speeds(evidence: Evidence) -> list[Speed]:
             what = f"training to a perplexity at {_rate(one['details'].get('network'))} with local steps"
             found.append(Speed(what, "local steps", value, records=(one,)))
     for one in evidence.figures_of("two_levels"):
-        if one["figure"].startswith("step-") and (value := number(one, "value")) is not None:
-            what = f"a training step, {one['what'].partition(': ')[2]}"
-            found.append(Speed(what, "two levels", value, records=(one,)))
+        said = _STEP.search(one["what"])
+        if one["figure"].startswith("step-") and said and (value := number(one, "value")) is not None:
+            free, what = said.groups()
+            bound = float(free) if free else None
+            found.append(Speed(f"a training step, {what}", "two levels", value, bound, (one,)))
     return found or [speed for panel in panels(evidence.groups) for speed in _of(panel)]
 
 
@@ -79,6 +84,7 @@ def _of(panel: Panel) -> list[Speed]:
             speedup.mean,
             _bound(panel, one),
             (*one.records, *(panel.baseline.records if panel.baseline else ())),
+            modelled(one.records[0]),
         )
         for one, speedup in pairs
         if speedup

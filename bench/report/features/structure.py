@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from bench.report.evidence import Evidence, run_name
-from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure
+from bench.report.features.base import OVER_DENSE, Axis, Case, Feature, Point, Speed, of_figure, setting
 from bench.report.values import Record, number, text
 
 _SHARE = re.compile(r"(\d+)\s*% of the decoder")
@@ -17,11 +17,12 @@ def _cases(evidence: Evidence) -> list[Case]:
     for one in evidence.figures_of("structured_peers"):
         details, removed = one["details"], number(one, "details.removed")
         if removed is not None:
-            title = f"{text(details.get('model'))}, {text(details.get('text'))}, {_trained(details)}"
+            title = f"{text(details.get('model'))}, {text(details.get('text'))}, {_trained(details)} ({setting(one)})"
             found[title] += of_figure(text(details.get("arm")), 100 * removed, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("real_model"):
         if one["details"].get("arm") == "structured-25":
-            title = f"{text(one['details'].get('model'))}, {text(one['details'].get('text'))}, nothing trained"
+            title = f"{text(one['details'].get('model'))}, {text(one['details'].get('text'))}"
+            title += f", nothing trained ({setting(one)})"
             found[title] += of_figure("default", 25.0, number(one, "value"), one, _CONTROL)
     for one in evidence.figures_of("structured_recovery"):
         share, when = _SHARE.search(one["what"]), one["figure"].split("-")[1]

@@ -10,6 +10,7 @@ from bench.report.values import Record, number, shares, text
 
 _UNPRUNED = ("answer_left_out", "sentence_left_out")
 _CONTROLS = ("random", "recency", "stride", "random_cache", *_UNPRUNED)  # what needs no look at the prompt
+_NOT_PRUNED = ("baseline", "keep-1.0", "random")  # arms that prefill is timed beside
 
 
 def _cases(evidence: Evidence) -> list[Case]:
@@ -17,17 +18,23 @@ def _cases(evidence: Evidence) -> list[Case]:
     for one in evidence.figures_of("token_answers"):
         details = one["details"]
         if "arm" in details and (point := _asked(details["arm"], details, one)):
-            found[f"{text(details.get('model'))}, {text(details.get('task'))}"].append(point)
+            found[f"{text(details.get('model'))}, {_task(one)} of token_answers"].append(point)
     for one in evidence.figures_of("real_model"):
         details = one["details"]
         if "kept_right" in details and (point := _asked(text(details.get("scorer")), details, one)):
-            found[f"{text(details.get('model'))}, {text(details.get('task'))}"].append(point)
+            found[f"{text(details.get('model'))}, {text(details.get('task'))} of real_model"].append(point)
         if isinstance(details.get("unpruned"), Mapping) and (point := _read(details, details["unpruned"], one)):
             found[f"{text(details.get('model'))}, tokens of planted answers"].append(point)
     for run in evidence.runs:
         for task, points in _rows(run).items():
             found[f"{run_name(run)}, {task}"] += points
     return [Case(title, points) for title, points in found.items()]
+
+
+def _task(figure: Record) -> str:
+    """Of which questions a figure is: early ones have it in their name alone, parts of a task in the details alone."""
+    named = text(figure["details"].get("task"))
+    return named if ", " in named else figure["figure"].removesuffix(f"-{figure['details']['arm']}")
 
 
 def _rows(run: Record) -> dict[str, list[Point]]:
@@ -78,6 +85,15 @@ def _is_control(name: str) -> bool:
     return name.partition("-")[0].partition("(")[0].partition(",")[0] in _CONTROLS
 
 
+def pruned_arms(block: Mapping[str, Any]) -> list[str]:
+    """The arms of a record's block `prefill` that prune."""
+    schedules, arms = block.get("schedules"), block.get("arms")
+    if isinstance(schedules, Mapping):
+        return [str(name) for name in schedules]
+    rows = [row for row in arms if isinstance(row, Mapping)] if isinstance(arms, list) else []
+    return [name for name in dict.fromkeys(str(row.get("arm")) for row in rows) if name not in _NOT_PRUNED]
+
+
 def _speeds(evidence: Evidence) -> list[Speed]:
     found = []
     for one in [*evidence.figures_of("real_model"), *evidence.figures_of("prefill_speed")]:
@@ -89,7 +105,8 @@ def _speeds(evidence: Evidence) -> list[Speed]:
     for run in evidence.runs:
         block = run.get("prefill")
         arms = block.get("arms") if isinstance(block, Mapping) else None
-        pruned = [a for a in arms or [] if isinstance(a, Mapping) and a.get("arm") == "pruned"]
+        names = pruned_arms(block) if isinstance(block, Mapping) else []
+        pruned = [a for a in arms or [] if isinstance(a, Mapping) and a.get("arm") in names]
         found += [speed for arm in pruned if (speed := _arm(arm, run))]
     return found
 
@@ -99,7 +116,10 @@ def _arm(arm: Mapping[str, Any], source: Record) -> Speed | None:
     if length is None or value is None:
         return None
     model = text(source.get("model") or source.get("details", {}).get("model") or "a random model")
-    return Speed(f"reading {length:,.0f} tokens ({model})", model, value, number(arm, "bound"), (source,))
+    preset = "" if arm.get("arm") in (None, "pruned") else f" with {text(arm['arm'])}"
+    return Speed(
+        f"reading {length:,.0f} tokens{preset} ({model})", model + preset, value, number(arm, "bound"), (source,)
+    )
 
 
 def _said(point: Point) -> str:
