@@ -19,6 +19,7 @@ from common.records.schema import OPTIONAL, REQUIRED
 Parsed = TypeVar("Parsed")
 _FLAWS = {"run": " without run_name", "figure": " with missing or mistyped fields"}
 _RESULTS = ("step_time_ms_p50", "val_ppl", "train_loss", "bytes_compressed_total")
+_TRAINING = ("compress_method", "train_loss")  # neither of which a run has that only validated
 _OTHER = ("structure", "tiers", "recovery", "token_quality", "ladder", "calibration")  # runs of another feature
 
 
@@ -67,7 +68,7 @@ class Evidence:
     @cached_property
     def groups(self) -> list[Group]:
         """Training runs grouped over seeds; those that pruned something are no measure of how gradients are sent."""
-        trained = [run for run in self.runs if run.get("compress_method") is not None]
+        trained = [run for run in self.runs if any(run.get(name) is not None for name in _TRAINING)]
         trained = [run for run in trained if all(run.get(name) is None for name in _OTHER)]
         return group([run for run in trained if any(run.get(name) is not None for name in _RESULTS)])
 

@@ -102,6 +102,7 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 def quantity(value: float, unit: str) -> str:
     """A number with the prefix that leaves one to three digits before the point: "63.6 M", "1.2 MB", "1 Gbit/s"."""
+    value = float(f"{value:.3g}")  # else 999.7 would be 1e+03 of its prefix
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g} {prefix}{unit}".strip()

@@ -135,7 +135,7 @@ def test_what_was_skipped_is_counted_and_shown(whole):
 def test_pruned_prefill_shows_where_the_model_was_and_what_fits(whole):
     folder, page, _ = whole
     rows = [line.split(",") for line in (folder / "tables/prefill.csv").read_text().splitlines()]
-    assert rows[1][1:6] == ["8192", "8192.0", str(8192 / 2.3), "2.3", "2.46"] and float(rows[1][6]) == 25.0
+    assert rows[1][1:7] == ["pruned", "8192", "8192.0", str(8192 / 2.3), "2.3", "2.46"] and float(rows[1][7]) == 25.0
     assert "Ran on cuda:0. Offloaded, so times measure transfers: model.layers.3." in page.text
     assert (folder / "tables/prefill-memory.csv").read_text().splitlines()[1].endswith("8000000000,12288,20480")
     quality = (folder / "tables/frontier-table.csv").read_text().splitlines()

@@ -12,6 +12,7 @@ from bench import report
 from bench.report import drawing, export, groups, values
 from bench.report.content import Chart
 from bench.report.evidence import sort
+from bench.report.features import tokens
 from bench.report.link import link_label
 from bench.report.palette import HUES, Colours
 from bench.report.sections import breakdown, curves, prefill, quality, rates, scaling, tiers
@@ -162,6 +163,52 @@ def test_tier_maps_must_have_a_digit_a_block():
 def test_prefill_measurements_have_one_shape(block, reason):
     with pytest.raises((KeyError, ValueError), match=reason):
         prefill.parse(block)
+
+
+def test_presets_are_arms_that_prune():
+    arms = [{**row, "arm": name} for row in synthetic.PREFILL["arms"] for name in _presets(row["arm"])]
+    for block in ({"arms": arms}, {"arms": arms, "schedules": {"keep09": {}, "keep07": {}}}):
+        evidence = sort([{**synthetic.template(), "prefill": block}])
+        table, _ = prefill.section(evidence).blocks
+        assert [row[1:5] for row in table.table.rows] == [
+            ["keep09", 8192, 8192.0, 8192 / 2.3],
+            ["keep07", 8192, 8192.0, 8192 / 2.3],
+        ]
+        assert table.verdict == "At best 2.30 × as fast, at 1,024 tokens, bound 2.46 ×."
+        assert {speed.what.partition(" (")[0] for speed in tokens.FEATURE.speeds(evidence)} >= {
+            "reading 1,024 tokens with keep09"
+        }
+        assert len(tokens.FEATURE.speeds(evidence)) == 8
+
+
+def _presets(arm):
+    return ("keep09", "keep07") if arm == "pruned" else (arm,)
+
+
+def test_links_of_two_kinds_make_no_line():
+    ways = [("1gbit", None, True), ("10gbit", None, True), ("100mbit", "1ms", True), ("10mbit", None, False)]
+    times = {"step_time_ms_p50": 100.0, "step_time_ms_modelled": 100.0}
+    runs = [run(method, link_rate=rate, link_delay=delay, link_emulated=there, **times)
+            for rate, delay, there in ways for method in ("none", "int8")]  # fmt: skip
+    (line,) = rates._lines(groups.group(runs)).values()
+    assert [rate for rate, *_ in line] == [1e9, 1e10]
+    slow = [{**one, "link_rate": "100mbit"} for one in runs if not one["link_emulated"]]
+    assert {where for where, _ in rates._lines(groups.group([*runs, *slow]))} == {"", "modelled"}
+
+
+def test_quantities_have_the_prefix_of_what_is_shown():
+    assert values.quantity(999_700_000, "bit/s") == "1 Gbit/s" and values.quantity(999.4, "B") == "999 B"
+    assert values.quantity(999.7, "B") == "1 kB" and values.quantity(1_234_000, "") == "1.23 M"
+
+
+def test_no_time_of_a_run_whose_link_was_not_there_is_shown():
+    points = [{"step": step, "train_s": step, "val_ppl": 30.0} for step in (1, 2)]
+    runs = [run(seed=1, link_rate="1gbit", link_emulated=there, val_curve=points, target_ppl=30.0,
+                time_to_target_ppl_s=1.0, val_ppl=30.0) for there in (True, False)]  # fmt: skip
+    both, modelled = (curves.section(sort(some)).blocks for some in (runs, runs[1:]))
+    assert [block.name for block in both] == ["ppl-by-step", "ppl-by-time", "time-to-quality"]
+    assert len(both[1].data.rows) == 2 and len(both[2].table.rows) == 1
+    assert [block.name for block in modelled] == ["ppl-by-step"]
 
 
 def test_bounds_and_suspicions_reach_the_report():

@@ -10,6 +10,7 @@ from bench.report import drawing
 from bench.report.content import Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.groups import Group, Panel, panels, representatives
+from bench.report.link import modelled
 from bench.report.values import Record, Spread, number, spread
 from common.tables import Table
 
@@ -51,9 +52,10 @@ def section(evidence: Evidence) -> Section | None:
     blocks: list[Chart | Sheet] = []
     if by_step := _lines(panels(evidence.groups, across=("link",))):
         blocks.append(_chart(evidence, by_step, "ppl-by-step", "optimizer step", lambda p: p.step))
-        by_time = _lines(panels(evidence.groups))
+    timed = [one for one in evidence.groups if not modelled(one.records[0])]  # else time is that without the link
+    if by_time := _lines(panels(timed)):
         blocks.append(_chart(evidence, by_time, "ppl-by-time", "training time (s)", lambda p: p.seconds.mean))
-    targets = _targets(evidence.groups)
+    targets = _targets(timed)
     return Section("curves", "Training curves", _LEAD, [*blocks, *targets]) if blocks or targets else None
 
 

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
-from bench.report.values import Record, number, text
+from bench.report.features.tokens import pruned_arms
+from bench.report.values import Record, count, number, text
 from common.tables import Table
 
 _LEAD = (
@@ -17,7 +18,15 @@ _LEAD = (
     "the same colour is the speed-up that the arithmetic left out would allow; a point above it deserves distrust."
 )
 _VALUES = ("ms_median", "ms_iqr", "speedup", "speedup_spread", "bound", "peak_bytes")
-_LONGEST = ("length (tokens)", "unpruned (ms)", "pruned (ms)", "speed-up (×)", "bound (×)", "cost of keeping all (%)")
+_LONGEST = (
+    "arm",
+    "length (tokens)",
+    "unpruned (ms)",
+    "pruned (ms)",
+    "speed-up (×)",
+    "bound (×)",
+    "cost of keeping all (%)",
+)
 _MEMORY_ARMS = ("baseline", "pruned")
 
 
@@ -37,9 +46,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Prefill:
-    """One run's measurements by length, the devices that computed, and the parts that were copied to them each time."""
+    """One run's measurements by length, the arms that prune, the devices that computed, and parts copied to them."""
 
     points: list[Point]
+    pruned: list[str]
     devices: list[str]
     offloaded: list[str]
 
@@ -74,7 +84,11 @@ def parse(block: Any) -> Prefill:
     if not points:
         raise ValueError(f"no length was measured; left out: {text(block.get('skipped'))}")
     place = block.get("placement") or {}
-    return Prefill(points, *([str(part) for part in place.get(name) or []] for name in ("devices", "offloaded")))
+    return Prefill(
+        points,
+        pruned_arms(block),
+        *([str(part) for part in place.get(name) or []] for name in ("devices", "offloaded")),
+    )
 
 
 def parse_memory(block: Any) -> list[Any]:
@@ -88,12 +102,12 @@ def section(evidence: Evidence) -> Section | None:
     found, memory = evidence.blocks("prefill", parse), evidence.blocks("prefill_memory", parse_memory)
     blocks: list[Block] = []
     if found:
-        rows = [[name, *_longest(prefill)] for name, prefill in found]
+        rows = [[name, *row] for name, prefill in found for row in _longest(prefill)]
         table = Table(["run", *_LONGEST, "remarks"], rows)
         note = drawing.last_runs(len(found))
-        best = max((p for _, prefill in found for p in prefill.points if p.arm == "pruned" and p.speedup is not None),
-                   key=lambda p: p.speedup or 0.0, default=None)  # fmt: skip
-        said = f"{len(rows)} runs timed it, none with a pruned arm."
+        timed = [p for _, one in found for p in one.points if p.arm in one.pruned and p.speedup is not None]
+        best = max(timed, key=lambda p: p.speedup or 0.0, default=None)
+        said = f"{count(len(found), 'run')} timed it, none with a pruned arm."
         if best:
             bound = f", bound {best.bound:.2f} ×" if best.bound is not None else ""
             said = f"At best {best.speedup:.2f} × as fast, at {best.length:,} tokens{bound}."
@@ -112,12 +126,18 @@ def section(evidence: Evidence) -> Section | None:
     return Section("prefill", "Prefill with pruned tokens", _LEAD, blocks) if blocks else None
 
 
-def _longest(prefill: Prefill) -> list[Any]:
+def _longest(prefill: Prefill) -> list[list[Any]]:
+    """A row for each arm that prunes; one without where none does."""
     length = prefill.points[-1].length
-    plain, pruned, whole = (prefill.at(length, arm) for arm in ("baseline", "pruned", "keep-1.0"))
-    values = [None if pruned is None else getattr(pruned, name) for name in ("ms_median", "speedup", "bound")]
+    plain, whole = (prefill.at(length, arm) for arm in ("baseline", "keep-1.0"))
+    before = None if plain is None else plain.ms_median
     overhead = None if whole is None or not whole.speedup else 100 * (1 / whole.speedup - 1)
-    return [length, None if plain is None else plain.ms_median, *values, overhead, prefill.placed]
+    rows: list[list[Any]] = []
+    for arm in prefill.pruned or [""]:
+        pruned = prefill.at(length, arm)
+        values = [None if pruned is None else getattr(pruned, name) for name in ("ms_median", "speedup", "bound")]
+        rows.append([arm or None, length, before, *values, overhead, prefill.placed])
+    return rows
 
 
 def _line(points: list[Point], arm: str, field: str) -> tuple[list[int], list[float]]:

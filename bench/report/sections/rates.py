@@ -11,8 +11,9 @@ from bench.report import drawing
 from bench.report.content import Chart, Section, Sheet
 from bench.report.evidence import Evidence
 from bench.report.groups import Group, panels
+from bench.report.link import modelled
 from bench.report.palette import TEXT
-from bench.report.values import Spread, quantity
+from bench.report.values import Spread, quantity, text
 from common.tables import Table
 
 _LEAD = (
@@ -91,15 +92,24 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def _lines(groups: Sequence[Group]) -> dict[tuple[str, str], Line]:
-    """Speed-ups of each compressed method at two rates or more, by setting and method."""
+    """Speed-ups of each compressed method at two rates or more, by setting, kind of link and method."""
     lines: dict[tuple[str, str], Line] = defaultdict(list)
     for wide in panels(groups, across=("link",)):
         for panel in panels(wide.groups):
             for group in panel.groups:
                 speedup = panel.speedup(group)
                 if group.rate and speedup and not group.uncompressed and math.isfinite(speedup.mean):
-                    lines[wide.title, group.method].append((group.rate, speedup, group))
+                    lines[", ".join(filter(None, (wide.title, _kind(group)))), group.method].append(
+                        (group.rate, speedup, group)
+                    )
     return {key: sorted(line, key=lambda p: p[0]) for key, line in lines.items() if len({p[0] for p in line}) > 1}
+
+
+def _kind(group: Group) -> str:
+    """What links of several rates must have in common."""
+    one = group.records[0]
+    delay = f"delay {text(one['link_delay'])}" if one.get("link_delay") is not None else ""
+    return ", ".join(filter(None, (delay, "modelled" if modelled(one) else "")))
 
 
 def _stop(line: Line) -> str:
