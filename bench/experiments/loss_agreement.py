@@ -1,5 +1,7 @@
 """Does the hook change training? Losses of `none` and `none_a2a` against FSDP without a hook, 50 steps, same seed."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.experiments.runs import fit, say
@@ -19,7 +21,7 @@ def run(records: Path, folder: Path) -> None:
         arguments += ["--trainer.strategy.compressor", compressor]
         losses[arm] = fit(folder / arm, CONFIG, *arguments).losses
     for arm in ("none", "none_a2a"):
-        difference = max(abs(losses[arm][step] - losses["native"][step]) for step in range(STEPS))
+        difference = largest([abs(losses[arm][step] - losses["native"][step]) for step in range(STEPS)])
         figures.append(
             records,
             figure=f"loss-agreement-{arm}",
@@ -30,3 +32,8 @@ def run(records: Path, folder: Path) -> None:
             reached=difference <= 1e-5,
             command="python -m bench experiment loss_agreement",
         )
+
+
+def largest(differences: Sequence[float]) -> float:
+    """The largest of some numbers; NaN, which ``max`` passes over, where one is."""
+    return max(differences, key=lambda one: (math.isnan(one), one))

@@ -1,10 +1,10 @@
 """One value of many records as a table: a row and a column for each combination, mean ± sd where runs were repeated."""
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from bench.tables import figures
 from bench.tables.compare import lookup
 from common.tables import Table, cell
 
@@ -65,7 +65,6 @@ def _mean(entries: Sequence[Mapping[str, Any]], value: str) -> str | None:
     if not found:
         return None
     # a figure brings its own spread
-    spread = (
-        float(statistics.stdev(found)) if len(found) > 1 else entries[0].get("spread") if value == "value" else None
-    )
-    return cell(statistics.mean(found)) + ("" if spread is None else f" ± {cell(spread)}")
+    own = entries[0].get("spread") if value == "value" else None
+    spread = figures.spread(found) if len(found) > 1 else own
+    return cell(sum(found) / len(found)) + ("" if spread is None else f" ± {cell(spread)}")

@@ -12,6 +12,7 @@ Record = Mapping[str, Any]
 Row = list[str | None]
 HEADERS = ("method", "quality", "saving", "measured speed", "bound")
 _TOKENS = "token pruning"
+_INT8 = "export_dtype: int8"  # of a pack that is not the model whose perplexity was measured
 
 
 def table(folder: Path) -> Table:
@@ -22,12 +23,13 @@ def table(folder: Path) -> Table:
     """
     records = [one for path in sorted(folder.glob("*.jsonl")) for one in record.read(path)[0]]
     runs = [one for one in records if one.get("kind", "run") == "run"]
+    runs.sort(key=lambda one: str(one.get("date", "")))
     rows = [row for part in _PARTS for row in part(runs)]
     return Table(HEADERS, rows, "what each method costs and saves")
 
 
 def _newest(runs: Sequence[Record], field: str, name: str | None = None) -> Any:
-    """A field of the newest record that has it."""
+    """A field of the last record that has it; they stand by date."""
     found = [one[field] for one in runs if one.get(field) and name in (None, one.get("run_name"))]
     return found[-1] if found else None
 
@@ -125,14 +127,14 @@ def _structure(runs: Sequence[Record]) -> list[Row]:
 
 def _tiers(runs: Sequence[Record]) -> list[Row]:
     fits = [one for one in runs if (one.get("tiers") or {}).get("iterations")]
-    packs = [one["tiers"] for one in runs if (one.get("tiers") or {}).get("packed_bytes")]
+    packed = [one for one in runs if (one.get("tiers") or {}).get("packed_bytes")]
+    packs = [one["tiers"] for one in packed if _INT8 not in str(one.get("config"))]
     if not fits:
         return []
     last = fits[-1]
     before = _newest(runs, "val_ppl", "recover")
-    smallest = min(packs, key=lambda pack: pack["packed_bytes"], default=None)
     zeros = f"{_share(last['tiers']['sparsity'])} of the weights are zero"
-    saving = zeros if smallest is None else f"{zeros}; files {smallest['packed_ratio']:.2f} × smaller than 16 bits"
+    saving = f"{zeros}; files {packs[-1]['packed_ratio']:.2f} × smaller than 16 bits" if packs else zeros
     quality = _change("perplexity", before, last.get("val_ppl"))
     return [["block sparsity, on the recovered model", quality, saving, None, None]]
 

@@ -3,12 +3,13 @@
 What is finished is taken again only where it is of the same code, inputs and arguments.
 """
 
+import math
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from bench.experiments import local_steps, method_quality, runs, slow_links, token_quality, two_levels
+from bench.experiments import local_steps, loss_agreement, method_quality, runs, slow_links, token_quality, two_levels
 from common.records import record
 
 PROGRAM = """
@@ -83,6 +84,19 @@ def test_experiments_that_go_on_where_they_stopped_claim_their_folder(module, tm
     (folder / "quality.jsonl").touch()  # of nobody knows which commit
     with pytest.raises(ValueError, match="nothing says what its runs are of"):
         module.run(tmp_path / "records.jsonl", folder, *([tmp_path] if module is token_quality else []))
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 49])
+def test_losses_agree_only_where_all_are_numbers(wrong, tmp_path, monkeypatch):
+    def fit(folder, *_):
+        losses = dict.fromkeys(range(loss_agreement.STEPS), 3.0)
+        return runs.Run({}, losses | ({wrong: math.nan} if folder.name == "none" else {}), 1.0)
+
+    monkeypatch.setattr(loss_agreement, "fit", fit)
+    loss_agreement.run(tmp_path / "records.jsonl", tmp_path)
+    none, exchange = record.read(tmp_path / "records.jsonl")[0]
+    assert math.isnan(none["value"]) and none["reached"] is False
+    assert exchange["value"] == 0.0 and exchange["reached"] is True
 
 
 def test_runs_that_were_made_again_stand_among_the_records(tmp_path, monkeypatch):

@@ -262,10 +262,12 @@ def test_the_table_is_read_off_the_records(tmp_path):
         {"run_name": "recall_quality", "token_quality": quality},
         {"run_name": "recall_prefill", "prefill": {"arms": arms}},
         {"run_name": "prune", "structure": sizes},
-        {"run_name": "recover", "val_ppl": 11.0},
+        {"run_name": "recover", "val_ppl": 11.0, "date": "2026-01-02"},
+        {"run_name": "recover", "val_ppl": 19.0, "date": "2026-01-01"},
         {"run_name": "validated", "inference": {"rows": timed}},
         {"run_name": "tiers", "val_ppl": 12.1, "tiers": {"iterations": [{}], "sparsity": 0.2}},
         {"run_name": "packed", "tiers": {"packed_bytes": 10, "packed_ratio": 1.4, "iterations": []}},
+        {"run_name": "packed", "tiers": {"packed_bytes": 5, "packed_ratio": 2.8}, "config": "  export_dtype: int8\n"},
         {"run_name": "together", "ladder": {"rungs": [{"rung": "dense", "right": 1.0, **rung}, last]}},
     ]
     for one in blocks:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from bench import __main__ as command
@@ -29,6 +31,12 @@ def test_a_figure_stands_with_its_own_spread():
     figure = {**entry("int8", "a", None, 2.0), "spread": 0.25}
     table, _ = pivot([figure, entry("topk", "a", None, 3.0)], ["method"], "case", ["value"])
     assert table.rows == [["int8", "2 ± 0.25"], ["topk", "3"]]
+
+
+def test_a_repeat_that_diverged_is_part_of_the_mean():
+    runs = [*RUNS[:2], entry("int8", "a", 3, math.inf), entry("topk", "a", 2, math.nan), RUNS[3]]
+    table, _ = pivot(runs, ["method"], "case", ["value"])
+    assert table.rows == [["int8", "inf"], ["topk", "nan"]]
 
 
 def test_several_values_name_their_columns():
