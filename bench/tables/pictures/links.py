@@ -11,23 +11,25 @@ _RATES = ("50mbit", "100mbit", "250mbit", "500mbit", "1gbit", "10gbit")
 
 
 def take(folder: Path) -> Numbers:
-    """Speed-up of a step over no compression by link rate."""
+    """Speed-up of a step over no compression by link rate, and its spread."""
     found = figures_of(folder, "links.jsonl")
     methods = ("none_a2a", "bf16_both", "int8_gradients", "int8_both")
-    return {name: [found[f"speedup-{name}-{rate}"]["value"] for rate in _RATES] for name in methods}
+    rows = {name: [found[f"speedup-{name}-{rate}"] for rate in _RATES] for name in methods}
+    return {name: [[one["value"], one["spread"]] for one in row] for name, row in rows.items()}
 
 
 def draw(axes: Axes, numbers: Numbers) -> None:
     """Draw them into a part of a picture."""
     names = {
-        "none_a2a": "fp32, half of gloo's bytes",
-        "int8_gradients": "int8 gradients",
-        "bf16_both": "bf16 gradients and parameters",
         "int8_both": "int8 gradients and parameters",
+        "bf16_both": "bf16 gradients and parameters",
+        "int8_gradients": "int8 gradients",
+        "none_a2a": "fp32, half of gloo's bytes",
     }
     for index, (name, label) in enumerate(names.items()):
-        colour = GREY if name == "none_a2a" else hue(index - 1)
-        axes.plot(range(len(_RATES)), numbers[name], marker="o", color=colour, label=label)
+        colour = GREY if name == "none_a2a" else hue(index)
+        value, spread = zip(*numbers[name], strict=True)
+        axes.errorbar(range(len(_RATES)), value, yerr=spread, marker="o", color=colour, label=label)
     axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_xticks(
         range(len(_RATES)), [rate.replace("bit", "").replace("m", " M").replace("g", " G") for rate in _RATES]

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.report.drawing import plain_numbers
 from bench.report.palette import GREY, hue
 from bench.tables.pictures.picture import Numbers, Picture, figures_of
+
+_TICKS = (2, 5, 10, 20, 50, 100)
 
 
 def _take(folder: Path) -> Numbers:
@@ -20,9 +21,11 @@ def _take(folder: Path) -> Numbers:
 def _draw(figure: Figure, numbers: Numbers) -> None:
     axes = figure.subplots()
     for field, label, colour in (("all_heads", "all heads", GREY), ("share", "its best heads", hue(0))):
-        axes.plot(numbers["layers"], numbers[field], marker="o", markersize=4, color=colour, label=label)
+        look = {"markersize": 7, "markerfacecolor": "none"} if field == "all_heads" else {"markersize": 4}
+        axes.plot(numbers["layers"], numbers[field], marker="o", color=colour, label=label, **look)
     axes.set_yscale("log")
-    plain_numbers(axes.yaxis)
+    axes.set_yticks(_TICKS, [str(tick) for tick in _TICKS])
+    axes.minorticks_off()
     axes.set_xlabel("layer whose attention chooses")
     axes.set_title("% of the prompt that must stay for the answer to stay")
     axes.legend()

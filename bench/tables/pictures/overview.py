@@ -13,17 +13,17 @@ def _take(folder: Path) -> Numbers:
 
 
 def _draw(figure: Figure, numbers: Numbers) -> None:
-    parts = figure.subplots(1, 3, width_ratios=(1.1, 0.8, 1.2))
+    parts = figure.subplots(1, 3, width_ratios=(1.1, 0.8, 1.0))
     for axes, (name, part) in zip(parts, {"links": links, "prefill": prefill, "real": weights}.items(), strict=True):
         part.draw(axes, numbers[name])
 
 
 PICTURE = Picture(
     10,
-    "Left: a training step with int8 gradients and parameters by the speed of the link. Middle: reading a prompt "
-    "of a pretrained chat model, calibrated. Right: what pruning costs that model without any training.",
+    "Left: a training step that sends fewer bytes, by the speed of the link. Middle: reading a prompt of a pretrained "
+    "chat model, calibrated. Right: what pruning costs that model without any training.",
     _take,
     _draw,
     "README.md",
-    (11.0, 3.4),
+    (10.0, 3.4),
 )

@@ -12,10 +12,11 @@ _SCORERS |= {"random": "random", "recency": "the end of the prompt"}
 
 
 def _take(folder: Path) -> Numbers:
-    """Answers right by scorer and share kept."""
+    """Answers right by scorer and share kept, and half their 95 % intervals."""
     found = figures_of(folder, "token_quality.jsonl")
     keep = (0.7, 0.5, 0.3)
-    return {scorer: [found[f"recall-recall-{scorer}-{share}"]["value"] for share in keep] for scorer in _SCORERS}
+    rows = {scorer: [found[f"recall-recall-{scorer}-{share}"] for share in keep] for scorer in _SCORERS}
+    return {scorer: [[one["value"], one["spread"]] for one in row] for scorer, row in rows.items()}
 
 
 def _draw(figure: Figure, numbers: Numbers) -> None:
@@ -23,7 +24,10 @@ def _draw(figure: Figure, numbers: Numbers) -> None:
     for index, (scorer, label) in enumerate(_SCORERS.items()):
         colour = GREY if scorer in ("random", "recency") else hue(index)
         style = ":" if scorer == "recency" else "-"
-        axes.plot(range(3), numbers[scorer], marker="o", color=colour, linestyle=style, label=label)
+        value, spread = zip(*numbers[scorer], strict=True)
+        axes.errorbar(
+            range(3), value, yerr=spread, marker="o", color=colour, linestyle=style, label=label, zorder=10 - index
+        )  # fmt: skip
     axes.set_xticks(range(3), ["70 %", "50 %", "30 %"])
     axes.set_xlabel("of the prompt's tokens kept")
     axes.set_title("facts of the prompt answered right, %")
@@ -32,7 +36,8 @@ def _draw(figure: Figure, numbers: Numbers) -> None:
 
 PICTURE = Picture(
     70,
-    "Which facts of a prompt a small model still answers, by who chooses the tokens that stay.",
+    "Which facts of a prompt a small model still answers, by who chooses the tokens that stay. Bars are 95 % "
+    "intervals.",
     _take,
     _draw,
     "token_pruning_small_models.md",

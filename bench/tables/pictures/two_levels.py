@@ -35,7 +35,7 @@ def _take(folder: Path) -> Numbers:
 
 
 def _draw(figure: Figure, numbers: Numbers) -> None:
-    titles = {"MB": "MB from host to host in a step", "s": "seconds of a step"}
+    titles = {"MB": "MB from host to host in a step", "s": "seconds of a step, 100 Mbit/s"}
     groups = [method.partition("_")[0] for method in numbers]
     colours = {"flat": GREY, "hsdp": hue(0), "ddp": hue(1)}
     for axes, (field, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
@@ -45,6 +45,7 @@ def _draw(figure: Figure, numbers: Numbers) -> None:
         bars = axes.barh(places, values, color=[colours[group] for group in groups])
         axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
         axes.margins(x=0.12)
+        axes.grid(False, axis="y")
         axes.set_title(title)
         axes.set_yticks(places, [_LEVELS[method] for method in numbers], fontsize=8)
     axes.invert_yaxis()

@@ -22,8 +22,8 @@ _STAGES = {  # what is drawn, and the figures' names; a way is a published one's
     "refitted": ("and refitted", "s", hue(0), "{way}-refitted-25-{text}-before"),
     "recovered": ("recovered by a few steps, over the dense model alike", "^", hue(1), "{way}-25-{text}-after"),
 }
-_OFFSETS = {"cut": -0.18, "refitted": 0.0, "recovered": 0.18}  # of a way's row: they may lie on one another
-_TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50)
+_SIZES = {"cut": 7, "refitted": 7, "recovered": 4.5}  # they may lie on one another
+_TICKS = (1, 1.5, 2, 3, 4, 5, 6)
 _OWN = {"cut": "pare-unrefitted-25-{text}-before", "refitted": "pare-25-{text}-before"}  # refitting is the default
 
 
@@ -36,22 +36,28 @@ def _take(folder: Path) -> Numbers:
             name = _OWN.get(stage, name) if way == "pare" else name
             if one := found.get(name.format(way=way, text=text)):
                 rows.setdefault(way, {}).setdefault(text, {})[stage] = [one["value"], one["spread"]]
-    return dict(rows)
+    return dict(sorted(rows.items(), key=lambda row: sum(stages["cut"][0] or 0.0 for stages in row[1].values())))
 
 
 def _draw(figure: Figure, numbers: Numbers) -> None:
     for axes, text in zip(figure.subplots(1, 2, sharey=True), _TEXTS, strict=True):
-        for stage, (label, marker, colour, _) in _STAGES.items():
-            for row, way in enumerate(numbers):
-                value, spread = numbers[way].get(text, {}).get(stage, (None, None))
-                place = row + _OFFSETS[stage]
-                if value is not None:
-                    axes.errorbar(value, place, xerr=spread, marker=marker, color=colour, markersize=6)
+        for row, stages in enumerate(one.get(text, {}) for one in numbers.values()):
+            values = [value for value, _ in stages.values()]
+            axes.plot(values, [row] * len(values), color=GREY, linewidth=0.8)
+            for stage, (value, spread) in stages.items():
+                _, marker, colour, _ = _STAGES[stage]
+                if value > _TICKS[-1]:
+                    axes.plot(_TICKS[-1], row, ">", color=colour, markersize=_SIZES[stage], clip_on=False)
+                    axes.annotate(f"{value:.0f}", (_TICKS[-1], row), (-7, 0), textcoords="offset points", ha="right",
+                                  va="center", fontsize=8)  # fmt: skip
+                else:
+                    axes.errorbar(value, row, xerr=spread, marker=marker, color=colour, markersize=_SIZES[stage])
+        for label, marker, colour, _ in _STAGES.values():
             axes.plot([], [], marker, color=colour, label=label if text == "novel" else None)
         axes.set_xscale("log")
+        axes.set_xlim(1, _TICKS[-1])
         axes.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
         axes.minorticks_off()
-        axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_title(f"perplexity, times the dense model's: {_TEXTS[text]}")
         axes.set_yticks(range(len(numbers)), [_WAYS[way] for way in numbers])
     axes.invert_yaxis()
