@@ -41,7 +41,8 @@ def draw(axes: Axes, numbers: Numbers) -> None:
 
 PICTURE = Picture(
     20,
-    "How much faster a training step becomes when fewer bytes cross a slow link; a fast one gains nothing.",
+    "How much faster a training step becomes when fewer bytes cross a slow link; a fast one gains nothing. Bars are "
+    "the scatter of a run's steps.",
     take,
     lambda figure, numbers: draw(figure.subplots(), numbers),
     "bench.md",
