@@ -10,13 +10,15 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 SLAB = 1 << 16  # elements processed at a time on CPU: a slab and its temporaries stay in a core's L2 cache
 _MORE_GRAPHS = 64  # dynamo's limit is per function, and all codecs share the functions of their base class
+# inductor's code for GPUs would fuse multiplications with additions and divide approximately
+_EXACT: dict[str, Any] = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 
 Backend = Literal["reference", "slabs", "compiled", "triton"]
 Choice = Literal["auto", "reference", "slabs", "compiled", "triton"]
@@ -193,7 +195,7 @@ def _compiled(reference: Reference, device: torch.device) -> Reference:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         get_cpp_compiler()  # raises at once; later, a missing compiler is a hundred lines of log
-    graph = torch.compile(reference, fullgraph=True)
+    graph = torch.compile(reference, fullgraph=True, options=_EXACT if device.type == "cuda" else None)
     ready = False
 
     def run(place: Place, *tensors: Tensor) -> None:

@@ -1,6 +1,8 @@
 """Triton kernels without a GPU: bit by bit in the interpreter, and what they compile to for A100, H100 and B200."""
 
 import re
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +119,43 @@ def _encode_bad(name, bad):
 @pytest.mark.parametrize("name", list(CODECS))
 def test_a_bad_element_is_seen_and_leaves_what_was_owed(name, bad, interpreter):
     assert interpreter(_encode_bad, name, bad) == ([], 0, [2])
+
+
+class _Written(Exception):
+    """Code is generated, and cannot be run without a GPU."""
+
+
+def _inductor_writes(step):
+    """What ``torch.compile`` makes of a step on a GPU: whether it may fuse, and its lines that divide."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from strategies.kernels import step as kernels
+
+    found = []
+
+    def write(graph):
+        found.append(graph.codegen()[0].value)
+        raise _Written
+
+    GraphLowering._compile_to_module = write
+    target, device = GPUTarget("cuda", 90, 32), torch.device("cpu")
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_active_torch_device=lambda: device))
+    codec = Int8()
+    arguments = codec.steps.examples(Job("slabs", device, 3), "owing")[step]
+    run = kernels._compiled(codec.steps.references[step], torch.device("cuda"))
+    with config.patch(cpu_backend="triton", fx_graph_cache=False, compile_threads=1), suppress(Exception):
+        run(None, *arguments)
+    (code,) = found
+    divisions = [line.strip() for line in code.splitlines() if re.search(r"tmp\d+ / |div_rn", line)]
+    return "'enable_fp_fusion': False" in code, divisions
+
+
+def test_compiled_code_for_a_gpu_divides_exactly_and_fuses_no_multiplication_with_an_addition(interpreter):
+    apart, divisions = interpreter(_inductor_writes, "owing")
+    assert apart and len(divisions) == 1 and "div_rn" in divisions[0]
 
 
 def test_there_are_no_kernels_for_other_blocks_or_steps():
