@@ -26,13 +26,31 @@ def interpreting() -> Iterator[Callable[..., Any]]:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
+class Launches:
+    """In place of a kernel: the devices that it would have been launched on, None where nobody chose one."""
+
+    def __init__(self) -> None:
+        self.current: Any = None
+        self.launched_on: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: self.launched_on.append(self.current)
+
+    @contextmanager
+    def device_of(self, tensor: Any) -> Iterator[None]:
+        """In place of ``torch.cuda.device_of``."""
+        self.current = tensor.device
+        yield
+        self.current = None
+
+
 def compiled(
     kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any], sm: int = 90
 ) -> tuple[list[str], int]:
     """Instructions of a kernel for an architecture, but for padding, and the registers of a thread.
 
-    Pointers and whole numbers called "…stride", "inputs" or "outputs" are taken to be multiples of 16. Raises if it
-    spills registers.
+    Pointers, and whole numbers called "…stride", "inputs" or "outputs" that the kernel is specialised on, are taken to
+    be multiples of 16. Raises if it spills registers.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -42,7 +60,8 @@ def compiled(
     aligned = [
         i
         for i, arg in enumerate(kernel.arg_names)
-        if signature[arg].startswith("*") or "stride" in arg or arg in ("inputs", "outputs")
+        if (signature[arg].startswith("*") or "stride" in arg or arg in ("inputs", "outputs"))
+        and not kernel.params[i].do_not_specialize
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)

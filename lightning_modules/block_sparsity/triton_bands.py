@@ -155,18 +155,19 @@ def kernel_product(x: Tensor, parts: dict[str, Tensor], layout: Layout, bias: Te
     tiers = ("dense", "mid", "topk")
     scales = [parts.get(f"{tier}.scale", parts[tier]) for tier in tiers]
     counts = [parts[part].shape[1] for part in ("dense", "mid_index", "topk")]
-    multiply[(len(parts["columns"]), len(rows))](
-        out,
-        rows,
-        *(parts[part] for part in ("columns", "dense", "mid", "mid_index", "topk", "topk_index")),
-        *scales,
-        layout.columns,
-        layout.rows,
-        *counts,
-        K=layout.k,
-        N=STEP,
-        SCALED="dense.scale" in parts,
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(x):  # launches go to the current device
+        multiply[(len(parts["columns"]), len(rows))](
+            out,
+            rows,
+            *(parts[part] for part in ("columns", "dense", "mid", "mid_index", "topk", "topk_index")),
+            *scales,
+            layout.columns,
+            layout.rows,
+            *counts,
+            K=layout.k,
+            N=STEP,
+            SCALED="dense.scale" in parts,
+            **OPTIONS,
+        )
     found = out if bias is None else out + bias
     return found.view(*x.shape[:-1], layout.rows)

@@ -21,6 +21,9 @@ _TINY = tl.constexpr(1e-30)
 _LOWEST = tl.constexpr(27)  # of NaturalCompression, as the two below
 _NONFINITE = tl.constexpr(127)
 _INFINITY = tl.constexpr(0x7F800000)
+# numbers of which no kernel is made anew where they are odd, or 1; a values' stride is none: rows of 16 bytes are read
+# at once only where all are known to begin at multiples of 16
+_ANY = ["b", "n", "scale_stride", "mean_stride"]
 
 
 @triton.jit
@@ -51,7 +54,7 @@ def _over(x, levels, NB: tl.constexpr):
     return tl.div_rn(one, tl.where(x < _TINY, _TINY, x)) * levels, x * (1.0 / levels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def int8_encode(grad, owed, values, scales, b, B: tl.constexpr, NB: tl.constexpr, OWING: tl.constexpr):
     """``Int8`` to nearest: values ``int8 [b, B]``, scales ``float32 [b]``."""
     block = tl.program_id(0) * NB + tl.arange(0, NB)
@@ -67,7 +70,7 @@ def int8_encode(grad, owed, values, scales, b, B: tl.constexpr, NB: tl.constexpr
         _settle(owed, at, mask, x - q * scale[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def int8_mean(out, values, scales, value_stride, scale_stride, share, b, n, B: tl.constexpr, NB: tl.constexpr):
     """Mean of n ranks' ``Int8`` codes; rank r's lie r strides further."""
     block = tl.program_id(0) * NB + tl.arange(0, NB)
@@ -82,7 +85,7 @@ def int8_mean(out, values, scales, value_stride, scale_stride, share, b, n, B: t
     tl.store(out + at, (total * share).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def int4_encode(grad, owed, values, scales, b, B: tl.constexpr, NB: tl.constexpr, OWING: tl.constexpr):
     """``Int4`` to nearest: values ``uint8 [b, B/2]``, the halves of a block as planes, scales ``float32 [b]``."""
     H: tl.constexpr = B // 2
@@ -104,7 +107,7 @@ def int4_encode(grad, owed, values, scales, b, B: tl.constexpr, NB: tl.constexpr
         _settle(owed, at + H, mask, high - q_high * scale[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def onebit_encode(grad, owed, values, means, real, b, B: tl.constexpr, NB: tl.constexpr, OWING: tl.constexpr):
     """``OneBit``: values ``uint8 [b, B/8]``, means ``float32 [b, 2]``; ``real [b]`` counts what is no padding."""
     P: tl.constexpr = B // 8
@@ -140,7 +143,7 @@ def onebit_encode(grad, owed, values, means, real, b, B: tl.constexpr, NB: tl.co
             _settle(owed, at + plane * P, mask, planes[plane] - told)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def onebit_mean(out, values, means, value_stride, mean_stride, share, b, n, B: tl.constexpr, NB: tl.constexpr):
     """Mean of n ranks' ``OneBit`` codes; rank r's lie r strides further."""
     P: tl.constexpr = B // 8
@@ -160,7 +163,7 @@ def onebit_mean(out, values, means, value_stride, mean_stride, share, b, n, B: t
     tl.store(out + at, (total * share).to(out.dtype.element_ty), mask=inside[:, None, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def natural_encode(first, one, two, grad, owed, values, b, B: tl.constexpr, NB: tl.constexpr, OWING: tl.constexpr):
     """``NaturalCompression``: values ``uint8 [b, B]``; the hash of position and key is ``hashing.hash32``."""
     block = tl.program_id(0) * NB + tl.arange(0, NB)
@@ -182,6 +185,7 @@ def natural_encode(first, one, two, grad, owed, values, b, B: tl.constexpr, NB: 
 
 Launch = Callable[..., None]
 _PROGRAM = 2048  # elements of one program
+_LARGEST = 4096  # elements of a block; compiling larger ones takes for ever
 _OPTIONS: dict[str, Any] = {"num_warps": 2, "enable_fp_fusion": False}
 
 
@@ -191,11 +195,11 @@ def find(codec: str, step: str, block: int) -> Launch | None:
     Args:
         codec: "int8", "int4", "onebit" or "natural".
         step: "encode", "owing" or "mean"; see ``BlockSteps``.
-        block: Elements of a block; kernels exist for powers of two.
+        block: Elements of a block; kernels exist for powers of two from 16 to 4096, which registers hold.
     """
     encoders = {"int8": int8_encode, "int4": int4_encode, "onebit": onebit_encode, "natural": natural_encode}
     means = {"int8": int8_mean, "onebit": onebit_mean}
-    if block < 16 or block & (block - 1):
+    if not 16 <= block <= _LARGEST or block & (block - 1):
         return None
     if step == "mean" and codec in means:
         return _mean(means[codec], block)
@@ -216,7 +220,8 @@ def _encoder(kernel: Any, block: int, owing: bool) -> Launch:
         owed, codes = (rest[0], rest[1:]) if owing else (grad, rest)
         b = grad.shape[0]
         grid = (triton.cdiv(b, blocks),)
-        kernel[grid](*(place or ()), grad, owed, *codes, b, B=block, NB=blocks, OWING=owing, **_OPTIONS)
+        with torch.cuda.device_of(grad):  # launches go to the current device
+            kernel[grid](*(place or ()), grad, owed, *codes, b, B=block, NB=blocks, OWING=owing, **_OPTIONS)
 
     return launch
 
@@ -229,7 +234,9 @@ def _mean(kernel: Any, block: int) -> Launch:
         values, value_stride = _strided(codes[::2])
         scales, scale_stride = _strided(codes[1::2])
         grid = (triton.cdiv(b, blocks),)
-        kernel[grid](out, values, scales, value_stride, scale_stride, 1 / n, b, n, B=block, NB=blocks, **_OPTIONS)
+        strides = (value_stride, scale_stride)
+        with torch.cuda.device_of(out):
+            kernel[grid](out, values, scales, *strides, 1 / n, b, n, B=block, NB=blocks, **_OPTIONS)
 
     return launch
 

@@ -13,7 +13,7 @@ from strategies.compressors.natural import NaturalCompression
 from strategies.compressors.onebit import OneBit
 from strategies.kernels import Job
 from strategies.kernels.step import agree, place_of
-from tests.triton_tools import ARCHITECTURES, compiled, interpreting
+from tests.triton_tools import ARCHITECTURES, Launches, compiled, interpreting
 
 pytest.importorskip("triton", reason="needs the extra triton: pip install -e '.[triton]'")
 CODECS = {"int8": Int8(), "int4": Int4(), "onebit": OneBit(), "natural": NaturalCompression()}
@@ -163,9 +163,42 @@ def test_there_are_no_kernels_for_other_blocks_or_steps():
 
     assert find("int8", "encode", 256) is not None
     assert find("int8", "encode", 96) is None
+    assert find("int8", "encode", 4096) is not None and find("int8", "encode", 8192) is None
     assert find("int8", "decode", 256) is None
     assert find("qsgd", "encode", 256) is None
     assert Int8(stochastic=True).kernel("encode") is None
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
+    from strategies.kernels import triton_codecs
+
+    kernel = Launches()
+    monkeypatch.setattr(torch.cuda, "device_of", kernel.device_of)
+    for name in ("int8_encode", "int8_mean"):
+        monkeypatch.setattr(triton_codecs, name, kernel)
+    for step in ("encode", "owing", "mean"):
+        Int8().kernel(step)(None, *_examples(Int8(), step, 4))
+    assert kernel.launched_on == [torch.device("cpu")] * 3
+
+
+def test_other_numbers_of_blocks_and_places_of_scales_compile_no_kernel_again():
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from strategies.kernels import triton_codecs
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for name in _MEASURED:
+        kernel = getattr(triton_codecs, name)
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        seen = []
+        for number in (64, 63, 1):
+            free = {"b": number, "n": number, "scale_stride": number, "mean_stride": number, "share": 1 / number}
+            fixed = {"B": 256, "NB": 8, "OWING": True, "value_stride": 256}
+            given = {arg: (free | fixed).get(arg, torch.zeros(8)) for arg in kernel.arg_names}
+            seen.append(bind(**given)[1])
+        assert seen[0] == seen[1] == seen[2], name
 
 
 _TYPES = {"grad": "*fp32", "owed": "*fp32", "out": "*fp32", "values": "*u8", "scales": "*fp32", "means": "*fp32"}

@@ -8,7 +8,7 @@ from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.packing import Layout, pack
 from lightning_modules.block_sparsity.tiers import TierMap
 from tests.lightning_modules.block_sparsity.toy import scored
-from tests.triton_tools import ARCHITECTURES, compiled, interpreting
+from tests.triton_tools import ARCHITECTURES, Launches, compiled, interpreting
 
 pytest.importorskip("triton", reason="needs the extra triton: pip install -e '.[triton]'")
 
@@ -19,15 +19,19 @@ def interpreter():
         yield call
 
 
+def _bands(shape, ratios, dtype, draw):
+    weight, tiers = torch.randn(shape, generator=draw), TierMap("m", shape, 16, 10, torch.device("cpu"))
+    demote({"m": scored(weight.abs())}, {"m": tiers}, Ratios(*ratios), "band")
+    layout = Layout(*shape, 16, 10)
+    return to_bands(pack(weight.masked_fill_(~tiers.keep_RC, 0.0), tiers, dtype), layout, "m"), layout
+
+
 def _apart(shape, ratios, dtype, rows):
     """Largest difference of kernel and reference, over the largest output; and whether anything else was written."""
     from lightning_modules.block_sparsity.triton_bands import kernel_product
 
     draw = torch.Generator().manual_seed(1)
-    weight, tiers = torch.randn(shape, generator=draw), TierMap("m", shape, 16, 10, torch.device("cpu"))
-    demote({"m": scored(weight.abs())}, {"m": tiers}, Ratios(*ratios), "band")
-    layout = Layout(*shape, 16, 10)
-    parts = to_bands(pack(weight.masked_fill_(~tiers.keep_RC, 0.0), tiers, dtype), layout, "m")
+    parts, layout = _bands(shape, ratios, dtype, draw)
     x, bias = torch.randn(*rows, shape[1], generator=draw), torch.randn(shape[0], generator=draw)
     wanted, found = band_product(x, parts, layout, bias), kernel_product(x, parts, layout, bias)
     assert found.shape == wanted.shape
@@ -45,6 +49,17 @@ def _apart(shape, ratios, dtype, rows):
 )
 def test_the_kernel_gives_the_references_products(shape, ratios, dtype, rows, interpreter):
     assert interpreter(_apart, shape, ratios, dtype, rows) < 1e-6
+
+
+def test_the_kernel_is_launched_on_the_device_of_the_tensors(monkeypatch):
+    from lightning_modules.block_sparsity import triton_bands
+
+    kernel = Launches()
+    monkeypatch.setattr(torch.cuda, "device_of", kernel.device_of)
+    monkeypatch.setattr(triton_bands, "multiply", kernel)
+    parts, layout = _bands((16, 160), (0.3, 0.4, 0.3), torch.float32, torch.Generator().manual_seed(1))
+    triton_bands.kernel_product(torch.ones(1, 160), parts, layout)
+    assert kernel.launched_on == [torch.device("cpu")]
 
 
 def _refused():
