@@ -17,9 +17,12 @@ import strategies
 from bench import gpu
 from bench.__main__ import main
 from bench.gpu import checks, models, training
+from bench.gpu.checks import codecs
 from bench.gpu.setting import Setting, at_least, at_most
 from bench.tables import documents
 from common.records import record
+from strategies.compressors.int8 import Int8
+from strategies.kernels import Job
 from tests.conftest import ROOT
 
 TINY = Setting(torch.device("cpu"), True)
@@ -161,6 +164,19 @@ def test_engines_say_what_they_measured_or_why_they_failed(monkeypatch):
     assert all("--trainer.devices=2" in arguments and "--trainer.accelerator=cuda" in arguments for arguments in asked)
     engines = {one["figure"] for one in training.train_all(Setting(torch.device("cuda")), 4)}
     assert engines == set(strategies.__all__) and any("--trainer.strategy.replicas=2" in words for words in asked)
+
+
+def _no_kernel(place, *tensors):
+    """Changes nothing."""
+
+
+@pytest.mark.parametrize("bad", [None, "encode", "owing", "mean"])
+def test_one_kernel_that_refuses_itself_is_wrong_whatever_the_others_do(bad, monkeypatch):
+    monkeypatch.setattr(Int8, "kernel", lambda self, step: _no_kernel if step == bad else self.steps.references[step])
+    codec = Int8()
+    for use in ("reduce", "owing"):
+        codec.warm_up(Job("triton", torch.device("cpu"), 2), use)
+    assert codecs.refused(codec, "triton") == ([bad] if bad else [])
 
 
 def test_targets_are_missed_by_nan():
