@@ -90,9 +90,12 @@ def text(value: Any) -> str:
     return " ".join(cell(value).split()) or NOT_RECORDED
 
 
-def shares(keep: Any) -> str:
-    """What stays at each stage of a prompt: "0.5", or "0.3, 0.1" where stages differ; "" where it is not a share."""
-    return "" if keep is None else text(keep)
+def budget(row: Mapping[str, Any]) -> str:
+    """What stays at each stage of a prompt: "keep 0.5", "keep 0.3, 0.1" where stages differ, "256 tokens"; else ""."""
+    keep, tokens = row.get("keep"), row.get("tokens")
+    if tokens is not None:
+        return f"{text(tokens)} tokens"
+    return "" if keep is None else f"keep {text(keep)}"
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

@@ -160,6 +160,23 @@ def test_schedules_with_a_share_for_every_stage_are_points_and_drawn():
     drawing.render(chart)
 
 
+def test_a_budget_in_tokens_is_no_share_and_no_unpruned_model():
+    timed = {"task": "suffix", "accuracy": 0.4, "nll_rise": 0.3, "prefill_ms": 5.0, "prefill_ms_unpruned": 10.0}
+    rows = [
+        {**timed, "scorer": "random", "keep": None, "tokens": 256},
+        {**timed, "scorer": "unpruned", "keep": None, "tokens": None, "accuracy": 0.5, "prefill_ms": 10.0},
+        {**timed, "scorer": "random", "keep": 0.7, "tokens": None},
+        {**timed, "scorer": "random", "keep": [0.7, 0.5], "tokens": None},
+    ]
+    evidence = sort([{"run_name": "r", "token_quality": rows}])
+    (case,) = tokens.FEATURE.cases(evidence)
+    found = [(point.name, point.quality) for point in case.points]
+    assert found == [("random, 256 tokens", 80.0), ("random, keep 0.7", 80.0), ("random, keep 0.7, 0.5", 80.0)]
+    made = frontier.section(evidence)
+    assert [row[3] for row in made.blocks[-1].table.rows] == ["256 tokens", None, 0.7, "0.7, 0.5"]
+    assert "with random on suffix at 256 tokens" in made.blocks[-1].verdict
+
+
 def test_what_was_tuned_is_not_compared_with_what_was_not():
     peers = {"model": "m", "text": "novel", "arm": "pare", "removed": 0.25}
     after = {**peers, "when": "after"}

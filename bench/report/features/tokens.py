@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.report.evidence import Evidence, run_name
 from bench.report.features.base import Axis, Case, Feature, Point, Speed
-from bench.report.values import Record, number, shares, text
+from bench.report.values import Record, budget, number, text
 
 _UNPRUNED = ("answer_left_out", "sentence_left_out")
 _CONTROLS = ("random", "recency", "stride", "random_cache", *_UNPRUNED)  # what needs no look at the prompt
@@ -78,7 +78,7 @@ def _read(row: Mapping[str, Any], whole: Mapping[str, Any], source: Record) -> P
 
 def _name(row: Mapping[str, Any]) -> str:
     """The scorer, and what it keeps."""
-    return ", keep ".join(filter(None, (text(row.get("scorer")), shares(row.get("keep")))))
+    return ", ".join(filter(None, (text(row.get("scorer")), budget(row))))
 
 
 def _is_control(name: str) -> bool:

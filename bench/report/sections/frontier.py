@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
-from bench.report.values import Record, number, shares
+from bench.report.values import Record, number, budget
 from common.tables import Table
 
 _LEAD = (
@@ -38,7 +38,7 @@ _WHOLE = ("unpruned", "answer_left_out", "sentence_left_out")  # read without pr
 
 @dataclass(frozen=True)
 class Point:
-    """One scorer at one budget, several shares being text; None where not recorded."""
+    """One scorer at one budget, several budget being text; None where not recorded."""
 
     task: str
     scorer: str
@@ -66,7 +66,7 @@ def _point(entry: Mapping[str, Any]) -> Point:
     share = pruned / whole if pruned and whole else None
     measured = {name: number(entry, name) for name in list(_COLUMNS)[3:-1]}
     keep: float | str | None = number(entry, "keep")
-    keep = keep if keep is not None else shares(entry.get("keep")) or None
+    keep = keep if keep is not None else budget(entry).removeprefix("keep ") or None
     task, scorer, oracle = str(entry["task"]), str(entry["scorer"]), bool(entry.get("oracle"))
     return Point(task, scorer, keep, prefill_share=share, oracle=oracle, **measured)
 
@@ -105,7 +105,8 @@ def _is_method(point: Point) -> bool:
 
 
 def _at(point: Point) -> str:
-    return "" if point.keep is None else f" at keep {shares(point.keep)}"
+    said = budget({"keep": point.keep})
+    return f" at {said.removeprefix('keep ') if said.endswith('tokens') else said}" if said else ""
 
 
 def _chart(index: int, name: str, points: list[Point], records: Sequence[Record]) -> Chart:

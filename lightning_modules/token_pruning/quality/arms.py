@@ -30,9 +30,10 @@ class Candidate:
     Attributes:
         scorer: Its name in rows and tables; "unpruned" for the model itself, a folder's name for a pruner from a file,
             a peer's own.
-        keep: What the schedule, or the peer, keeps; None where nothing is dropped.
+        keep: Shares that the schedule, or the peer, keeps; None where nothing is dropped, or by numbers of tokens.
         schedule: The schedule in words: its arguments that are not the defaults; of a peer, the peer's.
         pruner: None reads prompts whole.
+        tokens: Numbers of tokens that the schedule keeps in place of shares; else None.
         left_out: A sentence that the prompt lacks: "told", the one that tells the answer, or "beside", another.
     """
 
@@ -40,6 +41,7 @@ class Candidate:
     keep: float | list[float] | None
     schedule: str
     pruner: PromptPruner | Peer | None
+    tokens: int | list[int] | None = None
     left_out: Literal["told", "beside"] | None = None
 
     def reads(self, asked: Asked) -> Asked | None:
@@ -92,20 +94,16 @@ class Candidate:
 
 
 UNPRUNED = Candidate("unpruned", None, "", None)
-GUESSES = Candidate("answer_left_out", None, "", None, "told")
+GUESSES = Candidate("answer_left_out", None, "", None, left_out="told")
 """The model itself, without the sentence that tells the answer: what it answers rightly all the same, it guesses."""
 
-CHANGES = Candidate("sentence_left_out", None, "", None, "beside")
+CHANGES = Candidate("sentence_left_out", None, "", None, left_out="beside")
 """The model itself, without another sentence of that length: what any change of the prompt costs."""
 
 
 def of_schedules(schedules: Sequence[Schedule], scorers: Sequence[Scorer]) -> list[Candidate]:
     """Every scorer with every schedule."""
-    return [
-        Candidate(scorer.name, schedule.keep, in_words(schedule), PromptPruner(scorer, schedule))
-        for schedule in schedules
-        for scorer in scorers
-    ]
+    return [_of_schedule(s.name, PromptPruner(s, schedule)) for schedule in schedules for s in scorers]
 
 
 def of_files(folders: Sequence[str]) -> list[Candidate]:
@@ -115,8 +113,13 @@ def of_files(folders: Sequence[str]) -> list[Candidate]:
         FileNotFoundError: No such file.
         ValueError: See `PromptPruner.from_file`.
     """
-    found = [(Path(folder).resolve().name, PromptPruner.from_file(folder)) for folder in folders]
-    return [Candidate(name, pruner.schedule.keep, in_words(pruner.schedule), pruner) for name, pruner in found]
+    return [_of_schedule(Path(folder).resolve().name, PromptPruner.from_file(folder)) for folder in folders]
+
+
+def _of_schedule(name: str, pruner: PromptPruner) -> Candidate:
+    schedule = pruner.schedule
+    keep = schedule.keep if schedule.tokens is None else None  # then it is a default that nobody reads
+    return Candidate(name, keep, in_words(schedule), pruner, schedule.tokens)
 
 
 def of_peers(peers: Sequence[Peer]) -> list[Candidate]:

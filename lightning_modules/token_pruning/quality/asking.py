@@ -157,6 +157,7 @@ def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Seq
         "task": task,
         "scorer": arm.scorer,
         "keep": arm.keep,
+        "tokens": arm.tokens,
         "schedule": arm.schedule,
         "left_out": arm.left_out,
         "oracle": arm.oracle,

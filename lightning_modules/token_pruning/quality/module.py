@@ -219,7 +219,8 @@ class TokenQuality(L.LightningModule):
             others = [free for free in _FREE if free != arm.scorer and (free, arm.schedule) in found]
             over = {free: savings(mine, found[free, arm.schedule]) for free in others}
             row = summarise(task, arm.scorer, arm.keep, mine, found[UNPRUNED.scorer, UNPRUNED.schedule])
-            rows.append(row | {"schedule": arm.schedule, "oracle": arm.oracle, "saved_over": over})
+            row |= {"tokens": arm.tokens, "schedule": arm.schedule, "oracle": arm.oracle, "saved_over": over}
+            rows.append(row)
         return rows
 
     def _ask(self, task: Task, data: Any) -> list[dict[str, Any]]:

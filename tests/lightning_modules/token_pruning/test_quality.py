@@ -161,6 +161,9 @@ def test_the_command_measures_every_scorer_on_every_task(tmp_path):
     assert saved[0]["recency"][0] == pytest.approx(rows[2]["nll_rise"] - rows[1]["nll_rise"], abs=1e-6)
     assert saved[0]["recency"][0] == -saved[1]["random"][0]
     assert all(r["kept"] < 1 for r in rows if r["scorer"] != "unpruned")
+    bench = TokenQuality(str(tmp_path), scorers=[Random()], tasks=["response"], schedules=[Schedule([1], tokens=9)])
+    (_, row) = bench.verify(data, torch.device("cpu"))["token_quality"]
+    assert (row["keep"], row["tokens"]) == (None, 9)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +464,8 @@ def test_what_calibrate_wrote_is_compared_by_its_folder_s_name(tmp_path):
     ]
     assert bench.arms[2].pruner.scorer.name == "recency"
     bench.arms[2].pruner.check(model.config)
+    (counted,) = of_schedules([Schedule(layers=[1], tokens=9)], [Random()])
+    assert (counted.keep, counted.tokens, counted.schedule) == (None, 9, "layers=[1], tokens=9")
     with pytest.raises(ValueError, match="another model"):
         bench.arms[2].pruner.check(build("llama", layers=5).config)
 
