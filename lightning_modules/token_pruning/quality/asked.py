@@ -23,7 +23,7 @@ class Asked:
         evidence: Which of them hold the answer, bool `[N]`.
         answer: What a right answer contains.
         kind: What is asked for, such as "code" or "speaker".
-        depth: Where the answer begins, as a share of the prompt.
+        depth: Where the answer begins, as a share of the prompt; None where it stands nowhere.
         others: What the text says of the same kind and the question does not: to come to one of these first is wrong.
         also: Other answers that are as right.
         told: Tokens of the sentence that tells the answer, bool `[N]`; None where that is not known.
@@ -34,7 +34,7 @@ class Asked:
     evidence: Tensor
     answer: str
     kind: str
-    depth: float
+    depth: float | None
     others: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     told: Tensor | None = None
@@ -61,7 +61,7 @@ def render(
     Args:
         tokenizer: The model's.
         text: The passage.
-        span: Characters [start, end) of `text` that are the answer.
+        span: Characters [start, end) of `text` that are the answer; an empty one where it has none.
         question: Stands after the text.
         kind: See `Asked`.
         prefix: The beginning of the answer, which the model goes on with; "" lets it answer freely.
@@ -97,7 +97,7 @@ def render(
         return torch.tensor([first < end and last > start for first, last in coded["offset_mapping"]])
 
     evidence, beside = tokens_of(span), None if told is None else _beside(text, told)
-    depth = int(evidence.int().argmax()) / len(evidence)
+    depth = int(evidence.int().argmax()) / len(evidence) if evidence.any() else None
     rivals = tuple(sorted(other for other in others if other not in question))
     return Asked(
         torch.tensor(coded["input_ids"]),

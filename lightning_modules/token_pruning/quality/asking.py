@@ -181,13 +181,16 @@ def summarise(task: str, arm: Candidate, results: Sequence[Result], lengths: Seq
 
 
 def _map(results: Sequence[Result], lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """Counts of answers by longest prompt and depth; cells without a prompt are left out."""
-    cells: dict[tuple[int, float], list[Result]] = {}
+    """Counts of answers by longest prompt and depth (None for all that stand nowhere in their prompts, last); cells
+    without a prompt are left out."""
+    cells: dict[tuple[int, float | None], list[Result]] = {}
     for result in results:
         length = min((limit for limit in lengths if len(result.asked.ids) <= limit), default=len(result.asked.ids))
-        depth = max(border for border in DEPTHS[:-1] if border <= result.asked.depth)
+        begins = result.asked.depth
+        depth = None if begins is None else max(border for border in DEPTHS[:-1] if border <= begins)
         cells.setdefault((length, depth), []).append(result)
-    return [{"tokens": length, "depth": depth, **_counts(found)} for (length, depth), found in sorted(cells.items())]
+    order = sorted(cells, key=lambda cell: (cell[0], 1.0 if cell[1] is None else cell[1]))
+    return [{"tokens": length, "depth": depth, **_counts(cells[length, depth])} for length, depth in order]
 
 
 def _kinds(results: Sequence[Result]) -> dict[str, dict[str, int]]:
@@ -215,7 +218,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     if any(row["kept_read"] is not None for row in rows):
         heads.append("of those not guessed")
         shares = _joined(shares, [["" if row["kept_read"] is None else _share(row, "kept_read")] for row in rows])
-    places = [(field, value) for field in ("tokens", "depth") for value in sorted({c[field] for c in rows[0]["map"]})]
+    known = {field: {cell[field] for cell in rows[0]["map"]} - {None} for field in ("tokens", "depth")}
+    places = [(field, value) for field, values in known.items() for value in sorted(values)]
     counts = [[_count(row["map"], *place) for place in places] for row in rows]
     cells = [f"≤ {value:,}" if field == "tokens" else f"from {value:.0%}" for field, value in places]
     task, whole = rows[0]["task"], rows[0]["whole_right"]

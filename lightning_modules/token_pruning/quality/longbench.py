@@ -1,6 +1,7 @@
 """Samples of LongBench-style files (arXiv 2308.14508): a context, a question, and answers that are right."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ class Sample(NamedTuple):
     Attributes:
         where: Of it, for messages.
         context: What is read.
-        question: "" for summaries, which have none.
+        question: Without white space around it; "" for summaries, which have none.
         answers: All that are right, one at least.
     """
 
@@ -37,18 +38,24 @@ def samples(path: Path) -> Iterator[Sample]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no JSON; or a sample without context, question or answer, naming it: a benchmark without its
-            contexts measures nothing.
+        ValueError: It is no JSON; or a sample without context, question or answer, or with one that is no text, naming
+            it: a benchmark without its contexts measures nothing.
     """
     for number, record in enumerate(_records(path), 1):
         where = f"{path}, sample {number}"
-        for field in ("context", "input", "answers"):
-            value = record.get(field) if isinstance(record, dict) else None
-            empty = not value or (isinstance(value, str) and not value.strip())
-            if empty and not (field == "input" and value == ""):
-                raise ValueError(f"{where}: {field} is missing or empty; nothing would be measured")
-        answers = record["answers"] if isinstance(record["answers"], list) else [record["answers"]]
-        yield Sample(where, record["context"], record["input"], list(map(str, answers)))
+        given = record if isinstance(record, dict) else {}
+        context, question, answers = (given.get(field) for field in ("context", "input", "answers"))
+        answers = answers if isinstance(answers, list) else [answers]
+        answers = ["" if answer is None else str(answer) for answer in answers]
+        good = {
+            "context": isinstance(context, str) and context.strip(),
+            "input": isinstance(question, str) and (question == "" or question.strip()),
+            "answers": answers and all(answer.strip() for answer in answers),
+        }
+        for field, fine in good.items():
+            if not fine:
+                raise ValueError(f"{where}: {field} is missing, empty or no text; nothing would be measured")
+        yield Sample(where, str(context), str(question).strip(), answers)
 
 
 def windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_prompt: int) -> Iterator[Window]:
@@ -85,13 +92,13 @@ def asked(path: Path, tokenizer: PreTrainedTokenizerBase, max_prompt: int, count
         count: How many, at most.
 
     Raises:
-        ValueError: See ``windows``; or no sample has a question.
+        ValueError: See ``windows`` and ``render``, naming the sample; or no sample has a question.
     """
     found: list[Asked] = []
     for sample in samples(path):
         if len(found) == count:
             break
-        if sample.question.strip():
+        if sample.question:
             found.append(_asked(sample, tokenizer, max_prompt))
     if not found:
         raise ValueError(f"{path}: no sample has a question (input) to be answered freely")
@@ -102,8 +109,12 @@ def _asked(sample: Sample, tokenizer: PreTrainedTokenizerBase, max_prompt: int) 
     ids = tokenizer(sample.context, add_special_tokens=False).input_ids
     text, room = sample.context, len(ids)
     while True:
-        place = next(((text.index(a), text.index(a) + len(a)) for a in sample.answers if a in text), (0, 0))
-        one = render(tokenizer, text, place, sample.question, "longbench")
+        found = (re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) for answer in sample.answers)
+        place = next((one.span() for one in found if one), (0, 0))
+        try:
+            one = render(tokenizer, text, place, sample.question, "longbench")
+        except ValueError as error:
+            raise ValueError(f"{sample.where}: {error}") from error
         over = len(one.ids) - max_prompt
         if over <= 0:
             return replace(one, answer=sample.answers[0], also=tuple(sample.answers[1:]))

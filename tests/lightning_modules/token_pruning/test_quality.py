@@ -100,7 +100,8 @@ def test_longbench_files_keep_their_contexts(tmp_path):
     text = tokenizer.decode(long.prompt[0])
     assert "fox" in text and "dog" in text and text.endswith("quick?\n")  # the middle is lost, the question never
     assert tokenizer.decode(long.suffix[0]) == "brown"
-    for wrong in ({"context": ""}, {"context": "  "}, {"answers": []}):
+    wrongs = [{"context": wrong} for wrong in ("", "  ", ["a"], 5, None)] + [{"input": wrong} for wrong in (" ", 5)]
+    for wrong in (*wrongs, *({"answers": wrong} for wrong in ([], [""], ["a", " "], [None], None))):
         path.write_text(json.dumps([sample, {**sample, **wrong}]))
         with pytest.raises(ValueError, match=f"sample 2: {next(iter(wrong))}"):
             list(longbench.windows(path, tokenizer, 40))
@@ -122,6 +123,16 @@ def test_questions_of_longbench_files_are_asked_freely_and_any_answer_is_right(t
     assert "Fenwick" in tokenizer.decode(long.ids[long.evidence]) and not short.evidence.any()
     assert is_right(long, "It is York, I think") and is_right(long, "fenwick") and not is_right(long, "the fox")
     assert len(longbench.asked(path, tokenizer, 120, 1)) == 1
+    assert long.depth == int(long.evidence.int().argmax()) / len(long.ids) and short.depth is None
+    told = "It was nobody we know of. Is it old? He says no way."
+    path.write_text(json.dumps({"context": told, "input": "Who is it?\n", "answers": ["no"]}))
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"
+    (asked,) = longbench.asked(path, tokenizer, 400, 1)  # a template may trim what is asked
+    assert tokenizer.decode(asked.ids[: asked.evidence.nonzero()[-1, 0] + 1]).endswith("He says no")
+    tokenizer.chat_template = "{{ messages[0].content | upper }}"
+    with pytest.raises(ValueError, match=r"qa\.jsonl, sample 1: the tokenizer's chat template changes what is said"):
+        longbench.asked(path, tokenizer, 400, 1)
+    tokenizer.chat_template = None
     with pytest.raises(ValueError, match="sample 1: its question alone is longer than max_prompt"):
         longbench.asked(path, tokenizer, 4, 1)
     path.write_text(json.dumps({**sample, "input": ""}))
@@ -298,6 +309,17 @@ def test_oracles_are_shown_what_the_unpruned_model_answers(tmp_path):
     (shown,) = oracle.shown
     assert shown.input_ids[0, : len(asked.ids)].equal(asked.ids) and shown.prompt.sum() == len(asked.ids)
     assert whole and tokenizer.decode(shown.labels[0, len(asked.ids) :]) == whole
+
+
+def test_answers_that_stand_nowhere_count_by_length_and_at_no_depth(monkeypatch, tmp_path):
+    asked = [replace(one, depth=None if n < 3 else one.depth) for n, one in enumerate(prompts())]
+    rows, _ = compared(monkeypatch, tmp_path / "a", lambda *_: True, ARMS, asked)
+    assert [(cell["tokens"], cell["depth"], cell["samples"]) for cell in rows[0]["map"]] == [
+        (40, 0.5, 1), (40, 0.75, 1), (40, None, 2), (60, 0.25, 1), (60, 0.5, 1), (60, 0.75, 1), (60, None, 1)
+    ]  # fmt: skip
+    places = asking.tables(rows)[1]
+    assert places.headers[2:] == ["≤ 40", "≤ 60", "from 25%", "from 50%", "from 75%"]
+    assert places.rows[1][2:] == ["4/4", "4/4", "1/1", "2/2", "2/2"]
 
 
 def test_a_model_that_knows_nothing_keeps_nothing(monkeypatch, tmp_path):
