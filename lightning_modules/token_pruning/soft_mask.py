@@ -24,8 +24,9 @@ from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.selection import pooled, select
 
 FLOOR = 1e-6
-"""What a hard 0 is in the forward pass. The gradient of log m at m = FLOOR is large, the attention it multiplies is as
-small, and their product is the gradient of the policy softmax; at 0 it would be 0 · inf. Needs float32 or bfloat16."""
+"""What a hard 0 is in training's forward pass. The gradient of log m at m = FLOOR is large, the attention it multiplies
+is as small, and their product is the gradient of the policy softmax; at 0 it would be 0 · inf. Needs float32 or
+bfloat16."""
 
 LayerInput = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 """From a layer and the hidden states [B, N, H] that enter it: those to use, and log m of the keys [B, N] or None."""
@@ -158,12 +159,13 @@ class Pruning:
             noisy = normalise(scores, free) + self.temperature * _gumbel_difference(scores)
         kept, cut = keep_best(noisy.detach(), there, self.budget.protected, self.budget.tokens[stage])
         self.alive[layer] = kept | ~self.prompt
-        mask = kept.float()
-        if self.temperature is not None:
+        if self.temperature is None:
+            # a sharp head would see what only weighs FLOOR
+            log_mask = torch.where(self.alive[layer], 0.0, -torch.inf)
+        else:
             soft = torch.sigmoid((noisy - cut[:, None]) / self.temperature)
-            mask = mask + torch.where(free, soft - soft.detach(), 0.0)
-        mask = torch.where(self.prompt, mask, 1.0)
-        log_mask = torch.log(FLOOR + (1 - FLOOR) * mask)
+            mask = kept.float() + torch.where(free, soft - soft.detach(), 0.0)
+            log_mask = torch.log(FLOOR + (1 - FLOOR) * torch.where(self.prompt, mask, 1.0))
         self._log_mask = log_mask if self._log_mask is None else self._log_mask + log_mask
 
     def _pooled(self, scores: Tensor, there: Tensor, free: Tensor) -> Tensor:

@@ -44,10 +44,14 @@ from tests.lightning_modules.token_pruning.models import build, shared, tokens
 SCHEDULE = Schedule(layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3)
 
 
+@pytest.mark.parametrize("sharp", [1.0, 5.0])
 @pytest.mark.parametrize("scorer", [HiddenNorm(), Recency()], ids=lambda s: s.name)
-def test_pruning_by_mask_equals_the_pruned_prefill(scorer):
+def test_pruning_by_mask_equals_the_pruned_prefill(scorer, sharp):
     """What training and validation compute is what inference does: same survivors, same loss."""
-    model, ids = shared("llama"), tokens(2, 40)
+    model, ids = build("llama"), tokens(2, 40)
+    for layer in model.model.layers:
+        for project in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            project.weight.data *= sharp
     arm, whole = Arm(), Arm()
     window = tasks.suffix_windows(ids, 6)
     read(model, window, PromptPruner(scorer, SCHEDULE), arm)
