@@ -14,7 +14,7 @@ from lightning_modules.perplexity import perplexity
 from lightning_modules.token_pruning.anatomy import anatomy
 from lightning_modules.token_pruning.passes import ending_at, watched
 from lightning_modules.token_pruning.pruner import TokenPruner
-from lightning_modules.token_pruning.samples import Samples, response_nll
+from lightning_modules.token_pruning.samples import Samples, response_logits, response_nll
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Context, Scorer
 from lightning_modules.token_pruning.scorers.random import Random
@@ -44,7 +44,7 @@ def pruned_nll(
     score = scoring(model, samples, budget, scorer)
     pruning = Pruning(score, samples.prompt, budget, pool=kind.pool, asking=kind.asking)
     with layer_inputs(model, samples.real, pruning):
-        logits = logits_of(model, samples.inputs())
+        logits = response_logits(model, samples)
     return *response_nll(logits, samples.labels), pruning
 
 
@@ -93,8 +93,7 @@ class PruningQuality(nn.Module):
         samples: Samples,
     ) -> None:
         """Measure on one batch; outside of inference mode, if there is a target, whose layers were told `expect`."""
-        logits = logits_of(model, samples.inputs())
-        self._nll("unpruned", *response_nll(logits, samples.labels))
+        self._nll("unpruned", *response_nll(response_logits(model, samples), samples.labels))
         scorers: dict[str, TokenPruner | Scorer] = {"learned": pruner, **self.baselines}
         for keep in self.keep:
             for name, scorer in scorers.items():

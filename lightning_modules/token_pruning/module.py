@@ -11,7 +11,6 @@ from transformers import get_scheduler
 
 from common.files import check_output, inputs_of
 from common.randomness import run_seed, step_seed
-from lightning_modules.batches import IGNORED
 from lightning_modules.batches import logits as logits_of
 from lightning_modules.causal_lm import whole_steps
 from lightning_modules.data.tokenizer import fingerprint
@@ -27,7 +26,14 @@ from lightning_modules.token_pruning.masked_attention import KERNELS
 from lightning_modules.token_pruning.networks import Network
 from lightning_modules.token_pruning.passes import ending_at
 from lightning_modules.token_pruning.pruner import TokenPruner
-from lightning_modules.token_pruning.samples import Samples, check_choice, check_data, response_nll, split_batch
+from lightning_modules.token_pruning.samples import (
+    Samples,
+    check_choice,
+    check_data,
+    response_logits,
+    response_nll,
+    split_batch,
+)
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
 from lightning_modules.token_pruning.store import Saliency, check_saliency
@@ -285,7 +291,7 @@ class TokenPruning(L.LightningModule):
         found: dict[str, Tensor] = {}
         if self.weights["lm"] or self.weights["kl"]:
             with layer_inputs(model, samples.real, pruning):
-                logits = _response_logits(model, samples)
+                logits = response_logits(model, samples)
             found = self._logit_losses(samples, logits)
         else:
             with torch.no_grad(), layer_inputs(model, samples.real, pruning), ending_at(model, budget.stages[-1] + 1):
@@ -300,13 +306,12 @@ class TokenPruning(L.LightningModule):
 
     def _logit_losses(self, samples: Samples, logits: Tensor) -> dict[str, Tensor]:
         """Losses of the pruned model on the responses."""
-        labels = samples.labels[:, -logits.shape[1] :]
-        nll, tokens = response_nll(logits, labels)
+        nll, tokens = response_nll(logits, samples.labels)
         found = {"lm": nll.sum() / tokens.sum().clamp_min(1)}
         if self.weights["kl"]:
             with torch.no_grad():
-                unpruned = _response_logits(self.model, samples)
-            found["kl"] = divergence(logits, unpruned, labels)
+                unpruned = response_logits(self.model, samples)
+            found["kl"] = divergence(logits, unpruned, samples.labels[:, -logits.shape[1] :])
         return found
 
     def _score_losses(self, samples: Samples, budget: Budget, pruning: Pruning) -> dict[str, Tensor]:
@@ -381,9 +386,3 @@ class TokenPruning(L.LightningModule):
         steps = whole_steps(self.trainer, "cosine")
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _response_logits(model: Any, samples: Samples) -> Tensor:
-    """Logits from the token before the first response on: at 8,192 tokens those of the prompts would be gigabytes."""
-    begin = int((samples.labels != IGNORED).any(0).float().argmax()) - 1
-    return logits_of(model, samples.inputs(), logits_to_keep=samples.labels.shape[1] - begin)

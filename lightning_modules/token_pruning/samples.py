@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.processes import warn_on_node
+from lightning_modules.batches import logits as logits_of
 from lightning_modules.perplexity import IGNORED
 from lightning_modules.token_pruning.schedule import Schedule
 
@@ -81,6 +82,16 @@ def _before(labels: Tensor, real: Tensor) -> Tensor:
     return real & ((labels != IGNORED).cumsum(1) == 0)
 
 
+def response_logits(model: Any, samples: Samples) -> Tensor:
+    """Logits from the token before the first response on: at 8,192 tokens those of the prompts would be gigabytes.
+
+    Returns:
+        [B, M, V], of the last M tokens.
+    """
+    begin = int((samples.labels != IGNORED).any(0).float().argmax()) - 1
+    return logits_of(model, samples.inputs(), logits_to_keep=samples.labels.shape[1] - begin)
+
+
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of every token but the first.
 
@@ -100,12 +111,14 @@ def response_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of every sample's response.
 
     Args:
-        logits: [B, N, V]; position n predicts token n + 1.
+        logits: [B, M, V], of the last M tokens at least from the one before the first response on; position n predicts
+            token n + 1.
         labels: int64 [B, N], ``IGNORED`` where nothing is to be predicted.
 
     Returns:
         Sums in nats, float32 [B], and numbers of predicted tokens, int64 [B].
     """
+    labels = labels[:, -logits.shape[1] :]
     return token_nll(logits, labels).sum(1), (labels[:, 1:] != IGNORED).sum(1)
 
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.batches import logits as logits_of
-from lightning_modules.token_pruning.samples import Samples, response_nll
+from lightning_modules.token_pruning.samples import Samples, response_logits, response_nll
 from lightning_modules.token_pruning.scorers.oracle import Oracle
 from lightning_modules.token_pruning.soft_mask import layer_inputs
 
@@ -53,5 +52,5 @@ def _losses(model: Any, sample: Samples, missing: Sequence[int | None], layer: i
         return hidden_BNH, (log_mask if index > layer else None)
 
     with layer_inputs(model, many.real, hide):
-        logits = logits_of(model, many.inputs())
+        logits = response_logits(model, many)
     return response_nll(logits, many.labels)[0]

@@ -16,7 +16,7 @@ from common.variants import Variant
 from lightning_modules.batches import logits as logits_of
 from lightning_modules.token_pruning.anatomy import Rotary
 from lightning_modules.token_pruning.passes import See, ending_at, watched
-from lightning_modules.token_pruning.samples import Samples, response_nll
+from lightning_modules.token_pruning.samples import Samples, response_logits, response_nll
 from lightning_modules.token_pruning.soft_mask import LayerInput, layer_inputs
 
 _HALF_SCALE = 2.0**10  # float16 gradients of single tokens lie below its smallest number
@@ -31,12 +31,14 @@ class Reading:
         last: The layer whose input is the last thing that is needed; None needs the logits.
         see: Is shown what enters every layer.
         change: Replaces it, for gradients: the pass then keeps what they need.
+        responses: Logits from the token before the first response on are enough, [B, M, V] of the last M tokens.
     """
 
     values: Callable[[Tensor | None], dict[int, Tensor]]
     last: int | None = None
     see: See | None = None
     change: LayerInput | None = None
+    responses: bool = False
 
 
 class Target(Variant):
@@ -86,7 +88,7 @@ def read(model: PreTrainedModel, samples: Samples, reading: Reading) -> dict[int
         if reading.see is not None:
             stack.enter_context(watched(model, reading.see))
         stack.enter_context(ending_at(model, reading.last))
-        logits = logits_of(model, samples.inputs())
+        logits = response_logits(model, samples) if reading.responses else logits_of(model, samples.inputs())
     return reading.values(logits)
 
 
@@ -118,6 +120,7 @@ def together(readings: Sequence[Reading], values: Callable[[Tensor | None], dict
         last=max(lasts) if len(lasts) == len(readings) else None,
         see=see if seeing else None,
         change=change if changes else None,
+        responses=all(reading.responses for reading in readings if reading.last is None),
     )
 
 
@@ -146,7 +149,7 @@ def hidden_gradients(
         device = samples.prompt.device  # layers may be on others
         return {layer: value(hidden[layer].detach().float(), gradient).to(device) for layer, gradient in pairs}
 
-    return Reading(values, change=keep)
+    return Reading(values, change=keep, responses=True)
 
 
 def loss_gradients(

@@ -44,4 +44,4 @@ class GateGradient(Target):
                 found[layer] = -total_BN if self.signed else total_BN.abs()
             return found
 
-        return Reading(values, change=gate)
+        return Reading(values, change=gate, responses=True)

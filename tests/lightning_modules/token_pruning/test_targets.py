@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.variants import variants
+from lightning_modules.token_pruning.evaluation import PruningQuality, pruned_nll
 from lightning_modules.token_pruning.losses import normalise
 from lightning_modules.token_pruning.samples import split_batch
+from lightning_modules.token_pruning.schedule import Schedule
+from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
+from lightning_modules.token_pruning.scorers.leave_one_out import LeaveOneOut
 from lightning_modules.token_pruning.soft_mask import FLOOR, layer_inputs
 from lightning_modules.token_pruning.targets import Target
 from lightning_modules.token_pruning.targets.future_attention import FutureAttention
@@ -226,6 +230,21 @@ def test_several_targets_share_one_pass_and_change_no_number():
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         assert ran == list(range(6))
         ran.clear()
+
+
+def test_logits_of_prompts_are_made_only_for_who_reads_them():
+    model, samples = build("llama").requires_grad_(False), _samples()
+    widths = []
+    model.lm_head.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
+    GateGradient().values(model, samples, [1, 3])
+    GradientNorm().values(model, samples, [1, 3])
+    WeightedSum([FutureAttention(), GateGradient()]).values(model, samples, [1, 3])
+    pruned_nll(model, samples, Schedule(layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3), HiddenNorm())
+    PruningQuality([]).update(model, None, None, None, samples)
+    LeaveOneOut().measure(model, samples, [3])
+    assert len(widths) > 6 and set(widths) == {RESPONSE + 1}
+    WeightedSum([SelfInformation(), GateGradient()]).values(model, samples, [1, 3])
+    assert widths[-1] == LENGTH
 
 
 def test_layers_that_no_target_needs_do_not_run():
