@@ -86,10 +86,23 @@ def read(model: PreTrainedModel, samples: Samples, reading: Reading) -> dict[int
         if reading.change is not None:
             stack.enter_context(layer_inputs(model, samples.real, reading.change))
         if reading.see is not None:
-            stack.enter_context(watched(model, reading.see))
+            stack.enter_context(watched(model, _by_row(reading.see, samples)))
         stack.enter_context(ending_at(model, reading.last))
         logits = response_logits(model, samples) if reading.responses else logits_of(model, samples.inputs())
     return reading.values(logits)
+
+
+def _by_row(see: See, samples: Samples) -> See:
+    """Show rows also where flash attention reads all of them as one, see ``batches.outputs``."""
+    shape = samples.real.shape
+
+    def rows(index: int, hidden_BNH: Tensor, rotary: Rotary | None) -> None:
+        if hidden_BNH.shape[:2] != shape:
+            hidden_BNH = hidden_BNH.reshape(*shape, -1)
+            rotary = rotary and (rotary[0].reshape(*shape, -1), rotary[1].reshape(*shape, -1))
+        see(index, hidden_BNH, rotary)
+
+    return rows
 
 
 def together(readings: Sequence[Reading], values: Callable[[Tensor | None], dict[int, Tensor]]) -> Reading:

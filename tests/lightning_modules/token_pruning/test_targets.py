@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.variants import variants
 from lightning_modules.token_pruning.evaluation import PruningQuality, pruned_nll
@@ -22,6 +24,7 @@ from lightning_modules.token_pruning.targets.future_attention import FutureAtten
 from lightning_modules.token_pruning.targets.gate_gradient import GateGradient
 from lightning_modules.token_pruning.targets.gradient_norm import GradientNorm
 from lightning_modules.token_pruning.targets.gradient_times_hidden import GradientTimesHidden
+from lightning_modules.token_pruning.targets.retrieval_attention import RetrievalAttention
 from lightning_modules.token_pruning.targets.self_information import SelfInformation
 from lightning_modules.token_pruning.targets.signed_gradient_times_hidden import SignedGradientTimesHidden
 from lightning_modules.token_pruning.targets.weighted_sum import WeightedSum
@@ -230,6 +233,25 @@ def test_several_targets_share_one_pass_and_change_no_number():
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         assert ran == list(range(6))
         ran.clear()
+
+
+def _flat_attention(module, query, key, value, mask, **options):
+    """What flash attention makes of two rows in one: each for itself."""
+    rows = [part.unflatten(2, (2, LENGTH))[0].transpose(0, 1) for part in (query, key, value)]
+    found, _ = sdpa_attention_forward(module, *rows, None, **options)
+    return found.reshape(1, 2 * LENGTH, *found.shape[2:]), None
+
+
+@pytest.mark.parametrize(
+    "target", [FutureAttention(), RetrievalAttention({3: [1]}, 4, pool=3), SelfInformation()], ids=repr
+)
+def test_rows_that_are_read_as_one_are_still_rows(target):
+    AttentionInterface.register("flat_flash", _flat_attention)
+    model, samples = build("llama"), _samples()
+    wanted = target.values(model, samples, [1, 2])
+    model.config._attn_implementation_internal = "flat_flash"
+    for layer, value in target.values(model, samples, [1, 2]).items():
+        torch.testing.assert_close(value, wanted[layer], rtol=1e-4, atol=1e-6)
 
 
 def test_logits_of_prompts_are_made_only_for_who_reads_them():
