@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bench.report import drawing, palette
 from bench.report.content import Block, Chart, Section, Sheet
 from bench.report.evidence import Evidence
-from bench.report.values import Record, number, budget
+from bench.report.values import Record, budget, number
 from common.tables import Table
 
 _LEAD = (
