@@ -120,7 +120,7 @@ def test_the_process_of_a_seed_passes_over_a_torn_line(tmp_path, monkeypatch, ca
 
 def test_no_two_arms_are_one():
     made = [
-        (arm.importance(1).describe(), arm.compensation.describe(), arm.drop_by, arm.uniform)
+        (arm.importance(1).describe(), arm.compensation.describe(), arm.drop_by, arm.uniform, arm.text)
         for arm in peers.ARMS.values()
     ]
     assert all(one not in made[:i] for i, one in enumerate(made))
