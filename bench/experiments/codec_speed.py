@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench.experiments.runs import json_lines, say
 from bench.tables import figures
+from common.measure.timing import queued
 from common.progress import duration
 from common.variants import variants
 from strategies.compressors import Codec
@@ -72,7 +73,7 @@ def run(records: Path, folder: Path) -> None:
                     "encode_ns": encode,
                     "decode_ns": decode,
                     "copy_ns": floor["ns"],
-                    "ran_as": phases[phase]["ran_as"],
+                    "ran_as": ", ".join(sorted({phases[phase]["ran_as"], phases["decode"]["ran_as"]})),
                     "elements": phases[phase]["elements"],
                     "ranks": phases[phase]["ranks"],
                     "bits": phases[phase]["bits"],
@@ -133,7 +134,8 @@ def measure(
 ) -> None:
     """Print a JSON line for each method and backend: nanoseconds per element of the gradient, of every repeat.
 
-    On a CPU these are CPU time of the one thread that works; on a GPU, time between events.
+    On a CPU these are CPU time of the one thread that works; on a GPU, time between events. ``ran_as`` is how the step
+    of a phase ran, which may be another way than was asked for.
 
     Args:
         elements: Elements of the gradient.
@@ -149,7 +151,7 @@ def measure(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arms: dict[tuple[str, str, str], Callable[[], Any]] = {}
-    ran_as: dict[tuple[str, str], str] = {}
+    ran_as: dict[tuple[str, str, str], str] = {}
     bits: dict[str, float] = {"copy": 32.0}
     source, target = (torch.randn(elements, device=device).mul_(1e-3) for _ in range(2))
     for method in codecs:
@@ -159,11 +161,11 @@ def measure(
                 continue  # there is nothing to choose
             began = time.monotonic()
             used = codec.warm_up(Job(backend, device, _RANKS)) | codec.warm_up(Job(backend, device, _RANKS), "owing")
-            ran_as[method, backend] = ", ".join(sorted(used)) or "reference"
             say(f"{method}, {backend}: ready in {time.monotonic() - began:.1f} s")
             payload, phases = _phases(codec, source)
             bits[method] = 8 * sum(part.nbytes for part in payload.values()) / elements
             arms |= {(method, backend, phase): run for phase, run in phases.items()}
+            ran_as |= {(method, backend, phase): _ran_as(codec, phase, used) for phase in phases}
     arms["copy", "", "copy"] = lambda: target.copy_(source)
     times: dict[tuple[str, str, str], list[float]] = {arm: [] for arm in arms}
     with torch.no_grad():
@@ -176,7 +178,7 @@ def measure(
             left = (repeats - repeat) * (time.monotonic() - began)
             say(f"turn {repeat + 1} of {repeats + 1} of {len(arms)} arms done, {duration(left)} left")
     for (method, asked, phase), ns in times.items():
-        line = {"method": method, "backend": asked, "ran_as": ran_as.get((method, asked), ""), "phase": phase}
+        line = {"method": method, "backend": asked, "ran_as": ran_as.get((method, asked, phase), ""), "phase": phase}
         setting = {"bits": bits[method], "elements": elements, "ranks": _RANKS, "device": device.type}
         print(json.dumps({**line, "ns": ns, **setting}), flush=True)
 
@@ -197,17 +199,19 @@ def _phases(codec: Codec, gradient: Tensor) -> tuple[dict[str, Tensor], dict[str
     return received, phases
 
 
+def _ran_as(codec: Codec, phase: str, used: set[str]) -> str:
+    """The backend of a phase; of codecs that are made of others, all that are used."""
+    if isinstance(codec, BlockCodec) and codec.fuses:
+        return codec.steps.backends["mean" if phase == "decode" else phase]
+    return ", ".join(sorted(used)) or "reference"
+
+
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cpu":
         began = time.thread_time()
         run()
         return time.thread_time() - began
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return queued(run, device) / 1e3
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+_PAUSE = 10_000_000  # cycles of a GPU, some 5 ms
+
 
 def percentiles(samples: Sequence[float], warmup: int = 0) -> dict[str, float]:
     """Summary of repeated measurements, in the samples' own unit.
@@ -34,16 +36,54 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(callables: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def queued(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Milliseconds of a call on a GPU, between events, without the time in which Python prepares it.
+
+    Launches queue up behind a pause of the GPU, so that it goes from one to the next; that holds as long as Python
+    needs less than the pause for them.
+
+    Args:
+        call: What launches the work; it must not wait for the GPU.
+        device: The GPU that it goes to.
+        calls: How often it is called; the result is the mean.
+    """
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_PAUSE)
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
+def _from_host(call: Callable[[], object]) -> float:
+    """Milliseconds of a call, CUDA synchronised before and after."""
+    _synchronise()
+    begin = time.perf_counter_ns()
+    call()
+    _synchronise()
+    return (time.perf_counter_ns() - begin) / 1e6
+
+
+def interleaved(
+    callables: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], object]], float] = _from_host,
+) -> dict[str, list[float]]:
     """Time several functions in turns, so that a slow minute of the machine hits all of them.
 
     Each round calls every function once, starting one further each time: none always runs after the same neighbour's
-    cache contents. Garbage collection waits until the end. CUDA is synchronised before and after each call.
+    cache contents. Garbage collection waits until the end.
 
     Args:
         callables: Functions by name.
         repeats: Timed rounds.
         warmup: Untimed rounds before them.
+        clock: Makes a call and says its milliseconds; by default from the host, with CUDA synchronised before and
+            after.
 
     Returns:
         Milliseconds of each call by name; entry i of every list comes from the same round.
@@ -62,13 +102,9 @@ def interleaved(callables: Mapping[str, Callable[[], object]], repeats: int, war
         for turn in range(warmup + repeats):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                _synchronise()
-                begin = time.perf_counter_ns()
-                callables[name]()
-                _synchronise()
-                elapsed = time.perf_counter_ns() - begin
+                elapsed = clock(callables[name])
                 if turn >= warmup:
-                    times[name].append(elapsed / 1e6)
+                    times[name].append(elapsed)
     finally:
         if collecting:
             gc.enable()

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from bench.experiments.codec_speed import chosen
+from bench.experiments.codec_speed import chosen, measure
 from bench.experiments.runs import json_lines
 from strategies.compressors.int8 import Int8
 from strategies.compressors.randomk import RandomK
@@ -31,6 +33,23 @@ def test_one_line_an_arm_with_what_it_sends(tmp_path):
     }
     assert all(len(line["ns"]) == 2 and line["ran_as"] == line["backend"] for line in lines if line["method"] == INT8)
     assert arms[INT8, "slabs", "encode"]["bits"] == pytest.approx(8 + 32 / 256)
+
+
+def test_every_phase_says_how_its_own_step_ran(monkeypatch, capsys):
+    monkeypatch.setattr(Int8, "kernel", lambda self, step: None if step == "mean" else self.steps.references[step])
+    monkeypatch.setattr(torch, "compile", _no_compiler)
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", str)
+    try:
+        measure(4096, 1, [INT8], ["triton"])
+    finally:
+        dist.destroy_process_group()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    ran_as = {line["phase"]: line["ran_as"] for line in lines}
+    assert ran_as == {"encode": "triton", "owing": "triton", "decode": "slabs", "copy": ""}
+
+
+def _no_compiler(*args, **options):
+    raise RuntimeError("no compiler here")
 
 
 def test_codecs_are_named_by_their_form_and_chosen_by_class_or_form():

@@ -37,9 +37,9 @@ def run(setting: Setting) -> Iterator[dict[str, Any]]:
         # two ranks: codes of N elements in, their mean of N/2 float32 out
         moved = {"encode": 4 + code, "owing": 12 + code, "decode": code + 2}[line["phase"]]
         share = moved / median(line["ns"]) / (8 / copy)
-        name, kernel = f"{line['method']}-{line['phase']}", "triton" in line["ran_as"]
+        name = f"{line['method']}-{line['phase']}"
         what = f"{line['method']}, {line['phase']}, as {line['ran_as']}: share of a copy's bandwidth"
-        if kernel:
+        if line["ran_as"] == "triton":
             yield at_least(name, what, share, _LEAST, ns=line["ns"], moved_bytes=moved)
         else:
             yield found(name, what, share, ns=line["ns"], moved_bytes=moved)
