@@ -17,9 +17,10 @@ import strategies
 from bench import gpu
 from bench.__main__ import main
 from bench.gpu import checks, models, training
-from bench.gpu.checks import codecs
+from bench.gpu.checks import codecs, structured_speed, tier_speed
 from bench.gpu.setting import Setting, at_least, at_most
 from bench.tables import documents
+from callbacks.inference_timing import InferenceTiming
 from common.records import record
 from strategies.compressors.int8 import Int8
 from strategies.kernels import Job
@@ -177,6 +178,23 @@ def test_one_kernel_that_refuses_itself_is_wrong_whatever_the_others_do(bad, mon
     for use in ("reduce", "owing"):
         codec.warm_up(Job("triton", torch.device("cpu"), 2), use)
     assert codecs.refused(codec, "triton") == ([bad] if bad else [])
+
+
+def test_operands_are_taken_in_turns():
+    taken = []
+    call = tier_speed.in_turns(taken.append, "abc")
+    for _ in range(4):
+        call()
+    assert taken == ["a", "b", "c", "a"]
+
+
+def test_decoding_that_takes_longer_than_its_bytes_is_said_to_be_bound_by_launches(monkeypatch):
+    row = {"speedup": 1.1, "speedup_spread": 0.1, "flop_bound": 1.3, "byte_bound": 1.3, "dense_ms": 1e9}
+    work = {"flops": 1.0, "bytes_read": 1.0}
+    monkeypatch.setattr(InferenceTiming, "measure", lambda *args: {**row, "work_dense": work})
+    said = {one["figure"]: one["what"] for one in structured_speed.run(TINY)}
+    assert [name for name, what in said.items() if "bound by launches" in what] == ["decode-1", "decode-16"]
+    assert not structured_speed.bound_by_launches({"dense_ms": 2.9, "dense_bytes_ms": 1.0})
 
 
 def test_targets_are_missed_by_nan():
