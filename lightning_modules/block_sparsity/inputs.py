@@ -118,6 +118,9 @@ def collecting(
 
     Yields:
         Sums by name; of no tokens where a matrix is given none, as an expert may be.
+
+    Raises:
+        ValueError: None of the matrices was given anything.
     """
     found = {name: Inputs(m.in_features, m.weight.device, moments=False) for name, m in matrices.items()}
     owner: dict[str, str] = {}  # whose sum it shares
@@ -144,3 +147,8 @@ def collecting(
     finally:
         for handle in handles:
             handle.remove()
+    if matrices and not owner:
+        raise ValueError(
+            f"{next(iter(matrices))} and all others of its layer were given no calibration text; a layer that is "
+            "compiled is passed through without being watched"
+        )

@@ -250,7 +250,8 @@ class BlockSparsity(CausalLM):
             ValueError: See ``demotion.demote``.
         """
         self.merge()
-        with self.whole_model(changes=True) as model:
+        # compiled layers would pass over the hooks that see what matrices are given
+        with self.whole_model(changes=True) as model, torch.compiler.set_stance("force_eager"):
             if model is not None:
                 folder = layer_folder(self.output)
                 batches = self.calibration(data)

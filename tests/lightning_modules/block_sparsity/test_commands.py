@@ -134,6 +134,20 @@ def test_a_target_of_bits_is_what_the_packed_file_takes(form, dense, data_cache,
     assert (5.0 if "scope" in form else 8.4) < bits <= 8.5 + 1e-6  # bands of four blocks have few shares to choose from
 
 
+@pytest.mark.parametrize("options", [{}, {"scope": "global", "target_bits": 9.0}], ids=["shares", "bits"])
+def test_a_compiled_model_gets_the_masks_of_one_that_is_not(options, dense, data_cache, tmp_path, monkeypatch):
+    data, masks, compiled = data_of(data_cache), [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compiled(layer, backend="eager"))
+    for compile in (False, True):
+        module = module_of(dense, tmp_path / "out", compile=compile, **options)
+        module.configure_model()
+        with torch.no_grad():
+            module.model(batches(1)[0]["input_ids"])  # as validation did
+        module.prune(data, CPU)
+        masks.append(module.pruner.keep)
+    assert all(torch.equal(keep, masks[1][name]) for name, keep in masks[0].items())
+
+
 def test_equal_sparsity_without_structure_is_a_baseline(dense, data_cache, tmp_path):
     fields = module_of(dense, tmp_path / "out", pattern="unstructured").prune(data_of(data_cache), CPU)
     assert fields["tiers"]["sparsity"] == pytest.approx(0.2 + 0.3 * (1 - 6 / 64), abs=0.02)

@@ -308,6 +308,16 @@ def test_layers_of_other_weights_text_or_settings_or_damaged_ones_are_made_again
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_layers_that_hide_what_they_are_given_are_refused():
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    with torch.no_grad():
+        model(batches(1)[0]["input_ids"])
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj .*compiled"):
+        prune(model, Pruner(model, block=8, k=6), HALF, Wanda(), batches(1))
+
+
 def test_what_cannot_be_updated_is_named():
     model = tiny_llama()
     with torch.no_grad():
