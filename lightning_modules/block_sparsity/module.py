@@ -35,7 +35,7 @@ from lightning_modules.block_sparsity.tiers import TOPK
 from lightning_modules.block_sparsity.updates import Update
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.frozen import Frozen
-from lightning_modules.loading import hub_file, load, load_config
+from lightning_modules.loading import check_vocabulary, hub_file, load, load_config, load_on_meta
 
 _CHECKPOINT = "block_sparsity"
 _SHARDING = (FSDPStrategy, ModelParallelStrategy)
@@ -170,13 +170,16 @@ class BlockSparsity(CausalLM):
 
         Raises:
             FileNotFoundError: There is no such model, or nothing to export or verify.
-            ValueError: See ``loading.load_config`` and ``common.files.check_output``.
+            ValueError: The teacher's tokens are others, or see ``loading.load_config`` and
+                ``common.files.check_output``.
         """
         for path in (self.pretrained, self.teacher if command == "fit" else None):
             if path is not None:
                 load_config(path)
         if command in ("fit", "prune", "export"):
             check_output(self.output, "model.output", inputs_of(self, data), self.overwrite)
+        if command == "fit" and self.teacher is not None:
+            self._check_teacher(self.teacher, data)
         folder, packed, maps = self.folder, (self.folder / PACKED_FILE).is_file(), self._maps_file()
         if maps is None and self.maps != folder:
             raise FileNotFoundError(f"model.tier_maps: {self.maps} is or has no tier maps ({TIERS_FILE})")
@@ -189,6 +192,15 @@ class BlockSparsity(CausalLM):
                 )
         if command == "verify" and not (self.output / PACKED_FILE).is_file():
             raise FileNotFoundError(f"model.output: {self.output} has no packed model ({PACKED_FILE}); export it first")
+
+    def _check_teacher(self, teacher: str, data: Any) -> None:
+        known, tokens = load_config(teacher).vocab_size, load_config(self.pretrained).vocab_size
+        if known != tokens:
+            raise ValueError(
+                f"model.teacher: its vocabulary has {known} tokens, the model's has {tokens}; give the dense model "
+                "that this one was pruned from"
+            )
+        check_vocabulary(load_on_meta(teacher), getattr(data, "tokenizer", None))
 
     def inputs(self) -> list[Any]:
         """See ``CausalLM.inputs``."""
@@ -218,6 +230,8 @@ class BlockSparsity(CausalLM):
 
     def _maps_file(self) -> Path | None:
         """The tier maps to go on from, of a model on the Hub too; None of a dense model."""
+        if self.maps == self.folder and self.folder.is_file():
+            return None  # a GGUF file: the model itself, with nothing beside it
         if self.maps != self.folder or self.folder.exists():
             return tiers_file(self.maps)
         return hub_file(self.pretrained, TIERS_FILE)

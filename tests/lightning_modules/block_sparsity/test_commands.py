@@ -16,6 +16,7 @@ from lightning_modules.block_sparsity.packed_model import read_packed
 from lightning_modules.block_sparsity.pruner import TIERS_FILE, Pruner
 from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
+from tests.lightning_modules import gguf_file
 from tests.lightning_modules.block_sparsity.runs import SCHEDULE, SIZES, data_of, fit, module_of
 from tests.lightning_modules.block_sparsity.toy import batches, prune, save_tiny, tiny_llama
 
@@ -42,6 +43,18 @@ def test_tier_maps_may_lie_elsewhere_and_say_their_iteration(dense, data_cache, 
     with pytest.raises(FileNotFoundError, match=r"model\.tier_maps: .*nowhere"):
         module_of(tuned, tmp_path / "3", tier_maps=str(tmp_path / "nowhere")).check_arguments("prune", None)
     assert [path.name for path in (tmp_path / "2").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_gguf_file_is_pruned(dense, data_cache, tmp_path):
+    data, zeros, model = data_of(data_cache), [], AutoModelForCausalLM.from_pretrained(dense)
+    model.resize_token_embeddings(len(data.tokenizer))  # the file has a name for every token
+    model.save_pretrained(tmp_path / "model")
+    gguf_file.write(tmp_path / "model.gguf", model, data.tokenizer)
+    for model in (tmp_path / "model", tmp_path / "model.gguf"):
+        zeros.append(module_of(model, tmp_path / "out").prune(data, CPU)["tiers"]["sparsity"])
+    assert zeros[0] == zeros[1] > 0.4
+    with pytest.raises(FileNotFoundError, match="has no tier maps"):
+        module_of(tmp_path / "model.gguf", tmp_path / "x").check_arguments("export", data)
 
 
 def test_a_target_of_bytes_is_met_and_its_k_is_known_afterwards(dense, data_cache, tmp_path):

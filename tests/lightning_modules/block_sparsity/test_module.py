@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import TierSchedule
 from lightning_modules.block_sparsity.layer_files import layer_folder
@@ -21,6 +21,7 @@ from lightning_modules.block_sparsity.scores.random import Random
 from lightning_modules.block_sparsity.scores.wanda import Wanda
 from lightning_modules.block_sparsity.updates.obs import Obs
 from lightning_modules.data.instruct import InstructData
+from lightning_modules.data.tokenizer import train_bpe
 from lightning_modules.frozen import Frozen
 from tests.lightning_modules.block_sparsity.runs import SCHEDULE, data_of, fit, module_of
 from tests.lightning_modules.block_sparsity.toy import batches, tiny_llama
@@ -195,6 +196,19 @@ def test_the_teacher_is_no_part_of_the_module(dense, data_cache, tmp_path):
     module = module_of(dense, tmp_path / "out", teacher=str(dense), iteration=1)
     fit(module, data_cache, tmp_path, steps=1)
     assert not any("teacher" in name for name, _ in module.named_parameters())
+
+
+def test_a_teacher_of_other_tokens_is_refused_before_anything_is_loaded(dense, data_cache, tmp_path, monkeypatch):
+    config = AutoConfig.from_pretrained(dense)
+    config.vocab_size += 8
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "larger")
+    monkeypatch.setattr("lightning_modules.block_sparsity.module.load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"model\.teacher: its vocabulary has 328 tokens, the model's has 320"):
+        fit(module_of(dense, tmp_path / "out", teacher=str(tmp_path / "larger")), data_cache, tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "other")
+    train_bpe(["another text of other words, and nothing else at all " * 20], 300).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="tokenizer"):
+        module_of(dense, tmp_path / "out", teacher=str(tmp_path / "other")).check_arguments("fit", data_of(data_cache))
 
 
 def test_violations_are_counted_nan_included():
