@@ -114,8 +114,9 @@ def prune_layers(
     shares = {name: asdict(one) for name, one in targets.items() if isinstance(one, Ratios)}
     maps = [one for one in targets.values() if isinstance(one, Tensor)]
     text = [part for batch in batches for _, part in sorted(batch.items())]
-    cut = {id(matrix.weight) for matrix in pruner.matrices.values()}
-    others = [weight.detach() for weight in model.parameters() if id(weight) not in cut]  # embeddings, norms, biases
+    # embeddings, norms, biases; what is known of a whole model beforehand is known by all of its matrices
+    cut = set() if known else {id(matrix.weight) for matrix in pruner.matrices.values()}
+    others = [weight.detach() for weight in model.parameters() if id(weight) not in cut]
     about = [method.describe(), pruner.describe(), shares]
     finished = LayerFiles(folder, about, itertools.chain(maps, text, others))
     errors, means, layers = Errors(), dict[str, Tensor](), decoder_layers(model)

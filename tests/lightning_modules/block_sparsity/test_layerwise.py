@@ -12,6 +12,7 @@ from lightning_modules.block_sparsity.masks import violations
 from lightning_modules.block_sparsity.matrices import linear_layers
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.block_sparsity.reconstruction import Reconstruction
+from lightning_modules.block_sparsity.scores.gradient import Gradient
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
 from lightning_modules.block_sparsity.scores.obs_saliency import ObsSaliency
 from lightning_modules.block_sparsity.scores.ria import Ria
@@ -242,10 +243,11 @@ METHODS = [
     Method(Wanda(), update=Obs()),
     Method(Wanda(), "dense"),
     Method(Magnitude(), reconstruction=Reconstruction(2, 1e-3)),
+    Method(Gradient()),
 ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["updated", "dense", "learning"])
+@pytest.mark.parametrize("method", METHODS, ids=["updated", "dense", "learning", "gradient"])
 @pytest.mark.parametrize("pattern", ["tiers", "2:4"])
 def test_an_interrupted_pruning_goes_on_after_its_last_layer_and_ends_the_same(method, pattern, tmp_path, monkeypatch):
     folder, cut = layer_folder(tmp_path / "out"), layerwise._cut
@@ -285,6 +287,20 @@ def test_an_interrupted_pruning_goes_on_after_its_last_layer_and_ends_the_same(m
         assert torch.equal(mine, other)
     assert all(torch.equal(keep, wanted[1].keep[name]) for name, keep in found[1].keep.items())
     assert found[1].quantiles == wanted[1].quantiles
+
+
+def test_layers_that_were_scored_by_another_models_gradients_are_made_again(tmp_path):
+    def masks(folder, scale=1.0):
+        model = tiny_llama()
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(scale)
+        pruner = Pruner(model, block=8, k=6)
+        prune_layers(model, pruner, TIERS, Method(Gradient()), batches(3), CPU, folder)
+        return pruner.keep
+
+    masks(tmp_path / "layers")
+    found, wanted = masks(tmp_path / "layers", -3.0), masks(None, -3.0)
+    assert all(torch.equal(keep, wanted[name]) for name, keep in found.items())
 
 
 def test_layers_of_other_weights_text_or_settings_or_damaged_ones_are_made_again(tmp_path):
