@@ -32,8 +32,9 @@ class Ratios:
     topk: float
 
     def counts(self, blocks: int) -> tuple[int, int, int]:
-        """Whole numbers of blocks: dense and top-k rounded, 2:4 the rest."""
-        dense, topk = round(self.dense * blocks), round(self.topk * blocks)
+        """Whole numbers of blocks: dense and top-k rounded, 2:4 the rest; top-k gets what dense leaves."""
+        dense = round(self.dense * blocks)
+        topk = min(round(self.topk * blocks), blocks - dense)
         return dense, blocks - dense - topk, topk
 
     def sparsity(self, block: int, k: int) -> float:

@@ -49,6 +49,16 @@ def test_the_seeds_rows_give_the_seeds_sparsities():
             before[name] = t.keep_RC.clone()
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+@pytest.mark.parametrize("target", [Ratios(0.5, 0.0, 0.5), Ratios(0.25, 0.25, 0.5), Ratios(0.0, 0.0, 1.0)], ids=repr)
+def test_no_tier_has_fewer_blocks_than_none(target, blocks):
+    counts = target.counts(blocks)
+    assert sum(counts) == blocks and min(counts) >= 0
+    tiers = _tiers((16, 16 * blocks))
+    demote({"m": scored(_scores((16, 16 * blocks)))}, {"m": tiers}, target)
+    assert tiers.counts() == counts
+
+
 def test_a_fresh_two_of_four_block_competes_with_old_ones_on_what_it_still_has():
     scores = torch.ones(16, 64)
     scores[:, :16] = 0.9  # falls first
