@@ -38,11 +38,12 @@ class Obs(Update):
         weight_CR, keep_CR = weight_RC.T.contiguous(), keep_RC.T.contiguous()  # so that a column is read as a piece
         choice = choice if self.adaptive else None
         free_CR = choice.free_RC.T.contiguous() if choice is not None else None
+        zeros = _zeros(free_CR, self.step, choice.sparsity) if choice and free_CR is not None and not choice.of else []
         for first in range(0, len(weight_CR), self.step):
             here = slice(first, first + self.step)
             w, u, keep = weight_CR[here], upper[here, here], keep_CR[here]
-            if choice is not None and free_CR is not None and not choice.of:
-                keep.copy_(_unstructured(w, u, keep, choice, free_CR[here]))
+            if zeros and free_CR is not None:
+                keep.copy_(_unstructured(w, u, free_CR[here], zeros[first // self.step]))
             errors = torch.empty_like(w)
             for i in range(len(w)):
                 if choice is not None and free_CR is not None and choice.of and i % choice.of == 0:
@@ -65,8 +66,20 @@ def _group(w: Tensor, diagonal: Tensor, keep: Tensor, choice: Choice, free: Tens
     return torch.where(free, torch.stack(best_of(saliency.unbind(0), choice.kept)), keep)
 
 
-def _unstructured(w: Tensor, u: Tensor, keep: Tensor, choice: Choice, free: Tensor) -> Tensor:
+def _zeros(free_CR: Tensor, step: int, sparsity: float) -> list[int]:
+    """Zeros of every step afterwards: what it has, or a share of its weights, the same for all that have less."""
+    parts = free_CR.split(step)
+    sizes, there = [part.numel() for part in parts], [int((~part).sum()) for part in parts]
+    share, below = sparsity, list(range(len(parts)))
+    while above := [i for i in below if there[i] > share * sizes[i]]:
+        below = [i for i in below if i not in above]
+        left = sparsity * sum(sizes) - sum(there[i] for i in range(len(parts)) if i not in below)
+        share = max(0.0, left / sum(sizes[i] for i in below)) if below else 0.0
+    return [max(zeros, int(share * size)) for zeros, size in zip(there, sizes, strict=True)]
+
+
+def _unstructured(w: Tensor, u: Tensor, free: Tensor, zeros: int) -> Tensor:
     saliency = (w / u.diagonal()[:, None]).square()
-    count = torch.tensor([int(choice.sparsity * w.numel()) - int((~free).sum())], device=w.device).clamp_min_(0)
+    count = (zeros - (~free).sum()).view(1)
     gone = lowest(saliency.T.reshape(1, -1), free.T.reshape(1, -1), count).view(w.T.shape).T
     return free & ~gone

@@ -120,6 +120,16 @@ def test_what_is_pruned_already_counts_in_an_unstructured_choice_and_stays():
         assert int((~part).sum()) == part.numel() // 2
 
 
+def test_steps_that_have_more_zeros_than_their_share_leave_the_others_less():
+    weight, _, moments = _problem()
+    free = torch.ones(12, 40, dtype=torch.bool)
+    free[:10, :16] = False
+    for sparsity, zeros in ((0.45, [160, 37, 18]), (0.35, [160, 5, 2]), (0.2, [160, 0, 0])):
+        _, keep = Obs(step=16).apply(weight, free, moments, Choice(free, sparsity=sparsity))
+        assert [int((~part).sum()) for part in keep.split(16, 1)] == zeros
+        assert not (keep & ~free).any()
+
+
 @pytest.mark.parametrize("arguments", [{"damping": 0}, {"damping": float("nan")}, {"step": 12}])
 def test_impossible_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
