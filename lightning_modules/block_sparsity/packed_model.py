@@ -83,7 +83,8 @@ class PackedLinear(nn.Module):
         """Move, but never change types: a cast of int8 codes or of indices to floats would be wrong or larger."""
         for name, tensor in self.parts.items():
             moved = fn(tensor)
-            setattr(self, f"packed_{name.replace('.', '_')}", moved if moved.dtype == tensor.dtype else tensor)
+            kept = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            setattr(self, f"packed_{name.replace('.', '_')}", kept)
         self._like = fn(self._like)
         if self.bias is not None:
             self.bias = fn(self.bias)

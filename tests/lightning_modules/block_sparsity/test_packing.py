@@ -132,6 +132,15 @@ def test_one_call_loads_a_packed_model_with_the_same_logits(packed):
     assert half(input_ids=ids).logits.dtype == torch.bfloat16  # indices keep their type
 
 
+def test_packed_layers_move_whole_where_the_type_is_another(packed):
+    again = load_packed(packed[0], expand=False)
+    layer = next(m for m in again.modules() if isinstance(m, PackedLinear))
+    types = {name: part.dtype for name, part in layer.parts.items()}
+    again.to("meta", torch.float16)
+    assert {part.device.type for part in layer.parts.values()} == {"meta"}
+    assert {name: part.dtype for name, part in layer.parts.items()} == types
+
+
 def test_packed_layers_generate(packed):
     folder, model, _ = packed
     ids, options = batches(1)[0]["input_ids"][:1], {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
