@@ -124,6 +124,14 @@ class Anatomy:
         """The attention module of a layer."""
         return getattr(self.layers[layer], _FAMILIES[self.family].attention)
 
+    def input_scale(self, layer: int) -> Tensor | None:
+        """What the RMS norm before a layer's attention multiplies channels by, `[H]`; None where there is none."""
+        name = _FAMILIES[self.family].input_norm
+        if name is None or getattr(getattr(self.layers[layer], name), "bias", None) is not None:
+            return None
+        weight: Tensor = getattr(self.layers[layer], name).weight
+        return 1 + weight if self.family.startswith("gemma") else weight
+
     def query_width(self, layer: int) -> int:
         """Channels of a layer's queries, all heads together."""
         attention = self.attention(layer)

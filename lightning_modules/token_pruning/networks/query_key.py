@@ -26,7 +26,7 @@ class QueryKey(Network):
         window: Tokens at the end of the prompt that ask.
         join: "max" keeps what any head looks for, "mean" what all of them do.
         begin: Layer and head of the model, `[[7, 7], [14, 3]]`, whose projections the first of these heads start from;
-            None starts from random ones.
+            None starts from random ones. Not for models whose queries have biases or norms of their own.
 
     Raises:
         ValueError: A size below 1, another way to join heads, or more heads to begin from than there are.
@@ -69,6 +69,12 @@ class QueryKey(Network):
             attention = parts.attention(layer)
             if not hasattr(attention, "q_proj"):
                 raise ValueError(f"begin: a {parts.family} model has no query projections of their own; leave it out")
+            scale = parts.input_scale(layer)
+            if scale is None or hasattr(attention, "q_norm") or attention.q_proj.bias is not None:
+                raise ValueError(
+                    f"begin: queries and keys of a {parts.family} model are no mere projections of its normed hidden "
+                    "states (norms of their own, none before, or biases); leave it out"
+                )
             wide, narrow = (getattr(attention, name).weight for name in ("q_proj", "k_proj"))
             if attention.head_dim != dim or (head + 1) * dim > len(wide):
                 raise ValueError(
@@ -76,8 +82,6 @@ class QueryKey(Network):
                     f"{layer}, not head {head} of {dim}; set head_dim to theirs"
                 )
             group = head * len(narrow) // len(wide)
-            norm: Any = parts.layers[layer].input_layernorm
-            scale = norm.weight.detach()
             mine = slice(place * dim, (place + 1) * dim)
             with torch.no_grad():
                 scorer.query.weight[mine] = (wide[head * dim : (head + 1) * dim] * scale).to(scorer.query.weight)

@@ -91,8 +91,9 @@ def test_rows_of_a_padded_batch_are_pruned_as_alone():
 
 
 @torch.no_grad()
-def test_it_can_begin_from_a_head_of_the_model():
-    model = build()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_it_can_begin_from_a_head_of_the_model(family):
+    model = build(family)
     for layer in model.model.layers:
         layer.input_layernorm.weight.uniform_(0.5, 1.5)
     network = QueryKey(2, 16, window=3, begin=[[4, 3]])
@@ -109,6 +110,10 @@ def test_it_can_begin_from_a_head_of_the_model():
         ([9, 0], "llama", "no layer 9"),
         ([1, 4], "llama", "4 heads of 16"),
         ([1, 0], "gpt2", "gpt2"),
+        ([1, 0], "olmo2", "olmo2 model are no mere projections"),
+        ([1, 0], "qwen2", "qwen2 model are no mere projections"),
+        ([1, 0], "qwen3", "qwen3 model are no mere projections"),
+        ([1, 0], "gemma3_text", "gemma3_text model are no mere projections"),
     ):
         with pytest.raises(ValueError, match=names):
             TokenPruner.for_model(build(family), [1], QueryKey(2, 16, begin=[begin]))
