@@ -24,6 +24,8 @@ from common.tables import Table
 from lightning_modules.loading import load_config
 
 FILE = "control.json"
+_BEGUN = "alike.json"  # how the dense model is being tuned: says what its checkpoints are of until ``FILE`` is there
+_CHECKPOINTS = "checkpoints"
 _KEPT = ("OtherText", "Throughput", "GradientGuard", "RunRecord", "ModelCheckpoint", "HFExport")
 # what a run does not depend on, or what is the pruned model's alone
 _OTHER: dict[str, tuple[str, ...]] = {
@@ -87,13 +89,18 @@ class Control(TimeToQuality):
 
         Raises:
             FileNotFoundError: The dense model is not there.
-            ValueError: It has another vocabulary than the pruned one, or none is given; or the folder is or holds an
-                input.
+            ValueError: It has another vocabulary than the pruned one, or none is given; the run goes on from an
+                adapter; or the folder is or holds an input.
         """
         if command != "fit":
             return
         if not hasattr(model, "base"):
             raise ValueError(f"Control: {type(model).__name__} has no base that was pruned from a dense model")
+        if getattr(model, "adapter", None) is not None:
+            raise ValueError(
+                "model.adapter: a run that goes on from an adapter has no like in a dense model tuned from the start; "
+                "leave out the adapter, or Control"
+            )
         self.dense = self.dense or getattr(model, "teacher_path", None) or ""
         if not self.dense:
             raise ValueError("Control.dense: give the dense model, which the base was pruned from, or a teacher")
@@ -114,31 +121,44 @@ class Control(TimeToQuality):
             data: The same.
 
         Raises:
-            ValueError: The folder holds a model that was tuned otherwise; the message says what differs.
+            ValueError: The folder holds a model that was, or is being, tuned otherwise; the message says what differs.
         """
         if trainer.fast_dev_run:
             return None
         run = self._alone(config)
         callbacks = run["trainer"]["callbacks"]
+        others = [one["init_args"] for one in callbacks if _name(one) == "OtherText"]
         alike: dict[str, Any] = {part: _without(run[part], *names) for part, names in _OTHER.items()}
         alike["model"] = _without(alike["model"], *_TEACHING)
         alike |= {
             "seed": config.get("seed_everything"),
-            "texts": [one["init_args"] for one in callbacks if _name(one) == "OtherText"],
+            "texts": others,
+            "text files": [[_identity(Path(file)) for file in one.get("texts", {}).values()] for one in others],
             "ranks": trainer.num_nodes * trainer.num_devices,
             "text": getattr(data, "source_key", lambda: None)(),
             "dense": self.dense,
-            "weights": _identity(Path(self.dense).expanduser()),
+            "weights": _identity(Path(self.dense)),
         }
         alike = json.loads(json.dumps(alike, default=str))
-        if (path := self.folder / FILE).is_file():
-            done = json.loads(path.read_text(encoding="utf-8"))["alike"]
+        path, begun = self.folder / FILE, self.folder / _BEGUN
+        said = next((file for file in (path, begun) if file.is_file()), None)
+        if said is not None:
+            done = json.loads(said.read_text(encoding="utf-8"))["alike"]
             if (difference := _difference(done, alike)) is not None:
                 raise ValueError(
                     f"Control.folder: the dense model in {self.folder} was tuned otherwise ({difference}); give "
                     "another folder, or delete it, and the dense model is tuned again"
                 )
+        elif any((self.folder / _CHECKPOINTS).glob("*")):
+            raise ValueError(
+                f"Control.folder: nothing says how the dense model of the checkpoints in {self.folder} is tuned; give "
+                "another folder, or delete it, and the dense model is tuned again"
+            )
+        if path.is_file():
             return None
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(begun, json.dumps({"alike": alike}, indent=1) + "\n")
         init_args = {"path": str(path), "alike": alike}
         callbacks.append({"class_path": "callbacks.control.ControlCurve", "init_args": init_args})
         rank_zero_info(f"control: tuning the dense model {self.dense} alike first; it is kept in {self.folder}")
@@ -153,7 +173,7 @@ class Control(TimeToQuality):
         trainer = run["trainer"]
         trainer["logger"] = False
         trainer["callbacks"] = [one for one in trainer["callbacks"] if _name(one) in _KEPT]
-        places = {"ModelCheckpoint": self.folder / "checkpoints", "HFExport": self.folder / "model"}
+        places = {"ModelCheckpoint": self.folder / _CHECKPOINTS, "HFExport": self.folder / "model"}
         for one in trainer["callbacks"]:
             if (name := _name(one)) in places:
                 one["init_args"]["dirpath"] = str(places[name])
@@ -299,9 +319,10 @@ def _without(part: Any, *names: str) -> dict[str, Any]:
     return kept | ({"class_path": part["class_path"]} if part and "class_path" in part else {})
 
 
-def _identity(model: Path) -> list[Any]:
-    """Size and time of change of a folder's weights; nothing for a hub name."""
-    files = sorted(model.glob("*.safetensors")) if model.is_dir() else []
+def _identity(path: Path) -> list[Any]:
+    """Size and time of change of a file, or of a folder's weights; nothing for a hub name."""
+    path = path.expanduser()
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

@@ -191,6 +191,19 @@ class LoraRecovery(CausalLM):
         stored: Any = load_config(self.base).dtype
         return stored or torch.float32
 
+    def setup(self, stage: str) -> None:
+        """Refuse precisions that train the adapters in 16 bits, where small steps round away.
+
+        Raises:
+            ValueError: The trainer's is one.
+        """
+        super().setup(stage)
+        if stage == "fit" and str(self.trainer.precision) in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {self.trainer.precision} has the adapters and their optimizer in 16 bits: leave it "
+                "out, and set model.dtype to bfloat16 for a base in 16 bits"
+            )
+
     def configure_model(self) -> None:
         """Build the model, and the teacher where there is one."""
         if self.model is not None:
@@ -231,7 +244,11 @@ class LoraRecovery(CausalLM):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters alone, and say what they belong to."""
         checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if ".lora_" in n}
-        checkpoint["recovery"] = {"base": self.base, "base_hash": self.base_hash}
+        checkpoint["recovery"] = {"base": self.base, "base_hash": self.base_hash, **self._shape()}
+
+    def _shape(self) -> dict[str, Any]:
+        """What weights of adapters mean, by the arguments' names."""
+        return {"rank": self.lora.r, "alpha": self.lora.lora_alpha}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base, or of other adapters.
@@ -243,6 +260,9 @@ class LoraRecovery(CausalLM):
         if made_on is None:
             raise ValueError("the checkpoint is not one of LoraRecovery")
         adapters.refuse_other_base("the checkpoint", made_on["base"], made_on["base_hash"], self.base, self.base_hash)
+        for name, value in self._shape().items():
+            if made_on.get(name, value) != value:  # checkpoints of before do not say
+                raise ValueError(f"{name}: the checkpoint's adapters have {made_on[name]}, this run's have {value}")
         own = {n for n, _ in self.named_parameters() if ".lora_" in n}
         if "state_dict" in checkpoint and (others := own ^ set(checkpoint["state_dict"])):
             raise ValueError(f"target_modules: the checkpoint has other adapters than this run, e.g. {min(others)}")

@@ -91,7 +91,9 @@ def compare(whole_BTV: Tensor, zeroed_BTV: Tensor, sliced: Any, ids_BT: Tensor, 
     weight = attention.o_proj.weight
     before = weight.detach().clone()
     try:
-        weight.copy_(before.roll(attention.head_dim, 1))
+        # a head further; of a single head half of it, for a whole turn changes nothing
+        step = attention.head_dim if weight.shape[1] > attention.head_dim else max(1, attention.head_dim // 2)
+        weight.copy_(before.roll(step, 1))
         rolled = exact_logits(sliced, ids_BT)
     finally:
         weight.copy_(before)

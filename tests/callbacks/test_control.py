@@ -1,6 +1,7 @@
 """A recovery beside the dense model tuned alike: one command, the same tuning, and no comparison with another one."""
 
 import json
+import os
 import sys
 from unittest import mock
 
@@ -122,6 +123,17 @@ def test_a_control_that_was_tuned_otherwise_is_refused(place, first, capsys):
     with pytest.raises(SystemExit):
         fit(place, place / "other", "--trainer.max_steps", "6")
     assert "(trainer.max_steps 4, now 6)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fit(place, place / "other", "--model.adapter", str(place / "first/model/adapter"))
+    assert "model.adapter: a run that goes on from an adapter has no like" in capsys.readouterr().err
+    other = place / "other.json"
+    before, when = other.read_text(), other.stat().st_mtime_ns
+    other.write_text(before + " ")
+    with pytest.raises(SystemExit):
+        fit(place, place / "other")
+    assert "was tuned otherwise (text files " in capsys.readouterr().err
+    other.write_text(before)
+    os.utime(other, ns=(when, when))
     text = place / "text.json"
     before = text.read_text()
     text.write_text(before.replace("red", "blue"))
@@ -131,7 +143,7 @@ def test_a_control_that_was_tuned_otherwise_is_refused(place, first, capsys):
     text.write_text(before)
 
 
-def test_a_killed_control_goes_on_where_it_was(place, first, tmp_path):
+def test_a_killed_control_goes_on_where_it_was(place, first, tmp_path, capsys):
     stop = {"class_path": "tests.callbacks.test_control.Stops", "init_args": {}}
     tuned = place / "tuned"
     kept = tuned.rename(place / "kept")
@@ -140,6 +152,14 @@ def test_a_killed_control_goes_on_where_it_was(place, first, tmp_path):
             with pytest.raises(RuntimeError, match="killed"):
                 fit(place, tmp_path / "one", callbacks=[stop])
             assert not (tuned / "control.json").exists() and list((tuned / "checkpoints").glob("last*"))
+            with pytest.raises(SystemExit):  # what was begun otherwise is no like of this
+                fit(place, tmp_path / "one", "--model.learning_rate", "0.001")
+            assert "was tuned otherwise (model.learning_rate 0.01, now 0.001)" in capsys.readouterr().err
+            begun = (tuned / "alike.json").rename(tmp_path / "alike.json")
+            with pytest.raises(SystemExit):
+                fit(place, tmp_path / "one")
+            assert "nothing says how the dense model of the checkpoints" in capsys.readouterr().err
+            begun.rename(tuned / "alike.json")
         control, _ = fit(place, tmp_path / "one")
         assert control["resumed_at"] == [2]
         curves = [json.loads((folder / "control.json").read_text())["curve"] for folder in (tuned, kept)]
@@ -166,7 +186,7 @@ def test_another_vocabulary_and_a_missing_dense_model_are_refused(place, first, 
     config = AutoConfig.from_pretrained(place / "dense", vocab_size=299)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     control = Control(str(tmp_path / "tuned"), str(tmp_path / "dense"))
-    model = mock.Mock(base=str(place / "pruned"), teacher_path=None)
+    model = mock.Mock(base=str(place / "pruned"), teacher_path=None, adapter=None)
     with pytest.raises(ValueError, match=r"Control\.dense: its vocabulary has 299 tokens, the base's has 300"):
         control.check_arguments("fit", model, None)
     with pytest.raises(ValueError, match=r"Control\.dense: give the dense model"):

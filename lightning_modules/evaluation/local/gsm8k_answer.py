@@ -67,12 +67,15 @@ def _plain(number: str) -> str:
 
 def _others(right: str, text: str, rng: random.Random) -> list[str]:
     """Three other numbers, of the text as far as it has any."""
-    found = sorted({_plain(one) for one in _NUMBER.findall(text)} - {right})
+    numbers = {float(right): right}  # one of each value, however often and in whatever way it is written
+    for one in sorted(_plain(found) for found in _NUMBER.findall(text)):
+        numbers.setdefault(float(one), one)
+    found = sorted(one for one in numbers.values() if one != right)
     chosen = rng.sample(found, min(len(found), _CHOICES - 1))
     near = (f"{abs(float(right) + step):.15g}" for step in (1, -1, 10, -10, 2, -2, 100))
     for one in near:
         if len(chosen) >= _CHOICES - 1:
             break
-        if one not in chosen and one != right:
+        if float(one) not in map(float, [right, *chosen]):
             chosen.append(one)
     return chosen

@@ -1,6 +1,7 @@
 """Items of one's own files: what is asked, that it can be answered, and that nothing is asked of nothing."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from common.variants import variants
-from lightning_modules.evaluation.local import LocalTask, base
+from lightning_modules.evaluation.local import LocalTask, base, gsm8k_answer
 from lightning_modules.evaluation.local.cloze import Cloze
 from lightning_modules.evaluation.local.gsm8k_answer import Gsm8kAnswer
 from lightning_modules.evaluation.local.next_sentence import NextSentence
@@ -110,6 +111,13 @@ def test_what_gives_no_item_is_refused(task, tmp_path):
         task(str(tmp_path / "gone.json")).check()
     with pytest.raises(ValueError, match="items must be at least 1"):
         task(str(path), 0)
+
+
+@pytest.mark.parametrize(("right", "said"), [("7.50", "pays 7.5 dollars, then $7.500"), ("0.5", ""), ("3", "3.0 or 3")])
+def test_the_right_number_written_otherwise_is_no_wrong_one(right, said):
+    others = gsm8k_answer._others(right, said, random.Random(0))
+    values = [float(one) for one in [right, *others]]
+    assert len(others) == 3 and len(set(values)) == 4
 
 
 def test_other_records_than_gsm8ks_are_refused(text):

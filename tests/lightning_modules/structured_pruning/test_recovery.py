@@ -170,6 +170,19 @@ def test_an_interrupted_run_continues_bit_for_bit_from_a_checkpoint_of_adapters_
         fit(folders, 6, recovery(folders, "other"), checkpoint=tmp_path / "c.ckpt")
     with pytest.raises(ValueError, match="target_modules: the checkpoint has other adapters"):
         fit(folders, 6, recovery(folders, target_modules=["q_proj"]), checkpoint=tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match="alpha: the checkpoint's adapters have 16, this run's have 64"):
+        fit(folders, 6, recovery(folders, alpha=64), checkpoint=tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match="rank: the checkpoint's adapters have 8, this run's have 4"):
+        fit(folders, 6, recovery(folders, rank=4), checkpoint=tmp_path / "c.ckpt")
+
+
+def test_a_precision_that_trains_adapters_in_16_bits_is_refused(folders):
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, precision="bf16-true", **quiet)
+    with pytest.raises(
+        ValueError, match=r"trainer\.precision bf16-true has the adapters and their optimizer in 16 bits"
+    ):
+        trainer.fit(recovery(folders), Toy(cache_dir=str(folders / "cache"), batch_size=4))
 
 
 def test_recomputed_activations_give_the_same_adapters(folders):

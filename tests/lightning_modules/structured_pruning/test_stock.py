@@ -123,6 +123,7 @@ def test_every_class_says_which_numbers_of_heads_it_has():
         ({"budget": 0.97}, r"a group or more \(1, 2, 4\) and 4 channels or more, so at most"),
         ({"protect_layers": [4]}, "protect_layers: layers are numbered 0 to 3, got 4"),
         ({"protect_layers": [1, 1]}, "protect_layers names a layer twice"),
+        ({"protect_layers": [0, 1, 2, 3], "shape": "free"}, "protect_layers: all 4 layers are protected"),
         ({"protect_layers": [0, 1], "drop_layers": 3}, "between 0 and 2 with 2 protected, got 3"),
         ({"drop_layers": 4}, "drop_layers must lie between 0 and 3"),
         ({"drop_layers": -1}, "drop_layers must not be negative"),

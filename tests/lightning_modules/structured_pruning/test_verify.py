@@ -81,6 +81,12 @@ def test_a_head_in_the_wrong_place_is_caught(projection):
         compare(*reference_logits(dense, plan, ids()), sliced, ids(), 1e-6).raise_if_failed()
 
 
+def test_a_single_head_can_be_seen_to_stand_right():
+    dense = tiny(num_attention_heads=8, num_key_value_heads=8)
+    plan = plan_for(dense, [LayerPlan([2], list(range(24)))] * 4)
+    compare(*reference_logits(dense, plan, ids()), slice_model(dense, plan), ids(), 1e-6).raise_if_failed()
+
+
 def test_queries_truncated_without_their_keys_fail():
     dense = tiny()
     layer = dataclasses.replace(KEPT[1], query_heads=PerTensorTruncation().query_heads(KEPT[1].groups, 2))
