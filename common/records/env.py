@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -117,19 +118,26 @@ def speeds() -> list[dict[str, Any]]:
     """
     rows = []
     for device in devices():
-        on_cpu = device.type == "cpu"
-        row: dict[str, Any] = {"device": str(device), "cpu_threads": torch.get_num_threads()}
-        size = 1024 if on_cpu else 8192
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-            row[f"matmul_gflops_{name}"] = 2 * size**3 / _seconds(torch.mm, a, b) / 1e9
-            peak = peak_flops(device, dtype)
-            row[f"peak_tflops_{name}"] = None if peak is None else peak / 1e12
-        source = torch.ones(2**26 if on_cpu else 2**28, dtype=torch.float32, device=device)
-        target = torch.empty_like(source)
-        row["copy_gb_per_s"] = 2 * source.nbytes / _seconds(target.copy_, source) / 1e9
-        rows.append(row)
+        # a timer waits for the current device alone
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            rows.append(_speeds_of(device))
     return rows
+
+
+def _speeds_of(device: torch.device) -> dict[str, Any]:
+    """A row of ``speeds``."""
+    on_cpu = device.type == "cpu"
+    row: dict[str, Any] = {"device": str(device), "cpu_threads": torch.get_num_threads()}
+    size = 1024 if on_cpu else 8192
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        row[f"matmul_gflops_{name}"] = 2 * size**3 / _seconds(torch.mm, a, b) / 1e9
+        peak = peak_flops(device, dtype)
+        row[f"peak_tflops_{name}"] = None if peak is None else peak / 1e12
+    source = torch.ones(2**26 if on_cpu else 2**28, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    row["copy_gb_per_s"] = 2 * source.nbytes / _seconds(target.copy_, source) / 1e9
+    return row
 
 
 def _seconds(function: Callable, *arguments: torch.Tensor) -> float:

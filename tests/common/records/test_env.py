@@ -1,5 +1,6 @@
 import json
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -86,4 +87,35 @@ def test_peaks_are_dense(monkeypatch):
     assert named("NVIDIA H200 NVL") == 835.5e12
     assert named("NVIDIA H100 80GB HBM3") == pytest.approx(989e12, rel=0.01)
     assert named("NVIDIA A100-SXM4-80GB") == 312e12
+    assert named("NVIDIA L40S") == 362e12 and named("NVIDIA L40") == 181e12 and named("NVIDIA L4") == 121e12
+    assert named("NVIDIA GeForce RTX 4090") == 165.2e12 and named("NVIDIA GeForce RTX 3090") == 71e12
+    assert named("NVIDIA RTX A6000") == 154.8e12 and named("NVIDIA A40") == 149.7e12
+    for unknown in ("GeForce RTX 3080", "GeForce RTX 4090 Laptop GPU", "A10G", "A100-SXM4-40GB MIG 1g.5gb", "T400"):
+        assert named(f"NVIDIA {unknown}") is None
     assert named("Unheard-of 9000") is None
+
+
+def test_every_gpu_is_timed_as_the_current_one(monkeypatch):
+    """``torch.utils.benchmark`` waits for the current device alone."""
+    current, timed = [torch.device("cuda", 0)], []
+
+    @contextmanager
+    def chosen(device):
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    def seconds(*call):
+        timed.append(current[0])
+        return 1.0
+
+    gpus = [torch.device("cuda", index) for index in range(2)]
+    monkeypatch.setattr(env, "devices", lambda: gpus)
+    monkeypatch.setattr(env, "_seconds", seconds)
+    monkeypatch.setattr(env, "peak_flops", lambda device, dtype: None)
+    monkeypatch.setattr(torch.cuda, "device", chosen)
+    for make in ("randn", "ones"):
+        monkeypatch.setattr(torch, make, lambda *size, device, dtype=None: torch.empty(1))
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: tensor)
+    assert [row["device"] for row in env.speeds()] == ["cuda:0", "cuda:1"]
+    assert timed == [gpus[0]] * 3 + [gpus[1]] * 3
