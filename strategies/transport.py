@@ -165,7 +165,7 @@ def _exchange(received: Tensor, buffer: Tensor, group: dist.ProcessGroup | None)
     peers = [(rank, peer) for rank, peer in enumerate(dist.get_process_group_ranks(group)) if rank != own]
     receives = [dist.P2POp(dist.irecv, received[rank], peer, group) for rank, peer in peers]
     sends = [dist.P2POp(dist.isend, buffer[rank], peer, group) for rank, peer in peers]
-    for work in dist.batch_isend_irecv(receives + sends):
+    for work in dist.batch_isend_irecv(receives + sends) if peers else ():
         work.wait()
 
 

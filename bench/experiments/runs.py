@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from bench.network import link
+from bench.network.process import kill_tree
 from common.files import write_text
 from common.records import machine, record
 
@@ -93,7 +95,14 @@ def main_py(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "main.py"), *arguments]
 
 
-def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = (), command: str = "fit") -> Run:
+def fit(
+    folder: Path,
+    config: str,
+    *overrides: str,
+    prefix: Sequence[str] = (),
+    command: str = "fit",
+    timeout_s: float | None = None,
+) -> Run:
     """Run `main.py fit`, or another command that leaves a record, in a folder of its own with its logs and records.
 
     Args:
@@ -102,16 +111,25 @@ def fit(folder: Path, config: str, *overrides: str, prefix: Sequence[str] = (), 
         overrides: Further arguments.
         prefix: What the command is started with, such as a link emulator.
         command: Command of `main.py`.
+        timeout_s: Seconds after which the run and all that it started are killed; None waits for ever.
 
     Raises:
         RuntimeError: The run failed; the message ends with its last output.
+        TimeoutError: The run took too long; the message ends with its last output.
     """
-    wall = run_main(folder, command, config, *overrides, prefix=prefix)
+    wall = run_main(folder, command, config, *overrides, prefix=prefix, timeout_s=timeout_s)
     records, _ = record.read(next(folder.glob("runs/*.jsonl")))
     return Run(records[-1], losses(folder), wall)
 
 
-def run_main(folder: Path, command: str, config: str, *overrides: str, prefix: Sequence[str] = ()) -> float:
+def run_main(
+    folder: Path,
+    command: str,
+    config: str,
+    *overrides: str,
+    prefix: Sequence[str] = (),
+    timeout_s: float | None = None,
+) -> float:
     """Run a command of `main.py` in a folder; see `fit`.
 
     Returns:
@@ -122,13 +140,24 @@ def run_main(folder: Path, command: str, config: str, *overrides: str, prefix: S
     started = time.monotonic()
     with open(folder / "output.log", "w") as log:
         environment = {**os.environ, "CI": "true", "PYTHONPATH": str(ROOT)}
-        code = subprocess.call(
+        process = subprocess.Popen(
             started_as, cwd=folder, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
         )
+        timed_out = False
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            if process.poll() is None:  # nothing that it started may go on beside what comes next
+                kill_tree(psutil.Process(process.pid))
+                process.wait()
     wall = time.monotonic() - started
-    if code:
-        tail = (folder / "output.log").read_text()[-2000:]
-        raise RuntimeError(f"exit status {code} of {' '.join(started_as)}\n{tail}")
+    if process.returncode:
+        tail = f"{' '.join(started_as)}\n{(folder / 'output.log').read_text()[-2000:]}"
+        if timed_out:
+            raise TimeoutError(f"not done in {timeout_s:.0f} s:\n{tail}")
+        raise RuntimeError(f"exit status {process.returncode} of {tail}")
     return wall
 
 

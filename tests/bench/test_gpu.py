@@ -149,22 +149,60 @@ def test_a_check_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
     assert names == ["tiny-memory-filled-1", "tiny-memory-filled-2", "tiny-memory-product", "tiny-memory"]
 
 
-def test_engines_say_what_they_measured_or_why_they_failed(monkeypatch):
-    told = {"steps": 12, "val_loss": 5.0, "grad_rel_error": 0.5}
+def _engines(monkeypatch, ranks, *ends):
+    """Figures of all engines; ``ends`` are those of the first runs: what the record has else, or what is raised."""
+    told = {"steps": 12, "val_loss": 5.0, "grad_rel_error": 0.01 if ranks > 1 else None, "world_size": ranks}
     asked = []
 
-    def fit(folder, config, *arguments):
-        asked.append(arguments)
-        if len(asked) == 1:
-            raise RuntimeError("exit status 1 of main.py\nno NCCL")
-        return SimpleNamespace(record=told | ({} if len(asked) == 2 else {"grad_rel_error": 0.01}))
+    def fit(folder, config, *arguments, timeout_s):
+        asked.append((arguments, timeout_s))
+        end = ends[len(asked) - 1] if len(asked) <= len(ends) else {}
+        if isinstance(end, Exception):
+            raise end
+        return SimpleNamespace(record=told | end)
 
     monkeypatch.setattr(training, "fit", fit)
-    found = list(training.train_all(Setting(torch.device("cuda")), 2))
-    assert [one["reached"] for one in found] == [False, False, True, True] and "no NCCL" in found[0]["what"]
-    assert all("--trainer.devices=2" in arguments and "--trainer.accelerator=cuda" in arguments for arguments in asked)
-    engines = {one["figure"] for one in training.train_all(Setting(torch.device("cuda")), 4)}
-    assert engines == set(strategies.__all__) and any("--trainer.strategy.replicas=2" in words for words in asked)
+    return list(training.train_all(Setting(torch.device("cuda")), ranks, 100.0)), asked
+
+
+def test_engines_say_what_they_measured_or_why_they_failed(monkeypatch):
+    ends = (
+        RuntimeError("exit status 1 of main.py\nno NCCL"),
+        {"grad_rel_error": 0.5},
+        TimeoutError("not done in 9 s:\nX"),
+    )
+    found, asked = _engines(monkeypatch, 2, *ends)
+    assert [one["reached"] for one in found] == [False, False, False, True]
+    assert "no NCCL" in found[0]["what"] and found[2]["what"].endswith("not done in 9 s:")
+    assert all("--trainer.devices=2" in words and "--trainer.accelerator=cuda" in words for words, _ in asked)
+    found, asked = _engines(monkeypatch, 4)
+    assert {one["figure"] for one in found} == set(strategies.__all__)
+    assert any("--trainer.strategy.replicas=2" in words for words, _ in asked)
+
+
+def test_engines_of_several_ranks_must_have_exchanged_gradients(monkeypatch):
+    found, _ = _engines(monkeypatch, 2, {"world_size": 1}, {"grad_rel_error": None})
+    assert [one["reached"] for one in found] == [False, False, True, True]
+    found, _ = _engines(monkeypatch, 1)
+    assert all(one["reached"] and one["target"] == "trains" and "no gradients" in one["what"] for one in found)
+
+
+def test_engines_share_the_time_that_is_left(monkeypatch):
+    clock = iter([0.0, 0.0, 40.0, 40.0, 70.0])
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    _, asked = _engines(monkeypatch, 2)
+    left = 100.0 - training._START_S
+    assert [timeout for _, timeout in asked] == [left / 4, (left - 40) / 3, (left - 40) / 2, left - 70]
+
+
+def test_ranks_are_started_without_what_a_cluster_says_of_its_own(monkeypatch):
+    names, seen = ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "LOCAL_RANK", "RANK", "WORLD_SIZE"), []
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(training, "fit", lambda *words, timeout_s: seen.append(os.environ.keys() & set(names)))
+    with pytest.raises(AttributeError):  # of what a run is not
+        list(training.train_all(TINY, 2, 100.0))
+    assert seen == [set()] and os.environ["SLURM_NTASKS"] == "1"
 
 
 def _no_kernel(place, *tensors):

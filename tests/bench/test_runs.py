@@ -5,8 +5,10 @@ What is finished is taken again only where it is of the same code, inputs and ar
 
 import math
 import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bench.experiments import local_steps, loss_agreement, method_quality, runs, slow_links, token_quality, two_levels
@@ -106,6 +108,22 @@ def test_runs_that_were_made_again_stand_among_the_records(tmp_path, monkeypatch
     for found in ([first], [first], [again]):
         slow_links._kept(found, records)
     assert record.read(records)[0] == [first, again]
+
+
+def test_a_run_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    starts = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); "
+    for code, error in (("import time; time.sleep(600)", TimeoutError), ("sys.exit('lost')", RuntimeError)):
+        monkeypatch.setattr(runs, "main_py", lambda *words, code=code: [sys.executable, "-c", starts + code])
+        with pytest.raises(error) as raised:
+            runs.run_main(tmp_path, "fit", "any.yaml", timeout_s=3.0)
+        said = str(raised.value).splitlines()
+        started = psutil.Process(int(said[-1] if error is TimeoutError else said[-2]))
+        if error is TimeoutError:
+            assert said[0] == "not done in 3 s:"
+            assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+        else:
+            assert said[-1] == "lost"
+            started.kill()
 
 
 def test_a_folder_belongs_to_one_state_of_code_inputs_and_arguments(tmp_path, monkeypatch):

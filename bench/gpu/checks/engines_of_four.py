@@ -6,4 +6,4 @@ LIMIT_S, GPUS = 180.0, 4
 
 
 def run(setting):  # noqa: D103 - see bench.gpu.checks
-    return train_all(setting, 4)
+    return train_all(setting, 4, LIMIT_S)

@@ -9,7 +9,7 @@ import torch
 from bench.gpu.setting import Setting, at_least, at_most
 from common.measure.memory import limit_process
 
-LIMIT_S, GPUS = 40.0, 1
+LIMIT_S, GPUS = 30.0, 1
 
 
 def run(setting: Setting) -> Iterator[dict[str, Any]]:

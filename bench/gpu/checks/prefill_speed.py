@@ -23,7 +23,7 @@ from lightning_modules.token_pruning.prefill import PromptPruner
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.last_window import LastWindow
 
-LIMIT_S, GPUS = 150.0, 1
+LIMIT_S, GPUS = 140.0, 1
 LENGTHS = (4096, 8192, 16384, 32768)
 _OF_BOUND = 0.85
 _TINY = Qwen2Config(
