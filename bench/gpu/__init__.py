@@ -1,14 +1,19 @@
 """Acceptance of a machine with GPUs: every check in a process of its own, results in one file that can be sent back.
 
 `python -m bench gpu` takes at most 12 minutes on one GPU and needs no network. A check is a file of `bench/gpu/checks`;
-one that fails, hangs or is killed leaves a record that says so, and stops nothing else.
+one that fails, hangs or is killed leaves a record that says so, and stops nothing else. A run that was killed itself
+goes on with the check that it was at.
 """
 
 import json
+import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from common.records import record
 COMMAND = "python -m bench gpu"
 PREFIX, TINY_PREFIX = "gpu", "tiny"  # of figures' names
 RECORDS = "gpu.jsonl"  # in docs/results/records, once folded
+_LOOK_S = 0.2  # between looks at what a check has found
 
 
 def gpu(
@@ -36,8 +42,9 @@ def gpu(
     Takes at most 12 minutes on one GPU and needs no network. The exit status is 1 when a check failed.
 
     Args:
-        results: Where records go, one line each: the file to send back.
-        only: Names of checks, separated by commas; all without.
+        results: Where records go, one line each: the file to send back. Checks that ended well in it, of this commit
+            and these GPUs, are left out.
+        only: Names of checks, separated by commas, to make whatever is in results; all without.
         device: "cuda"; "cpu" with --tiny tries the checks themselves, and says nothing about speed.
         tiny: Smallest sizes.
         fold: Add the records of this file, from whatever machine, to docs/results in place of checking anything.
@@ -54,9 +61,13 @@ def gpu(
     if device == "cpu" and not tiny:
         raise ValueError("device: without --tiny the checks need a GPU's speed and memory")
     began, failed = time.monotonic(), []
+    done = finished(results) if only is None and not tiny else set()
     try:
         with stop_signals_raise():
             for name in chosen(only, count or 1):
+                if name in done:
+                    print(f"{name}: ended well in {results}; --only {name} makes it again", file=sys.stderr)
+                    continue
                 print(f"{name}: {checks.about(name).says}", file=sys.stderr, flush=True)
                 if not check(name, results, device, tiny):
                     failed.append(name)
@@ -88,6 +99,35 @@ def chosen(only: str | None, gpus: int) -> list[str]:
     return only.split(",")
 
 
+def finished(results: Path) -> set[str]:
+    """Checks whose last run in a file ended well, with all targets reached, by the code and on the GPUs of now.
+
+    Args:
+        results: Where records went; there need be no such file. Of changed code, nothing is finished.
+    """
+    here = record.stamp()
+    if here["git_dirty"] is not False or not results.exists():
+        return set()
+    well: dict[str, bool] = {}
+    missed: set[str] = set()
+    for one in record.read(results)[0]:
+        figure = str(one.get("figure", ""))
+        name = next((name for name in checks.names() if f"{figure}-".startswith(f"{PREFIX}-{name}-")), None)
+        if name is None or _made_by(one) != _made_by(here):
+            continue
+        if figure == f"{PREFIX}-{name}":
+            well[name] = one["reached"] is True and name not in missed
+            missed.discard(name)
+        elif one["reached"] is False:
+            missed.add(name)
+    return {name for name, good in well.items() if good}
+
+
+def _made_by(stamped: dict[str, Any]) -> tuple[Any, ...]:
+    gpus = [gpu["name"] for gpu in stamped.get("machine", {}).get("gpus", [])]
+    return stamped.get("git_commit"), stamped.get("git_dirty"), gpus
+
+
 def check(name: str, results: Path, device: str, tiny: bool) -> bool:
     """Make one check and append its records; whether it ended well and reached its targets.
 
@@ -98,17 +138,19 @@ def check(name: str, results: Path, device: str, tiny: bool) -> bool:
         tiny: Smallest sizes.
     """
     limit, prefix, well = checks.about(name).limit_s, TINY_PREFIX if tiny else PREFIX, True
+
+    def take(found: dict[str, Any]) -> None:
+        nonlocal well
+        well = well and found["reached"] is not False
+        figures.append(results, **(found | {"figure": f"{prefix}-{name}-{found['figure']}"}), command=COMMAND)
+        print(f"  {found['what']}: {found['value']} {found['unit']}", file=sys.stderr, flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "found.jsonl", Path(folder) / "output.log"
-        arguments = [name, str(lines), device, *(["--tiny"] if tiny else [])]
-        offline = {"HF_HUB_OFFLINE": "1"}
-        try:
+        arguments = [name, str(lines), device, str(os.getpid()), *(["--tiny"] if tiny else [])]
+        with _following(lines, take):
+            offline = {"HF_HUB_OFFLINE": "1"}
             ended = run_measured([*child(), *arguments], offline, cwd=documents.ROOT, timeout=limit, log=log)
-        finally:  # also where this process is told to stop
-            for found in _found(lines):
-                well = well and found["reached"] is not False
-                figures.append(results, **(found | {"figure": f"{prefix}-{name}-{found['figure']}"}), command=COMMAND)
-                print(f"  {found['what']}: {found['value']} {found['unit']}", file=sys.stderr, flush=True)
     problem = _problem(ended, limit)
     figures.append(
         results,
@@ -131,13 +173,34 @@ def child() -> list[str]:
     return [sys.executable, "-m", "bench.gpu.child"]
 
 
-def _found(lines: Path) -> Iterator[dict[str, Any]]:
-    """Figures that a check wrote before it ended, however it did; a line torn by a kill is none."""
-    for line in lines.read_text("utf-8").splitlines() if lines.exists() else []:
+@contextmanager
+def _following(lines: Path, take: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Hand over what a check writes as it comes, and the rest when it has ended or this process is told to stop.
+
+    Args:
+        lines: A JSON object in each; one torn by a kill is none.
+        take: Called in a thread of its own.
+    """
+    ended = threading.Event()
+
+    def follow() -> None:
+        taken = 0
+        while True:
+            last = ended.wait(_LOOK_S)
+            whole = lines.read_text("utf-8").split("\n")[:-1] if lines.exists() else []
+            for line in whole[taken:]:
+                take(json.loads(line))
+            taken = len(whole)
+            if last:
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(follow)
         try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+            yield
+        finally:
+            ended.set()
+            following.result()
 
 
 def _problem(ended: Measured, limit: float) -> str | None:

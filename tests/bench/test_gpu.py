@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,6 +39,19 @@ open(lines, "w").write(json.dumps(figure) + "\\n" + ('{"figure": "torn' if name 
 if name == "fails": sys.exit("out of luck")
 if name == "hangs": time.sleep(300)
 if name == "killed": os.kill(os.getpid(), signal.SIGKILL)
+"""
+# The child itself, with a check that tells its process and then waits.
+HANGING_CHECK = """
+import os, time
+from types import SimpleNamespace
+from bench.gpu import checks
+from bench.gpu.child import main
+from bench.gpu.setting import found
+def run(setting):
+    yield found("process", "id of the process", os.getpid())
+    time.sleep(300)
+checks.load = lambda name: SimpleNamespace(run=run)
+main()
 """
 ENDS = {
     "fails": "out of luck",
@@ -97,6 +111,55 @@ sys.exit(main(["gpu", "--results", {str(results)!r}, "--device", "cpu", "--tiny"
     assert run.returncode == 128 + signal.SIGTERM and f"stopped; what was measured until then: {results}" in said
     (found,) = record.read(results)[0]
     assert (found["figure"], found["value"]) == ("tiny-hangs-it", 1.0)
+
+
+def test_what_is_measured_is_kept_at_once_and_a_check_ends_with_a_run_that_is_killed(tmp_path):
+    results = tmp_path / "gpu.jsonl"
+    (tmp_path / "stand_in.py").write_text(HANGING_CHECK)
+    program = f"""
+import sys
+from pathlib import Path
+from bench import gpu
+gpu.child = lambda: [sys.executable, {str(tmp_path / "stand_in.py")!r}]
+gpu.check("memory", Path({str(results)!r}), "cpu", True)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL, env=environment)
+    try:
+        while not results.exists() or not record.read(results)[0]:
+            assert run.poll() is None
+            time.sleep(0.05)
+        (found,) = record.read(results)[0]
+        started = psutil.Process(int(found["value"]))
+    finally:
+        run.kill()
+        run.wait()
+    assert found["figure"] == "tiny-memory-process"
+    started.wait(timeout=60)
+
+
+def test_a_second_run_goes_on_where_the_first_was(stand_ins, tmp_path, monkeypatch, capsys):
+    results, here = tmp_path / "gpu.jsonl", {"git_commit": "abc", "git_dirty": False}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(record, "stamp", lambda: {**here, "machine": {"gpus": [{"name": "H200"}]}})
+
+    def made(*more):
+        before = len(record.read(results)[0]) if results.exists() else 0
+        status = main(["gpu", "--results", str(results), *more])
+        ended = [one["figure"] for one in record.read(results)[0][before:] if not one["figure"].endswith("-it")]
+        return [figure.removeprefix("gpu-") for figure in ended], status
+
+    assert made("--only", "fails,good,misses") == (["fails", "good", "misses"], 1)
+    monkeypatch.setattr(checks, "names", lambda: ["fails", "good", "misses"])
+    capsys.readouterr()
+    assert made() == (["fails", "misses"], 1)
+    assert f"good: ended well in {results}; --only good makes it again" in capsys.readouterr().err
+    assert made("--only", "good") == (["good"], 0)
+    here["git_dirty"] = True
+    assert "good" in made()[0]
+    here |= {"git_dirty": False, "git_commit": "def"}
+    assert "good" in made()[0] and "good" not in made()[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
