@@ -94,6 +94,7 @@ class Anatomy:
         decoder: The module whose forward runs the layers; it takes `input_ids`, `attention_mask`, `past_key_values`.
         layers: The decoder layers, first to last.
         norm: The norm after the last layer.
+        takes: Names of the decoder's forward arguments, in order, `self` left out.
         arguments: Names of a layer's forward arguments, in order, `self` left out.
         cache_argument: The one that carries the key-value cache.
     """
@@ -102,6 +103,7 @@ class Anatomy:
     decoder: Any
     layers: Sequence[nn.Module]
     norm: nn.Module
+    takes: tuple[str, ...]
     arguments: tuple[str, ...]
     cache_argument: str
 
@@ -246,9 +248,9 @@ def anatomy(model: Any) -> Anatomy:
     family = _FAMILIES[kind]
     decoder = model.get_decoder()
     layers = getattr(decoder, family.layers)
-    arguments = tuple(inspect.signature(type(layers[0]).forward).parameters)[1:]
+    takes, arguments = (tuple(inspect.signature(type(part).forward).parameters)[1:] for part in (decoder, layers[0]))
     cache = "past_key_values" if "past_key_values" in arguments else "layer_past"
-    return Anatomy(kind, decoder, layers, getattr(decoder, family.norm), arguments, cache)
+    return Anatomy(kind, decoder, layers, getattr(decoder, family.norm), takes, arguments, cache)
 
 
 def _sliding(config: Any) -> list[int]:

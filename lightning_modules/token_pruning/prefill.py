@@ -196,7 +196,7 @@ class Prefill:
 
     def begin(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Pre-hook of the decoder: is this a prompt, a later step, or nothing to do with pruning?"""
-        call = {"input_ids": args[0]} | kwargs if args else kwargs
+        call = dict(zip(self.parts.takes, args, strict=False)) | kwargs
         given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
         cache, mask = call.get("past_key_values"), call.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):

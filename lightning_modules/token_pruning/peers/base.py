@@ -159,7 +159,7 @@ class Reading:
     def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._busy:
             return None
-        call = {"input_ids": args[0]} | kwargs if args else dict(kwargs)
+        call = dict(zip(self.parts.takes, args, strict=False)) | kwargs
         given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
         assert given is not None
         width, cache = self._check(given, call.get("attention_mask")), call.get("past_key_values")

@@ -372,6 +372,15 @@ def test_selecting_entries_saves_no_prefill_time_and_reading_twice_may_cost_more
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def test_what_a_decoder_is_given_by_position_arrives():
+    model, ids = shared(), tokens(1, N)
+    places = 2 * torch.arange(N)[None]
+    wanted = model.model(ids, None, places).last_hidden_state
+    with SnapKV().prefill(model):
+        assert torch.equal(model.model(ids, None, places).last_hidden_state, wanted)
+
+
 @pytest.mark.parametrize("peer", [SnapKV(window=8), FastKV(1, min_tail=8), *RENUMBERED], ids=repr)
 @torch.no_grad()
 def test_what_a_peer_cannot_read_is_refused_by_name(peer):

@@ -77,6 +77,17 @@ def test_padded_batch_equals_masked_and_single_prompts(family, kernel):
 
 
 @torch.no_grad()
+def test_a_decoder_takes_its_mask_by_position():
+    model, (ids, mask) = shared(), padded(ROWS)
+    found = []
+    for args, named in (((ids, mask), {}), ((ids,), {"attention_mask": mask})):
+        with prompt_pruner().prefill(model) as run:
+            model.model(*args, **named)
+            found.append(run.kept())
+    assert torch.equal(*found) and not found[0][:, ~mask.bool()].any()
+
+
+@torch.no_grad()
 def test_padding_in_a_second_turn_after_a_first_without(family="llama"):
     for kernel in ("sdpa", "eager"):
         model, ids = shared(family, kernel), tokens(2, N)
