@@ -19,6 +19,7 @@ from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers import Context, Scorer
 from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.scorers.recency import Recency
+from lightning_modules.token_pruning.selection import take
 from lightning_modules.token_pruning.soft_mask import Budget, Pruning, layer_inputs
 from lightning_modules.token_pruning.targets import Target
 
@@ -34,7 +35,7 @@ def pruned_nll(
         model: A causal language model with an attention that takes masks.
         samples: Prompts and responses.
         schedule: Where and how much to prune.
-        scorer: A trained pruner, or a scorer that needs neither queries nor keys.
+        scorer: A trained pruner, or a scorer that is ready for the model, see ``Scorer.prepare``.
 
     Returns:
         Sums in nats [B], numbers of response tokens [B], and what was pruned.
@@ -53,12 +54,20 @@ def scoring(model: PreTrainedModel, samples: Samples, budget: Budget, scorer: To
     if isinstance(scorer, TokenPruner):
         return lambda layer, hidden, there: scorer(hidden, layer, there)
     parts = anatomy(model)
-    positions = torch.arange(samples.real.shape[1], device=samples.real.device).expand_as(samples.real)
+    places_BN = samples.inputs()["position_ids"]
 
-    def score(layer: int, hidden_BNH: Tensor, _: Tensor) -> Tensor:
+    def score(layer: int, hidden_BNH: Tensor, there_BN: Tensor) -> Tensor:
+        # shown is what the pruned prefill would show: only tokens that are there, short rows padded on the left
+        order_BN = there_BN.to(torch.uint8).argsort(dim=1, stable=True)
+        index_BK = order_BN[:, -int(there_BN.sum(1).max()) :]
+        left_BKH = take(hidden_BNH, index_BK.to(hidden_BNH.device))
+        parts_BN = there_BN, budget.protected, places_BN
+        real_BK, protected_BK, places_BK = (part.gather(1, index_BK) for part in parts_BN)
+        rotary = parts.rotary(left_BKH, places_BK.to(left_BKH.device))
         tokens = tuple(budget.tokens[budget.stages.index(layer)])
-        context = Context(parts, positions, samples.prompt, budget.protected, tokens, None)
-        return scorer.score(hidden_BNH, layer, context)
+        context = Context(parts, index_BK, None if bool(real_BK.all()) else real_BK, protected_BK, tokens, rotary)
+        scores_BK = scorer.score(left_BKH, layer, context).to(there_BN.device).float()
+        return torch.zeros_like(there_BN, dtype=scores_BK.dtype).scatter(1, index_BK, scores_BK)
 
     return score
 

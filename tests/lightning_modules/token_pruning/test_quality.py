@@ -32,12 +32,16 @@ from lightning_modules.token_pruning.quality.planted import plant
 from lightning_modules.token_pruning.samples import split_batch
 from lightning_modules.token_pruning.schedule import Schedule
 from lightning_modules.token_pruning.scorers.blocks import Blocks
+from lightning_modules.token_pruning.scorers.duplication import Duplication
 from lightning_modules.token_pruning.scorers.hidden_norm import HiddenNorm
+from lightning_modules.token_pruning.scorers.key_norm import KeyNorm
+from lightning_modules.token_pruning.scorers.last_window import LastWindow
 from lightning_modules.token_pruning.scorers.learned import Learned
 from lightning_modules.token_pruning.scorers.oracle import Oracle
 from lightning_modules.token_pruning.scorers.random import Random
 from lightning_modules.token_pruning.scorers.recency import Recency
 from lightning_modules.token_pruning.scorers.saliency import SaliencyOracle
+from lightning_modules.token_pruning.scorers.stride import UniformStride
 from lightning_modules.token_pruning.targets.future_attention import FutureAttention
 from tests.lightning_modules.token_pruning.models import build, shared, tokens
 
@@ -45,7 +49,11 @@ SCHEDULE = Schedule(layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3)
 
 
 @pytest.mark.parametrize("sharp", [1.0, 5.0])
-@pytest.mark.parametrize("scorer", [HiddenNorm(), Recency()], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "scorer",
+    [HiddenNorm(), Recency(), UniformStride(), Duplication(4), KeyNorm(), LastWindow(4), Blocks(LastWindow(4), 3)],
+    ids=repr,
+)
 def test_pruning_by_mask_equals_the_pruned_prefill(scorer, sharp):
     """What training and validation compute is what inference does: same survivors, same loss."""
     model, ids = build("llama"), tokens(2, 40)
@@ -60,7 +68,7 @@ def test_pruning_by_mask_equals_the_pruned_prefill(scorer, sharp):
         nll, count, pruning = pruned_nll(model, split_batch({"input_ids": ids, "labels": ids}, 6), SCHEDULE, scorer)
     torch.testing.assert_close(torch.tensor(arm.nll), nll / count, rtol=1e-4, atol=1e-4)
     assert arm.kept == [pytest.approx(int(pruning.alive[3][0, :34].sum()) / 34)] * 2
-    assert whole.kept == [1.0, 1.0] and abs(arm.nll[0] - whole.nll[0]) > 1e-3
+    assert whole.kept == [1.0, 1.0] and abs(arm.nll[0] - whole.nll[0]) > 5e-4
 
 
 def test_the_unpruned_arm_is_the_model_s_own_loss():
