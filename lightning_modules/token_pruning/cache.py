@@ -183,10 +183,16 @@ class PrunedCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens. See `Cache.crop`.
 
+        Args:
+            tokens_to_remove: How many, as a negative number.
+
         Raises:
-            ValueError: A part of a pruned prompt would stay: its tokens are not the same ones in every layer.
+            ValueError: A positive number; or a part of a pruned prompt would stay: its tokens are not the same ones in
+                every layer.
         """
-        remove = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to forget as a negative one")
+        remove = -tokens_to_remove
         length = self.get_seq_length() - remove
         if any(prompt.start < length < prompt.end for prompt in self.stretches):
             raise ValueError(f"cannot crop {remove} tokens: that reaches into the pruned prompt")

@@ -115,6 +115,10 @@ class TokenPruning(L.LightningModule):
             raise ValueError(f"loss weights must not be negative, nor all 0; got {self.weights}")
         if temperature <= 0 or learning_rate <= 0 or pairs < 1 or response < 1:
             raise ValueError("temperature and learning_rate must be positive, pairs and response at least 1")
+        if warmup_steps < 0 or not all(0 < share <= 1 for share in eval_keep):
+            raise ValueError(
+                f"warmup_steps must not be negative, eval_keep within (0, 1]; got {warmup_steps} and {eval_keep}"
+            )
         self.base, self.schedule, self.output, self.pruner_path = base, schedule, Path(output).expanduser(), pruner
         self.saliency_path, self.target, self.network = saliency, target, network
         if pruner is None:  # one that is only measured needs no saliency

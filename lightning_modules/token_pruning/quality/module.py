@@ -132,7 +132,7 @@ class TokenQuality(L.LightningModule):
         self.base, self.scorers, self.tasks, self.windows, self.suffix = base, scorers, tasks, windows, suffix
         self.lengths, self.prefix, self.distractors = lengths, prefix, distractors
         self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.answers, self.known_only, self.controls = answers, known_only, controls
+        self.answers, self.known_only, self.controls = Path(answers).expanduser(), known_only, controls
         self.longbench, self.max_prompt = Path(longbench or "").expanduser(), max_prompt
         self.loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
         self.model: Any = None
@@ -236,7 +236,7 @@ class TokenQuality(L.LightningModule):
         arms = list(self.arms)
         if self.controls and task != "longbench_answers":  # whose answers need not stand in one sentence
             arms[1:1] = [GUESSES, CHANGES]
-        answers = asking.Answers(Path(self.answers), self.model, self.max_new_tokens)
+        answers = asking.Answers(self.answers, self.model, self.max_new_tokens)
         return asking.compare(task, self.model, data.tokenizer, prompts, self.lengths, arms, answers, self.known_only)
 
     def _batches(self, task: Task, data: Any) -> Iterator[Window]:

@@ -52,10 +52,13 @@ class LastWindow(Scorer):
         """See `Scorer.check`.
 
         Raises:
-            ValueError: A head that the model does not have.
+            ValueError: A layer or a head that the model does not have.
         """
-        count = config.get_text_config().num_attention_heads
+        text = config.get_text_config()
+        count, depth = text.num_attention_heads, text.num_hidden_layers
         for layer, chosen in (self.only or {}).items():
+            if not 0 <= layer < depth:
+                raise ValueError(f"only: there is no layer {layer}, the model has {depth}, counted from 0")
             if max(chosen) >= count:
                 raise ValueError(f"only: layer {layer} has {count} heads, {chosen} are not all among them")
 

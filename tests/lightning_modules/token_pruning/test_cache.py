@@ -67,6 +67,8 @@ def test_copies_rows_and_cropping_of_the_cache():
         torch.testing.assert_close(model(step[order], past_key_values=copied, **call).logits, wanted[order])
         with pytest.raises(ValueError, match="reaches into the pruned prompt"):
             cache.crop(-5)
+        with pytest.raises(ValueError, match=r"crop\(4\): .* negative"):
+            cache.crop(4)
         cache.reset()
         assert cache.get_seq_length() == 0 and cache.stages == []
 

@@ -45,6 +45,7 @@ from lightning_modules.token_pruning.scorers.stride import UniformStride
 from lightning_modules.token_pruning.targets.future_attention import FutureAttention
 from tests.lightning_modules.token_pruning.models import build, shared, tokens
 
+CPU = torch.device("cpu")
 SCHEDULE = Schedule(layers=[1, 3], keep=0.6, sinks=2, tail=0.0, min_tail=3)
 
 
@@ -205,6 +206,15 @@ def test_the_command_measures_every_scorer_on_every_task(tmp_path):
 def test_what_is_wrong_is_named(options, names):
     with pytest.raises(ValueError, match=names):
         TokenQuality("b", SCHEDULE, **{"scorers": [Random()], **options})
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build("llama", vocab_size=400, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    data = Texts(name="told", texts=TOLD, tokenizer=train_bpe(iter([TOLD]), 400))
+    few = {"tasks": ["needles"], "windows": 1, "lengths": [500], "max_new_tokens": 2}
+    TokenQuality(str(tmp_path / "model"), SCHEDULE, [Random()], [0.5], answers="~/a.jsonl", **few).verify(data, CPU)
+    assert (tmp_path / "a.jsonl").is_file()
 
 
 def test_an_empty_data_set_is_refused(tmp_path):

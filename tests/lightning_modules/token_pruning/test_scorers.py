@@ -191,6 +191,9 @@ def test_last_window_is_the_attention_of_the_next_layer_under_any_kernel(family,
 def test_a_head_that_the_model_does_not_have_is_named():
     with pytest.raises(ValueError, match=r"layer 2 has 4 heads, \[1, 4\]"):
         PromptPruner(LastWindow(only={2: [1, 4]}), SCHEDULE).check(shared().config)
+    for layer in (6, -1):
+        with pytest.raises(ValueError, match=f"only: there is no layer {layer}, the model has 6"):
+            PromptPruner(LastWindow(only={layer: [1]}), SCHEDULE).check(shared().config)
     for arguments, name in (({"window": 0}, "window"), ({"heads": "sum"}, "heads"), ({"only": {1: []}}, "only")):
         with pytest.raises(ValueError, match=name):
             LastWindow(**arguments)

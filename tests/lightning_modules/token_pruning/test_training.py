@@ -391,6 +391,9 @@ def test_what_goes_together_is_let_through(base, data, saliency, tmp_path):  # n
         ({"lm_weight": -1.0}, "weights"),
         ({"lm_weight": 0.0, "mse_weight": 0.0, "ranking_weight": 0.0}, "weights"),
         ({"temperature": 0.0, "saliency": "s"}, "temperature"),
+        ({"eval_keep": [0.5, 0.0], "saliency": "s"}, r"eval_keep within .* and \[0\.5, 0\.0\]"),
+        ({"eval_keep": [70], "saliency": "s"}, "eval_keep"),
+        ({"warmup_steps": -1, "saliency": "s"}, "warmup_steps"),
     ],
 )
 def test_what_is_wrong_is_named(options, names, tmp_path):
