@@ -58,6 +58,10 @@ class Permit:
 
     open: bool = True
 
+    def __deepcopy__(self, _: Any) -> "Permit":
+        """Itself: the copy of a cache needs the same hooks."""
+        return self
+
 
 class PrunedCache(DynamicCache):
     """A `DynamicCache` that knows which tokens each of its layers holds.

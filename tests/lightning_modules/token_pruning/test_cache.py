@@ -38,8 +38,10 @@ def test_a_pruned_cache_outside_its_context_is_refused():
     cache = DynamicCache()
     with prompt_pruner().prefill(model):
         model(tokens(1, N), past_key_values=cache, use_cache=True)
-    with pytest.raises(RuntimeError, match=r"inside `with pruner\.prefill"):
-        model(tokens(1, 2), past_key_values=cache, use_cache=True)
+        copied = copy.deepcopy(cache)
+    for one in (cache, copied):
+        with pytest.raises(RuntimeError, match=r"inside `with pruner\.prefill"):
+            model(tokens(1, 2), past_key_values=one, use_cache=True)
     with prompt_pruner().prefill(model):
         model(tokens(1, 2), past_key_values=cache, use_cache=True)
 
