@@ -10,6 +10,7 @@ from common.files import inputs_of, replacing, write_text
 from common.manifest import CARD
 from common.tables import cell
 from lightning_modules.block_sparsity.layer_files import layer_folder, remove_layers
+from lightning_modules.block_sparsity.lora import plain_state
 from lightning_modules.block_sparsity.packed_model import PACKED_FILE, write_model, write_packed
 from lightning_modules.block_sparsity.verification import compare
 from lightning_modules.card import card, code, short, table, usage, write_card
@@ -100,7 +101,7 @@ def export(module: "BlockSparsity", data: Any) -> dict[str, Any]:
     model.config.dtype = module.stored
     with replacing(module.output, "packed model", inputs_of(module, data), module.overwrite) as folder:
         form = (values, module.export_bands, pruner.iteration)
-        sizes = write_packed(folder, model, model.state_dict(), pruner.tiers, *form)
+        sizes = write_packed(folder, model, plain_state(model), pruner.tiers, *form)
         data.tokenizer.save_pretrained(folder)
         write_card(folder, _card(module, sizes=sizes))
     print("\n".join(f"{name}: {cell(value)}" for name, value in sizes.items()))

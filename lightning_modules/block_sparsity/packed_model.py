@@ -164,7 +164,7 @@ def write_packed(
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     size = (folder / PACKED_FILE).stat().st_size
-    whole = sum(p.numel() for p in model.parameters()) * 2
+    whole = 2 * sum(part.numel() for part in (*rest.values(), *(matrix.keep_RC for matrix in tiers.values())))
     return {"packed_bytes": size, "packed_bits_per_weight": bits, "packed_ratio": whole / size}
 
 

@@ -8,6 +8,7 @@ import torch
 from common.manifest import check_manifest
 from common.progress import stage
 from lightning_modules.batches import logits
+from lightning_modules.block_sparsity.lora import plain_state
 from lightning_modules.block_sparsity.masks import violations
 from lightning_modules.block_sparsity.packed_model import build, read_packed
 from lightning_modules.block_sparsity.packing import Layout, pack, unpack
@@ -38,7 +39,7 @@ def compare(model: Any, pruner: Pruner, folder: Path, data: Any, device: torch.d
     values, others = read.types()
     expanded: Any = build(read, torch.float32)
     packed: Any = build(read, torch.float32, expand=False)
-    unpacked, state = expanded.state_dict(), model.state_dict()
+    unpacked, state = expanded.state_dict(), plain_state(model)
     with stage("Comparing weights", len(state), "tensors") as done:
         for number, (name, weight) in enumerate(state.items(), 1):
             found, matrix = unpacked[name], name.removesuffix(".weight")

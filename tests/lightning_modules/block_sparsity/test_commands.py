@@ -92,6 +92,8 @@ def test_prune_export_verify_and_unpack(dense, data_cache, tmp_path, capsys):
     assert report["weights_equal"] and report["violations"] == 0
     assert f"| {fields['val_ppl']:.3f} |" in (pruned / "README.md").read_text()
     assert 'load_packed("' in (packed / "README.md").read_text()
+    assert module_of(pruned, tmp_path / "lora", finetune="lora").export(data, CPU)["tiers"] == sizes
+    assert module_of(pruned, tmp_path / "lora", finetune="lora").verify(data, CPU)["tiers"]["verified"] == report
     module_of(pruned, tmp_path / "bands", export_bands=True).export(data, CPU)
     assert module_of(pruned, tmp_path / "bands").verify(data, CPU)["tiers"]["verified"]["weights_equal"]
     module_of(packed, plain).export(data, CPU)
