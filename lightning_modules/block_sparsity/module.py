@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.files import check_output, inputs_of
 from lightning_modules.block_sparsity import commands, lora, sharded
@@ -473,6 +473,15 @@ class BlockSparsity(CausalLM):
             )
         self.configure_model()
         self.pruner.load_state(checkpoint[_CHECKPOINT], "the checkpoint")
+
+    def write_export(
+        self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
+    ) -> None:
+        """See ``CausalLM.write_export``; adapters are merged before."""
+        if self.finetune == "lora":
+            self.merge()
+            state = lora.plain_state(self.plain_model)
+        super().write_export(folder, state, tokenizer, card)
 
     # ---- results and commands --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from callbacks import TierSchedule
+from callbacks import HFExport, TierSchedule
 from lightning_modules.block_sparsity.layer_files import layer_folder
 from lightning_modules.block_sparsity.masks import mask_weights, violations
 from lightning_modules.block_sparsity.pruner import Pruner
@@ -81,8 +81,11 @@ def test_lora_merges_only_where_weights_are_kept(dense, data_cache, tmp_path):
     module = module_of(
         dense, tmp_path / "out", finetune="lora", schedule=LinearSchedule(**{**SCHEDULE, "iterations": 2})
     )
-    block = fit(module, data_cache, tmp_path)
+    block = fit(module, data_cache, tmp_path, callbacks=[HFExport(str(tmp_path / "exported"))])
     assert [entry["violations"] for entry in block["iterations"]] == [0, 0]
+    exported = load_file(tmp_path / "exported/model.safetensors")
+    for name, weight in load_file(tmp_path / "out/model.safetensors").items():
+        assert torch.equal(exported[name], weight)
     saved, before = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", dense))
     changed = 0
     for name, keep in module.pruner.keep.items():
