@@ -32,6 +32,7 @@ class TierSchedule(Measurement):
         self._fresh = False  # whether the perplexity that is logged is of this epoch
         self._finished: list[dict[str, Any]] = []
         self._module: BlockSparsity | None = None
+        self._rows: list[list[Any]] = []  # what is run: of each iteration its number, its shares and its epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Train for as many epochs as the schedule says.
@@ -45,6 +46,7 @@ class TierSchedule(Measurement):
             raise ValueError(f"TierSchedule needs a BlockSparsity model, not {type(pl_module).__name__}")
         if stage != "fit":
             return
+        self._rows = [[row.iteration, *vars(row.ratios).values(), row.epochs] for row in pl_module.rows]
         if pl_module.rows[-1].epochs < 1:
             raise ValueError(
                 f"schedule: iteration {pl_module.rows[-1].iteration} has no epochs to fine-tune in; give it some, or "
@@ -150,11 +152,29 @@ class TierSchedule(Measurement):
     def state_dict(self) -> dict[str, Any]:
         """Where in the schedule the run is."""
         fields = {"next": self._next, "since": self._since, "stale": self._stale, "best": self._best}
-        return {**fields, "finished": self._finished}
+        return {**fields, "finished": self._finished, "rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ``state_dict``."""
+        """See ``state_dict``.
+
+        Raises:
+            ValueError: The run that is to go on had another schedule.
+        """
+        before = state_dict.get("rows", self._rows)
+        if self._rows and before != self._rows:
+            old, new = (_told(rows, other) for rows, other in ((before, self._rows), (self._rows, before)))
+            raise ValueError(
+                f"model.schedule: the checkpoint is of a run with {old}, this one has {new}; go on with the same "
+                "schedule, or start another from a saved model (model.pretrained)"
+            )
         self._next = state_dict["next"]
         self._since = state_dict["since"]
         self._stale, self._best = state_dict["stale"], state_dict["best"]
         self._finished = state_dict["finished"]
+
+
+def _told(rows: list[list[Any]], other: list[list[Any]]) -> str:
+    """The first iteration of a schedule that another has not."""
+    number, *shares, epochs = next((row for row in rows if row not in other), rows[-1])
+    dense, mid, topk = (f"{share:g}" for share in shares)
+    return f"{len(rows)} iterations, {number} of dense {dense}, mid_2_4 {mid}, topk {topk} and {epochs} epochs"

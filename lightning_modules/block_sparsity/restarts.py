@@ -8,7 +8,7 @@ from transformers import get_scheduler
 
 
 class Restarts:
-    """Share of the peak learning rate at an optimizer step; for ``LambdaLR``, whose state has these attributes.
+    """Share of the peak learning rate at an optimizer step; for ``LambdaLR``, whose state has what changes of it.
 
     Args:
         schedule: A schedule of ``transformers.get_scheduler`` that is a function of the step.
@@ -23,6 +23,8 @@ class Restarts:
     Raises:
         ValueError: The schedule is no function of the step alone.
     """
+
+    __slots__ = ("__dict__", "schedule", "warmup")  # arguments of a run: LambdaLR keeps and restores ``__dict__`` alone
 
     def __init__(self, schedule: str, warmup: int, steps: int) -> None:
         self.schedule, self.warmup = schedule, warmup

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import HFExport, TierSchedule
 from lightning_modules.block_sparsity.layer_files import layer_folder
 from lightning_modules.block_sparsity.masks import mask_weights, violations
 from lightning_modules.block_sparsity.pruner import Pruner
+from lightning_modules.block_sparsity.restarts import Restarts
 from lightning_modules.block_sparsity.schedules.linear import LinearSchedule
 from lightning_modules.block_sparsity.scores.gradient import Gradient
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
@@ -126,6 +128,28 @@ def test_every_iteration_has_the_learning_rate_of_a_run_of_its_own(dense, data_c
     ckpt = str(tmp_path / "ckpt/epoch=2.ckpt")
     fit(module_of(dense, tmp_path / "again", **options), data_cache, tmp_path / "c", ckpt=ckpt, callbacks=[resumed])
     assert resumed.rates == whole.rates[9:]
+
+
+def test_a_run_is_not_resumed_under_another_schedule(fitted, dense, data_cache, tmp_path):
+    ckpt = str(fitted[2] / "ckpt/epoch=0.ckpt")
+    for change in ({"dense": 0.2, "mid_2_4": 0.5}, {"epochs": 2}, {"iterations": 4}):
+        module = module_of(dense, tmp_path / "out", schedule=LinearSchedule(**{**SCHEDULE, **change}))
+        with pytest.raises(
+            ValueError, match=r"model\.schedule: the checkpoint is of a run with 3 iterations, \d of dense"
+        ):
+            fit(module, data_cache, tmp_path, ckpt=ckpt)
+
+
+def test_a_resumed_run_has_the_learning_rates_that_it_asks_for():
+    parameter = [torch.nn.Parameter(torch.zeros(1))]
+    before, after = (
+        LambdaLR(torch.optim.SGD(parameter), Restarts(*how)) for how in (("cosine", 2, 8), ("linear", 0, 9))
+    )
+    before.lr_lambdas[0].start(5, 8, 0.5)
+    after.load_state_dict(before.state_dict())
+    wanted = Restarts("linear", 0, 9)
+    wanted.start(5, 8, 0.5)
+    assert [after.lr_lambdas[0](step) for step in range(5, 13)] == [wanted(step) for step in range(5, 13)]
 
 
 def test_a_schedule_that_cannot_start_again_is_refused(dense, data_cache, tmp_path):
