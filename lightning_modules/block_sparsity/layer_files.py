@@ -14,7 +14,7 @@ from torch import Tensor
 from common.files import replacing_file
 from lightning_modules.block_sparsity import tensor_file
 
-_KIND, _KEY = "pruned layer", "key"
+_KIND, _KEY, _CONTENT = "pruned layer", "key", "content"
 
 
 class LayerFiles:
@@ -30,7 +30,7 @@ class LayerFiles:
         self.folder = folder
         self._digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
         if folder is not None:
-            self._count(given)
+            _count(self._digest, given)
         self._number = 0
 
     def next(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -42,10 +42,10 @@ class LayerFiles:
         self._number += 1
         if self.folder is None:
             return None
-        self._count(tensor for _, tensor in sorted(tensors.items()))
+        _count(self._digest, (tensor for _, tensor in sorted(tensors.items())))
         with suppress(OSError, ValueError):  # none, or one that is damaged: made again
-            found, about = tensor_file.read(self._path(), _KIND, (_KEY,))
-            if about[_KEY] == self._digest.hexdigest():
+            found, about = tensor_file.read(self._path(), _KIND, (_KEY, _CONTENT))
+            if about[_KEY] == self._digest.hexdigest() and about[_CONTENT] == _content(found):
                 return found
         return None
 
@@ -55,16 +55,23 @@ class LayerFiles:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing_file(self._path()) as path:
-            tensor_file.write(path, _KIND, tensors, {_KEY: self._digest.hexdigest()})
+            tensor_file.write(path, _KIND, tensors, {_KEY: self._digest.hexdigest(), _CONTENT: _content(tensors)})
 
     def _path(self) -> Path:
         assert self.folder is not None
         return self.folder / f"{self._number}.layer"
 
-    def _count(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            self._digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            self._digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+def _count(digest: Any, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256("\n".join(sorted(tensors)).encode())
+    _count(digest, (tensor for _, tensor in sorted(tensors.items())))
+    return digest.hexdigest()
 
 
 def layer_folder(output: Path) -> Path:

@@ -317,8 +317,13 @@ def test_layers_of_other_weights_text_or_settings_or_damaged_ones_are_made_again
     assert kept(about="b") is None and kept(text=[torch.arange(1, 5)]) is None
     assert kept(weights={"w": torch.full((3,), 2.0)}) is None
     path = next(tmp_path.glob("*.layer"))
-    path.write_bytes(path.read_bytes()[:-3])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
     assert kept() is None
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 4]))
+    assert kept() is None
+    path.write_bytes(whole)
+    assert kept() is not None
     (tmp_path / "mine.txt").write_text("not a layer")
     remove_layers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
