@@ -6,7 +6,8 @@ one is looked at. So do Wanda and SparseGPT; what the unpruned model gives to a 
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ def _cut(
 ) -> Tensor:
     """New mask and values of one matrix; the mean scores of its blocks, see ``Pruner.cut``."""
     weight, update = pruner.matrices[name].weight, method.update
-    try:
+    with _naming(name):
         if known is not None:
             known = known.to(weight.device)
         elif inputs is not None:
@@ -177,12 +178,19 @@ def _cut(
             errors.matrices[name] = (before, relative_error(found, was, inputs.moments))
             pruner.choose(name, chosen)
             weight.copy_(found)
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(f"{name}: the inputs are too much alike to update ({error}); give a larger damping") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
     mask_weights({name: pruner.matrices[name]}, {name: pruner.keep[name]})
     return means
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors with the name of the matrix that they are about."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"{name}: the inputs are too much alike ({error}); give a larger damping") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def _take(mine: Mapping[str, nn.Linear], pruner: Pruner, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,19 +248,27 @@ def _scores(
 ) -> dict[str, Scored]:
     """How each matrix is scored by what the model as it is gives to it."""
     if not score.needs_inputs:
-        return {name: pruner.scored(name, score, known.get(name)) for name in pruner.matrices}
+        return {name: _scored(pruner, name, score, known.get(name)) for name in pruner.matrices}
     stream, layers, scores = LayerInputs(model, batches, device), decoder_layers(model), dict[str, Scored]()
     with stage("Shares of the matrices", len(layers), "layers") as done:
         for number, layer in enumerate(layers.values(), 1):
             mine = inside(layer, pruner.matrices)
             with visiting(layer, device), collecting(mine, stream, score.needs_moments) as inputs:
                 stream.advance(layer)
-                found = {n: score.statistic(m.weight.detach(), inputs.pop(n)) for n, m in mine.items()}
+                found = {}
+                for name, matrix in mine.items():
+                    with _naming(name):
+                        found[name] = score.statistic(matrix.weight.detach(), inputs.pop(name))
             for name, statistic in found.items():
                 home = pruner.matrices[name].weight.device
-                scores[name] = pruner.scored(name, score, None if statistic is None else statistic.to(home))
+                scores[name] = _scored(pruner, name, score, None if statistic is None else statistic.to(home))
             done(number)
     return scores
+
+
+def _scored(pruner: Pruner, name: str, score: Score, statistic: Tensor | None) -> Scored:
+    with _naming(name):
+        return pruner.scored(name, score, statistic)
 
 
 def inside(layer: nn.Module, matrices: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:

@@ -122,7 +122,8 @@ def best_mix(scores: Mapping[str, Scored], tiers: Mapping[str, TierMap], target:
             bits = padding([tiers[name] for name in names]) * torch.tensor(alone, dtype=torch.float64)
             if target.ks and target.bits >= float(bits[MID]):
                 together[together[:, MID].isfinite(), TOPK] = torch.inf
-            tier_n = _cheapest(together, bits, target.bits)
+            whose = "all matrices" if target.among == "global" else names[0]
+            tier_n = _cheapest(together, bits, target.bits, whose)
             loss += float(together.gather(1, tier_n[:, None]).sum())
             spent += float(bits[tier_n].mean()) * sum(math.prod(tiers[name].shape) for name in names)
             for name, mine in zip(names, tier_n.split([len(losses[name]) for name in names]), strict=True):
@@ -167,8 +168,14 @@ def _as_blocks(matrix: Tensor, block: int) -> Tensor:
     return to_blocks(pad(matrix, block), block).flatten(0, 1).flatten(1)
 
 
-def _cheapest(losses_n3: Tensor, bits_3: Tensor, target: float) -> Tensor:
+def _cheapest(losses_n3: Tensor, bits_3: Tensor, target: float, whose: str) -> Tensor:
     """Each block's tier, int64 ``[n]``, so that the mean of the bits is at most the target and as near as can be.
+
+    Args:
+        losses_n3: What each block loses in each tier; infinite where it cannot be in it.
+        bits_3: Bits per weight of each tier.
+        target: The target.
+        whose: Whose blocks they are, for the message.
 
     Raises:
         ValueError: It cannot be.
@@ -177,7 +184,10 @@ def _cheapest(losses_n3: Tensor, bits_3: Tensor, target: float) -> Tensor:
     lowest = bits_3.masked_fill(~possible, torch.inf).amin(1).mean()
     highest = bits_3.masked_fill(~possible, -torch.inf).amax(1).mean()
     if not float(lowest) <= target + 1e-6:
-        raise ValueError(f"no mix of tiers takes only {target:g} bits per weight: {float(lowest):.3f} is the least")
+        raise ValueError(
+            f"target_bits: no mix of tiers of {whose} takes only {target:g} bits per weight: {float(lowest):.3f} is "
+            "the least"
+        )
     if float(highest) <= target:
         return bits_3.masked_fill(~possible, -torch.inf).argmax(1)
     low, high = 0.0, 1.0

@@ -345,5 +345,13 @@ def test_what_cannot_be_updated_is_named():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: scores are not finite"):
         prune(model, Pruner(model, block=8, k=6, pattern="unstructured"), HALF, Wanda(), batches(1))
+    options = {"scope": "global", "matrix_relative": True}
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: scores are not finite"):
+        prune(model, Pruner(model, block=8, k=6, **options), TIERS, Magnitude())
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf  # what follows it is given Inf
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.down_proj: the calibration statistics have NaN"):
+        prune(model, Pruner(model, block=8, k=6, scope="global"), TIERS, ObsSaliency(), batches(1))
     with pytest.raises(ValueError, match="calibration"):
         prune(tiny_llama(), Pruner(tiny_llama(), block=8, k=6), HALF, Wanda(), [])

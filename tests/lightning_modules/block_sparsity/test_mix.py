@@ -157,8 +157,10 @@ def test_a_mix_goes_downwards_only_and_says_when_it_cannot():
     assert torch.equal(best_mix({"m": scored(scores)}, tiers, Mix(16.0), (6,)).maps["m"], lower)
     with pytest.raises(ValueError, match=r"m: the tiers .* would un-demote"):
         demote_to(scored(scores), tiers["m"], torch.zeros_like(lower))
-    with pytest.raises(ValueError, match=r"no mix of tiers takes only 1 bits per weight: 2\.\d+ is the least"):
-        best_mix({"m": scored(scores)}, tiers, Mix(1.0), (6,))
+    for among, whose in (("matrix", "m"), ("global", "all matrices")):
+        wrong = rf"target_bits: no mix of tiers of {whose} takes only 1 bits per weight: 2\.\d+ is the least"
+        with pytest.raises(ValueError, match=wrong):
+            best_mix({"m": scored(scores)}, tiers, Mix(1.0, among), (6,))
 
 
 @pytest.mark.parametrize("scope", ["matrix", "global", "band"])
