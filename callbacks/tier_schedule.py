@@ -22,6 +22,8 @@ class TierSchedule(Measurement):
             each iteration to its end.
     """
 
+    runs_schedule = True  # what the model looks for, which does not know callbacks
+
     def __init__(self, patience: int | None = None) -> None:
         if patience is not None and patience < 1:
             raise ValueError(f"TierSchedule.patience must be at least 1, got {patience}")

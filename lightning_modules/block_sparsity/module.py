@@ -267,7 +267,8 @@ class BlockSparsity(CausalLM):
         # compiled layers would pass over the hooks that see what matrices are given
         with self.whole_model(changes=True) as model, torch.compiler.set_stance("force_eager"):
             if model is not None:
-                folder = layer_folder(self.output)
+                kept = self._trainer is None or not self.trainer.fast_dev_run
+                folder = layer_folder(self.output) if kept else None  # nothing is saved that would remove them
                 batches = self.calibration(data)
                 errors = prune_layers(model, self.pruner, self.target(row), self.method, batches, device, folder)
                 self._say(errors)
@@ -395,10 +396,11 @@ class BlockSparsity(CausalLM):
     # ---- fine-tuning ------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that fine-tuning does not know.
+        """Refuse strategies that fine-tuning does not know, and training in which nothing would be pruned or saved.
 
         Raises:
-            ValueError: The strategy is one, or cuts up weights that adapters are to be merged into.
+            ValueError: The strategy is one, or cuts up weights that adapters are to be merged into; or no callback runs
+                the schedule.
         """
         if stage != "fit":
             return
@@ -408,6 +410,11 @@ class BlockSparsity(CausalLM):
             raise ValueError(
                 f"trainer.strategy {type(strategy).__name__}: model.finetune {self.finetune} runs on one device or ddp"
                 + (", or under FSDP" if self.finetune == "full" else "; only finetune full runs under FSDP, too")
+            )
+        if not any(getattr(callback, "runs_schedule", False) for callback in self.trainer.callbacks):
+            raise ValueError(
+                "trainer.callbacks: fit prunes and saves by the callback TierSchedule, and there is none; add it, or "
+                "use the prune command"
             )
 
     def on_fit_start(self) -> None:

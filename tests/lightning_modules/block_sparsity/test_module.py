@@ -219,6 +219,17 @@ def test_patience_counts_validations_not_epochs(dense, data_cache, tmp_path):
     assert block["iterations"][0]["ppl"] is not None
 
 
+def test_training_that_would_prune_and_save_nothing_is_refused(dense, data_cache, tmp_path):
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"trainer\.callbacks: .*TierSchedule"):
+        trainer.fit(module_of(dense, tmp_path / "out"), datamodule=data_of(data_cache))
+
+
+def test_a_trial_of_a_run_leaves_nothing(dense, data_cache, tmp_path):
+    fit(module_of(dense, tmp_path / "run/out"), data_cache, tmp_path / "fit", steps=1, fast_dev_run=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_teacher_is_no_part_of_the_module(dense, data_cache, tmp_path):
     module = module_of(dense, tmp_path / "out", teacher=str(dense), iteration=1)
     fit(module, data_cache, tmp_path, steps=1)
