@@ -21,6 +21,7 @@ from lightning_modules.block_sparsity.packing import (
     Layout,
     block_product,
     check_parts,
+    fitting,
     pack,
     unpack,
     unpack_keep,
@@ -97,9 +98,14 @@ class PackedLinear(nn.Module):
 
 
 def write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Write a plain Hugging Face folder, without adapters, with weights and configuration of a type."""
+    """Write a plain Hugging Face folder, without adapters, with weights and configuration of a type.
+
+    Raises:
+        ValueError: A weight does not fit the type.
+    """
     transformers_logging.disable_progress_bar()  # a bar for one file says nothing
-    state = {name: w.to(dtype) if w.is_floating_point() else w for name, w in plain_state(model).items()}
+    weights = plain_state(model)
+    state = {name: fitting(name, w, dtype) if w.is_floating_point() else w for name, w in weights.items()}
     shell = from_state(model.config, state)
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder)
@@ -157,7 +163,7 @@ def write_packed(
     rest = {name: w for name, w in state.items() if name.removesuffix(".weight") not in tiers}
     if model.config.tie_word_embeddings:
         rest = {name: w for name, w in rest.items() if name not in (model._tied_weights_keys or ())}
-    tensors |= {name: w.to(other) if w.is_floating_point() else w for name, w in rest.items()}
+    tensors |= {name: fitting(name, w, other) if w.is_floating_point() else w for name, w in rest.items()}
     about = {"dtype": dtype, "matrices": json.dumps(layouts), "iteration": str(iteration)}
     tensor_file.write(folder / PACKED_FILE, _KIND, tensors, about)
     model.config.save_pretrained(folder)

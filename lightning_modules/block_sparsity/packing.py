@@ -206,13 +206,22 @@ def _trim(blocks: Tensor, layout: Layout) -> Tensor:
     return blocks.transpose(1, 2).flatten(2).flatten(0, 1)[: layout.rows, : layout.columns]
 
 
+def fitting(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another type.
+
+    Raises:
+        ValueError: One does not fit it.
+    """
+    stored = values.to(dtype)
+    if not stored.isfinite().all():
+        raise ValueError(f"{name}: a weight does not fit {dtype}, or is NaN; take bfloat16 or float32")
+    return stored
+
+
 def _narrow(matrix: str, name: str, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Values in their stored type, with scales for int8."""
     if dtype != torch.int8:
-        stored = values.to(dtype)
-        if not stored.isfinite().all():
-            raise ValueError(f"{matrix}: a weight does not fit {dtype}; export in bfloat16 or float32")
-        return {name: stored}
+        return {name: fitting(matrix, values, dtype)}
     # the scale as it is stored: rounding it after dividing would move every value
     scale = (values.float().abs().amax(-1, keepdim=True) / 127).clamp_min(2**-24).half()
     if not scale.isfinite().all():

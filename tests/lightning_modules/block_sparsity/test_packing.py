@@ -16,7 +16,13 @@ from common.manifest import DamagedError
 from lightning_modules.block_sparsity import load_packed
 from lightning_modules.block_sparsity.demotion import Ratios, demote
 from lightning_modules.block_sparsity.masks import mask_weights
-from lightning_modules.block_sparsity.packed_model import PACKED_FILE, PackedLinear, read_packed, write_packed
+from lightning_modules.block_sparsity.packed_model import (
+    PACKED_FILE,
+    PackedLinear,
+    read_packed,
+    write_model,
+    write_packed,
+)
 from lightning_modules.block_sparsity.packing import DTYPES, Layout, pack, unpack, unpack_keep
 from lightning_modules.block_sparsity.pruner import Pruner, packed_bits
 from lightning_modules.block_sparsity.scores.magnitude import Magnitude
@@ -88,6 +94,17 @@ def test_a_weight_that_is_not_masked_or_does_not_fit_is_refused():
     for dtype, size in ((torch.float16, 1e6), (torch.int8, 1e8)):
         with pytest.raises(ValueError, match="bfloat16"):
             pack(weight * size, tiers, dtype)
+
+
+def test_what_is_not_pruned_must_fit_its_type_too(tmp_path):
+    model, pruner = _pruned_model(True)
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e5
+    with pytest.raises(ValueError, match=r"^model\.norm\.weight: a weight does not fit torch\.float16"):
+        write_packed(tmp_path, model, model.state_dict(), pruner.tiers, "float16")
+    with pytest.raises(ValueError, match=r"^model\.norm\.weight: a weight does not fit torch\.float16"):
+        write_model(tmp_path, model, torch.float16)
+    assert not list(tmp_path.iterdir())
 
 
 def _pruned_model(tied):
