@@ -31,7 +31,7 @@ def merge_masked(model: nn.Module, keep: Mapping[str, Tensor]) -> list[Any]:
 
     Args:
         model: The model inside the adapters' wrapper.
-        keep: Masks by the matrices' names; a matrix without one takes the whole of BA.
+        keep: Masks by the matrices' names, on any device; a matrix without one takes the whole of BA.
 
     Returns:
         The adapters' parameters, whose optimizer state is now of another function.
@@ -42,7 +42,7 @@ def merge_masked(model: nn.Module, keep: Mapping[str, Tensor]) -> list[Any]:
             continue
         weight = layer.get_base_layer().weight
         delta = layer.get_delta_weight("default").to(weight.dtype)
-        weight += delta.masked_fill_(~keep[name], 0.0) if name in keep else delta
+        weight += delta.masked_fill_(~keep[name].to(delta.device), 0.0) if name in keep else delta
         a: Any
         b: Any
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

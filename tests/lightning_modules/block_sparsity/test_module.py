@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import HFExport, TierSchedule
 from lightning_modules.block_sparsity.layer_files import layer_folder
+from lightning_modules.block_sparsity.lora import add_adapters, merge_masked
 from lightning_modules.block_sparsity.masks import mask_weights, violations
 from lightning_modules.block_sparsity.pruner import Pruner
 from lightning_modules.block_sparsity.restarts import Restarts
@@ -97,6 +98,19 @@ def test_lora_merges_only_where_weights_are_kept(dense, data_cache, tmp_path):
     assert changed > 1000
     ids = batches(1)[0]["input_ids"]
     torch.testing.assert_close(saved(input_ids=ids).logits, module.plain_model.eval()(input_ids=ids).logits)
+
+
+def test_masks_follow_the_adapters_to_their_device(monkeypatch):
+    model = tiny_llama()
+    pruner, masked = Pruner(model, block=8, k=6), torch.Tensor.masked_fill_
+    adapted = add_adapters(model, pruner.matrices, 2).to("meta")
+
+    def on_one_device(values, mask, value):  # as every device but this one asks for
+        assert mask.device == values.device
+        return masked(values, mask, value)
+
+    monkeypatch.setattr(torch.Tensor, "masked_fill_", on_one_device)
+    assert len(merge_masked(adapted.get_base_model(), pruner.keep)) == 2 * len(pruner.keep)
 
 
 def test_without_the_masks_training_does_bring_zeros_back(fitted, dense, data_cache, tmp_path, monkeypatch):
