@@ -48,10 +48,11 @@ def _draw(figure: Figure, numbers: Numbers) -> None:
                 _, marker, colour, _ = _STAGES[stage]
                 if value > _TICKS[-1]:
                     axes.plot(_TICKS[-1], row, ">", color=colour, markersize=_SIZES[stage], clip_on=False)
-                    axes.annotate(f"{value:.0f}", (_TICKS[-1], row), (-7, 0), textcoords="offset points", ha="right",
-                                  va="center", fontsize=8)  # fmt: skip
                 else:
                     axes.errorbar(value, row, xerr=spread, marker=marker, color=colour, markersize=_SIZES[stage])
+            if beyond := [f"{value:.2g}" for value in values if value > _TICKS[-1]]:
+                axes.annotate(", ".join(beyond), (_TICKS[-1], row), (-7, 0), textcoords="offset points", ha="right",
+                              va="center", fontsize=8)  # fmt: skip
         for label, marker, colour, _ in _STAGES.values():
             axes.plot([], [], marker, color=colour, label=label if text == "novel" else None)
         axes.set_xscale("log")
@@ -66,8 +67,9 @@ def _draw(figure: Figure, numbers: Numbers) -> None:
 
 PICTURE = Picture(
     55,
-    "A quarter of a pretrained chat model's decoder removed by Pare's default and by published ways: cut, refitted, "
-    "and recovered briefly beside the dense model tuned alike.",
+    "A quarter of a pretrained chat model's decoder removed by Pare's default and by published ways: cut, refitted "
+    "as the default is, and recovered briefly beside the dense model tuned alike (the default from its refit, the "
+    "others from the cut).",
     _take,
     _draw,
     "structured_pruning.md",
