@@ -191,6 +191,7 @@ def decoding(model: Any, ids: torch.Tensor, new_tokens: int) -> Callable[[], Non
         new_tokens: Tokens of a call.
     """
     cache = _read(model, ids)
+    cache.activate_past_recording()  # else layers with a full sliding window could forget nothing
 
     def decode() -> None:
         token = ids[:, -1:]

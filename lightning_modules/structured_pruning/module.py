@@ -389,8 +389,17 @@ class StructuredPruning(CausalLM):
 
         dense = text_perplexity(planner.model, apart, "Perplexity of text apart")
 
-        def ratio(share: float) -> float:
-            with masked(planner.model, planner.plan(round(share * decoder), {})):
+        def ratio(share: float) -> float | None:
+            try:
+                plan = planner.plan(round(share * decoder), {})
+            except ValueError:
+                if share == self.budget:
+                    raise
+                return None  # such as less than the layers that are to be dropped
+            kept = zip(plan.layers, planner.shapes, strict=True)
+            if all(len(k.groups) == s.groups and len(k.channels) == s.channels for k, s in kept):
+                return None
+            with masked(planner.model, plan):
                 found = text_perplexity(planner.model, apart, f"Trying {share:.1%}") / dense
             rank_zero_info(f"removing {share:.2%} of the decoder's parameters: perplexity {found:.3f} × dense")
             return found

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import InferenceTiming, RunRecord
+from callbacks.inference_timing import decoding
 from lightning_modules import Pretraining
 from lightning_modules.structured_pruning import StructuredPruning
 from lightning_modules.structured_pruning.plan import LayerPlan, PruningPlan
@@ -46,6 +47,23 @@ def test_validation_measures_both_models_and_writes_a_record(tmp_path):
         if row["phase"] == "decode":
             assert row["work_dense"]["flops"] == pytest.approx(row["batch"] * 2 * (2 * layer + 300 * 32), rel=0.02)
             assert row["flop_bound"] == pytest.approx((2 * layer + 9600) / (layer + 9600), rel=0.01)
+
+
+def test_what_was_decoded_is_forgotten_beyond_a_sliding_window_too():
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    said = []
+    model.register_forward_hook(lambda module, given, output: said.append(output.logits[0, -1]))
+    decode = decoding(model, torch.arange(40)[None], 3)
+    for _ in range(2):
+        decode()
+    assert len(said) == 1 + 2 * 3
+    for first, again in zip(said[1:4], said[4:], strict=True):
+        torch.testing.assert_close(first, again)
 
 
 def test_models_that_cannot_be_timed_are_refused_before_the_validation(tmp_path):

@@ -175,3 +175,8 @@ def test_the_largest_share_under_a_limit():
     assert largest_share(lambda share: 10.0, 20, 0.5) == 0.5
     with pytest.raises(ValueError, match="raise the limit"):
         largest_share(lambda share: 30.0, 20, 0.5)
+    # less than 0.3 cannot be removed, and what cannot be is never what is found
+    found = largest_share(lambda share: None if share < 0.3 else 10 + 25 * share, 20, 0.5)
+    assert found == pytest.approx(0.4, abs=0.5 / 128)
+    with pytest.raises(ValueError, match="raise the limit"):
+        largest_share(lambda share: None if share < 0.3 else 30.0, 20, 0.5)
