@@ -185,7 +185,7 @@ def natural_encode(first, one, two, grad, owed, values, b, B: tl.constexpr, NB: 
 
 Launch = Callable[..., None]
 _PROGRAM = 2048  # elements of one program
-_LARGEST = 4096  # elements of a block; compiling larger ones takes for ever
+_LARGEST = 4096  # elements of a block; larger ones spill registers, and 65536 compile for minutes
 _OPTIONS: dict[str, Any] = {"num_warps": 2, "enable_fp_fusion": False}
 
 

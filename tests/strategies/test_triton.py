@@ -218,21 +218,32 @@ _MEASURED = {
 _ROOM = 1.15
 
 
-@pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("name", list(_MEASURED))
-def test_kernels_compile_ahead_of_time_without_spilling_and_with_wide_accesses(name, sm):
+def _compiled(name, block, sm):
     from strategies.kernels import triton_codecs
 
     kernel = getattr(triton_codecs, name)
-    block = CODECS[name.split("_")[0]].block_size
     constants = {"B": block, "NB": triton_codecs.blocks_of_program(block), "OWING": True}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types = _TYPES | ({"values": "*i8"} if name.startswith("int8") else {})
-    useful, registers = compiled(kernel, types, constants, triton_codecs._OPTIONS, sm)
+    return compiled(kernel, types, constants, triton_codecs._OPTIONS, sm)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("name", list(_MEASURED))
+def test_kernels_compile_ahead_of_time_without_spilling_and_with_wide_accesses(name, sm):
+    useful, registers = _compiled(name, CODECS[name.split("_")[0]].block_size, sm)
     narrow = [operation for operation in useful if re.match(r"(LDG|STG)\.E(?!.*\.128)", operation)]
     found = (len(useful), registers, len(narrow))
     print(name, sm, found)
     assert all(now <= _ROOM * then for now, then in zip(found, _MEASURED[name], strict=True))
+
+
+def test_the_largest_blocks_do_not_spill_and_larger_ones_do():
+    from strategies.kernels.triton_codecs import _LARGEST
+
+    _compiled("natural_encode", _LARGEST, 90)
+    with pytest.raises(AssertionError):
+        _compiled("natural_encode", 2 * _LARGEST, 90)
 
 
 def test_no_kernel_is_left_out():
