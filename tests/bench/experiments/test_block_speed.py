@@ -32,5 +32,4 @@ def test_a_product_is_reported_with_its_bound(tmp_path):
     evidence = sort(record.read(tmp_path / "records.jsonl")[0])
     assert [(one.what, one.key, one.value, one.bound) for one in blocks.FEATURE.speeds(evidence)] == [
         ("decode, batch 1: weights in the fastest packed form (bands), 41.7 % zeros", "packed", 0.5, 1.7),
-        ("decode, batch 1: int8 weights, torch's packed kernel", "int8", 1.5, 2.0),
-    ]
+    ]  # not the dense int8 product beside it

@@ -335,7 +335,7 @@ def test_layers_that_hide_what_they_are_given_are_refused():
         layer.compile(backend="eager")
     with torch.no_grad():
         model(batches(1)[0]["input_ids"])
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj .*compiled"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.\d\.self_attn\.q_proj .*compiled"):
         prune(model, Pruner(model, block=8, k=6), HALF, Wanda(), batches(1))
 
 
