@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.structured_pruning.footprint import parameters_of
-from lightning_modules.structured_pruning.layers import decoder_layers, family, shape_of
+from lightning_modules.structured_pruning.layers import LayerShape, decoder_layers, family, shape_of
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import LayerPlan
 from lightning_modules.structured_pruning.slicing import global_fields
-from lightning_modules.structured_pruning.stock import CONFIGS
+from lightning_modules.structured_pruning.stock import CONFIGS, filling_groups
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,15 @@ def pad_to_stock(model: Any) -> Padded:
     """Zero-pad every layer to the widest one; what is in a stock shape already stays as it is.
 
     Llama stays Llama where heads divide the hidden size; elsewhere it becomes Mistral, the same function without that
-    rule. With attention or MLP biases, which Mistral lacks, heads are padded until they divide. Mistral and Qwen2 stay.
+    rule. With attention or MLP biases, which Mistral lacks, heads are padded until they divide. Mistral stays, and so
+    does Qwen2, whose heads are padded until they fill the hidden size, see ``stock.expressible``.
 
     Args:
         model: A model of a per-layer class, or any supported one.
     """
     shapes = [shape_of(layer) for layer in decoder_layers(model)]
     fields = global_fields(model.config)
-    target, groups = _padded_heads(model.config, max(s.groups for s in shapes), shapes[0].n_rep)
+    target, groups = _padded_heads(model.config, max(s.groups for s in shapes), shapes[0])
     channels = max(s.channels for s in shapes)
     if target != family(model.config):
         fields["sliding_window"] = None
@@ -74,15 +75,16 @@ def _pad(weight: Tensor, shape: torch.Size) -> Tensor:
 def padded_parameters(config: Any, whole: ModelShape, plan: Sequence[LayerPlan]) -> int:
     """Parameters of the stock export of what a plan keeps, counted without weights; see ``pad_to_stock``."""
     kept = [(shape, layer) for shape, layer in zip(whole.shapes, plan, strict=True) if not layer.dropped]
-    n_rep = kept[0][0].n_rep
-    _, groups = _padded_heads(config, max(len(layer.groups) for _, layer in kept), n_rep)
+    _, groups = _padded_heads(config, max(len(layer.groups) for _, layer in kept), kept[0][0])
     channels = max(len(layer.channels) for _, layer in kept)
     return whole.other_parameters + sum(parameters_of(shape, groups, channels) for shape, _ in kept)
 
 
-def _padded_heads(config: Any, groups: int, n_rep: int) -> tuple[str, int]:
+def _padded_heads(config: Any, groups: int, shape: LayerShape) -> tuple[str, int]:
     """The family of the stock export of a model whose widest layer has so many groups, and the groups that it gets."""
-    target = family(config)
+    target, n_rep = family(config), shape.n_rep
+    if target == "qwen2":  # with more heads than fill the hidden size, it never had the class's own width
+        return target, max(groups, filling_groups(config, n_rep, shape.head_dim) or 0)
     if target != "llama" or config.hidden_size % (groups * n_rep) == 0:
         return target, groups
     if not (config.attention_bias or config.mlp_bias):

@@ -44,6 +44,8 @@ def free_parts(
     gone = sum(shapes[i].parameters for i in dropped)
     rest = target - gone
     notes = []
+    if rest:
+        _check_left(cut, rest)
     if not rest:
         parts = [Keep(s.groups, s.channels) for s in cut]
     elif (groups := _uniform_groups(cut, layout, rest)) is not None:
@@ -77,6 +79,7 @@ def check_free(shapes: Sequence[LayerShape], layout: Layout, target: int, rounds
     rest = target - sum(shapes[i].parameters for i in dropped)
     if not rest:
         return
+    _check_left(cut, rest)
     for number in range(rounds):
         gone = round(number / rounds * rest)
         more = round((number + 1) / rounds * rest) - gone
@@ -98,6 +101,18 @@ def check_dropped(dropped: Sequence[LayerShape], target: int) -> None:
         raise ValueError(
             f"budget: dropping {len(dropped)} layers removes {parameters - target:,} parameters too many; "
             "lower drop_layers or remove more"
+        )
+
+
+def _check_left(cut: Sequence[LayerShape], target: int) -> None:
+    """Refuse to remove parameters from no layer.
+
+    Raises:
+        ValueError: All layers are protected or dropped.
+    """
+    if not cut:
+        raise ValueError(
+            f"protect_layers: {target:,} parameters are to go, but every layer is protected or dropped; protect fewer"
         )
 
 

@@ -68,15 +68,12 @@ class Layout:
         """Refuse layers that are not there.
 
         Raises:
-            ValueError: More layers are to be dropped than can be, or one is protected that there is not, or all are
-                that parts could be removed from.
+            ValueError: More layers are to be dropped than can be, or one is protected that there is not.
         """
         layers = len(shapes)
         for index in self.protect_layers:
             if not 0 <= index < layers:
                 raise ValueError(f"protect_layers: layers are numbered 0 to {layers - 1}, got {index}")
-        if self.shape == "free" and len(self.protect_layers) == layers:
-            raise ValueError(f"protect_layers: all {layers} layers are protected, and nothing is left to remove from")
         most = min(layers - 1, layers - len(self.protect_layers))
         if self.dropped is not None and self.dropped > most:
             but = f" with {len(self.protect_layers)} protected" if self.protect_layers else ""

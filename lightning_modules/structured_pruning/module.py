@@ -41,7 +41,7 @@ from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.needs import check_request, most_inputs, plan_inputs
 from lightning_modules.structured_pruning.plan import FILE, PruningPlan
 from lightning_modules.structured_pruning.planner import Planner
-from lightning_modules.structured_pruning.possible import check_possible
+from lightning_modules.structured_pruning.possible import check_possible, possible_shares
 from lightning_modules.structured_pruning.provenance import model_hash
 from lightning_modules.structured_pruning.refitted import check_refitted, put_refitted, refitted_hashes
 from lightning_modules.structured_pruning.refitting import compensate
@@ -291,6 +291,7 @@ class StructuredPruning(CausalLM):
         if self.measure_cost:
             measured["training_pass_seconds"] = training_pass_seconds(model, batches)
         rounds: list[Round] = []
+        seconds: list[float | None] = []
         removed = 0
         for number in range(1, self.rounds + 1):
             planner = self._planner(model, batches, layout)
@@ -300,7 +301,10 @@ class StructuredPruning(CausalLM):
             if dry_run:
                 measured["peak_bytes"] = self._peaks(whole, plan, datamodule, planner.tried_tokens())
                 return _shown(self.base, self._structure(whole, plan, datamodule, measured))
-            measured |= {"score_seconds": planner.score_seconds, "peak_memory_bytes": peak_bytes_so_far(device)}
+            seconds.append(planner.score_seconds)
+            # of all rounds, where none was known from before
+            score_seconds = None if None in seconds else sum(one or 0.0 for one in seconds)
+            measured |= {"score_seconds": score_seconds, "peak_memory_bytes": peak_bytes_so_far(device)}
             del planner  # it holds the model that is about to be replaced
             sliced, verification = proven_slice(model, plan, ids, self.tolerance)
             if not self.importance.control:  # a control that fails is what it is there for; its record says so
@@ -389,22 +393,14 @@ class StructuredPruning(CausalLM):
 
         dense = text_perplexity(planner.model, apart, "Perplexity of text apart")
 
-        def ratio(share: float) -> float | None:
-            try:
-                plan = planner.plan(round(share * decoder), {})
-            except ValueError:
-                if share == self.budget:
-                    raise
-                return None  # such as less than the layers that are to be dropped
-            kept = zip(plan.layers, planner.shapes, strict=True)
-            if all(len(k.groups) == s.groups and len(k.channels) == s.channels for k, s in kept):
-                return None
-            with masked(planner.model, plan):
+        def ratio(share: float) -> float:
+            with masked(planner.model, planner.plan(round(share * decoder), {})):
                 found = text_perplexity(planner.model, apart, f"Trying {share:.1%}") / dense
             rank_zero_info(f"removing {share:.2%} of the decoder's parameters: perplexity {found:.3f} × dense")
             return found
 
-        share = largest_share(ratio, self.max_ppl_ratio, self.budget)
+        shares = possible_shares(self._weightless.config, planner.shapes, self.budget, planner.layout)
+        share = largest_share(ratio, self.max_ppl_ratio, shares)
         chosen_on = f"{self.search_blocks} blocks of training text that parts are not scored on; nothing refitted"
         return planner.plan(round(share * decoder), self._settings() | {"share_found": share, "chosen_on": chosen_on})
 
@@ -498,14 +494,16 @@ class StructuredPruning(CausalLM):
 def _shown(base: str, structure: dict[str, Any]) -> dict[str, Any]:
     """Fields of the run record, shown on the console too."""
     console = Console()
-    if structure["settings"].get("trials"):
-        console.print(report.trials_table(structure["settings"]["trials"]))
+    settings = structure["settings"]
+    part = f", round {settings['round']}" if "round" in settings else ""
+    if settings.get("trials"):
+        console.print(report.trials_table(settings["trials"], part))
     console.print(report.layer_table(structure["layers"]))
-    if structure["settings"].get("compensation", {}).get("fits"):
-        console.print(report.refit_table(structure["settings"]["compensation"]))
+    if settings.get("compensation", {}).get("fits"):
+        console.print(report.refit_table(settings["compensation"], part))
     console.print(report.table(base, structure))
     if "peak_bytes" in structure:
         console.print(report.memory_table(structure["peak_bytes"]))
-    for note in structure["settings"].get("notes", ()):
+    for note in settings.get("notes", ()):
         console.print(f"note: {note}")
     return {"structure": structure}

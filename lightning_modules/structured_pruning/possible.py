@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_modules.structured_pruning.allocation.uniform import Uniform
 from lightning_modules.structured_pruning.budget import widths_of
 from lightning_modules.structured_pruning.free import check_free
 from lightning_modules.structured_pruning.layers import LayerShape
 from lightning_modules.structured_pruning.layout import Layout
 from lightning_modules.structured_pruning.trials import check_stock
+
+_SHARES = 128  # so many parts of the largest share are looked at
 
 
 def check_possible(config: Any, shapes: Sequence[LayerShape], target: int, layout: Layout, rounds: int) -> None:
@@ -35,6 +38,26 @@ def check_possible(config: Any, shapes: Sequence[LayerShape], target: int, layou
         check_free(shapes, layout, target, rounds)
 
 
+def possible_shares(config: Any, shapes: Sequence[LayerShape], most: float, layout: Layout) -> list[float]:
+    """Shares of the layers' parameters, ascending up to ``most``, that can be removed and remove something.
+
+    Args:
+        config: See ``check_possible``.
+        shapes: The layers.
+        most: The largest share, which is possible.
+        layout: What is asked.
+    """
+    total, found = sum(shape.parameters for shape in shapes), []
+    for number in range(1, _SHARES):
+        share = most * number / _SHARES
+        try:
+            check_possible(config, shapes, round(share * total), layout, 1)
+        except ValueError:
+            continue
+        found.append(share)
+    return [*found, most]
+
+
 def check_steps(shapes: Sequence[LayerShape], target: int, layout: Layout, rounds: int) -> None:
     """Refuse a target for which nothing would be removed, at all or in some round: parts can only go whole.
 
@@ -47,9 +70,10 @@ def check_steps(shapes: Sequence[LayerShape], target: int, layout: Layout, round
     uneven = len({(s.groups, s.channels) for s in shapes}) > 1  # a stock shape of such layers takes the surplus first
     if layout.dropped or (layout.shape == "stock" and uneven):
         return
-    together = sum if layout.shape == "stock" else min
+    alike = layout.shape == "stock" or (isinstance(layout.divides, Uniform) and not uneven)
+    together = sum if alike else min
     step = min(together(channels), together(groups)) if len(groups) == len(shapes) else together(channels)
-    of, total = "every layer" if layout.shape == "stock" else "a layer", sum(s.parameters for s in shapes)
+    of, total = "every layer" if alike else "a layer", sum(s.parameters for s in shapes)
     goes = f"the least that goes is {layout.multiple} channels or a group of {of}, {step / total:.2%} of these layers"
     if 2 * target <= step:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -27,8 +27,9 @@ _ADAPTER = "adapter"  # folder of the adapter within the merged model's
 class LoraRecovery(CausalLM):
     """Trains low-rank adapters on a pruned model, whose weights stay as they are; ``HFExport`` merges them at the end.
 
-    Checkpoints hold the adapters alone, with a hash of the base's weights; on another base they are refused. The merged
-    folder also holds the adapter, which ``export`` merges again.
+    Checkpoints hold the adapters alone, with a hash of the base's weights; on another base they are refused, and with
+    another rank, alpha or target_modules (older checkpoints do not say; theirs must only have the same shapes). The
+    merged folder also holds the adapter, which ``export`` merges again.
 
     Args:
         base: Hugging Face folder or hub name of the pruned model.
@@ -36,7 +37,8 @@ class LoraRecovery(CausalLM):
         alpha: Adapters are scaled by alpha / rank.
         dropout: Dropout on the adapters' input.
         target_modules: Projections that get an adapter.
-        adapter: Go on from (``fit``), measure (``validate``) or merge (``export``) this saved adapter.
+        adapter: Go on from (``fit``), measure (``validate``) or merge (``export``) this saved adapter. Its rank, alpha
+            and target_modules count; ``fit`` refuses others.
         merged: Folder that ``export`` writes.
         teacher: Folder or hub name of the dense model to learn from too.
         distill_weight: Share of the teacher in the loss; the rest is the text's next token.
@@ -117,6 +119,9 @@ class LoraRecovery(CausalLM):
         family(config)
         if self.adapter is not None:
             adapters.check_adapter(self.adapter)
+            if command == "fit":
+                saved = _settings(LoraConfig.from_pretrained(str(self.adapter)))
+                _refuse_others(f"the adapter in {self.adapter}", saved, _settings(self.lora))
         if self.teacher_path is not None:
             self._check_teacher(load_config(self.teacher_path), config)
             if command == "fit":
@@ -177,7 +182,9 @@ class LoraRecovery(CausalLM):
         self._convert(model)
         weights = None
         if self.adapter is not None:
-            self.lora, weights = adapters.read_adapter(self.adapter, self.base, self.base_hash)
+            saved, weights = adapters.read_adapter(self.adapter, self.base, self.base_hash)
+            saved.lora_dropout = self.lora.lora_dropout  # of training, not of the adapter
+            self.lora = saved
         return adapters.attach(model, self.lora, weights).train()
 
     def _convert(self, model: Any) -> None:
@@ -191,24 +198,17 @@ class LoraRecovery(CausalLM):
         stored: Any = load_config(self.base).dtype
         return stored or torch.float32
 
-    def setup(self, stage: str) -> None:
-        """Refuse precisions that train the adapters in 16 bits, where small steps round away.
-
-        Raises:
-            ValueError: The trainer's is one.
-        """
-        super().setup(stage)
-        if stage == "fit" and str(self.trainer.precision) in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision {self.trainer.precision} has the adapters and their optimizer in 16 bits: leave it "
-                "out, and set model.dtype to bfloat16 for a base in 16 bits"
-            )
-
     def configure_model(self) -> None:
         """Build the model, and the teacher where there is one."""
         if self.model is not None:
             return
         super().configure_model()
+        fitting = self._trainer is not None and self.trainer.training
+        if fitting and str(self.trainer.precision) in ("bf16-true", "16-true"):
+            rank_zero_warn(
+                f"trainer.precision {self.trainer.precision}: adapters and rotary frequencies are in 16 bits too, and "
+                "small steps are lost; model.dtype bfloat16 with precision 32-true halves the base alone"
+            )
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.parameter_count -= trained  # of the model that comes of merging
         rank_zero_info(f"adapters of rank {self.lora.r}: {trained:,} parameters to train")
@@ -244,11 +244,7 @@ class LoraRecovery(CausalLM):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters alone, and say what they belong to."""
         checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if ".lora_" in n}
-        checkpoint["recovery"] = {"base": self.base, "base_hash": self.base_hash, **self._shape()}
-
-    def _shape(self) -> dict[str, Any]:
-        """What weights of adapters mean, by the arguments' names."""
-        return {"rank": self.lora.r, "alpha": self.lora.lora_alpha}
+        checkpoint["recovery"] = {"base": self.base, "base_hash": self.base_hash, **_settings(self.lora)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base, or of other adapters.
@@ -260,9 +256,8 @@ class LoraRecovery(CausalLM):
         if made_on is None:
             raise ValueError("the checkpoint is not one of LoraRecovery")
         adapters.refuse_other_base("the checkpoint", made_on["base"], made_on["base_hash"], self.base, self.base_hash)
-        for name, value in self._shape().items():
-            if made_on.get(name, value) != value:  # checkpoints of before do not say
-                raise ValueError(f"{name}: the checkpoint's adapters have {made_on[name]}, this run's have {value}")
+        now = _settings(self.lora)
+        _refuse_others("the checkpoint", {name: made_on.get(name, own) for name, own in now.items()}, now)
         own = {n for n, _ in self.named_parameters() if ".lora_" in n}
         if "state_dict" in checkpoint and (others := own ^ set(checkpoint["state_dict"])):
             raise ValueError(f"target_modules: the checkpoint has other adapters than this run, e.g. {min(others)}")
@@ -318,3 +313,15 @@ class LoraRecovery(CausalLM):
         adapted.merge_and_unload().to(self._stored()).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_card(folder, card)
+
+
+def _settings(lora: LoraConfig) -> dict[str, Any]:
+    """What weights of adapters mean nothing without, by the names of this module's arguments."""
+    return {"rank": lora.r, "alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules or ())}
+
+
+def _refuse_others(what: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError unless something was trained with the present settings."""
+    for name, value in now.items():
+        if then[name] != value:
+            raise ValueError(f"{name}: {what} was trained with {then[name]}, not {value}; give model.{name} as it was")

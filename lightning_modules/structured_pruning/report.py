@@ -88,9 +88,14 @@ def table(base: str, fields: dict[str, Any]) -> Table:
     return shown
 
 
-def trials_table(trials: Sequence[dict[str, Any]]) -> Table:
-    """Shapes that were tried, and their losses; the best is marked: after a refit, where any was tried so."""
-    shown = Table(title="shapes that remove the budget, nats a token, tried by masks", title_style="")
+def trials_table(trials: Sequence[dict[str, Any]], part: str = "") -> Table:
+    """Shapes that were tried, and their losses; the best is marked: after a refit, where any was tried so.
+
+    Args:
+        trials: Those of a plan's settings.
+        part: Which of several rounds they are of, for the title.
+    """
+    shown = Table(title=f"shapes that remove the budget, nats a token, tried by masks{part}", title_style="")
     for column in ("groups", "channels", "layers dropped", "by masks", "refitted", ""):
         shown.add_column(column, justify="left" if column in ("layers dropped", "") else "right")
     by = "refitted" if any(trial.get("refitted") is not None for trial in trials) else "loss"
@@ -119,13 +124,14 @@ def layer_table(layers: Sequence[dict[str, int]]) -> Table:
     return shown
 
 
-def refit_table(compensation: dict[str, Any]) -> Table:
+def refit_table(compensation: dict[str, Any], part: str = "") -> Table:
     """How much of what each matrix should give was lost by slicing, and is lost once it is refitted.
 
     Args:
         compensation: That of a plan's settings, see ``refitting.compensate``.
+        part: See ``trials_table``.
     """
-    shown = Table(title=f"error by {compensation['name']}, share of what should be given", title_style="")
+    shown = Table(title=f"error by {compensation['name']}, share of what should be given{part}", title_style="")
     for column in ("layer", "matrix", "sliced", "refitted", "setting"):
         shown.add_column(column, justify="left" if column == "matrix" else "right")
     for fit in compensation["fits"]:

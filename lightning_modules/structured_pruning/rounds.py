@@ -81,6 +81,8 @@ def recovered(model: Any, adapters: dict[str, Tensor]) -> Any:
 def composed(plans: Sequence[PruningPlan]) -> PruningPlan:
     """One plan that keeps what all rounds keep, in numbers of the first model.
 
+    Its settings are the last round's, which ``settings["round"]`` says; without notes, which are of what it cut.
+
     Raises:
         ValueError: A plan is not for what the one before keeps.
     """
@@ -91,7 +93,8 @@ def composed(plans: Sequence[PruningPlan]) -> PruningPlan:
             raise ValueError("rounds: a plan is not for the model that the round before leaves")
         follows = iter(plan.layers)  # a dropped layer is not in later plans
         layers = [layer if layer.dropped else _within(layer, next(follows)) for layer in layers]
-    return PruningPlan(layers, first.shapes, first.base, first.base_hash, plans[-1].settings)
+    settings = plans[-1].settings | ({"round": len(plans), "notes": []} if later else {})
+    return PruningPlan(layers, first.shapes, first.base, first.base_hash, settings)
 
 
 def save_rounds(folder: Path, rounds: Sequence[Round]) -> None:

@@ -28,7 +28,8 @@ def expressible(config: PretrainedConfig, groups: int, shape: LayerShape) -> boo
     """Whether the family's class has models of so many groups; any width of the MLP will do.
 
     Llama's demands that query heads divide the hidden size. Qwen2's knows no width of a head: engines take the hidden
-    size over the number of heads for it, so heads cannot go, unless the model has another width already.
+    size over the number of heads for it, so heads cannot go, unless the model has another width already. Of a model of
+    a per-layer class, which has lost heads, that is known where no number of heads would fill the hidden size.
 
     Args:
         config: Of a model of the family, pruned before or not.
@@ -41,8 +42,17 @@ def expressible(config: PretrainedConfig, groups: int, shape: LayerShape) -> boo
     if kind == "llama":
         return hidden % heads == 0
     if kind == "qwen2":
-        return heads * shape.head_dim == hidden or shape.groups * shape.n_rep * shape.head_dim != hidden
+        filling = filling_groups(config, shape.n_rep, shape.head_dim)
+        if config.model_type != kind:
+            return filling in (None, groups)
+        return filling in (None, groups) or shape.groups != filling
     return True
+
+
+def filling_groups(config: PretrainedConfig, n_rep: int, head_dim: int) -> int | None:
+    """Key-value heads whose query heads are as wide together as the hidden size; None where no number is."""
+    groups, rest = divmod(config.hidden_size, n_rep * head_dim)
+    return None if rest else groups
 
 
 def possible_groups(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> list[int]:

@@ -171,12 +171,8 @@ def test_budgets_in_parameters_and_bytes():
 
 
 def test_the_largest_share_under_a_limit():
-    assert largest_share(lambda share: 10 + 100 * share, 20, 0.5) == pytest.approx(0.1, abs=0.5 / 128)
-    assert largest_share(lambda share: 10.0, 20, 0.5) == 0.5
-    with pytest.raises(ValueError, match="raise the limit"):
-        largest_share(lambda share: 30.0, 20, 0.5)
-    # less than 0.3 cannot be removed, and what cannot be is never what is found
-    found = largest_share(lambda share: None if share < 0.3 else 10 + 25 * share, 20, 0.5)
-    assert found == pytest.approx(0.4, abs=0.5 / 128)
-    with pytest.raises(ValueError, match="raise the limit"):
-        largest_share(lambda share: None if share < 0.3 else 30.0, 20, 0.5)
+    shares = [0.05, 0.1, 0.25, 0.3, 0.5]
+    for limit, expected in ((20, 0.1), (19, 0.05), (39, 0.25), (59, 0.3), (60, 0.5)):
+        assert largest_share(lambda share: 10 + 100 * share, limit, shares) == expected
+    with pytest.raises(ValueError, match=r"no share down to 5\.00% .* raise the limit"):
+        largest_share(lambda share: 30.0, 20, shares)

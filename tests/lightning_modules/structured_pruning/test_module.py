@@ -216,7 +216,11 @@ def test_whole_layers_can_go(make, data, tmp_path):
 
 def test_rounds_with_recovery_remove_the_whole_budget(make, data, tmp_path):
     module = make(rounds=2, recovery_steps=2, recovery_learning_rate=1e-2, budget=0.4)
+    planners, planner = [], module._planner
+    module._planner = lambda *given: planners.append(planner(*given)) or planners[-1]
     structure = module.prune(data, CPU)["structure"]
+    assert structure["score_seconds"] == sum(one.score_seconds for one in planners) > planners[1].score_seconds
+    assert structure["settings"]["round"] == 2 and structure["settings"]["notes"] == []
     assert abs(structure["budget_obtained"] - structure["budget_requested"]) <= 0.01 * structure["budget_requested"]
     assert load(tmp_path / "pruned").num_parameters() == structure["parameters_after"]
     verified = make().verify(data, CPU)["structure"]  # goes the same way again

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,8 +154,16 @@ def test_export_merges_a_saved_adapter_and_refuses_another_base(folders, tmp_pat
 
 def test_training_can_go_on_from_an_adapter(folders, tmp_path):
     first = fit(folders, 2, export=tmp_path / "recovered")
-    second = recovery(folders, adapter=str(tmp_path / "recovered/adapter"), rank=2)
+    adapter = str(tmp_path / "recovered/adapter")
+    for name, value in (("rank", 2), ("alpha", 32), ("target_modules", ["q_proj"])):
+        other = recovery(folders, adapter=adapter, **{name: value})
+        with pytest.raises(ValueError, match=rf"{name}: the adapter in .*/adapter was trained with"):
+            other.check_arguments("fit", None)
+        other.check_arguments("validate", None)
+    second = recovery(folders, adapter=adapter, dropout=0.1)
+    second.check_arguments("fit", None)
     second.configure_model()
+    assert second.lora.lora_dropout == 0.1, "training's own"
     assert all(torch.equal(p, adapters(second)[name]) for name, p in adapters(first).items())
     assert all(p.requires_grad for n, p in second.named_parameters() if ".lora_" in n)
 
@@ -168,21 +177,29 @@ def test_an_interrupted_run_continues_bit_for_bit_from_a_checkpoint_of_adapters_
     assert all(torch.equal(p, adapters(resumed)[name]) for name, p in adapters(straight).items())
     with pytest.raises(ValueError, match=r"base: the checkpoint was trained on .*/base"):
         fit(folders, 6, recovery(folders, "other"), checkpoint=tmp_path / "c.ckpt")
+    for name, value in (("rank", 4), ("alpha", 32), ("target_modules", ["q_proj"])):
+        with pytest.raises(ValueError, match=f"{name}: the checkpoint was trained with"):
+            fit(folders, 6, recovery(folders, **{name: value}), checkpoint=tmp_path / "c.ckpt")
+    for name in ("rank", "alpha", "target_modules"):  # a checkpoint of before does not say
+        del saved["recovery"][name]
+    older = recovery(folders)
+    older.configure_model()
+    older.on_load_checkpoint(saved)
     with pytest.raises(ValueError, match="target_modules: the checkpoint has other adapters"):
-        fit(folders, 6, recovery(folders, target_modules=["q_proj"]), checkpoint=tmp_path / "c.ckpt")
-    with pytest.raises(ValueError, match="alpha: the checkpoint's adapters have 16, this run's have 64"):
-        fit(folders, 6, recovery(folders, alpha=64), checkpoint=tmp_path / "c.ckpt")
-    with pytest.raises(ValueError, match="rank: the checkpoint's adapters have 8, this run's have 4"):
-        fit(folders, 6, recovery(folders, rank=4), checkpoint=tmp_path / "c.ckpt")
+        older = recovery(folders, target_modules=["q_proj"])
+        older.configure_model()
+        older.on_load_checkpoint(saved)
 
 
-def test_a_precision_that_trains_adapters_in_16_bits_is_refused(folders):
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    trainer = L.Trainer(accelerator="cpu", max_steps=1, precision="bf16-true", **quiet)
-    with pytest.raises(
-        ValueError, match=r"trainer\.precision bf16-true has the adapters and their optimizer in 16 bits"
-    ):
-        trainer.fit(recovery(folders), Toy(cache_dir=str(folders / "cache"), batch_size=4))
+def test_adapters_in_sixteen_bits_are_warned_of(folders):
+    module = recovery(folders)
+    for precision, training, expected in (("bf16-true", True, 1), ("32-true", True, 0), ("bf16-true", False, 0)):
+        module = recovery(folders)
+        module._trainer = SimpleNamespace(precision=precision, training=training, world_size=1, datamodule=None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module.configure_model()
+        assert sum("adapters and rotary frequencies" in str(one.message) for one in caught) == expected
 
 
 def test_recomputed_activations_give_the_same_adapters(folders):

@@ -37,6 +37,9 @@ def test_slicing_twice_is_slicing_once_by_the_composed_plan(kept):
     second = plan_for(once, _second(kept))
     whole = composed([first, second])
     assert whole.shapes == first.shapes and whole.base_hash == first.base_hash
+    second.settings["notes"] = ["of 3 groups 2 are kept"]
+    assert composed([second]).settings == second.settings
+    assert composed([first, second]).settings == {"notes": [], "round": 2}, "what was cut then is not the first model"
     assert model_hash(slice_model(dense, whole)) == model_hash(slice_model(once, second))
     third = plan_for(slice_model(once, second), _second(second.layers))
     assert composed([first, second, third]).layers == composed([whole, third]).layers

@@ -31,7 +31,7 @@ from lightning_modules.structured_pruning.layout import Layout
 from lightning_modules.structured_pruning.model_shape import ModelShape
 from lightning_modules.structured_pruning.plan import LayerPlan
 from lightning_modules.structured_pruning.planner import Planner
-from lightning_modules.structured_pruning.possible import check_possible
+from lightning_modules.structured_pruning.possible import check_possible, possible_shares
 from lightning_modules.structured_pruning.saving import save
 from lightning_modules.structured_pruning.slicing import slice_model
 from lightning_modules.structured_pruning.stock import group_step, groups_for_share, possible_groups, uniform_parts
@@ -123,7 +123,6 @@ def test_every_class_says_which_numbers_of_heads_it_has():
         ({"budget": 0.97}, r"a group or more \(1, 2, 4\) and 4 channels or more, so at most"),
         ({"protect_layers": [4]}, "protect_layers: layers are numbered 0 to 3, got 4"),
         ({"protect_layers": [1, 1]}, "protect_layers names a layer twice"),
-        ({"protect_layers": [0, 1, 2, 3], "shape": "free"}, "protect_layers: all 4 layers are protected"),
         ({"protect_layers": [0, 1], "drop_layers": 3}, "between 0 and 2 with 2 protected, got 3"),
         ({"drop_layers": 4}, "drop_layers must lie between 0 and 3"),
         ({"drop_layers": -1}, "drop_layers must not be negative"),
@@ -146,6 +145,55 @@ def test_a_qwen2_whose_heads_fill_the_hidden_size_keeps_its_heads():
     assert Space(model.config, shapes, Layout(), list, target).group_counts(()) == [4]
     with pytest.raises(ValueError, match=r"Qwen2ForCausalLM cannot express; the nearest that it can: 4 \(.* 0\.00"):
         check_possible(model.config, shapes, target, Layout(attention_share=1.0), 1)
+
+
+def test_a_qwen2_pruned_twice_is_none_that_the_class_cannot_express():
+    dense = tiny("qwen2", head_dim=4)
+    unlike = [LayerPlan([0, 1, 2], list(range(48))), LayerPlan([0, 1], list(range(48)))] * 2
+    once = slice_model(dense, plan_for(dense, unlike))
+    for groups in (1, 2):
+        twice = slice_model(once, plan_for(once, [LayerPlan(list(range(groups)), list(range(16)))] * 4))
+        assert type(twice).__name__ == "PerLayerQwen2ForCausalLM"
+    assert possible_groups(once.config, _shapes(once)) == []
+    other = slice_model(tiny("qwen2"), plan_for(tiny("qwen2"), unlike))  # heads that never filled the hidden size
+    assert possible_groups(other.config, _shapes(other)) == [1, 2]
+
+
+def test_the_stock_export_of_a_qwen2_has_heads_that_fill_the_hidden_size():
+    dense = tiny("qwen2", head_dim=4)
+    plan = plan_for(dense, [LayerPlan([0, 1], list(range(48))), LayerPlan([3], list(range(16)))] * 2)
+    pruned = slice_model(dense, plan)
+    padded = pad_to_stock(pruned)
+    config = padded.model.config
+    assert config.num_attention_heads * config.head_dim == config.hidden_size == 32
+    assert padded_parameters(dense.config, ModelShape.of(dense, 4), plan.layers) == padded.parameters
+    assert torch.allclose(padded.model(ids()).logits, pruned(ids()).logits, atol=1e-5)
+
+
+def test_a_free_shape_without_a_layer_to_cut_is_refused():
+    shapes, everything = _shapes(tiny()), tuple(range(4))
+    target = round(0.25 * sum(s.parameters for s in shapes))
+    for allocation in (Uniform(), Inverse()):
+        layout = Layout("free", allocation, protect_layers=everything)
+        with pytest.raises(ValueError, match=r"protect_layers: .* every layer is protected or dropped"):
+            check_possible(None, shapes, target, layout, 1)
+        with pytest.raises(ValueError, match="protect_layers"):
+            free_parts(shapes, layout, target, [], None, None)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(attention_share=1.0, drop_layers=0), Layout("free", Uniform(), multiple=4)], ids=["stock", "free"]
+)
+def test_a_search_looks_at_shares_that_can_be_and_remove_something(layout, tmp_path):
+    model = tiny().to("meta")
+    shapes = _shapes(model)
+    total = sum(shape.parameters for shape in shapes)
+    most = 2 * shapes[0].group_parameters / shapes[0].parameters  # two of four groups of every layer
+    shares = possible_shares(model.config, shapes, most, layout)
+    assert 1 < len(shares) < 128 and shares[-1] == most, "some of them cannot be"
+    for share in shares:
+        plan = Planner(model, "toy", [], Refitted(), layout, tmp_path, stage).plan(round(share * total), {})
+        assert any(len(layer.groups) < 4 or len(layer.channels) < 48 for layer in plan.layers)
 
 
 def test_llama_3_8b_can_lose_half_of_its_key_value_heads_or_none():
